@@ -1,0 +1,157 @@
+"""Checkpoints that a kill cannot spoil: written beside, made durable, then renamed into place.
+
+A checkpoint is a plain Hugging Face model folder with the two heads, `optimizer.safetensors` (AdamW moments by
+parameter name) and `trainer_state.json`. Data order, dropout-free training, sampling seeds and the learning rate are
+functions of (seed, stage, step), so seed and step are all the random and scheduler state there is.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from carft_fast.errors import InputError
+from carft_fast.model import CarftModel
+
+STATE_FILE = "trainer_state.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+FORMAT = 1
+_TEMPORARY = ".writing-"
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Fill a folder through `write` and move it to `target`, all or nothing; an existing `target` is replaced."""
+    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    if target.exists():
+        remove_folder(target)
+    os.rename(temporary, target)
+    _sync(target.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
+
+
+def write_text(target: Path, text: str) -> None:
+    """Replace a file in one move."""
+    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointStore:
+    """`folder/<stage>-<step>` folders, `folder/best` a link to the best evaluated one."""
+
+    def __init__(self, folder: Path, keep_last: int) -> None:
+        self._folder = folder
+        self._keep_last = keep_last
+
+    def save(
+        self,
+        stage: str,
+        step: int,
+        model: CarftModel,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int,
+        best: bool = False,
+    ) -> Path:
+        """Write the state after `step` steps of `stage`; `best` also points the best link at it."""
+
+        def write(folder: Path) -> None:
+            model.save(folder)
+            tokenizer.save_pretrained(folder)
+            save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_FILE)
+            state = {"format": FORMAT, "stage": stage, "step": step, "seed": seed}
+            (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+        self._folder.mkdir(parents=True, exist_ok=True)
+        target = self._folder / f"{stage}-{step:06d}"
+        if not target.exists():  # the same step of the same run holds the same bits
+            write_folder(target, write)
+        if best:
+            link = self._folder / f"{_TEMPORARY}best"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+            os.replace(link, self._folder / "best")
+        self._rotate(newest=target)
+        return target
+
+    def latest(self, stage: str) -> tuple[Path, int] | None:
+        """The newest checkpoint of a stage and the number of steps it has done."""
+        found = [(path, _read_state(path)) for path in self._all() if path.name.startswith(f"{stage}-")]
+        if not found:
+            return None
+        path, state = max(found, key=lambda item: item[1]["step"])
+        return path, int(state["step"])
+
+    def clean(self) -> None:
+        """Remove what a killed write left behind."""
+        for path in self._folder.parent.rglob(f"{_TEMPORARY}*"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _all(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        return sorted(p for p in self._folder.iterdir() if (p / STATE_FILE).is_file() and not p.is_symlink())
+
+    def _rotate(self, newest: Path) -> None:
+        link = self._folder / "best"
+        best = (self._folder / os.readlink(link)) if link.is_symlink() else None
+        by_age = sorted(self._all(), key=lambda path: path.stat().st_mtime_ns)
+        for path in by_age[: -self._keep_last]:
+            if path not in (best, newest):
+                remove_folder(path)
+
+
+def load_optimizer(folder: Path, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put saved AdamW moments back, by parameter name."""
+    tensors = load_file(folder / OPTIMIZER_FILE)
+    for name, parameter in model.named_parameters():
+        state: dict[str, torch.Tensor] = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if (saved := tensors.get(f"{name}/{key}")) is not None:
+                # clone: memory of torch's own allocator has the alignment an uninterrupted run has, so kernels take
+                # the same path and the bits agree
+                state[key] = saved.clone().to(parameter.device if key != "step" else saved.device)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _optimizer_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    state = json.loads((folder / STATE_FILE).read_text())
+    if state.get("format") != FORMAT:
+        raise InputError(f"{folder / STATE_FILE}: format {state.get('format')!r}; this version reads {FORMAT}")
+    return state

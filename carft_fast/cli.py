@@ -1,0 +1,127 @@
+"""The commands. torch, transformers and the trainer load inside them, so that --help and a typo answer at once."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from carft_fast.config import Config, load_config, to_toml
+from carft_fast.errors import InputError
+from carft_fast.signals import Stopped
+
+if TYPE_CHECKING:
+    from carft_fast.console import Console
+    from carft_fast.pipeline import Prepared
+
+QUICKSTART_CONFIG = Path(__file__).with_name("quickstart.toml")
+
+app = typer.Typer(
+    help="Contrastive reinforced fine-tuning (CARFT) of language models that reason.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file; see `carft-fast config`.")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Run folder; runs/<output.name> if not given.")]
+
+
+@app.command()
+def quickstart(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    output_dir: OutputDir = None,
+) -> None:
+    """SFT, then RL, evaluation and report in one run: on a generated task, or on --config's model and data."""
+    resolved = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
+    _train(resolved, ("sft", "rl"), dry_run, resume, output_dir)
+
+
+@app.command()
+def sft(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    output_dir: OutputDir = None,
+) -> None:
+    """Stage 1: supervised fine-tuning of model.path on annotated chains of thought."""
+    _train(load_config(config, overrides or ()), ("sft",), dry_run, resume, output_dir)
+
+
+@app.command()
+def rl(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    output_dir: OutputDir = None,
+) -> None:
+    """Stage 2: reinforced fine-tuning of model.path, usually the folder stage 1 wrote."""
+    _train(load_config(config, overrides or ()), ("rl",), dry_run, resume, output_dir)
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    output_dir: OutputDir = None,
+) -> None:
+    """Greedy accuracy of model.path on data.eval; with --output-dir, completions and figures are written there."""
+    from carft_fast.pipeline import describe_plan, evaluate_only
+
+    prepared, console = _prepare(load_config(config, overrides or ()), (), False, output_dir, write=bool(output_dir))
+    if dry_run:
+        console.show(describe_plan(prepared, ()))
+        return
+    if output_dir:
+        prepared.run.open(resume=False)
+    result = evaluate_only(prepared)
+    if output_dir:
+        prepared.run.write_result(result)
+    console.log(result.describe())
+
+
+@app.command("config")
+def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Print the resolved config as TOML, every field with its meaning and source."""
+    typer.echo(to_toml(load_config(config, overrides or ()), documented=True), nl=False)
+
+
+def _prepare(
+    config: Config, stages: tuple[str, ...], resume: bool, output_dir: str | None, *, write: bool = True
+) -> "tuple[Prepared, Console]":
+    from carft_fast.console import Console
+    from carft_fast.pipeline import prepare
+
+    console = Console()
+    folder = Path(output_dir) if output_dir else Path("runs") / config.output.name
+    return prepare(config, folder, console, stages=stages, resume=resume, write=write), console
+
+
+def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool, output_dir: str | None) -> None:
+    from carft_fast.pipeline import describe_plan, train
+
+    prepared, console = _prepare(config, stages, resume, output_dir)
+    if dry_run:
+        console.show(describe_plan(prepared, stages))
+        return
+    train(prepared, stages, resume=resume)
+
+
+def run_cli() -> None:
+    """Exit codes: 0 done, 2 bad input (nothing written), 130 or 143 stopped by Ctrl-C or SIGTERM after saving."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        sys.exit(stopped.exit_code)

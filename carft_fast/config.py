@@ -1,0 +1,319 @@
+"""One configuration for every command: frozen pydantic models, TOML files, `--set section.key=value`.
+
+The text under a field is its documentation: `carft-fast config` prints it beside the resolved value. "paper" means
+arXiv 2508.15868, "published code" the repository of its authors; where they differ, the field says which is used.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from carft_fast.errors import InputError
+
+SYNTHETIC = "synthetic"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class ModelConfig(Section):
+    path: str = ""
+    """Folder of a Hugging Face causal LM, a Hub id, or "synthetic" (the quickstart's untrained 2-layer Llama)."""
+    revision: str | None = None
+    """Git revision of a Hub id; the default branch when absent."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; "auto" takes the GPU when there is one."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the matmuls. Weights, optimizer state and the two heads stay float32; "bfloat16" is autocast."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention implementation of transformers; "flash_attention_2" needs the extra `flash` and an NVIDIA GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: less memory, about one third more time."""
+    value_head: Literal["shared", "separate"] = "shared"
+    """"shared": v = u.relu(W_e h + b_e) + c (published 8-GPU scripts, "cl2"); "separate": v = u.h + c."""
+    embedding_dim: int = Field(64, ge=1, le=4096)
+    """Size of the CoT embedding. Source: published code, 64."""
+
+
+class DataConfig(Section):
+    train: str = ""
+    """File or Hub id with question, annotated CoT and answer, or "synthetic"."""
+    eval: str = ""
+    """File or Hub id with question and answer, or "synthetic"."""
+    format: Literal["auto", "reft", "gsm8k", "jsonl", "hub"] = "auto"
+    """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
+    fields: dict[str, str] = {}
+    """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file."""
+    train_split: str = "train"
+    """Split of a Hub dataset used for training."""
+    eval_split: str = "test"
+    """Split of a Hub dataset used for evaluation."""
+    train_rows: int | None = Field(None, ge=1)
+    """Use at most this many usable training rows, from the top of the file; all when absent."""
+    eval_rows: int | None = Field(None, ge=1)
+    """Use at most this many usable evaluation rows, from the top of the file; all when absent."""
+    template: Literal["carft", "chat"] = "carft"
+    """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template."""
+    max_length: int = Field(1024, ge=2)
+    """Longest prompt + completion, in tokens; longer annotated rows are reported and left out. Source: paper, 1024."""
+
+
+class StageConfig(Section):
+    """What both stages share: length, optimizer, evaluation and checkpoints."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the training rows; ignored when max_steps is set."""
+    max_steps: int | None = Field(None, ge=1)
+    """Steps of this stage (SFT: optimizer steps; RL: rollout batches); from `epochs` when absent."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Sequences per forward and backward; changes memory and speed, not the result."""
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape after warm-up, from lr to lr * lr_final_ratio at the last step."""
+    lr_final_ratio: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step, as a share of lr (linear and cosine)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimizer steps of linear warm-up from 0 (RL: rollout batches)."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW first-moment decay."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW second-moment decay."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Global gradient norm is clipped to this."""
+    eval_every: int | None = Field(None, ge=1)
+    """Steps between evaluations; the stage's end is always evaluated."""
+    save_every: int | None = Field(None, ge=1)
+    """Steps between checkpoints; the best evaluated step is always kept. The stage's end is always saved."""
+
+
+class SftConfig(StageConfig):
+    batch_size: int = Field(64, ge=1)
+    """Sequences per optimizer step. Source: paper, global batch 64."""
+
+
+class RlConfig(StageConfig):
+    lr: float = Field(3e-7, gt=0)
+    """Peak learning rate of AdamW. Source: paper, 3e-7."""
+    batch_size: int = Field(64, ge=1)
+    """Rollouts per step, over `rollout.samples_per_prompt` completions per question. Source: paper, 64."""
+    mini_batch_size: int = Field(64, ge=1)
+    """Rollouts per optimizer step."""
+    ppo_epochs: int = Field(2, ge=1)
+    """Passes over the rollouts of a step (U). Source: paper, 2."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount. The published config has 1.0 (used); the paper prints 0.95, which starves early tokens."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE lambda. The published config has 0.95 (used); the paper prints 1."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of log-prob minus reference log-prob in the token reward. Source: paper, 0.05."""
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    """Policy ratio is clipped below at 1 - clip_low. Source: published code, 0.2."""
+    clip_high: float = Field(0.2, gt=0)
+    """Policy ratio is clipped above at 1 + clip_high. Source: published code, 0.2."""
+    value_clip: float = Field(0.2, gt=0)
+    """New values are clipped to within this of the old ones in the value loss. Source: published code, 0.2."""
+    value_coef: float = Field(5.0, ge=0)
+    """Weight of the value loss (alpha). Source: paper, 5."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
+
+
+class RewardConfig(Section):
+    answer_type: Literal["numeric", "choice"] = "numeric"
+    """"numeric": equal within tolerance; "choice": the same letter, case ignored."""
+    tolerance: float = Field(1e-2, ge=0)
+    """Largest |answer - target| that counts as correct. Source: published code, 1e-2."""
+    partial: Literal["embedding", "constant"] = "embedding"
+    """Score of a wrong but extractable answer: "embedding" 0.2 + 0.1 cos(z_1, z_2) (CARFT), "constant" 0.1 (ReFT)."""
+
+
+class ContrastiveConfig(Section):
+    mode: Literal["positive", "none"] = "positive"
+    """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "none": no such loss (ReFT)."""
+    coef: float = Field(1e-3, ge=0)
+    """Weight of the contrastive loss (c). Source: paper, 1e-3, flat between 5e-4 and 1.5e-3."""
+    temperature: float = Field(0.2, gt=0)
+    """InfoNCE temperature (tau). Source: paper, 0.2."""
+    positive_clamp: float = Field(0.9, gt=0, le=1)
+    """The positive's cosine is clamped here in the numerator, which ends the pull. Source: published code, 0.9."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["hf"] = "hf"
+    """What samples: "hf" is transformers' generate in this process."""
+    samples_per_prompt: int = Field(1, ge=1)
+    """Completions per question. Source: paper, 1."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. Source: paper, 1."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling mass; 1 is off. Source: paper, off."""
+    top_k: int = Field(0, ge=0)
+    """Most likely tokens to sample from; 0 is off. Source: paper, off."""
+    max_new_tokens: int = Field(512, ge=1)
+    """Longest completion, in tokens, in rollouts and evaluation."""
+    batch_size: int = Field(64, ge=1)
+    """Sequences generated at once."""
+
+
+class OutputConfig(Section):
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """The run is written to runs/<name> unless --output-dir says otherwise."""
+    keep_last: int = Field(2, ge=1)
+    """Checkpoints kept, newest first; the best one is kept as well."""
+    samples_per_step: int = Field(8, ge=0)
+    """Sample completions with rewards written per RL step."""
+
+
+class Config(Section):
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Every random draw of a run is a function of this seed, the stage and the step."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
+    rl: RlConfig = RlConfig()
+    reward: RewardConfig = RewardConfig()
+    contrastive: ContrastiveConfig = ContrastiveConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    output: OutputConfig = OutputConfig()
+
+    @model_validator(mode="after")
+    def _possible_combination(self) -> "Config":
+        rl, per_prompt = self.rl, self.rollout.samples_per_prompt
+        if rl.batch_size % per_prompt:
+            raise ValueError(
+                f"rl.batch_size = {rl.batch_size} must be a multiple of rollout.samples_per_prompt = {per_prompt}"
+            )
+        if rl.mini_batch_size > rl.batch_size:
+            raise ValueError(
+                f"rl.mini_batch_size = {rl.mini_batch_size} must be at most rl.batch_size = {rl.batch_size}"
+            )
+        if self.rollout.max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} must be below data.max_length = "
+                f"{self.data.max_length}: the prompt needs room"
+            )
+        if (SYNTHETIC in (self.data.train, self.data.eval)) != (self.data.train == self.data.eval == SYNTHETIC):
+            raise ValueError('data.train and data.eval must both be "synthetic" or neither')
+        return self
+
+
+def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Resolve a config from a TOML file (none: the defaults) and `section.key=value` overrides, in that order.
+
+    Raises InputError naming the key, the value seen and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"--config {path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--config {path}: cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"--config {path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise InputError(f"--set {override}: expected section.key=value, for instance rl.lr=3e-7")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set model.path=my/folder
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set {override}: {part} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        known = list(_section_fields(location[:-1]))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
+
+
+def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return {}
+        section = annotation
+    return section.model_fields
+
+
+def iter_fields(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Every leaf field as (dotted key, field, resolved value), top-level scalars first."""
+    fields = type(config).model_fields
+    for name in sorted(fields, key=lambda name: isinstance(getattr(config, name), Section)):
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            yield from iter_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, fields[name], value
+
+
+def to_toml(config: Config, *, documented: bool = False) -> str:
+    """The resolved config as TOML that loads back to the same config; fields that are absent are comments."""
+    lines: list[str] = []
+    section = ""
+    for key, field, value in iter_fields(config):
+        head, _, name = key.rpartition(".")
+        if head != section:
+            lines += ["", f"[{head}]"]
+            section = head
+        if documented:
+            lines += [f"# {line.strip()}" for line in (field.description or "").splitlines()]
+        lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}")
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Keys whose values differ, as `key: theirs -> ours`."""
+    theirs_by_key = {key: value for key, _, value in iter_fields(theirs)}
+    return [
+        f"{key}: {theirs_by_key[key]!r} -> {value!r}"
+        for key, _, value in iter_fields(ours)
+        if theirs_by_key[key] != value
+    ]

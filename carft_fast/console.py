@@ -1,0 +1,112 @@
+"""What a run says while it works: bars with rate and ETA on a terminal, plain lines elsewhere, a log file always."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+PLAIN_LINE_SECONDS = 5.0
+
+
+class Tracker:
+    """One piece of work of `total` units. `advance` is cheap; it prints at most every few seconds off a terminal."""
+
+    def __init__(self, console: "Console", description: str, total: int, unit: str) -> None:
+        self._console, self._description, self._total, self._unit = console, description, total, unit
+        self._done, self._start = 0, time.monotonic()
+        self._last_line = self._start
+        self._first = 0
+        self._task = (
+            console.progress.add_task(description, total=total, rate="", note="") if console.is_terminal else None
+        )
+
+    def skip(self, n: int) -> None:
+        """Count n units as done before this run (a resumed run): they do not enter the rate."""
+        self._done = self._first = n
+        self._show("")
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        self._done += n
+        self._show(note)
+
+    def _show(self, note: str) -> None:
+        now = time.monotonic()
+        elapsed = max(now - self._start, 1e-9)
+        rate = (self._done - self._first) / elapsed
+        if self._task is not None:
+            text = f"{rate:.1f} {self._unit}/s"
+            self._console.progress.update(self._task, completed=self._done, rate=text, note=note)
+        elif now - self._last_line >= PLAIN_LINE_SECONDS:
+            self._last_line = now
+            eta = (self._total - self._done) / rate if rate else float("inf")
+            self._console.log(
+                f"{self._description} {self._done}/{self._total}  {rate:.1f} {self._unit}/s  ETA {eta:.0f} s  {note}".rstrip()
+            )
+
+    def close(self) -> None:
+        if self._task is not None:
+            self._console.progress.remove_task(self._task)
+
+
+class Console:
+    def __init__(self, rich: RichConsole | None = None) -> None:
+        self._rich = rich or RichConsole(highlight=False, soft_wrap=True)
+        self._log_path: Path | None = None
+        self.is_terminal = self._rich.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._rich,
+            transient=True,
+        )
+        self._tracking = 0
+
+    def log_to(self, path: Path) -> None:
+        self._log_path = path
+
+    def log(self, message: str) -> None:
+        self._rich.print(message, markup=False)
+        self._append(message)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Print a table or the like, and its plain text to the log."""
+        self._rich.print(renderable)
+        with self._rich.capture() as capture:
+            self._rich.print(renderable)
+        self._append(capture.get().rstrip())
+
+    @contextmanager
+    def track(self, description: str, total: int, unit: str) -> Iterator[Tracker]:
+        tracker = Tracker(self, description, total, unit)
+        if self.is_terminal and self._tracking == 0:
+            self.progress.start()
+        self._tracking += 1
+        try:
+            yield tracker
+        finally:
+            tracker.close()
+            self._tracking -= 1
+            if self.is_terminal and self._tracking == 0:
+                self.progress.stop()
+
+    def _append(self, message: str) -> None:
+        if self._log_path is not None:
+            stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+            with self._log_path.open("a", encoding="utf-8") as file:
+                file.write(f"{stamp}  {message}\n")

@@ -1,0 +1,198 @@
+"""Questions with annotated reasoning, from files or the Hub. Rows that cannot be used are counted and shown."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from carft_fast.errors import InputError
+from carft_fast.reward import AnswerType, parse_target
+from carft_fast.types import Example
+
+DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
+FIELDS = ("question", "cot", "answer", "item_id")
+REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_value", "item_id": "item_id"}
+GSM8K_FIELDS = {"question": "question", "cot": "answer", "answer": "answer"}
+
+_CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+_SHOWN = 3
+
+
+@dataclass
+class LoadReport:
+    """What became of a source's rows."""
+
+    source: str
+    rows_read: int = 0
+    rows_used: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Rows left out, by reason."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """The first few of each reason."""
+
+    def reject(self, reason: str, row: str, excerpt: str = "") -> None:
+        """Count a row that cannot be used; `row` says which one."""
+        self.rejected[reason] += 1
+        shown = self.examples.setdefault(reason, [])
+        if len(shown) < _SHOWN:
+            shown.append(f"{row}: {excerpt[:80]!r}" if excerpt else row)
+
+    def summary(self) -> str:
+        lines = [f"{self.source}: {self.rows_used} of {self.rows_read} rows used"]
+        for reason, count in self.rejected.most_common():
+            lines.append(f"  {count} left out: {reason}")
+            lines += [f"    {example}" for example in self.examples[reason]]
+        return "\n".join(lines)
+
+
+def load_examples(
+    path: str,
+    *,
+    format: DataFormat = "auto",
+    fields: Mapping[str, str] | None = None,
+    split: str = "train",
+    answer_type: AnswerType = "numeric",
+    require_cot: bool,
+    limit: int | None = None,
+) -> tuple[list[Example], LoadReport]:
+    """Read a source and keep the rows that can be used.
+
+    Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
+    reasoning, then `#### 72`; calculator marks `<<...>>` are removed), "jsonl" (own `fields`), "hub" (`datasets`, own
+    `fields` or recognised ones), "auto" (by what is there). `limit` keeps that many usable rows from the top.
+
+    Raises InputError for a source that cannot be read, or without one usable row.
+    """
+    rows, names = _open(path, format, dict(fields or {}), split)
+    report = LoadReport(path)
+    examples: list[Example] = []
+    for number, row in enumerate(rows, 1):
+        if limit is not None and len(examples) == limit:
+            break
+        report.rows_read += 1
+        example = _to_example(row, number, names, answer_type, require_cot, report)
+        if example is not None:
+            examples.append(example)
+    report.rows_used = len(examples)
+    if not examples:
+        raise InputError(f"no usable row in {report.summary()}" if report.rows_read else f"{path}: no rows")
+    return examples, report
+
+
+def _to_example(
+    row: Any, number: int, names: Mapping[str, str], answer_type: AnswerType, require_cot: bool, report: LoadReport
+) -> Example | None:
+    where = f"row {number}"
+    if not isinstance(row, dict):
+        report.reject("not an object", where, str(row))
+        return None
+    values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
+    where += f" ({values['item_id']})" if "item_id" in values else ""
+    question, answer, cot = (str(values.get(name, "")).strip() for name in ("question", "answer", "cot"))
+    if names.get("cot") == names["answer"] or (not cot and "####" in answer):
+        cot, _, answer = (part.strip() for part in answer.rpartition("####"))
+        cot = _CALCULATOR_MARK.sub("", cot)
+    if not question:
+        report.reject(f'no question (field "{names["question"]}")', where)
+    elif not answer:
+        report.reject(f'no answer (field "{names["answer"]}")', where, question)
+    elif require_cot and not cot:
+        report.reject("no annotated reasoning", where, question)
+    else:
+        try:
+            parse_target(answer, answer_type=answer_type)
+        except ValueError as error:
+            report.reject("unparsable answer", where, str(error))
+            return None
+        return Example(str(values.get("item_id", number)), question, cot, answer)
+    return None
+
+
+def _open(path: str, format: str, fields: dict[str, str], split: str) -> tuple[Iterable[Any], dict[str, str]]:
+    """Rows of a source and the names of their fields."""
+    if unknown := sorted(set(fields) - set(FIELDS)):
+        raise InputError(f"data.fields: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
+    if format == "auto":
+        format = _guess(path)
+    if format == "hub":
+        return _open_hub(path, split, fields)
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file")
+    rows = _read_json_list(path) if format == "reft" else _read_json_lines(path)
+    if format == "reft":
+        return rows, REFT_FIELDS | fields
+    if format == "gsm8k":
+        return rows, GSM8K_FIELDS | fields
+    return _with_fields(rows, path, fields)
+
+
+def _guess(path: str) -> str:
+    file = Path(path)
+    if file.is_dir() or not file.exists():
+        looks_like_id = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not file.suffix
+        if file.is_dir() or looks_like_id:
+            return "hub"
+        raise InputError(f"{path}: no such file (nor does it look like a Hub id)")
+    return "reft" if file.suffix == ".json" else "jsonl"
+
+
+def _read_json_list(path: str) -> list[Any]:
+    text = _read_text(path)
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: a JSON list of rows is expected, this is {type(rows).__name__}")
+    return rows
+
+
+def _read_json_lines(path: str) -> Iterator[Any]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+
+
+def _with_fields(rows: Iterable[Any], source: str, fields: dict[str, str]) -> tuple[list[Any], dict[str, str]]:
+    """Complete a field mapping from the first row's keys: own names, else ReFT's, else plain ones."""
+    rows = list(rows)
+    first = next((row for row in rows if isinstance(row, dict)), {})
+    names = dict(fields)
+    for name in FIELDS:
+        for candidate in () if name in names else (REFT_FIELDS[name], name):
+            if candidate in first:
+                names[name] = candidate
+                break
+    for name in ("question", "answer"):
+        if names.get(name) not in first and rows:
+            raise InputError(
+                f"{source}: field {names.get(name, name)!r} for the {name} is missing; the rows have "
+                f"{', '.join(first)} (name yours with data.fields)"
+            )
+    return rows, {"question": "question", "answer": "answer"} | names
+
+
+def _open_hub(path: str, split: str, fields: dict[str, str]) -> tuple[list[Any], dict[str, str]]:
+    import datasets
+
+    try:
+        name = "main" if path == "openai/gsm8k" else None  # the one set among the defaults that has no default config
+        rows = datasets.load_dataset(path, name, split=split)
+    except Exception as error:  # datasets raises many kinds; all mean the same to the user
+        message = str(error).strip().splitlines()
+        raise InputError(f"{path}: the dataset could not be loaded: {message[0] if message else error!r}") from None
+    return _with_fields(list(rows), path, fields)

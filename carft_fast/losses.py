@@ -1,0 +1,138 @@
+"""The loss terms of both stages, each a call or two of carft_kernels. Pure. Suffixes as in `batch`; E: embedding."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from carft_fast.batch import PackedBatch, sequence_mean_weights
+from carft_fast.config import ContrastiveConfig, RlConfig
+from carft_fast.model import CarftModel, ModelOutput
+from carft_kernels import (
+    linear_logprob,
+    linear_policy_loss,
+    masked_infonce,
+    policy_loss,
+    token_logprob,
+    value_loss,
+    value_pool,
+)
+
+
+class RolloutTargets(NamedTuple):
+    """What the update needs to know of the completion tokens it trains on; all float32 [C], without gradient."""
+
+    old_logprob_C: Tensor
+    old_value_C: Tensor
+    advantage_C: Tensor
+    return_C: Tensor
+
+
+def completion_logprobs(
+    model: CarftModel, output: ModelOutput, batch: PackedBatch, *, temperature: float = 1.0
+) -> Tensor:
+    """float32 [C]: log-prob of every completion token at `temperature`, from the state before it."""
+    if output.logits_CV is not None:
+        return token_logprob(output.logits_CV, batch.target_C, temperature=temperature)[0]
+    hidden_CD, weight_VD = _head_inputs(model, output, batch)
+    return linear_logprob(hidden_CD, weight_VD, batch.target_C, temperature=temperature)[0]
+
+
+def sft_loss(model: CarftModel, output: ModelOutput, batch: PackedBatch, total_tokens: int) -> Tensor:
+    """Cross-entropy of the completion tokens, divided by the completion tokens of the whole optimizer step."""
+    return -completion_logprobs(model, output, batch).sum() / total_tokens
+
+
+def ppo_loss(
+    model: CarftModel,
+    output: ModelOutput,
+    value_T: Tensor,
+    batch: PackedBatch,
+    targets: RolloutTargets,
+    config: RlConfig,
+    *,
+    sequences: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """policy + value_coef * value -> loss, log-probs [C] (no gradient), metrics.
+
+    Each term is the mean over a rollout's completion tokens, then over the `sequences` rollouts of the mini-batch, of
+    which `batch` may be a part; the parts' losses add up to the mini-batch's. `temperature` is the sampler's: the
+    policy that PPO improves is the one that sampled. Source: paper eq. 5, ReFT.
+    """
+    weight_C = sequence_mean_weights(batch.completion_cu, sequences)
+    if output.logits_CV is not None:
+        logprob_C, entropy_C = token_logprob(
+            output.logits_CV, batch.target_C, temperature=temperature, with_entropy=True
+        )
+        assert entropy_C is not None
+        policy, metrics = policy_loss(
+            logprob_C,
+            targets.old_logprob_C,
+            targets.advantage_C,
+            weight_T=weight_C,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+        )
+        metrics = {**metrics, "entropy": entropy_C.detach().mean()}
+    else:
+        hidden_CD, weight_VD = _head_inputs(model, output, batch)
+        policy, logprob_C, metrics = linear_policy_loss(
+            hidden_CD,
+            weight_VD,
+            batch.target_C,
+            advantage_T=targets.advantage_C,
+            old_logprob_T=targets.old_logprob_C,
+            weight_T=weight_C,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            temperature=temperature,
+        )
+    value, value_metrics = value_loss(
+        value_T[batch.predict_index_C],
+        targets.old_value_C,
+        targets.return_C,
+        weight_T=weight_C,
+        clip=config.value_clip,
+    )
+    metrics = {
+        **metrics,
+        "policy_loss": policy.detach(),
+        "value_loss": value.detach(),
+        "value_clip_fraction": value_metrics["clip_fraction"],
+    }
+    return policy + config.value_coef * value, logprob_C.detach(), metrics
+
+
+def cot_embedding(model: CarftModel, hidden_TD: Tensor, value_T: Tensor, batch: PackedBatch) -> Tensor:
+    """z [B, E] of paper eq. 6: states AT the completion tokens, weighted by the softmax of their values, projected."""
+    pooled_BD, _ = value_pool(hidden_TD[batch.read_index_C], value_T[batch.read_index_C], batch.completion_cu)
+    return model.embed(pooled_BD)
+
+
+def contrastive_loss(z_1_BE: Tensor, z_2_BE: Tensor, correct_B: Tensor, config: ContrastiveConfig) -> Tensor:
+    """Masked InfoNCE of paper eq. 7: mean over correct rollouts, candidates are all rollouts; 0 when none is correct.
+
+    Gradient flows through every candidate, as in the paper; the published code's candidates carry none.
+    """
+    loss, _ = masked_infonce(
+        z_1_BE,
+        z_2_BE,
+        row_mask_N=correct_B,
+        temperature=config.temperature,
+        positive_clamp=config.positive_clamp,
+    )
+    return loss
+
+
+def _head_inputs(model: CarftModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    hidden_CD = output.hidden_TD[batch.predict_index_C]
+    return hidden_CD.to(model.compute_dtype), model.head_weight_VD.to(model.compute_dtype)
+
+
+def explained_variance(value_C: Tensor, return_C: Tensor) -> Tensor:
+    """1 - var(return - value) / var(return); 0 when the returns do not vary."""
+    variance = return_C.var(unbiased=False)
+    return torch.where(
+        variance > 0, 1 - (return_C - value_C).var(unbiased=False) / variance, torch.zeros_like(variance)
+    )

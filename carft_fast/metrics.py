@@ -1,0 +1,143 @@
+"""One record per step: phase timers, metrics.jsonl, TensorBoard.
+
+`METRICS` names every quantity a record may hold; a name that is not there is refused, so the table in the docs and
+the file on disk cannot drift apart.
+"""
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+METRICS: dict[str, str] = {
+    "loss": "total loss of the optimizer steps, mean (nats)",
+    "policy_loss": "clipped policy loss, mean per completion then over completions",
+    "value_loss": "clipped value loss, before value_coef",
+    "contrastive_loss": "masked InfoNCE over the correct rollouts, before its coefficient; 0 when none is correct",
+    "cosine": "mean cos(z_1, z_2) of annotated and sampled CoT embedding, at rollout time",
+    "cosine_correct": "the same over correct rollouts only; absent when there is none",
+    "reward": "mean terminal score of the rollouts (0 to 1), the KL penalty not included",
+    "train_accuracy": "share of rollouts whose answer is correct",
+    "extractable": "share of rollouts with an answer that can be read",
+    "kl": "mean over completion tokens of old log-prob minus reference log-prob (nats per token)",
+    "entropy": "mean entropy of the policy over completion tokens (nats per token)",
+    "approx_kl": "mean over tokens of (ratio - 1) - log ratio between updated and old policy",
+    "clip_fraction": "share of completion tokens whose policy ratio is outside the clip range",
+    "value_clip_fraction": "share of completion tokens whose new value is clipped",
+    "explained_variance": "1 - var(return - value) / var(return) over completion tokens",
+    "advantage_mean": "mean advantage over completion tokens, before whitening",
+    "advantage_std": "its standard deviation",
+    "first_ratio_error": "largest |ratio - 1| in the step's first forward, before any update (0 when exact)",
+    "sampler_diff_mean": "mean over tokens of |sampled log-prob - old log-prob| (nats)",
+    "sampler_diff_max": "its maximum",
+    "completion_length": "mean completion length (tokens, EOS included)",
+    "truncated": "share of completions cut at the length limit",
+    "completion_tokens": "completion tokens trained on in this step, counted once",
+    "grad_norm": "global gradient norm before clipping, mean over the optimizer steps",
+    "lr": "learning rate of the step",
+    "accuracy": "greedy accuracy on the evaluation rows",
+    "correct": "evaluation rows answered correctly",
+    "rows": "evaluation rows",
+    "accuracy_ci95": "Wilson 95% interval of accuracy [low, high]",
+    "step_by_step": "share of evaluation answers with more than one equation",
+}
+PHASES: dict[str, str] = {
+    "load": "reading model, reference and data",
+    "rollout": "sampling completions",
+    "reward": "extracting and grading answers",
+    "forward": "old log-probs, values, reference and annotated-CoT forwards, advantages",
+    "update": "PPO epochs: forward, backward, clip, optimizer step",
+    "sync": "weights to the sampler",
+    "train": "SFT forward, backward, optimizer step",
+    "evaluate": "greedy evaluation",
+    "checkpoint": "writing checkpoints",
+}
+
+
+class PhaseTimer:
+    """Wall seconds per phase since the last `flush`."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        assert phase in PHASES, phase
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] += time.perf_counter() - start
+
+    def flush(self) -> dict[str, float]:
+        seconds, self._seconds = dict(self._seconds), defaultdict(float)
+        return seconds
+
+
+class MetricsLog:
+    """metrics.jsonl and TensorBoard of one run. Records: stage, kind ("train" or "eval"), step (steps done), values."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._tensorboard = folder / "tensorboard"
+        self._writers: dict[str, Any] = {}
+        self.records: list[dict[str, Any]] = []
+
+    def resume(self, stages_done: list[str], stage: str, step: int) -> None:
+        """Keep what the checkpoint has seen: all of the finished stages, and this stage up to `step`.
+
+        Steps that ran after the checkpoint was written are taken back; they will be run, and counted, again.
+        """
+        if self._path.exists():
+            # A kill may have cut the last line; every earlier one is whole.
+            whole = self._path.read_text(encoding="utf-8").split("\n")[:-1]
+            records = [json.loads(line) for line in whole]
+            self.records = [
+                r for r in records if r["stage"] in stages_done or (r["stage"] == stage and r["step"] <= step)
+            ]
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+            os.replace(temporary, self._path)
+
+    def log(
+        self, stage: str, kind: str, step: int, values: Mapping[str, Any], seconds: Mapping[str, float]
+    ) -> dict[str, Any]:
+        unknown = set(values) - set(METRICS)
+        assert not unknown, f"undocumented metrics: {sorted(unknown)}"
+        record = {"stage": stage, "kind": kind, "step": step, **values}
+        record["seconds"] = {phase: round(value, 4) for phase, value in seconds.items()}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.records.append(record)
+        writer = self._writer(stage, step)
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(f"{kind}/{name}", value, step)
+        for phase, value in seconds.items():
+            writer.add_scalar(f"{kind}_seconds/{phase}", value, step)
+        return record
+
+    def find(self, stage: str, kind: str, step: int | None = None) -> list[dict[str, Any]]:
+        return [r for r in self.records if r["stage"] == stage and r["kind"] == kind and step in (None, r["step"])]
+
+    def seconds_by_phase(self) -> dict[str, float]:
+        total: dict[str, float] = defaultdict(float)
+        for record in self.records:
+            for phase, value in record["seconds"].items():
+                total[phase] += value
+        return {phase: round(total[phase], 2) for phase in PHASES if phase in total}
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, stage: str, step: int) -> Any:
+        if stage not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writers[stage] = SummaryWriter(str(self._tensorboard / stage), purge_step=step, max_queue=50)
+        return self._writers[stage]

@@ -1,0 +1,259 @@
+"""From a config to a finished run: check everything, then the stages, then the summary and the report."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from carft_fast.checkpoint import write_folder, write_text
+from carft_fast.config import SYNTHETIC, Config
+from carft_fast.console import Console
+from carft_fast.data import LoadReport, load_examples
+from carft_fast.errors import InputError
+from carft_fast.evaluate import EvalResult
+from carft_fast.model import check_heads, load_lm_config, load_model, load_tokenizer, resolve_device
+from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
+from carft_fast.report import write_report
+from carft_fast.rollout import build_engine
+from carft_fast.run import SUMMARY_FILE, Run, StageLoop, check_run_folder, stage_total_steps, versions
+from carft_fast.signals import StopRequest
+from carft_fast.synthetic import make_task
+from carft_fast.train_rl import train_rl
+from carft_fast.train_sft import train_sft
+from carft_fast.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked run, nothing written yet."""
+
+    run: Run
+    reports: list[LoadReport]
+
+
+def prepare(
+    config: Config,
+    folder: Path,
+    console: Console,
+    *,
+    stages: Sequence[str],
+    resume: bool = False,
+    write: bool = True,
+) -> Prepared:
+    """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError."""
+    if write:
+        check_run_folder(folder, config, resume=resume)
+    device = resolve_device(config.model.device)
+    tokenizer = load_tokenizer(config.model)
+    check_tokenizer(tokenizer)
+    check_heads(config.model.path, config.model)
+    prompt_format = PromptFormat(tokenizer, config.data.template)
+    max_length = _checked_max_length(config)
+    if stages and not config.data.train:
+        raise InputError('data.train is not set: give a file, a Hub id or "synthetic"')
+    if not config.data.eval:
+        raise InputError('data.eval is not set: give a file, a Hub id or "synthetic"')
+    train, held_out, reports = _load_data(config, with_train=bool(stages))
+    prompt_limit = max_length - config.rollout.max_new_tokens
+    train_rows: list[EncodedExample] = []
+    if stages:
+        train_rows = encode_examples(
+            train,
+            prompt_format,
+            max_length=max_length,
+            max_prompt_length=prompt_limit,
+            report=reports[0],
+            require_cot=True,
+        )
+    eval_rows = encode_examples(
+        held_out,
+        prompt_format,
+        max_length=max_length,
+        max_prompt_length=prompt_limit,
+        report=reports[-1],
+        require_cot=False,
+    )
+    run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest())
+    return Prepared(run, reports)
+
+
+def _checked_max_length(config: Config) -> int:
+    positions = getattr(load_lm_config(config.model).get_text_config(), "max_position_embeddings", None)
+    if positions and config.data.max_length > positions:
+        raise InputError(
+            f"data.max_length = {config.data.max_length}: the model at {config.model.path} has {positions} positions"
+        )
+    return config.data.max_length
+
+
+def _load_data(config: Config, *, with_train: bool) -> tuple[list[Example], list[Example], list[LoadReport]]:
+    data = config.data
+    if data.eval == SYNTHETIC:
+        train, held_out = make_task(config.seed)
+        train, held_out = train[: data.train_rows], held_out[: data.eval_rows]
+        reports = [
+            LoadReport(SYNTHETIC, len(train), len(train)),
+            LoadReport(SYNTHETIC, len(held_out), len(held_out)),
+        ]
+        return train, held_out, reports if with_train else reports[1:]
+    common: dict[str, Any] = {
+        "format": data.format,
+        "fields": data.fields or None,
+        "answer_type": config.reward.answer_type,
+    }
+    train, reports = [], []
+    if with_train:
+        train, report = load_examples(
+            data.train, split=data.train_split, require_cot=True, limit=data.train_rows, **common
+        )
+        reports.append(report)
+    held_out, report = load_examples(
+        data.eval, split=data.eval_split, require_cot=False, limit=data.eval_rows, **common
+    )
+    return train, held_out, [*reports, report]
+
+
+def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
+    """What a run would do, for --dry-run."""
+    run = prepared.run
+    table = Table("plan", "", title="dry run: nothing was written")
+    for report in prepared.reports:
+        table.add_row("data", report.summary())
+    for stage in stages:
+        stage_config = run.config.sft if stage == "sft" else run.config.rl
+        steps = stage_total_steps(run.config, stage, len(run.train_rows))
+        table.add_row(stage, f"{steps} steps of {stage_config.batch_size} sequences, lr {stage_config.lr:g}")
+    table.add_row("evaluation", f"{len(run.eval_rows)} rows")
+    table.add_row("device", f"{run.device}, {run.config.model.compute_dtype}")
+    table.add_row("output", str(run.folder))
+    return table
+
+
+def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
+    """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
+    run = prepared.run
+    summary_path = run.folder / SUMMARY_FILE
+    if resume and summary_path.is_file():
+        run.console.log(f"{run.folder}: this run is finished")
+        return json.loads(summary_path.read_text())
+    run.stop.install()
+    run.open(resume=resume)
+    for report in prepared.reports:
+        run.console.log(report.summary())
+    model_path = run.config.model.path
+    trainers = {"sft": train_sft, "rl": train_rl}
+    for stage in stages:
+        final = run.folder / ("sft" if stage == "sft" else "model")
+        if final.is_dir():  # a resumed run that was past this stage
+            run.metrics.resume(["sft", stage], stage, 0)
+        else:
+            loop = trainers[stage](run, model_path)
+            _export(run, loop, final)
+        model_path = str(final)
+    summary = summarise(run, stages)
+    write_report(run.folder, run.config, run.metrics.records, summary)
+    write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
+    run.metrics.close()
+    run.console.show(summary_table(summary))
+    run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
+    return summary
+
+
+def _export(run: Run, loop: StageLoop, final: Path) -> None:
+    def write(folder: Path) -> None:
+        loop.model.save(folder)
+        run.tokenizer.save_pretrained(folder)
+
+    write_folder(final, write)
+
+
+def evaluate_only(prepared: Prepared) -> EvalResult:
+    """Greedy evaluation of the model as it is; writes nothing."""
+    run = prepared.run
+    run.stop.install()
+    for report in prepared.reports:
+        run.console.log(report.summary())
+    model = load_model(run.config, run.config.model.path, run.device, heads=False)
+    return run.answer(build_engine(run.config.rollout, model, run.tokenizer), "eval")
+
+
+def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
+    """The run's figures; see docs/runs.md for the fields."""
+    records = run.metrics.records
+    evals = [record for record in records if record["kind"] == "eval"]
+    first, last = evals[0], evals[-1]
+    sft_evals = [record for record in evals if record["stage"] == "sft"]
+    after_sft = sft_evals[-1] if "sft" in stages else first
+    by_phase = run.metrics.seconds_by_phase()
+    return {
+        "method": method_name(run.config) if "rl" in stages else "sft",
+        "seed": run.config.seed,
+        "initial_accuracy": first["accuracy"],
+        "sft_accuracy": after_sft["accuracy"],
+        "final_accuracy": last["accuracy"],
+        "eval_rows": last["rows"],
+        "accuracy_ci95": last["accuracy_ci95"],
+        "sft_accuracy_ci95": after_sft["accuracy_ci95"],
+        "step_by_step": {"sft": after_sft["step_by_step"], "final": last["step_by_step"]},
+        "completion_length": {"sft": after_sft["completion_length"], "final": last["completion_length"]},
+        "completion_tokens": sum(
+            r["completion_tokens"] for r in records if r["kind"] == "train" and r["stage"] == "rl"
+        ),
+        "seconds_total": round(sum(by_phase.values()), 2),
+        "seconds_by_phase": by_phase,
+        "example": _before_and_after(run, after_sft, last),
+        "versions": versions(),
+    }
+
+
+def method_name(config: Config) -> str:
+    if config.contrastive.mode == "none" and config.reward.partial == "constant":
+        return "reft"
+    return "carft"
+
+
+def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    """One evaluation question with both answers: the first that went from wrong to right, else the first."""
+
+    def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
+        path = run.folder / "samples" / f"{record['stage']}-eval-{record['step']:06d}.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    pairs = list(zip(samples(before), samples(after), strict=True))
+    old, new = next((pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]), pairs[0])
+    return {
+        "question": new["question"],
+        "target": new["target"],
+        "before": old["completion"],
+        "after": new["completion"],
+    }
+
+
+def summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(
+        "",
+        "before RL",
+        "final",
+        title=f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows",
+    )
+
+    def percent(interval: Sequence[float]) -> str:
+        return f"[{interval[0]:.1%}, {interval[1]:.1%}]"
+
+    table.add_row("greedy accuracy", f"{summary['sft_accuracy']:.1%}", f"{summary['final_accuracy']:.1%}")
+    table.add_row("  95% interval", percent(summary["sft_accuracy_ci95"]), percent(summary["accuracy_ci95"]))
+    steps, length = summary["step_by_step"], summary["completion_length"]
+    table.add_row("step-by-step answers", f"{steps['sft']:.1%}", f"{steps['final']:.1%}")
+    table.add_row("tokens per answer", f"{length['sft']:.1f}", f"{length['final']:.1f}")
+    table.add_row("tokens sampled in RL", "", f"{summary['completion_tokens']:,}")
+    for phase, seconds in summary["seconds_by_phase"].items():
+        table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
+    table.add_row("seconds: total", "", f"{summary['seconds_total']:.1f}")
+    example = summary["example"]
+    table.add_section()
+    table.add_row("question", example["question"].strip(), f"target {example['target']}")
+    table.add_row("answer", example["before"].strip(), example["after"].strip())
+    return table

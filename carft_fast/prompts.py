@@ -1,0 +1,103 @@
+"""From questions to token ids: the prompt, and the completion a model is taught."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from carft_fast.data import LoadReport
+from carft_fast.errors import InputError
+from carft_fast.reward import ANSWER_TRIGGER, REASONING_TRIGGER
+from carft_fast.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedExample:
+    """An example with its token ids; `completion_ids` ends with EOS and is empty when there is no annotated CoT."""
+
+    example: Example
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+    @property
+    def total_length(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """A tokenizer needs an EOS. One without padding pads with EOS: masks here come from lengths, never from ids."""
+    if tokenizer.eos_token_id is None:
+        raise InputError("the tokenizer has no EOS token: completions could not end (set eos_token in its config)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+class PromptFormat:
+    """Text around questions and answers.
+
+    "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published template; "chat": the tokenizer's chat
+    template with the question as the user's message. The completion is `{CoT}\\nTherefore, the answer is: {answer}`
+    and EOS in both. Prompt and completion are tokenised apart, so that training sees the boundary sampling sees.
+    """
+
+    def __init__(self, tokenizer: Any, template: str = "carft") -> None:
+        if template == "chat" and not tokenizer.chat_template:
+            raise InputError('data.template = "chat": the tokenizer has no chat template; allowed here: "carft"')
+        self._tokenizer = tokenizer
+        self._template = template
+
+    def prompt_text(self, question: str) -> str:
+        if self._template == "carft":
+            return f"Question:\n{question}{REASONING_TRIGGER}"
+        message = [{"role": "user", "content": question}]
+        return self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Ids with the tokenizer's own special tokens (BOS), without an EOS it may append."""
+        # a chat template writes its special tokens itself
+        special = self._template == "carft"
+        ids = list(self._tokenizer(self.prompt_text(question), add_special_tokens=special)["input_ids"])
+        return ids[:-1] if special and ids[-1:] == [self._tokenizer.eos_token_id] else ids
+
+    def completion_text(self, cot: str, answer: str) -> str:
+        return f"{cot}{ANSWER_TRIGGER}{answer}"
+
+    def completion_ids(self, cot: str, answer: str) -> list[int]:
+        text = self.completion_text(cot, answer)
+        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    prompt_format: PromptFormat,
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    report: LoadReport,
+    require_cot: bool,
+) -> list[EncodedExample]:
+    """Tokenise; rows with a prompt over `max_prompt_length`, or prompt + annotated completion over `max_length`, are
+    counted in `report` and left out. Raises InputError when none is left."""
+    encoded: list[EncodedExample] = []
+    totals: list[int] = []
+    for example in examples:
+        prompt_ids = prompt_format.prompt_ids(example.question)
+        completion_ids = prompt_format.completion_ids(example.cot, example.answer) if require_cot else []
+        row = EncodedExample(example, prompt_ids, completion_ids)
+        totals.append(row.total_length)
+        if len(prompt_ids) > max_prompt_length:
+            reason = f"prompt longer than {max_prompt_length} tokens (data.max_length - rollout.max_new_tokens)"
+        elif row.total_length > max_length:
+            reason = f"prompt and annotated completion longer than data.max_length = {max_length} tokens"
+        else:
+            encoded.append(row)
+            continue
+        report.reject(reason, example.item_id, f"{len(prompt_ids)} + {len(completion_ids)} tokens")
+    report.rows_used = len(encoded)
+    if not encoded:
+        raise InputError(
+            f"every row of {report.source} is too long: rows have {min(totals)} to {max(totals)} tokens\n{report.summary()}"
+        )
+    return encoded

@@ -1,0 +1,61 @@
+"""What the trainer knows of a sampler. It never asks which engine it has."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from carft_fast.config import RolloutConfig
+from carft_fast.model import CarftModel
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to sample. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off; `seed` makes the call repeatable."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples_per_prompt: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One completion. `completion_ids` ends with EOS when `finish_reason` is "stop".
+
+    `sampled_logprobs` are of the distribution actually sampled from: temperature, top-p and top-k applied (all 0 for
+    greedy). `weight_version` is that of the weights that sampled it.
+    """
+
+    completion_ids: list[int]
+    sampled_logprobs: list[float]
+    finish_reason: Literal["stop", "length"]
+    weight_version: int
+
+
+class RolloutEngine(Protocol):
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        """`samples_per_prompt` completions of each prompt, in the order of the prompts, a prompt's side by side.
+
+        `on_progress` is called with the number of completions just finished; what it raises propagates.
+        """
+        ...
+
+    def sync(self, model: CarftModel) -> int:
+        """Take over the model's weights; returns their version, one more than before."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def build_engine(config: RolloutConfig, model: CarftModel, tokenizer: Any) -> RolloutEngine:
+    from carft_fast.rollout.hf import HFEngine
+
+    return HFEngine(model, tokenizer, batch_size=config.batch_size)

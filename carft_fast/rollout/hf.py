@@ -1,0 +1,141 @@
+"""Rollouts with transformers' `generate`, in this process and on the trainer's own weights."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from carft_fast.batch import derive_seed
+from carft_fast.model import CarftModel
+from carft_fast.rollout.base import Rollout, SamplingParams
+
+
+class _LogprobRecorder(LogitsProcessor):
+    """Last in the chain: log-probs of the distribution the next token is drawn from, kept until it is known."""
+
+    def __init__(self) -> None:
+        self._pending_BV: Tensor | None = None
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.take(input_ids[:, -1])
+        self._pending_BV = scores.float().log_softmax(-1)
+        return scores
+
+    def take(self, token_B: Tensor) -> None:
+        if self._pending_BV is not None:
+            self.logprobs.append(self._pending_BV.gather(1, token_B[:, None])[:, 0])
+            self._pending_BV = None
+
+
+class HFEngine:
+    """Engine "hf". `sync` copies nothing: the sampler reads the trainer's weights."""
+
+    def __init__(self, model: CarftModel, tokenizer: Any, *, batch_size: int) -> None:
+        self._model = model
+        self._eos_id: int = tokenizer.eos_token_id
+        self._pad_id: int = tokenizer.pad_token_id
+        self._batch_size = batch_size
+        self._version = 0
+
+    def sync(self, model: CarftModel) -> int:
+        self._model = model
+        self._version += 1
+        return self._version
+
+    def close(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        jobs = [prompt for prompt in prompts for _ in range(sampling.samples_per_prompt)]
+        by_length = sorted(range(len(jobs)), key=lambda job: len(jobs[job]))  # little padding within a batch
+        results: dict[int, Rollout] = {}
+        was_training = self._model.lm.training
+        self._model.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
+        try:
+            for start in range(0, len(by_length), self._batch_size):
+                rows = by_length[start : start + self._batch_size]
+                seed = derive_seed(sampling.seed, "generate", start)
+                results.update(
+                    zip(rows, self._generate_batch([jobs[row] for row in rows], sampling, seed), strict=True)
+                )
+                if on_progress is not None:
+                    on_progress(len(rows))
+        finally:
+            self._model.lm.train(was_training)
+        return [results[job] for job in range(len(jobs))]
+
+    def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seed: int) -> list[Rollout]:
+        device = self._model.device
+        longest = max(map(len, prompts))
+        ids_BL = torch.tensor([[self._pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+        recorder = _LogprobRecorder()
+        greedy = sampling.temperature == 0
+        processors = LogitsProcessorList()
+        if not greedy:
+            # Set here, not in the generation config: generate() applies its own warpers after these, and the
+            # recorder must see what is sampled from.
+            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(sampling.top_p))
+            processors.append(recorder)
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            output_BL = self._model.lm.generate(
+                input_ids=ids_BL,
+                attention_mask=mask_BL,
+                logits_processor=processors,
+                generation_config=self._generation_config(sampling, greedy),
+            )
+        completion_BL = output_BL[:, longest:]
+        recorder.take(completion_BL[:, -1])
+        logprob_BL = torch.zeros(completion_BL.shape) if greedy else torch.stack(recorder.logprobs, 1).cpu()
+        return [
+            self._rollout(ids, logprobs)
+            for ids, logprobs in zip(completion_BL.tolist(), logprob_BL.tolist(), strict=True)
+        ]
+
+    def _rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
+        # Ends at the first EOS, by position: what follows is padding, whatever id padding has.
+        length = ids.index(self._eos_id) + 1 if self._eos_id in ids else len(ids)
+        stopped = ids[length - 1] == self._eos_id
+        return Rollout(ids[:length], logprobs[:length], "stop" if stopped else "length", self._version)
+
+    def _generation_config(self, sampling: SamplingParams, greedy: bool) -> GenerationConfig:
+        # Every field a model's own generation_config.json might set is stated, or generate() would merge it in:
+        # Qwen2.5 ships top_k 20, top_p 0.8 and a repetition penalty.
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            max_length=None,
+            do_sample=not greedy,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            min_p=None,
+            typical_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=self._eos_id,
+            pad_token_id=self._pad_id,
+            use_cache=True,
+        )

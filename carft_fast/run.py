@@ -1,0 +1,237 @@
+"""One run: its folder, its inputs, and the loop around the steps of a stage."""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from carft_fast.checkpoint import CheckpointStore, load_optimizer, write_text
+from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
+from carft_fast.console import Console
+from carft_fast.errors import InputError
+from carft_fast.evaluate import EvalResult, evaluate
+from carft_fast.metrics import MetricsLog, PhaseTimer
+from carft_fast.model import CarftModel, load_model
+from carft_fast.optim import build_optimizer
+from carft_fast.prompts import EncodedExample, PromptFormat
+from carft_fast.rollout import RolloutEngine
+from carft_fast.signals import Stopped, StopRequest
+
+CONFIG_FILE = "config.toml"
+SUMMARY_FILE = "summary.json"
+VERSIONED = (
+    "carft-fast",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+)
+
+
+@dataclass
+class Run:
+    """Everything a stage needs, made once by `pipeline.prepare`."""
+
+    config: Config
+    folder: Path
+    tokenizer: Any
+    prompt_format: PromptFormat
+    train_rows: list[EncodedExample]
+    eval_rows: list[EncodedExample]
+    device: torch.device
+    console: Console
+    stop: StopRequest
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+
+    def __post_init__(self) -> None:
+        self.metrics = MetricsLog(self.folder)
+        self.store = CheckpointStore(self.folder / "checkpoints", self.config.output.keep_last)
+
+    def open(self, *, resume: bool) -> None:
+        """Make or re-open the run folder. The first thing that writes."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "samples").mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--output-dir {self.folder}: cannot be written: {error.strerror}") from None
+        self.console.log_to(self.folder / "console.log")
+        if resume:
+            self.store.clean()
+        write_text(self.folder / CONFIG_FILE, to_toml(self.config))
+        environment = {
+            "command": sys.argv,
+            "seed": self.config.seed,
+            "versions": versions(),
+            "machine": {
+                "cpu_count": os.cpu_count(),
+                "threads": torch.get_num_threads(),
+                "device": str(self.device),
+            },
+        }
+        write_text(self.folder / "run.json", json.dumps(environment, indent=2) + "\n")
+
+    def write_result(self, result: EvalResult) -> None:
+        """What `carft-fast eval --output-dir` leaves: completions and figures."""
+        self.write_samples("eval", result.samples)
+        write_text(
+            self.folder / SUMMARY_FILE,
+            json.dumps({**result.metrics, "versions": versions()}, indent=2) + "\n",
+        )
+
+    def write_samples(self, name: str, samples: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_text(self.folder / "samples" / f"{name}.jsonl", text)
+
+    def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
+        """Greedy evaluation with a progress bar; a stop request ends it."""
+        with self.timer("evaluate"), self.console.track(description, len(self.eval_rows), "rows") as tracker:
+
+            def on_progress(n: int) -> None:
+                tracker.advance(n)
+                self.stop.check()
+
+            return evaluate(engine, self.eval_rows, self.prompt_format, self.config, on_progress)
+
+    def evaluate(self, engine: RolloutEngine, stage: str, step: int) -> EvalResult:
+        """Evaluate, log the record, write the completions to samples/<stage>-eval-<step>.jsonl."""
+        result = self.answer(engine, f"evaluate {stage}")
+        self.write_samples(f"{stage}-eval-{step:06d}", result.samples)
+        self.metrics.log(stage, "eval", step, result.metrics, self.timer.flush())
+        self.console.log(f"{stage} step {step}: {result.describe()}")
+        return result
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def check_run_folder(folder: Path, config: Config, *, resume: bool) -> None:
+    """Refuse, before anything is written, a folder this run must not write to."""
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise InputError(f"--output-dir {folder}: {parent} is a file, not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--output-dir {folder}: {parent} is not writable")
+    saved = folder / CONFIG_FILE
+    if resume:
+        if not saved.is_file():
+            raise InputError(f"--resume: {folder} holds no run ({CONFIG_FILE} is missing)")
+        if changed := differences(config, load_config(str(saved))):
+            raise InputError(
+                f"--resume: the config differs from that of the run in {folder}:\n  " + "\n  ".join(changed)
+            )
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"--output-dir {folder}: not empty; add --resume to go on with that run, or name another")
+
+
+class StageLoop(AbstractContextManager["StageLoop"]):
+    """The steps of one stage, with what happens between steps: evaluation, checkpoints, progress, stop requests.
+
+    Use as `with StageLoop(...) as loop: for step in loop: ...`. It owns the model and its optimizer, loaded from the
+    stage's newest checkpoint when there is one, else from `model_path`. A stop request saves before it ends the loop.
+    """
+
+    def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
+        self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
+        checkpoint = run.store.latest(stage)
+        path, self._step = (str(checkpoint[0]), checkpoint[1]) if checkpoint else (model_path, 0)
+        with run.timer("load"):
+            self.model: CarftModel = load_model(run.config, path, run.device, heads=True)
+            self.optimizer = build_optimizer(self.model, config)
+            if checkpoint:
+                load_optimizer(checkpoint[0], self.model, self.optimizer)
+        run.metrics.resume([] if stage == "sft" else ["sft"], stage, self._step)
+        if checkpoint:
+            run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {path}")
+        self._engine: RolloutEngine | None = None
+
+    def evaluate_with(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    def __iter__(self) -> Iterator[int]:
+        run = self._run
+        with run.console.track(self._stage, self.total_steps, "steps") as tracker:
+            tracker.skip(self._step)
+            while True:
+                best = self._evaluate_if_due()
+                if best or self._due(self._config.save_every):
+                    self._save(best=best)
+                run.stop.check()
+                if self._step == self.total_steps:
+                    return
+                yield self._step
+                self._step += 1
+                tracker.advance(note=self._note())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Stopped):
+            path = self._save()
+            self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
+
+    def _due(self, every: int | None) -> bool:
+        return self._step > 0 and (self._step == self.total_steps or bool(every and self._step % every == 0))
+
+    def _evaluate_if_due(self) -> bool:
+        """True when the step was evaluated now and is the stage's best so far."""
+        run, stage, step = self._run, self._stage, self._step
+        known_start = step == 0 and bool(run.metrics.find("sft", "eval"))  # the weights SFT ended with
+        if not (step == 0 or self._due(self._config.eval_every)) or known_start:
+            return False
+        if run.metrics.find(stage, "eval", step):
+            return False
+        assert self._engine is not None
+        earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if record["step"] > 0]
+        result = run.evaluate(self._engine, stage, step)
+        return step > 0 and result.accuracy > max(earlier, default=-1.0)
+
+    def _save(self, *, best: bool = False) -> Path:
+        run = self._run
+        with run.timer("checkpoint"):
+            return run.store.save(
+                self._stage,
+                self._step,
+                self.model,
+                run.tokenizer,
+                self.optimizer,
+                seed=run.config.seed,
+                best=best,
+            )
+
+    def _note(self) -> str:
+        record = self._run.metrics.records[-1]
+        shown = ("loss", "reward", "train_accuracy")
+        return "  ".join(f"{name} {record[name]:.3f}" for name in shown if name in record)
+
+
+def total_steps(config: StageConfig, rows: int, rows_per_step: int) -> int:
+    return config.max_steps or -(-config.epochs * rows // rows_per_step)
+
+
+def stage_total_steps(config: Config, stage: str, rows: int) -> int:
+    """Steps of a stage over `rows` training rows."""
+    stage_config: StageConfig = config.sft if stage == "sft" else config.rl
+    if isinstance(stage_config, SftConfig):
+        return total_steps(stage_config, rows, stage_config.batch_size)
+    return total_steps(stage_config, rows, config.rl.batch_size // config.rollout.samples_per_prompt)

@@ -1,0 +1,31 @@
+"""Ctrl-C and SIGTERM save first: the first one asks the run to stop at its next safe point, a second one kills it."""
+
+import signal
+from types import FrameType
+
+
+class Stopped(Exception):  # noqa: N818 - an event, not an error
+    """Raised at a safe point (weights and step agree) after a stop was asked for."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.exit_code = 128 + signum
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM; `check()` turns it into Stopped."""
+
+    def __init__(self) -> None:
+        self._signum: int | None = None
+
+    def install(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def check(self) -> None:
+        if self._signum is not None:
+            raise Stopped(self._signum)
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        self._signum = signum
+        signal.signal(signum, signal.SIG_DFL)

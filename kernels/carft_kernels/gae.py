@@ -1,0 +1,195 @@
+"""Advantages over packed sequences: KL-shaped rewards, generalised advantage estimation, whitening.
+
+    r_t     = [t is the sequence's last token] score - kl_coef (old_logprob_t - ref_logprob_t)
+    delta_t = r_t + gamma v_{t+1} - v_t,   v after the last token = 0
+    A_t     = delta_t + gamma lambda A_{t+1},   return_t = A_t + v_t
+    whiten  = (x - mean) / sqrt(var + 1e-8), var unbiased, statistics over masked tokens of every rank
+
+Source: paper section 3.2, ReFT; GAE, Schulman et al. 2016. None of the three carries gradient. Accumulation: float32
+(float64 for float64 input).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from carft_kernels._runtime import (
+    Impl,
+    accumulation_dtype,
+    check_bool,
+    check_cu_seqlens,
+    check_float,
+    check_impl,
+    check_like,
+    sequence_index,
+)
+
+_VARIANCE_EPS = 1e-8
+
+
+def gae_reference(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """The obvious expression, token by token."""
+    advantage_T = torch.zeros_like(reward_T)
+    for s, e in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        following = next_value = torch.zeros_like(reward_T[0]) if e > s else None
+        for t in reversed(range(s, e)):
+            delta = reward_T[t] + gamma * next_value - value_T[t]
+            following = advantage_T[t] = delta + gamma * lam * following
+            next_value = value_T[t]
+    return advantage_T, advantage_T + value_T
+
+
+def kl_shaped_reward_reference(
+    score_B: Tensor, old_logprob_T: Tensor, ref_logprob_T: Tensor, cu_seqlens: Tensor, *, kl_coef: float
+) -> Tensor:
+    """The obvious expression."""
+    reward_T = -kl_coef * (old_logprob_T - ref_logprob_T)
+    for b, (s, e) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        if e > s:
+            reward_T[e - 1] += score_B[b]
+    return reward_T
+
+
+def whiten_reference(x_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """The obvious expression, one rank, at least two tokens."""
+    mask_T = torch.ones_like(x_T, dtype=torch.bool) if mask_T is None else mask_T
+    counted = x_T[mask_T]
+    return torch.where(mask_T, (x_T - counted.mean()) * (counted.var() + _VARIANCE_EPS).rsqrt(), 0.0)
+
+
+@torch.no_grad()
+def gae(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates of packed sequences.
+
+    Equivalent, from the last token of each sequence to its first: `A[t] = r[t] + gamma * v[t + 1] - v[t] + gamma *
+    lam * A[t + 1]`, with `v` and `A` zero after the last token; `return_ = A + v`.
+
+    Args:
+        reward_T, value_T: float [T].
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
+        gamma, lam: discount and GAE lambda, in [0, 1].
+        impl: "auto" or "torch".
+
+    Returns:
+        advantage [T] and return [T], float32 (float64 for float64 rewards), without gradient.
+
+    Raises:
+        ValueError: naming the argument, what was seen and what is allowed.
+    """
+    check_impl("gae", impl)
+    check_float("reward_T", reward_T, 1)
+    check_float("value_T", value_T, 1)
+    tokens = len(reward_T)
+    check_like("value_T", value_T, (tokens,), "reward_T", reward_T)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens, "reward_T", reward_T)
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= x <= 1:
+            raise ValueError(f"{name} = {x}: expected a number in [0, 1]")
+    dtype = accumulation_dtype(reward_T)
+    reward_T, value_T = reward_T.to(dtype), value_T.to(dtype)
+    if tokens == 0:
+        return reward_T.clone(), value_T.clone()
+    # One step per position counted from the end of the sequences, all sequences at once.
+    lengths_B = cu_seqlens.diff().long()
+    longest = int(lengths_B.max())
+    back_T = (
+        cu_seqlens[1:].long()[sequence_index(cu_seqlens, tokens)] - 1 - torch.arange(tokens, device=reward_T.device)
+    )
+    slot_T = back_T * len(lengths_B) + sequence_index(cu_seqlens, tokens)
+    delta_LB = reward_T.new_zeros(longest * len(lengths_B))
+    next_value_LB = delta_LB.clone()
+    next_value_LB[slot_T] = value_T
+    next_value_LB = next_value_LB.view(longest, -1).roll(1, 0)
+    next_value_LB[0] = 0.0
+    delta_LB[slot_T] = reward_T + gamma * next_value_LB.flatten()[slot_T] - value_T
+    advantage_LB = delta_LB.view(longest, -1)
+    for step in range(1, longest):
+        advantage_LB[step] += gamma * lam * advantage_LB[step - 1]
+    advantage_T = advantage_LB.flatten()[slot_T]
+    return advantage_T, advantage_T + value_T
+
+
+@torch.no_grad()
+def kl_shaped_reward(
+    score_B: Tensor,
+    old_logprob_T: Tensor,
+    ref_logprob_T: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    kl_coef: float,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Per-token reward: minus the KL penalty everywhere, plus the sequence's score at its last token.
+
+    Equivalent: `r = -kl_coef * (old_logprob - ref_logprob)`; `r[cu_seqlens[1:] - 1] += score`.
+
+    Args:
+        score_B: float [B], terminal score of each sequence; that of an empty sequence is dropped.
+        old_logprob_T, ref_logprob_T: float [T], log-probs of the sampling policy and of the reference.
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
+        kl_coef: weight of the penalty, at least 0.
+        impl: "auto" or "torch".
+
+    Returns:
+        reward [T], float32 (float64 for float64 log-probs), without gradient.
+
+    Raises:
+        ValueError: naming the argument, what was seen and what is allowed.
+    """
+    check_impl("kl_shaped_reward", impl)
+    check_float("old_logprob_T", old_logprob_T, 1)
+    tokens = len(old_logprob_T)
+    check_float("ref_logprob_T", ref_logprob_T, 1)
+    check_like("ref_logprob_T", ref_logprob_T, (tokens,), "old_logprob_T", old_logprob_T)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens, "old_logprob_T", old_logprob_T)
+    check_like("score_B", score_B, (cu_seqlens.numel() - 1,), "cu_seqlens", old_logprob_T)
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef = {kl_coef}: expected a number of at least 0")
+    dtype = accumulation_dtype(old_logprob_T)
+    reward_T = -kl_coef * (old_logprob_T.to(dtype) - ref_logprob_T.to(dtype))
+    filled_B = cu_seqlens.diff() > 0
+    return reward_T.index_add_(0, cu_seqlens[1:][filled_B].long() - 1, score_B[filled_B].to(dtype))
+
+
+@torch.no_grad()
+def whiten(
+    x_T: Tensor, mask_T: Tensor | None = None, *, group: dist.ProcessGroup | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """Shift and scale to mean 0 and variance 1 over the masked tokens of every rank.
+
+    Equivalent on one rank: `(x - x[mask].mean()) * (x[mask].var() + 1e-8).rsqrt()`, 0 outside the mask.
+
+    Args:
+        x_T: float [T]; T may differ between ranks, and be 0.
+        mask_T: bool [T], the tokens that count; all when None.
+        group: process group whose ranks share the statistics; this process alone when None.
+        impl: "auto" or "torch".
+
+    Returns:
+        [T], float32 (float64 for float64 input), without gradient. With fewer than two counted tokens the variance is
+        taken as 0.
+
+    Raises:
+        ValueError: naming the argument, what was seen and what is allowed.
+    """
+    check_impl("whiten", impl)
+    check_float("x_T", x_T, 1)
+    if mask_T is None:
+        mask_T = torch.ones_like(x_T, dtype=torch.bool)
+    else:
+        check_like("mask_T", mask_T, tuple(x_T.shape), "x_T", x_T)
+        check_bool("mask_T", mask_T)
+    x_T = x_T.to(accumulation_dtype(x_T))
+    count_sum = torch.stack([mask_T.sum().to(x_T.dtype), torch.where(mask_T, x_T, 0.0).sum()])
+    if group is not None:
+        dist.all_reduce(count_sum, group=group)
+    count, mean = count_sum[0], count_sum[1] / count_sum[0].clamp(min=1)
+    centred_T = torch.where(mask_T, x_T - mean, 0.0)
+    squares = centred_T.square().sum()
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return centred_T * (squares / (count - 1).clamp(min=1) + _VARIANCE_EPS).rsqrt()

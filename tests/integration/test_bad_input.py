@@ -1,0 +1,297 @@
+"""Bad input through the command line: exit code 2, one readable message naming the thing, nothing written."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import transformers
+from tokenizers import Tokenizer, models
+
+from carft_fast.__main__ import main
+from carft_fast.config import load_config, to_toml
+
+ROWS = [
+    {"item_id": f"r{i}", "question": f"What is {i} + 1 ?", "answer_cot": "add one", "answer_value": str(i + 1)}
+    for i in range(8)
+]
+
+
+class Outcome:
+    def __init__(self, code: int, output: str, error: str) -> None:
+        self.code, self.output, self.error = code, output, error
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture
+def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run the command in a clean working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["carft-fast", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capsys.readouterr()
+        return Outcome(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+def write(path: Path, content: object) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def sets(**values: str) -> list[str]:
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+# case -> (words of the command line, what the message must contain)
+CONFIG_CASES: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (sets(rl__learning_rate="1"), ["rl.learning_rate", "unknown key"]),
+    "misspelt key": (sets(rollout__temprature="1"), ["rollout.temprature", "did you mean rollout.temperature"]),
+    "misspelt section": (sets(rolout__temperature="1"), ["rolout", "did you mean rollout"]),
+    "negative learning rate": (sets(sft__lr="-1"), ["sft.lr = -1", "greater than 0"]),
+    "zero batch": (sets(rl__batch_size="0"), ["rl.batch_size = 0", "greater than or equal to 1"]),
+    "word for a number": (sets(rl__max_steps="many"), ['rl.max_steps = "many"', "integer"]),
+    "float for an integer": (sets(rl__ppo_epochs="1.5"), ["rl.ppo_epochs = 1.5", "integer"]),
+    "number for a switch": (sets(rl__whiten_advantages="3"), ["rl.whiten_advantages = 3", "boolean"]),
+    "gamma above one": (sets(rl__gamma="1.1"), ["rl.gamma = 1.1", "less than or equal to 1"]),
+    "not a number": (sets(rl__kl_coef="nan"), ["rl.kl_coef", "finite"]),
+    "unknown choice": (sets(model__value_head="both"), ["model.value_head", "'shared' or 'separate'"]),
+    "unknown engine": (sets(rollout__engine="sglang"), ["rollout.engine", "'hf'"]),
+    "mini-batch above batch": (sets(rl__mini_batch_size="65"), ["rl.mini_batch_size = 65", "rl.batch_size = 64"]),
+    "group does not divide": (sets(rollout__samples_per_prompt="3"), ["rl.batch_size = 64", "samples_per_prompt = 3"]),
+    "no room for the prompt": (
+        sets(rollout__max_new_tokens="1024"),
+        ["rollout.max_new_tokens = 1024", "data.max_length = 1024"],
+    ),
+    "set without a value": (["--set", "rl.lr"], ["--set rl.lr", "section.key=value"]),
+    "value used as a section": (["--set", "seed=1", "--set", "seed.x=2"], ["seed"]),
+    "half synthetic": (sets(data__train="synthetic"), ["data.train", "data.eval"]),
+    "run name with a slash": (sets(output__name="a/b"), ["output.name"]),
+    "config file missing": (["--config", "none.toml"], ["none.toml", "no such file"]),
+    "model not set": ([], ["model.path"]),
+    "model folder missing": (sets(model__path="./nowhere"), ["./nowhere", "not a folder"]),
+}
+
+
+@pytest.mark.parametrize("case", CONFIG_CASES)
+def test_config_cases(cli: Cli, tmp_path: Path, case: str) -> None:
+    words, expected = CONFIG_CASES[case]
+    assert_refused(cli("sft", *words), expected)
+    assert list(tmp_path.iterdir()) == []
+
+
+def assert_refused(outcome: Outcome, expected: list[str]) -> None:
+    assert outcome.code == 2, outcome.error
+    assert outcome.error.startswith("error: "), outcome.error
+    assert "Traceback" not in outcome.error + outcome.output
+    for text in expected:
+        assert text in outcome.error, outcome.error
+
+
+def test_config_file_with_a_syntax_error_names_the_line(cli: Cli, tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.toml", "seed = 0\n[model\n")
+    assert_refused(cli("rl", "--config", path), ["bad.toml", "line 2"])
+
+
+def test_every_mistake_is_reported_at_once(cli: Cli) -> None:
+    outcome = cli("config", *sets(rl__lr="-1", sft__lr="-2", rl__foo="1"))
+    assert_refused(outcome, ["rl.lr = -1", "sft.lr = -2", "rl.foo"])
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model with tokenizer, as an ordinary folder."""
+    from carft_fast.synthetic import build_model_config, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer()
+    transformers.LlamaForCausalLM(build_model_config(len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_data(model: Path, train: str, held_out: str, **more: str) -> list[str]:
+    values = {"data__max_length": "160", "rollout__max_new_tokens": "24", **more}
+    return sets(model__path=str(model), data__train=train, data__eval=held_out, **values)
+
+
+DATA_CASES: dict[str, tuple[object, list[str]]] = {
+    "malformed JSON": ('[\n{"question": "a"},\n{"question" "b"}\n]', ["train.json", "line 3"]),
+    "an object instead of a list": ({"rows": ROWS}, ["train.json"]),
+    "empty file": ("", ["train.json"]),
+    "empty list": ([], ["train.json"]),
+    "no annotated reasoning": ([{**row, "answer_cot": ""} for row in ROWS], ["train.json"]),
+    "no parsable answer": ([{**row, "answer_value": "many"} for row in ROWS], ["train.json", "many"]),
+    "no question": ([{k: v for k, v in row.items() if k != "question"} for row in ROWS], ["train.json", "question"]),
+}
+
+
+@pytest.mark.parametrize("case", DATA_CASES)
+def test_training_data_cases(cli: Cli, tmp_path: Path, model_folder: Path, case: str) -> None:
+    content, expected = DATA_CASES[case]
+    train = write(tmp_path / "train.json", content)
+    held_out = write(tmp_path / "test.json", ROWS)
+    outcome = cli("sft", *with_data(model_folder, train, held_out), "--output-dir", "out")
+    assert_refused(outcome, expected)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_file(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    held_out = write(tmp_path / "test.json", ROWS)
+    assert_refused(cli("sft", *with_data(model_folder, "./none.json", held_out)), ["none.json"])
+
+
+def test_data_not_set(cli: Cli, model_folder: Path) -> None:
+    assert_refused(cli("sft", *sets(model__path=str(model_folder))), ["data.max_length"])
+    assert_refused(cli("sft", *with_data(model_folder, "", "")), ["data.train is not set"])
+    assert_refused(cli("eval", *with_data(model_folder, "", "")), ["data.eval is not set"])
+
+
+def test_max_length_below_every_prompt(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    path = write(tmp_path / "rows.json", ROWS)
+    words = with_data(model_folder, path, path, data__max_length="6", rollout__max_new_tokens="2")
+    assert_refused(cli("sft", *words), ["max_length"])
+
+
+def test_max_length_above_the_model(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    path = write(tmp_path / "rows.json", ROWS)
+    words = with_data(model_folder, path, path, data__max_length="100000")
+    assert_refused(cli("sft", *words), ["data.max_length = 100000", "positions"])
+
+
+def test_model_folder_without_tokenizer(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    assert_refused(cli("sft", *sets(model__path=str(bare))), [str(bare), "no tokenizer"])
+
+
+def test_folder_that_is_no_model(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_refused(cli("sft", *sets(model__path=str(tmp_path / "empty"))), ["config.json"])
+
+
+def test_model_with_pickled_weights_only(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    import torch
+
+    rows = write(tmp_path / "rows.json", ROWS)
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    torch.save({}, folder / "pytorch_model.bin")
+    assert_refused(cli("eval", *with_data(folder, "", rows)), [str(folder), "safetensors"])
+
+
+def test_tokenizer_without_eos(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    folder = tmp_path / "no_eos"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
+    )
+    tokenizer.save_pretrained(folder)
+    path = write(tmp_path / "rows.json", ROWS)
+    assert_refused(cli("sft", *with_data(folder, path, path)), ["EOS"])
+
+
+def test_chat_template_missing(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    path = write(tmp_path / "rows.json", ROWS)
+    assert_refused(cli("sft", *with_data(model_folder, path, path, data__template="chat")), ["chat template"])
+
+
+def test_output_folder_is_a_file(cli: Cli, tmp_path: Path, tiny_run: list[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert_refused(cli("quickstart", *tiny_run, "--output-dir", "file"), ["--output-dir file", "not a folder"])
+    assert_refused(cli("quickstart", *tiny_run, "--output-dir", "file/run"), ["file is a file"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_output_folder_cannot_be_written(cli: Cli, tiny_run: list[str]) -> None:
+    assert_refused(cli("quickstart", *tiny_run, "--output-dir", "/proc/carft_fast_run"), ["--output-dir /proc"])
+
+
+def test_output_folder_not_empty(cli: Cli, tmp_path: Path, tiny_run: list[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("x")
+    assert_refused(cli("quickstart", *tiny_run, "--output-dir", "mine"), ["not empty", "--resume"])
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["precious.txt"]
+
+
+def test_resume_without_a_run(cli: Cli, tiny_run: list[str]) -> None:
+    assert_refused(cli("quickstart", *tiny_run, "--output-dir", "nothing", "--resume"), ["--resume", "no run"])
+
+
+def test_resume_with_a_changed_config(cli: Cli, tmp_path: Path, tiny_run: list[str]) -> None:
+    from carft_fast.cli import QUICKSTART_CONFIG
+
+    (tmp_path / "run").mkdir()
+    saved = to_toml(load_config(str(QUICKSTART_CONFIG), tiny_run[1::2]))
+    write(tmp_path / "run" / "config.toml", saved)
+    outcome = cli("quickstart", *tiny_run, *sets(rl__lr="1e-3"), "--output-dir", "run", "--resume")
+    assert_refused(outcome, ["config differs", "rl.lr: 0.0002 -> 0.001"])
+    assert (tmp_path / "run" / "config.toml").read_text() == saved
+
+
+def test_heads_of_another_variant(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    from carft_fast.model import CarftHeads
+
+    folder = tmp_path / "with_heads"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    CarftHeads(64, 32, "shared").save(folder)
+    path = write(tmp_path / "rows.json", ROWS)
+    outcome = cli("rl", *with_data(folder, path, path), "--output-dir", "out")
+    assert_refused(outcome, ["carft_heads.json", "embedding_dim 32", "asks for 64"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_pad_equal_to_eos_is_no_mistake(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    """The completion's own EOS must stay in the loss when padding has the same id."""
+    folder = tmp_path / "pad_is_eos"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    path = write(tmp_path / "rows.json", ROWS)
+    words = with_data(folder, path, path, sft__max_steps="1", sft__batch_size="8")
+    assert cli("sft", *words, "--output-dir", "out").code == 0
+    record = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[1])
+    tokens = [len(tokenizer(f"add one\nTherefore, the answer is: {row['answer_value']}").input_ids) + 1 for row in ROWS]
+    assert record["completion_tokens"] == sum(tokens)
+
+
+def test_dry_run_writes_nothing(cli: Cli, tmp_path: Path, tiny_run: list[str]) -> None:
+    outcome = cli("quickstart", *tiny_run, "--dry-run")
+    assert outcome.code == 0, outcome.error
+    assert "6 steps of 16 sequences" in outcome.output
+    assert "4 steps of 12 sequences" in outcome.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_extra_is_one_sentence() -> None:
+    """Without the trainer's dependencies the command says which pip line brings them."""
+    code = "import sys; sys.modules['typer'] = None\nfrom carft_fast.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.strip() == 'carft-fast needs typer, which is not installed: pip install "carft-fast[train]"'
+
+
+def test_exit_code_of_the_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "carft_fast", "rl", "--set", "rl.lr=-1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (result.returncode, result.stderr.splitlines()[0]) == (
+        2,
+        "error: rl.lr = -1: input should be greater than 0",
+    )

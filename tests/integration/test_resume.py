@@ -1,0 +1,132 @@
+"""Kill it, resume it: the weights and the records must come out bit for bit as if nothing had happened."""
+
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TIMEOUT_SECONDS = 180
+
+
+def launch(folder: Path, options: list[str], *extra: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "carft_fast", "quickstart", "--output-dir", str(folder), *options, *extra]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    return process.returncode, output
+
+
+def digests(folder: Path) -> dict[str, str]:
+    names = (
+        "sft/model.safetensors",
+        "sft/carft_heads.safetensors",
+        "model/model.safetensors",
+        "model/carft_heads.safetensors",
+    )
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def records(folder: Path) -> list[dict[str, object]]:
+    """The metrics without their wall-clock seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:
+    """Until a path matching `pattern` exists below the run folder."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        if folder.is_dir() and next(folder.rglob(pattern), None) is not None:
+            return
+    pytest.fail(f"{pattern} never appeared: {finish(process)}")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    code, output = finish(launch(folder, tiny_run))
+    assert code == 0, output
+    return folder
+
+
+def assert_same_outcome(folder: Path, reference: Path) -> None:
+    assert digests(folder) == digests(reference)
+    assert records(folder) == records(reference)
+    assert not list(folder.rglob(".writing-*"))
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(uninterrupted: Path, tmp_path: Path, tiny_run: list[str]) -> None:
+    folder = tmp_path / "run"
+    rng = random.Random(0)
+    kills = 0
+    for attempt in range(12):
+        process = launch(folder, tiny_run, *(["--resume"] if (folder / "config.toml").exists() else []))
+        wait_for(process, folder, "config.toml")  # imports are over, work begins
+        try:
+            code, output = process.wait(timeout=rng.uniform(0.2, 3.0)), ""
+        except subprocess.TimeoutExpired:
+            if attempt < 8:
+                process.kill()
+                process.communicate()
+                kills += 1
+                continue
+            code, output = finish(process)
+        assert code == 0, output or process.communicate()[0]
+        if (folder / "summary.json").exists():
+            break
+    assert kills >= 2, "the run was too quick to be killed: the test tests nothing"
+    assert_same_outcome(folder, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [".writing-sft-000004", ".writing-rl-000002", ".writing-sft", ".writing-model"])
+def test_sigkill_while_a_checkpoint_is_written(
+    uninterrupted: Path, tmp_path: Path, tiny_run: list[str], pattern: str
+) -> None:
+    folder = tmp_path / "run"
+    process = launch(folder, tiny_run)
+    wait_for(process, folder, pattern)
+    process.kill()
+    process.communicate()
+    code, output = finish(launch(folder, tiny_run, "--resume"))
+    assert code == 0, output
+    assert_same_outcome(folder, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_request_saves_first(
+    uninterrupted: Path, tmp_path: Path, tiny_run: list[str], signum: signal.Signals, exit_code: int
+) -> None:
+    folder = tmp_path / "run"
+    options = [*tiny_run, "--set", "rl.save_every=100"]  # nothing but the stop request saves
+    process = launch(folder, options)
+    wait_for(process, folder, "rl-000001.jsonl")  # samples of the first RL step
+    process.send_signal(signum)
+    code, output = finish(process)
+    assert code == exit_code, output
+    assert "Traceback" not in output
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.startswith("rl-"))
+    assert saved, output
+    assert saved[-1] != "rl-000004", "the run was over before the signal: the test tests nothing"
+    code, output = finish(launch(folder, options, "--resume"))
+    assert code == 0, output
+    assert f"resumed at step {int(saved[-1].removeprefix('rl-'))}" in output
+    assert_same_outcome(folder, uninterrupted)
+
+
+def test_resume_of_a_finished_run_changes_nothing(uninterrupted: Path, tiny_run: list[str]) -> None:
+    before = digests(uninterrupted)
+    code, output = finish(launch(uninterrupted, tiny_run, "--resume"))
+    assert code == 0, output
+    assert "finished" in output
+    assert digests(uninterrupted) == before
