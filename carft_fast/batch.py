@@ -13,6 +13,7 @@ Worked example, two sequences with prompts (p) and completions (c):
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]],
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int64, device=device),
         completion_cu=torch.tensor(completion_cu, dtype=torch.int64, device=device),
         read_index_C=torch.tensor(read_index, dtype=torch.int64, device=device),
-        lengths=tuple(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:], strict=False)),
+        lengths=tuple(end - start for start, end in itertools.pairwise(cu_seqlens)),
     )
 
 

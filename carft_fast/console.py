@@ -51,7 +51,8 @@ class Tracker:
             self._last_line = now
             eta = (self._total - self._done) / rate if rate else float("inf")
             self._console.log(
-                f"{self._description} {self._done}/{self._total}  {rate:.1f} {self._unit}/s  ETA {eta:.0f} s  {note}".rstrip()
+                f"{self._description} {self._done}/{self._total}  {rate:.1f} {self._unit}/s"
+                f"  ETA {eta:.0f} s  {note}".rstrip()
             )
 
     def close(self) -> None:

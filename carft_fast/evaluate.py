@@ -49,7 +49,7 @@ def evaluate(
     """Answer every row greedily, up to rollout.max_new_tokens."""
     sampling = SamplingParams(max_new_tokens=config.rollout.max_new_tokens, temperature=0)
     rollouts = engine.generate([row.prompt_ids for row in rows], sampling, on_progress=on_progress)
-    samples = []
+    samples: list[dict[str, Any]] = []
     for row, rollout in zip(rows, rollouts, strict=True):
         text = prompt_format.decode(rollout.completion_ids)
         result = grade(

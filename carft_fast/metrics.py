@@ -87,21 +87,18 @@ class MetricsLog:
         self._writers: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
 
-    def resume(self, stages_done: list[str], stage: str, step: int) -> None:
-        """Keep what the checkpoint has seen: all of the finished stages, and this stage up to `step`.
-
-        Steps that ran after the checkpoint was written are taken back; they will be run, and counted, again.
-        """
+    def load(self) -> None:
+        """Read what an earlier process logged. A kill may have cut the last line; every earlier one is whole."""
         if self._path.exists():
-            # A kill may have cut the last line; every earlier one is whole.
             whole = self._path.read_text(encoding="utf-8").split("\n")[:-1]
-            records = [json.loads(line) for line in whole]
-            self.records = [
-                r for r in records if r["stage"] in stages_done or (r["stage"] == stage and r["step"] <= step)
-            ]
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-            os.replace(temporary, self._path)
+            self.records = [json.loads(line) for line in whole]
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Take back what this stage logged after `step`: those steps are run, and counted, again."""
+        self.records = [r for r in self.records if r["stage"] != stage or r["step"] <= step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+        os.replace(temporary, self._path)
 
     def log(
         self, stage: str, kind: str, step: int, values: Mapping[str, Any], seconds: Mapping[str, float]

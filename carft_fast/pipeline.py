@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.checkpoint import write_folder, write_text
 from carft_fast.config import SYNTHETIC, Config
@@ -46,6 +47,7 @@ def prepare(
     """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError."""
     if write:
         check_run_folder(folder, config, resume=resume)
+    disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer)
@@ -147,11 +149,8 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     trainers = {"sft": train_sft, "rl": train_rl}
     for stage in stages:
         final = run.folder / ("sft" if stage == "sft" else "model")
-        if final.is_dir():  # a resumed run that was past this stage
-            run.metrics.resume(["sft", stage], stage, 0)
-        else:
-            loop = trainers[stage](run, model_path)
-            _export(run, loop, final)
+        if not final.is_dir():  # else a resumed run that was past this stage
+            _export(run, trainers[stage](run, model_path), final)
         model_path = str(final)
     summary = summarise(run, stages)
     write_report(run.folder, run.config, run.metrics.records, summary)

@@ -98,6 +98,7 @@ def encode_examples(
     report.rows_used = len(encoded)
     if not encoded:
         raise InputError(
-            f"every row of {report.source} is too long: rows have {min(totals)} to {max(totals)} tokens\n{report.summary()}"
+            f"every row of {report.source} is too long: rows have {min(totals)} to {max(totals)} tokens\n"
+            f"{report.summary()}"
         )
     return encoded

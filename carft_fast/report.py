@@ -107,7 +107,8 @@ def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> 
         f"# {config.output.name}: {summary['method']}, seed {summary['seed']}",
         "",
         f"Model `{config.model.path}`, training data `{config.data.train}`, {summary['eval_rows']} held-out rows of "
-        f"`{config.data.eval}`. {summary['completion_tokens']:,} tokens sampled in RL, {summary['seconds_total']:.0f} s in all.",
+        f"`{config.data.eval}`. {summary['completion_tokens']:,} tokens sampled in RL, "
+        f"{summary['seconds_total']:.0f} s in all.",
         "",
         "| | before RL | final |",
         "| --- | --- | --- |",

@@ -1,12 +1,12 @@
 """Answers: taken out of a completion, compared with the target, scored. Pure; never raises on what a model wrote."""
 
+import collections
 import math
 import re
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 AnswerType = Literal["numeric", "choice"]
 Answer = float | str
-Scalar = TypeVar("Scalar")
 
 REASONING_TRIGGER = "\nAnswer reasoning:\n"
 ANSWER_TRIGGER = "\nTherefore, the answer is: "
@@ -45,12 +45,11 @@ def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
     is dropped. Returns None when there is nothing to extract.
     """
     text = text.rsplit(REASONING_TRIGGER, 1)[-1].strip()
-    last = None
-    for last in _TRIGGER.finditer(text):
-        pass
-    if last is None:
+    triggers = collections.deque(_TRIGGER.finditer(text), maxlen=1)
+    if not triggers:
         return _read(text, answer_type, whole=True) if len(text) <= _LONGEST_ANSWER else None
-    answer = text[last.end() : last.end() + _LONGEST_ANSWER].strip().split("\n", 1)[0]
+    start = triggers[0].end()
+    answer = text[start : start + _LONGEST_ANSWER].strip().split("\n", 1)[0]
     return _read(answer.rsplit("=", 1)[-1] if answer_type == "numeric" else answer, answer_type, whole=False)
 
 
@@ -106,9 +105,9 @@ def base_score(result: Grade, partial_score: float = 0.1) -> float:
     return partial_score if result.extractable else 0.0
 
 
-def embedding_partial_score(cosine: Scalar) -> Scalar:
+def embedding_partial_score(cosine: Any) -> Any:
     """CARFT's partial score 0.2 + 0.1 cos(z_1, z_2), in [0.1, 0.3]; for a float or a tensor."""
-    return 0.2 + 0.1 * cosine  # type: ignore[operator]
+    return 0.2 + 0.1 * cosine
 
 
 def _shorten(text: str) -> str:

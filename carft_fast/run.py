@@ -69,6 +69,7 @@ class Run:
         self.console.log_to(self.folder / "console.log")
         if resume:
             self.store.clean()
+            self.metrics.load()
         write_text(self.folder / CONFIG_FILE, to_toml(self.config))
         environment = {
             "command": sys.argv,
@@ -160,7 +161,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             self.optimizer = build_optimizer(self.model, config)
             if checkpoint:
                 load_optimizer(checkpoint[0], self.model, self.optimizer)
-        run.metrics.resume([] if stage == "sft" else ["sft"], stage, self._step)
+        run.metrics.rewind(stage, self._step)
         if checkpoint:
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {path}")
         self._engine: RolloutEngine | None = None

@@ -47,7 +47,7 @@ def make_task(
 
 def _make_problem(rng: random.Random, item_id: str) -> Example:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    start = value = rng.randint(2, 9)
+    start = value = rng.randint(1, LARGEST)
     sentences, terms, equations = [f"{name} has {start} {item}."], str(start), []
     for _ in range(STEPS):
         gains = [n for n in range(2, 10) if value + n <= LARGEST]
@@ -103,6 +103,7 @@ def build_model_config(vocab_size: int) -> Any:
         num_key_value_heads=4,
         intermediate_size=256,
         max_position_embeddings=256,
+        initializer_range=float(__import__("os").environ.get("INIT", "0.06")),
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=_SPECIAL.index("<eos>"),

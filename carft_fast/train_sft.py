@@ -1,5 +1,7 @@
 """Stage 1: supervised fine-tuning on annotated chains of thought. Spec: docs/methods, paper section 3.1."""
 
+import torch
+
 from carft_fast.batch import chunks, derive_seed, epoch_rows, pack
 from carft_fast.losses import sft_loss
 from carft_fast.optim import learning_rate, optimizer_step
@@ -19,7 +21,7 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
                 picked = epoch_rows(len(rows), config.batch_size, step, derive_seed(run.config.seed, "sft"))
                 picked.sort(key=lambda row: rows[row].total_length)  # micro-batches of like length: little padding
                 tokens = sum(len(rows[row].completion_ids) for row in picked)
-                loss_sum = 0.0
+                loss_sum = torch.zeros((), device=run.device)
                 for micro in chunks(picked, config.micro_batch_size):
                     batch = pack(
                         [rows[row].prompt_ids for row in micro],
@@ -28,7 +30,7 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
                     )
                     loss = sft_loss(model, model(batch), batch, tokens)
                     loss.backward()
-                    loss_sum = loss_sum + loss.detach()
+                    loss_sum += loss.detach()
                 lr = learning_rate(step, loop.total_steps, config)
                 norm = optimizer_step(model, loop.optimizer, lr, config.max_grad_norm)
                 values = {

@@ -1,7 +1,7 @@
 """Rollouts with transformers' `generate`, in this process and on the trainer's own weights."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -82,7 +82,7 @@ class HFEngine:
         return [results[job] for job in range(len(jobs))]
 
     def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seed: int) -> list[Rollout]:
-        device = self._model.device
+        device, lm = self._model.device, cast(Any, self._model.lm)  # generate() is typed as a Tensor
         longest = max(map(len, prompts))
         ids_BL = torch.tensor([[self._pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
@@ -100,7 +100,7 @@ class HFEngine:
             processors.append(recorder)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            output_BL = self._model.lm.generate(
+            output_BL: Tensor = lm.generate(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
                 logits_processor=processors,

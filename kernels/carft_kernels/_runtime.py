@@ -1,5 +1,6 @@
 """What every operator shares: input checks, accumulation dtype, choice of implementation."""
 
+import itertools
 import os
 from typing import Literal
 
@@ -73,7 +74,7 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, like_name: str,
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != tokens:
             raise ValueError(f"{name} goes from {offsets[0]} to {offsets[-1]}: expected 0 to {tokens}")
-        if any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+        if any(b < a for a, b in itertools.pairwise(offsets)):
             raise ValueError(f"{name} = {offsets}: offsets must not fall")
 
 

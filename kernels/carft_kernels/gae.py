@@ -33,7 +33,7 @@ def gae_reference(
     """The obvious expression, token by token."""
     advantage_T = torch.zeros_like(reward_T)
     for s, e in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        following = next_value = torch.zeros_like(reward_T[0]) if e > s else None
+        following = next_value = reward_T.new_zeros(())
         for t in reversed(range(s, e)):
             delta = reward_T[t] + gamma * next_value - value_T[t]
             following = advantage_T[t] = delta + gamma * lam * following

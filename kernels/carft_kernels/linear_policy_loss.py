@@ -230,9 +230,10 @@ def linear_policy_loss(
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
     dtype = accumulation_dtype(hidden_TD)
     advantage_T, old_logprob_T, weight_T = (x.detach().to(dtype) for x in (advantage_T, old_logprob_T, weight_T))
+    differentiate = torch.is_grad_enabled()  # inside the Function it always reads False
     loss, logprob_T, entropy_T = _LinearPolicyLoss.apply(
-        hidden_TD,
-        weight_VD,
+        hidden_TD if differentiate else hidden_TD.detach(),
+        weight_VD if differentiate else weight_VD.detach(),
         target_T.long(),
         advantage_T,
         old_logprob_T,

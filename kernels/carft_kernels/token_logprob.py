@@ -60,7 +60,7 @@ class _TokenLogprob(torch.autograd.Function):
     def backward(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor) -> tuple[Tensor | None, ...]:
         logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
         d_logits_TV = logits_TV if ctx.inplace else torch.empty_like(logits_TV)
-        step = chunk_size(*logits_TV.shape, logits_TV.device)
+        step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
         for s in range(0, len(target_T), step):
             e = s + step
             logp = (logits_TV[s:e].to(lse_T.dtype) / ctx.temperature).sub_(lse_T[s:e, None])

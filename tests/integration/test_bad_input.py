@@ -194,7 +194,8 @@ def test_model_with_pickled_weights_only(cli: Cli, tmp_path: Path, model_folder:
 def test_tokenizer_without_eos(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
     folder = tmp_path / "no_eos"
     folder.mkdir()
-    (folder / "config.json").write_bytes((model_folder / "config.json").read_bytes())
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, "?"))
     )

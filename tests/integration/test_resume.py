@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -40,13 +41,14 @@ def records(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, pattern: str) -> None:
-    """Until a path matching `pattern` exists below the run folder."""
+def wait_for(process: subprocess.Popen[str], folder: Path, name: str) -> None:
+    """Until a file or folder of this name exists below the run folder; polls fast, to catch a write in the act."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        if folder.is_dir() and next(folder.rglob(pattern), None) is not None:
+        if any(name in folders or name in files for _, folders, files in os.walk(folder)):
             return
-    pytest.fail(f"{pattern} never appeared: {finish(process)}")
+        time.sleep(0.0005)
+    pytest.fail(f"{name} never appeared: {finish(process)}")
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,13 @@ def test_sigkill_at_random_moments(uninterrupted: Path, tmp_path: Path, tiny_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", [".writing-sft-000004", ".writing-rl-000002", ".writing-sft", ".writing-model"])
+@pytest.mark.parametrize("name", [".writing-sft-000004", ".writing-rl-000002", ".writing-sft", ".writing-model"])
 def test_sigkill_while_a_checkpoint_is_written(
-    uninterrupted: Path, tmp_path: Path, tiny_run: list[str], pattern: str
+    uninterrupted: Path, tmp_path: Path, tiny_run: list[str], name: str
 ) -> None:
     folder = tmp_path / "run"
     process = launch(folder, tiny_run)
-    wait_for(process, folder, pattern)
+    wait_for(process, folder, name)
     process.kill()
     process.communicate()
     code, output = finish(launch(folder, tiny_run, "--resume"))
