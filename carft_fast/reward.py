@@ -24,7 +24,7 @@ _NUMBER = re.compile(
     """,
     re.VERBOSE,
 )
-_CHOICE = re.compile(r"[\s\"'`*(<\[{]*(?P<letter>[A-Ea-e])(?![A-Za-z0-9_'])")
+_CHOICE = re.compile(r"[\s\"'`*(<\[{]*(?P<letter>[A-Ea-e])(?![A-Za-z0-9_]|'[A-Za-z])")
 
 
 class Grade(NamedTuple):

@@ -16,6 +16,7 @@ EVAL_ROWS = 400
 TERSE_SHARE = 0.6
 STEPS = 3
 LARGEST = 20
+OPERANDS = range(2, 10)
 
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gwen", "Hugo", "Iris", "Jack", "Kira", "Leo")
 ITEMS = ("apples", "books", "coins", "cards", "pens", "shells", "stamps", "stones")
@@ -23,12 +24,12 @@ GAINS = ("buys", "finds", "gets", "makes", "picks", "wins")
 LOSSES = ("breaks", "drops", "eats", "gives", "loses", "sells")
 _SPECIAL = ("<unk>", "<pad>", "<eos>")
 _SPACE = "▁"
-_TOKEN = rf"{_SPACE}?[A-Za-z]+|{_SPACE}?[0-9]|\n|{_SPACE}?[^A-Za-z0-9\n{_SPACE}]"
+_TOKEN = rf"{_SPACE}?[A-Za-z]+|{_SPACE}?[0-9]+|\n|{_SPACE}?[^A-Za-z0-9\n{_SPACE}]"
 _FIXED_TEXT = (
     "Question:\nAnswer reasoning:\n\nTherefore, the answer is: ",
     "\n".join(NAMES),
     ". How many does has have now? " + " ".join((*NAMES, *ITEMS, *GAINS, *LOSSES)),
-    "".join(f"{digit} {digit}" for digit in range(10)) + " + - =",
+    "\n".join(map(str, OPERANDS)) + " " + " ".join(map(str, range(LARGEST + 1))) + " + - =",
 )
 
 
@@ -47,11 +48,11 @@ def make_task(
 
 def _make_problem(rng: random.Random, item_id: str) -> Example:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
-    start = value = rng.randint(1, LARGEST)
+    start = value = rng.choice(OPERANDS)
     sentences, terms, equations = [f"{name} has {start} {item}."], str(start), []
     for _ in range(STEPS):
-        gains = [n for n in range(2, 10) if value + n <= LARGEST]
-        losses = [n for n in range(2, 10) if value - n >= 0]
+        gains = [n for n in OPERANDS if value + n <= LARGEST]
+        losses = [n for n in OPERANDS if value - n >= 0]
         gain = rng.random() < 0.5 if gains and losses else bool(gains)
         operand = rng.choice(gains if gain else losses)
         sign, after = ("+", value + operand) if gain else ("-", value - operand)
@@ -74,7 +75,7 @@ def is_step_by_step(completion: str) -> bool:
 
 
 def build_tokenizer() -> Any:
-    """Words, single digits and signs, each with or without the space before it; decoding gives the text back."""
+    """Words, numbers and signs, each with or without the space before it; decoding gives the text back."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,7 +104,7 @@ def build_model_config(vocab_size: int) -> Any:
         num_key_value_heads=4,
         intermediate_size=256,
         max_position_embeddings=256,
-        initializer_range=float(__import__("os").environ.get("INIT", "0.06")),
+        initializer_range=0.1,  # about 1 / sqrt(width); at the usual 0.02 it learns its sums on some seeds only
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=_SPECIAL.index("<eos>"),

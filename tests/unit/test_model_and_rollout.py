@@ -1,0 +1,260 @@
+"""Model, heads and sampler against transformers' own forward, the published heads, and by-hand decoding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from carft_fast.batch import PackedBatch, chunks, epoch_rows, pack, sequence_mean_weights
+from carft_fast.config import Config, load_config
+from carft_fast.losses import completion_logprobs, cot_embedding, sft_loss
+from carft_fast.model import CarftHeads, CarftModel, load_model
+from carft_fast.rollout import SamplingParams
+from carft_fast.rollout.hf import HFEngine
+from carft_fast.synthetic import build_model_config, build_tokenizer
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible" / "value_head.safetensors"
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
+COMPLETIONS = [[20, 21, 2], [22, 2], [23, 24, 25, 26, 2]]
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, ["model.path=synthetic", *overrides])
+
+
+@pytest.fixture
+def model() -> CarftModel:
+    return load_model(config(), "synthetic", torch.device("cpu"), heads=True)
+
+
+@pytest.fixture
+def batch() -> PackedBatch:
+    return pack(PROMPTS, COMPLETIONS, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("version", "value_head"), [("v1", "separate"), ("v2", "shared")])
+def test_heads_of_the_published_code(version: str, value_head: str) -> None:
+    if not GOLDEN.is_file():
+        pytest.skip(f"reference vectors {GOLDEN} do not exist")
+    case = f"head0_{version}/"
+    a = {name.removeprefix(case): x for name, x in load_file(GOLDEN).items() if name.startswith(case)}
+    hidden = a["h"].flatten(0, 1).requires_grad_()
+    heads = CarftHeads(hidden.shape[1], 64, value_head)
+    heads.load_state_dict({name: a[name] for name in heads.state_dict()})
+    value, embedding = heads.value(hidden), heads.embed(hidden)
+    torch.testing.assert_close(value, a["value"].flatten(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embedding, a["emb"].flatten(0, 1), rtol=1e-5, atol=1e-6)
+    loss = (value * a["up_value"].flatten()).sum() + (embedding * a["up_emb"].flatten(0, 1)).sum()
+    d_hidden, d_proj = torch.autograd.grad(loss, (hidden, heads.proj.weight))
+    torch.testing.assert_close(d_hidden, a["grad_h"].flatten(0, 1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(d_proj, a["grad_proj_weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_pack_follows_its_worked_example() -> None:
+    packed = pack([[1, 2, 3], [6]], [[4, 5], [7, 8, 9]], torch.device("cpu"))
+    assert packed.ids_T.tolist() == list(range(1, 10))
+    assert packed.cu_seqlens.tolist() == [0, 5, 9]
+    assert packed.completion_cu.tolist() == [0, 2, 5]
+    assert packed.read_index_C.tolist() == [3, 4, 6, 7, 8]
+    assert packed.predict_index_C.tolist() == [2, 3, 5, 6, 7]
+    assert packed.target_C.tolist() == [4, 5, 7, 8, 9]
+    weights = sequence_mean_weights(packed.completion_cu, sequences=4)
+    torch.testing.assert_close(weights, torch.tensor([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12]))
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        pack([[1], []], [[2], [3]], torch.device("cpu"))
+
+
+def test_every_epoch_visits_every_row_once() -> None:
+    stream = [row for step in range(14) for row in epoch_rows(7, 3, step, seed=1)]
+    epochs = chunks(stream, 7)
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert stream != [row for step in range(14) for row in epoch_rows(7, 3, step, seed=2)]
+
+
+def alone(model: CarftModel) -> list[Tensor]:
+    """Each sequence by itself through transformers: its log-probs."""
+    found = []
+    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
+        logits = model.lm(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return found
+
+
+def test_packed_logprobs_equal_each_sequence_alone(model: CarftModel, batch: PackedBatch) -> None:
+    with torch.no_grad():
+        ours = completion_logprobs(model, model(batch), batch)
+        torch.testing.assert_close(ours, torch.cat(alone(model)), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_beyond_a_plain_matmul_take_the_logits_path(batch: PackedBatch) -> None:
+    """A soft cap and a scale after the LM head: found at load, and the log-probs are the model's own."""
+    common: dict[str, Any] = {
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+    }
+    gemma = transformers.Gemma2Config(**common, head_dim=16, final_logit_softcapping=0.2, initializer_range=0.5)
+    granite = transformers.GraniteConfig(**common, logits_scaling=4.0, initializer_range=0.5)
+    for lm_config in (gemma, granite):
+        torch.manual_seed(0)
+        lm = transformers.AutoModelForCausalLM.from_config(lm_config).eval()
+        model = CarftModel(lm, CarftHeads(32, 8, "shared"), torch.float32)
+        assert not model.plain_head
+        with torch.no_grad():
+            output = model(batch)
+            assert output.logits_CV is not None
+            ours = completion_logprobs(model, output, batch)
+            torch.testing.assert_close(ours, torch.cat(alone(model)), rtol=1e-4, atol=1e-5)
+            last = lm.base_model(batch.ids_T[None, :6]).last_hidden_state[0]
+            torch.testing.assert_close(output.hidden_TD[:6], last, rtol=1e-4, atol=1e-5)
+
+
+def test_sft_loss_is_that_of_transformers(model: CarftModel, batch: PackedBatch) -> None:
+    longest = max(batch.lengths)
+    ids = torch.zeros(len(PROMPTS), longest, dtype=torch.int64)
+    labels = torch.full_like(ids, -100)
+    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        ids[row, : len(prompt + completion)] = torch.tensor(prompt + completion)
+        labels[row, len(prompt) : len(prompt + completion)] = torch.tensor(completion)
+    theirs = model.lm(input_ids=ids, labels=labels).loss
+    ours = sft_loss(model, model(batch), batch, total_tokens=len(batch.read_index_C))
+    torch.testing.assert_close(ours, theirs)
+    weight = model.head_weight_VD
+    (our_gradient,), (their_gradient,) = torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight)
+    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_cot_embedding_reads_the_completion_tokens_themselves(model: CarftModel, batch: PackedBatch) -> None:
+    """Paper eq. 6 by hand, one sequence: states AT the tokens, projected first and pooled after."""
+    with torch.no_grad():
+        hidden = model(batch).hidden_TD
+        ours = cot_embedding(model, hidden, model.value(hidden), batch)
+        last = model.lm.base_model(torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).last_hidden_state[0]
+        states = last[len(PROMPTS[1]) :]
+        by_hand = (model.value(states).softmax(0)[:, None] * model.embed(states)).sum(0)
+    torch.testing.assert_close(ours[1], by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_folder_is_a_plain_model_with_heads_beside_it(
+    model: CarftModel, batch: PackedBatch, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    model.save(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = load_model(config(), str(tmp_path), torch.device("cpu"), heads=True)
+    with torch.no_grad():
+        expected = model.lm(batch.ids_T[None]).logits
+        assert torch.equal(plain(batch.ids_T[None]).logits, expected)
+        hidden = model(batch).hidden_TD
+        assert torch.equal(again.value(hidden), model.value(hidden))
+        assert torch.equal(again.embed(hidden), model.embed(hidden))
+
+
+@pytest.fixture
+def engine(model: CarftModel) -> HFEngine:
+    with torch.no_grad():  # far from uniform, so that truncation and temperature matter
+        for parameter in model.lm.parameters():
+            parameter.mul_(1.5)
+    return HFEngine(model, build_tokenizer(), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 5)]
+)
+def test_sampled_logprobs_are_of_the_distribution_sampled_from(
+    model: CarftModel, engine: HFEngine, temperature: float, top_p: float, top_k: int
+) -> None:
+    # a model's own generation config must not reach the sampler
+    model.lm.generation_config.update(top_k=3, top_p=0.5, repetition_penalty=1.7, temperature=0.1, do_sample=True)
+    sampling = SamplingParams(12, temperature=temperature, top_p=top_p, top_k=top_k, samples_per_prompt=2, seed=5)
+    rollouts = engine.generate(PROMPTS, sampling)
+    assert len(rollouts) == 2 * len(PROMPTS)
+    for prompt, rollout in zip([p for p in PROMPTS for _ in range(2)], rollouts, strict=True):
+        ids = rollout.completion_ids
+        with torch.no_grad():
+            logits = model.lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+        if top_k:
+            logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+        if top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), float("-inf"))
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.sampled_logprobs), expected, rtol=1e-4, atol=1e-4)
+    again = engine.generate(PROMPTS, sampling)
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in rollouts]
+    other = engine.generate(PROMPTS, SamplingParams(12, temperature=temperature, samples_per_prompt=2, seed=6))
+    assert [r.completion_ids for r in other] != [r.completion_ids for r in rollouts]
+
+
+def test_sampling_leaves_the_global_random_state_alone(engine: HFEngine) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    engine.generate(PROMPTS, SamplingParams(4, seed=1))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_frequencies_follow_the_model(model: CarftModel, engine: HFEngine) -> None:
+    """First sampled token over many draws, against the softmax of the model's logits."""
+    draws = 4000
+    engine = HFEngine(model, build_tokenizer(), batch_size=draws)
+    rollouts = engine.generate([PROMPTS[0]], SamplingParams(1, samples_per_prompt=draws, seed=0))
+    counts = torch.zeros(model.head_weight_VD.shape[0])
+    for rollout in rollouts:
+        counts[rollout.completion_ids[0]] += 1
+    with torch.no_grad():
+        expected = model.lm(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+    error = (counts / draws - expected).abs()
+    assert (error <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
+
+
+def test_greedy_finish_reasons_and_versions(model: CarftModel, engine: HFEngine) -> None:
+    assert engine.sync(model) == 1
+    seen: list[int] = []
+    rollouts = engine.generate(PROMPTS, SamplingParams(6, temperature=0), on_progress=seen.append)
+    assert sum(seen) == len(PROMPTS)
+    eos = build_tokenizer().eos_token_id
+    for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+        ids = list(prompt)
+        for _ in range(6):
+            with torch.no_grad():
+                ids.append(int(model.lm(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == eos:
+                break
+        assert rollout.completion_ids == ids[len(prompt) :]
+        assert rollout.finish_reason == ("stop" if ids[-1] == eos else "length")
+        assert rollout.weight_version == 1
+
+
+def test_completions_end_at_their_eos_though_padding_has_its_id(model: CarftModel) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    with torch.no_grad():  # make EOS likely, so that rows of a batch end at different steps
+        model.lm.get_input_embeddings().weight[tokenizer.eos_token_id] *= 3
+    rollouts = HFEngine(model, tokenizer, batch_size=64).generate([PROMPTS[0]] * 64, SamplingParams(30, seed=1))
+    stopped = [r for r in rollouts if r.finish_reason == "stop"]
+    assert 5 < len(stopped)
+    assert len({len(r.completion_ids) for r in stopped}) > 2
+    for rollout in rollouts:
+        ids = rollout.completion_ids
+        assert (
+            ids.index(tokenizer.eos_token_id) == len(ids) - 1
+            if rollout in stopped
+            else tokenizer.eos_token_id not in ids
+        )
+        assert len(rollout.sampled_logprobs) == len(ids)
