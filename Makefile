@@ -37,5 +37,8 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench: setup
+	$(BIN)/python -m benchmarks.ops
+
 clean:
 	rm -rf .venv runs models build *.egg-info

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carft_fast.config import Config, load_config, to_toml
+from carft_fast.config import Config, load_config, to_toml, value_origins
 from carft_fast.errors import InputError
 from carft_fast.signals import Stopped
 
@@ -91,8 +91,9 @@ def evaluate(
 
 @app.command("config")
 def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
-    """Print the resolved config as TOML, every field with its meaning and source."""
-    typer.echo(to_toml(load_config(config, overrides or ()), documented=True), nl=False)
+    """Print the resolved config as TOML, every field with its meaning and where its value comes from."""
+    resolved = load_config(config, overrides or ())
+    typer.echo(to_toml(resolved, origins=value_origins(config, overrides or ())), nl=False)
 
 
 def _prepare(

@@ -89,7 +89,7 @@ class StageConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1)
     """AdamW second-moment decay."""
     eps: float = Field(1e-8, gt=0)
-    """AdamW epsilon."""
+    """AdamW epsilon, added to the root of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
@@ -275,6 +275,19 @@ def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
     return section.model_fields
 
 
+def value_origins(path: str | None, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where each value that is not a default comes from: dotted key -> file name or "--set"."""
+
+    def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in tree.items():
+            yield prefix + name
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+
+    origins = dict.fromkeys(leaves(tomllib.loads(Path(path).read_text(encoding="utf-8"))), str(path)) if path else {}
+    return origins | {override.partition("=")[0].strip(): "--set" for override in overrides}
+
+
 def iter_fields(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
     """Every leaf field as (dotted key, field, resolved value), top-level scalars first."""
     fields = type(config).model_fields
@@ -286,8 +299,12 @@ def iter_fields(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldI
             yield prefix + name, fields[name], value
 
 
-def to_toml(config: Config, *, documented: bool = False) -> str:
-    """The resolved config as TOML that loads back to the same config; fields that are absent are comments."""
+def to_toml(config: Config, *, origins: dict[str, str] | None = None) -> str:
+    """The resolved config as TOML that loads back to the same config; fields that are absent are comments.
+
+    With `origins` (see `value_origins`) every field is preceded by its documentation and followed by where its value
+    comes from.
+    """
     lines: list[str] = []
     section = ""
     for key, field, value in iter_fields(config):
@@ -295,9 +312,11 @@ def to_toml(config: Config, *, documented: bool = False) -> str:
         if head != section:
             lines += ["", f"[{head}]"]
             section = head
-        if documented:
-            lines += [f"# {line.strip()}" for line in (field.description or "").splitlines()]
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}")
+        line = f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}"
+        if origins is not None:
+            lines += [f"# {text.strip()}" for text in (field.description or "").splitlines()]
+            line += f"  # {origins.get(key, 'default')}"
+        lines.append(line)
     return "\n".join(lines).strip() + "\n"
 
 

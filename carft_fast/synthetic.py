@@ -104,6 +104,7 @@ def build_model_config(vocab_size: int) -> Any:
         num_key_value_heads=4,
         intermediate_size=256,
         max_position_embeddings=256,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         initializer_range=0.1,  # about 1 / sqrt(width); at the usual 0.02 it learns its sums on some seeds only
         tie_word_embeddings=True,
         bos_token_id=None,

@@ -9,7 +9,17 @@ from torch import Tensor
 
 Impl = Literal["auto", "torch", "triton"]
 
-_index_checks: bool | None = {"0": False, "1": True}.get(os.environ.get("CARFT_KERNELS_CHECK_INDICES", ""))
+_FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _index_checks_from(setting: str | None) -> bool | None:
+    allowed = {None: None, "0": False, "1": True}
+    if setting not in allowed:
+        raise ValueError(f"CARFT_KERNELS_CHECK_INDICES = {setting!r}: allowed are '0', '1' or unset")
+    return allowed[setting]
+
+
+_index_checks = _index_checks_from(os.environ.get("CARFT_KERNELS_CHECK_INDICES"))
 
 
 def set_index_checks(enabled: bool | None) -> None:
@@ -35,7 +45,7 @@ def check_impl(op: str, impl: str) -> None:
 def check_float(name: str, x: Tensor, ndim: int) -> None:
     if x.ndim != ndim:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {ndim} dimension{'s' if ndim > 1 else ''}")
-    if not x.is_floating_point():
+    if x.dtype not in _FLOAT_DTYPES:
         raise ValueError(f"{name} has dtype {x.dtype}: expected float64, float32, bfloat16 or float16")
 
 
@@ -45,6 +55,11 @@ def check_like(name: str, x: Tensor, shape: tuple[int, ...], like_name: str, lik
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}, to go with {like_name}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device}: expected {like.device}, where {like_name} is")
+
+
+def check_same_dtype(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
+    if x.dtype != like.dtype:
+        raise ValueError(f"{name} has dtype {x.dtype}: expected {like.dtype}, that of {like_name}")
 
 
 def check_bool(name: str, x: Tensor) -> None:
@@ -74,8 +89,9 @@ def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, like_name: str,
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != tokens:
             raise ValueError(f"{name} goes from {offsets[0]} to {offsets[-1]}: expected 0 to {tokens}")
-        if any(b < a for a, b in itertools.pairwise(offsets)):
-            raise ValueError(f"{name} = {offsets}: offsets must not fall")
+        for i, (a, b) in enumerate(itertools.pairwise(offsets)):
+            if b < a:
+                raise ValueError(f"{name}[{i + 1}] = {b} comes after {a}: offsets must not fall")
 
 
 def check_positive(name: str, x: float) -> None:
@@ -98,3 +114,15 @@ def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
     """Tokens per chunk so that a chunk's float32 logits take 32 MB on a CPU (its cache matters), 512 MB on a GPU."""
     elements = 1 << (27 if device.type == "cuda" else 23)
     return max(1, min(tokens, max(32, elements // max(vocabulary, 1))))
+
+
+def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift logits [n, V] in place by their row maximum; returns log-prob of the target, exp(x), its row sums.
+
+    Every log-prob of this package goes through here, so that two operators agree to the bit on the same logits: the
+    ratio of a policy to itself is exactly 1.
+    """
+    x.sub_(x.amax(-1, keepdim=True))
+    exp = x.exp()
+    sum_exp = exp.sum(-1)
+    return x.gather(1, target_n1)[:, 0] - sum_exp.log(), exp, sum_exp

@@ -4,7 +4,8 @@
 
 Kept for backward: the inputs. Tokens go by in chunks whose logits fit the cache; backward recomputes them. Cost in
 units of F = 2 T V D: 1 without gradient, 4 with. Accumulation: float32 for d_weight and for everything past the
-matmul (float64 for float64 input).
+matmul (float64 for float64 input). Half-precision matmuls run in their own dtype, on the weight as it is: only a
+chunk's logits are widened, never the weight.
 """
 
 from typing import Any
@@ -21,7 +22,9 @@ from carft_kernels._runtime import (
     check_index,
     check_like,
     check_positive,
+    check_same_dtype,
     chunk_size,
+    softmax_parts_,
 )
 
 
@@ -64,10 +67,9 @@ class _LinearLogprob(torch.autograd.Function):
         for s in range(0, tokens, step):
             e = s + step
             x = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature)
-            lse = x.logsumexp(-1)
-            logprob_T[s:e] = x.gather(1, target_T[s:e, None])[:, 0] - lse
+            logprob_T[s:e], exp, sum_exp = softmax_parts_(x, target_T[s:e, None])
             if with_entropy:
-                entropy_T[s:e] = torch.special.entr(x.sub_(lse[:, None]).exp_()).sum(-1)
+                entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
         ctx.save_for_backward(hidden_TD, weight_VD, target_T, bias)
         ctx.temperature, ctx.with_entropy = temperature, with_entropy
         return logprob_T, entropy_T
@@ -142,6 +144,8 @@ def linear_logprob(
     Returns:
         log-prob [T] and entropy [T] or None, float32 (float64 for float64 input). Gradients to hidden, weight, bias.
 
+    Source: selective log-softmax of RLHF trainers; chunked over tokens as in fused linear cross-entropy.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
@@ -149,10 +153,10 @@ def linear_logprob(
     check_float("hidden_TD", hidden_TD, 2)
     check_float("weight_VD", weight_VD, 2)
     check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
-    if weight_VD.dtype != hidden_TD.dtype:
-        raise ValueError(f"weight_VD has dtype {weight_VD.dtype}: expected {hidden_TD.dtype}, that of hidden_TD")
+    check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
     if bias is not None:
         check_like("bias", bias, (weight_VD.shape[0],), "weight_VD", hidden_TD)
+        check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
     check_like("target_T", target_T, (hidden_TD.shape[0],), "hidden_TD", hidden_TD)
     check_index("target_T", target_T, weight_VD.shape[0])
     check_positive("temperature", temperature)

@@ -8,7 +8,8 @@ Source: paper eq. 5 (PPO); the KL term is the k3 estimator of GRPO. Since the lo
 can be differentiated as soon as its logits exist: one matmul for them, one for d_hidden, one for d_weight, 3F in all
 (F = 2 T V D) and no recomputation. Tokens whose gradient is exactly zero (no weight, no advantage, clipped) are left
 out of the last two. Kept for backward: d_hidden and d_weight. Accumulation: float32 past the matmul and for d_weight
-(float64 for float64 input).
+(float64 for float64 input). Half-precision matmuls run in their own dtype, on the weight as it is: only a chunk's
+logits are widened, never the weight.
 """
 
 from typing import Any
@@ -25,7 +26,9 @@ from carft_kernels._runtime import (
     check_index,
     check_like,
     check_positive,
+    check_same_dtype,
     chunk_size,
+    softmax_parts_,
 )
 
 
@@ -88,7 +91,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
             x = (h @ weight_VD.T).to(dtype)
             if temperature != 1.0:
                 x.div_(temperature)
-            logprob, sum_exp, entropy = _softmax_in_place(x, target)  # x is now exp(logit - max)
+            logprob, p, sum_exp = softmax_parts_(x, target)
+            # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
+            entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
             logprob_T[rows], entropy_T[rows] = logprob, entropy
 
             advantage = advantage_T[rows]
@@ -113,9 +118,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
             if len(index) < len(live):
                 if len(index) == 0:
                     continue
-                x, h, target, sum_exp = x[index], h[index], target[index], sum_exp[index]
+                p, h, target, sum_exp = p[index], h[index], target[index], sum_exp[index]
                 d_logprob, weight, entropy = d_logprob[index], weight[index], entropy[index]
-            p = x.div_(sum_exp[:, None])
+            p.div_(sum_exp[:, None])
             if entropy_coef:
                 d_entropy = torch.where(p > 0, p * (p.log() + entropy[:, None]), 0.0)
                 d = d_entropy.mul_(entropy_coef * weight[:, None]).sub_(p.mul_(d_logprob[:, None]))
@@ -141,23 +146,11 @@ class _LinearPolicyLoss(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_TD, d_weight_VD = ctx.saved_tensors
         return (
-            None if d_hidden_TD is None else d_hidden_TD * d_loss.to(d_hidden_TD.dtype),
-            None if d_weight_VD is None else d_weight_VD * d_loss.to(d_weight_VD.dtype),
+            # d_loss stays as wide as it is: rounded to half precision first, it would bias every element alike
+            None if d_hidden_TD is None else d_hidden_TD * d_loss,
+            None if d_weight_VD is None else d_weight_VD * d_loss,
             *([None] * 11),
         )
-
-
-def _softmax_in_place(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits [n, V] into exp(logit - max); returns log-prob of `target` [n, 1], sum of exponentials, entropy."""
-    x.sub_(x.amax(-1, keepdim=True))
-    at_target = x.gather(1, target)[:, 0]
-    exp = x.exp()
-    sum_exp = exp.sum(-1)
-    log_sum = sum_exp.log()
-    # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
-    entropy = log_sum - x.mul_(exp).nansum(-1) / sum_exp
-    x.copy_(exp)
-    return at_target - log_sum, sum_exp, entropy
 
 
 def linear_policy_loss(
@@ -188,10 +181,12 @@ def linear_policy_loss(
         weight_VD: [V, D] of the LM head, dtype and device of `hidden_TD`.
         target_T: int64 or int32 [T], values in [0, V).
         advantage_T, old_logprob_T: float [T]; no gradient.
-        weight_T: float [T], the token's share of the loss; it carries every normaliser; no gradient.
+        weight_T: float [T], the token's share of the loss; it carries every normaliser; no gradient. For float16 put
+            the loss scale here too: gradients are formed in the forward pass, where a later factor comes too late to
+            save small ones from underflow.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
         ref_logprob_T: float [T] of the reference model, for the KL term; no gradient.
-        kl_coef: weight of the k3 estimate of KL(policy || reference); needs `ref_logprob_T`.
+        kl_coef: weight of the k3 estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T`.
         entropy_coef: weight of the entropy bonus.
         temperature: divides the logits; above 0.
         chunk_tokens: tokens per chunk; by default what keeps a chunk's logits small.
@@ -202,6 +197,8 @@ def linear_policy_loss(
         `approx_kl` (mean of (r - 1) - log r), `entropy`. float32 (float64 for float64 input). The loss can be
         differentiated once, with respect to hidden and weight.
 
+    Source: paper eq. 5 (PPO); the k3 estimate and the clip bounds of either side as in GRPO and DAPO.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
@@ -210,8 +207,7 @@ def linear_policy_loss(
     check_float("weight_VD", weight_VD, 2)
     tokens = hidden_TD.shape[0]
     check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
-    if weight_VD.dtype != hidden_TD.dtype:
-        raise ValueError(f"weight_VD has dtype {weight_VD.dtype}: expected {hidden_TD.dtype}, that of hidden_TD")
+    check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
     check_like("target_T", target_T, (tokens,), "hidden_TD", hidden_TD)
     check_index("target_T", target_T, weight_VD.shape[0])
     for name, x in (("advantage_T", advantage_T), ("old_logprob_T", old_logprob_T), ("weight_T", weight_T)):
@@ -219,8 +215,11 @@ def linear_policy_loss(
         check_float(name, x, 1)
     if ref_logprob_T is not None:
         check_like("ref_logprob_T", ref_logprob_T, (tokens,), "hidden_TD", hidden_TD)
+        check_float("ref_logprob_T", ref_logprob_T, 1)
     elif kl_coef:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T, which is None")
+    if not kl_coef >= 0:
+        raise ValueError(f"kl_coef = {kl_coef}: expected a number of at least 0")
     if not 0 <= clip_low <= 1:
         raise ValueError(f"clip_low = {clip_low}: expected a number in [0, 1]")
     if not clip_high >= 0:

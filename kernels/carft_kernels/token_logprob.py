@@ -22,6 +22,7 @@ from carft_kernels._runtime import (
     check_like,
     check_positive,
     chunk_size,
+    softmax_parts_,
 )
 
 
@@ -47,10 +48,11 @@ class _TokenLogprob(torch.autograd.Function):
         for s in range(0, tokens, step):
             e = s + step
             x = logits_TV[s:e].to(dtype) / temperature
-            lse_T[s:e] = x.logsumexp(-1)
-            logprob_T[s:e] = x.gather(1, target_T[s:e, None])[:, 0] - lse_T[s:e]
+            top = x.amax(-1)
+            logprob_T[s:e], exp, sum_exp = softmax_parts_(x, target_T[s:e, None])
+            lse_T[s:e] = top + sum_exp.log()
             if with_entropy:
-                entropy_T[s:e] = torch.special.entr(x.sub_(lse_T[s:e, None]).exp_()).sum(-1)
+                entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
         ctx.save_for_backward(logits_TV, target_T, lse_T, entropy_T)
         ctx.temperature, ctx.with_entropy, ctx.inplace = temperature, with_entropy, inplace
         return logprob_T, entropy_T

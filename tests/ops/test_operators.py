@@ -107,8 +107,6 @@ def test_logprob_hard_values(logits: Tensor) -> None:
     assert pair[1] is not None
     (gradient,) = torch.autograd.grad(pair[0].sum() + pair[1].sum(), x)
     assert gradient.isfinite().all()
-    # excluded columns go through the policy loss too (weight rows that give -inf cannot come from a matmul: use bias-like
-    # columns of the hidden state instead)
     shifted, _ = ck.token_logprob(logits.float() + 7.0, target)
     torch.testing.assert_close(shifted, logprob, rtol=1e-5, atol=1e-4)
 

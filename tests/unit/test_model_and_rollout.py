@@ -15,7 +15,7 @@ from carft_fast.losses import completion_logprobs, cot_embedding, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
 from carft_fast.rollout import SamplingParams
 from carft_fast.rollout.hf import HFEngine
-from carft_fast.synthetic import build_model_config, build_tokenizer
+from carft_fast.synthetic import build_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible" / "value_head.safetensors"
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
@@ -248,7 +248,7 @@ def test_completions_end_at_their_eos_though_padding_has_its_id(model: CarftMode
         model.lm.get_input_embeddings().weight[tokenizer.eos_token_id] *= 3
     rollouts = HFEngine(model, tokenizer, batch_size=64).generate([PROMPTS[0]] * 64, SamplingParams(30, seed=1))
     stopped = [r for r in rollouts if r.finish_reason == "stop"]
-    assert 5 < len(stopped)
+    assert len(stopped) > 5
     assert len({len(r.completion_ids) for r in stopped}) > 2
     for rollout in rollouts:
         ids = rollout.completion_ids

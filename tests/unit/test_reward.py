@@ -16,7 +16,7 @@ PROMPT = "Question:\nTom has 5746 apples, how many? v\nAnswer reasoning:\n"
 BAD = "bad target"
 _LEAD = "Some reasoning v.\nTherefore, the answer is: "
 
-# Where our rule is meant to differ: (completion after the prompt, target) -> our score; the published score stands beside.
+# Where our rule is meant to differ: (completion after the prompt, target) -> our score (published one in brackets).
 NUMERIC_DIFFERENCES: dict[tuple[str, str], float | str] = {
     # read as a person would (published: 0)
     (_LEAD + "- 4204", "-4204"): 1.0,
