@@ -1,7 +1,7 @@
 # Each target works on a bare checkout: it makes .venv first, and again only when the dependencies change.
 PYTHON ?= python3
 BIN := .venv/bin
-# One thread: with another busy process on the machine, OpenMP on two is up to twenty times slower.
+# One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .PHONY: help setup quickstart test lint bench smollm2 clean
@@ -23,7 +23,7 @@ setup: .venv/ready
 	touch $@
 
 quickstart: setup
-	$(BIN)/carft-fast quickstart $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/carft-fast quickstart $(ARGS)
 
 # A Hub id works the same: carft-fast ... --set model.path=HuggingFaceTB/SmolLM2-135M-Instruct
 smollm2: setup

@@ -130,7 +130,7 @@ class HFEngine:
             num_beams=1,
             temperature=1.0,
             top_p=1.0,
-            top_k=0,
+            top_k=None if greedy else 0,  # transformers warns of a top_k that greedy decoding ignores
             min_p=None,
             typical_p=1.0,
             repetition_penalty=1.0,

@@ -77,6 +77,8 @@ def gae(
     Returns:
         advantage [T] and return [T], float32 (float64 for float64 rewards), without gradient.
 
+    Source: Schulman et al. 2016, as in ReFT and paper section 3.2.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
@@ -137,6 +139,8 @@ def kl_shaped_reward(
     Returns:
         reward [T], float32 (float64 for float64 log-probs), without gradient.
 
+    Source: ReFT, paper section 3.2.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
@@ -172,6 +176,8 @@ def whiten(
     Returns:
         [T], float32 (float64 for float64 input), without gradient. With fewer than two counted tokens the variance is
         taken as 0.
+
+    Source: the whitening of PPO trainers; the mean is removed.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.

@@ -108,11 +108,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
                 d_logprob = d_logprob - kl_coef * difference.expm1()
             if entropy_coef:
                 loss_rows = loss_rows - entropy_coef * entropy
-            loss += (weight * loss_rows).sum()
+            # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+            loss += torch.where(weight != 0, weight * loss_rows, 0.0).sum()
             if d_hidden_TD is None and d_weight_VD is None:
                 continue
 
-            d_logprob = weight * d_logprob
+            d_logprob = torch.where(weight != 0, weight * d_logprob, 0.0)
             live = d_logprob != 0 if not entropy_coef else weight != 0
             index = live.nonzero()[:, 0]
             if len(index) < len(live):

@@ -20,6 +20,7 @@ from carft_kernels._runtime import (
     check_index,
     check_like,
     check_positive,
+    check_same_dtype,
     index_checks_on,
 )
 
@@ -78,7 +79,9 @@ def masked_infonce(
 
     Returns:
         loss (scalar; 0 with zero gradient when no row counts) and row losses [N], float32 (float64 for float64 input);
-        the row loss of a row that does not count is over all candidates. Gradients to both sides.
+        a row that does not count may have no candidate at all, then its row loss is 0. Gradients to both sides.
+
+    Source: paper eq. 7; InfoNCE, van den Oord et al. 2018.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
@@ -88,8 +91,7 @@ def masked_infonce(
     check_float("candidate_MD", candidate_MD, 2)
     n, m = len(anchor_ND), len(candidate_MD)
     check_like("candidate_MD", candidate_MD, (m, anchor_ND.shape[1]), "anchor_ND", anchor_ND)
-    if candidate_MD.dtype != anchor_ND.dtype:
-        raise ValueError(f"candidate_MD has dtype {candidate_MD.dtype}: expected {anchor_ND.dtype}, that of anchor_ND")
+    check_same_dtype("candidate_MD", candidate_MD, "anchor_ND", anchor_ND)
     check_positive("temperature", temperature)
     if positive_N is None:
         if m < n:
@@ -124,8 +126,12 @@ def masked_infonce(
     positive_sim_N = similarity_NM.gather(1, column_N1)[:, 0].clamp(max=positive_clamp)
     logits_NM = similarity_NM / temperature
     if candidate_mask is not None:
-        # rows that do not count keep all candidates: an empty denominator there would make their zero gradient NaN
-        logits_NM = logits_NM.masked_fill(~allowed_NM & row_mask_N[:, None], float("-inf"))
+        # An empty denominator would turn the zero gradient of a row that does not count into NaN: such a row is taken
+        # over all candidates, and its row loss then set to 0.
+        empty_N = ~row_mask_N & ~allowed_NM.any(1)
+        logits_NM = logits_NM.masked_fill(~(allowed_NM | empty_N[:, None]), float("-inf"))
     row_loss_N = logits_NM.logsumexp(1) - positive_sim_N / temperature
+    if candidate_mask is not None:
+        row_loss_N = row_loss_N.masked_fill(empty_N, 0.0)
     counted = row_mask_N.sum().clamp(min=1)
     return torch.where(row_mask_N, row_loss_N, 0.0).sum() / counted, row_loss_N

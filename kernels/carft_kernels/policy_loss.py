@@ -78,6 +78,8 @@ def policy_loss(
         loss (scalar) and metrics, means over the tokens with weight: `clip_fraction`, `approx_kl` (mean of
         (r - 1) - log r). float32 (float64 for float64 input). Gradient to logprob only.
 
+    Source: paper eq. 5; PPO, Schulman et al. 2017.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
@@ -89,6 +91,8 @@ def policy_loss(
     logprob_T, old_logprob_T, advantage_T, weight_T = _checked(
         {"logprob_T": logprob_T, "old_logprob_T": old_logprob_T, "advantage_T": advantage_T, "weight_T": weight_T}
     )
+    # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+    old_logprob_T = torch.where(weight_T != 0, old_logprob_T, logprob_T.detach())
     loss = policy_loss_reference(
         logprob_T, old_logprob_T, advantage_T, weight_T=weight_T, clip_low=clip_low, clip_high=clip_high
     )
@@ -126,6 +130,8 @@ def value_loss(
     Returns:
         loss (scalar) and metrics: `clip_fraction`, the share of tokens with weight whose value moved further than
         `clip`. float32 (float64 for float64 input). Gradient to value only.
+
+    Source: the clipped value loss of PPO trainers, as in ReFT.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.

@@ -100,6 +100,8 @@ def token_logprob(
     Returns:
         log-prob [T] and entropy [T] or None, float32 (float64 for float64 logits). Gradient to the logits only.
 
+    Source: selective log-softmax of RLHF trainers; with entropy, its derivative in closed form.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """

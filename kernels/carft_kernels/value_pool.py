@@ -90,6 +90,8 @@ def value_pool(
         the weights carry none. A sequence with no token that counts has zero pooled, zero gradient and weights that
         sum to 0 instead of 1, which is how a caller sees it.
 
+    Source: paper eq. 6.
+
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """

@@ -220,6 +220,28 @@ def test_linear_policy_loss_spends_three_matmuls_and_none_on_dead_tokens(largest
     assert largest_tensor.matmul_flops == forward
 
 
+@pytest.mark.parametrize("broken", [float("-inf"), float("nan"), -200.0])
+def test_tokens_without_weight_take_no_part_whatever_their_ratio(broken: float) -> None:
+    inputs = policy_inputs(2, 20, VOCABULARY)
+    inputs["weight_T"][4:9] = 0
+    clean = gradients(lambda h, w: ck.linear_policy_loss(h, w, **_without(inputs))[0], *_leaves(inputs))
+    logprob = inputs["old_logprob_T"] + 0.1
+    (clean_direct,) = gradients(lambda x: _direct(x, inputs), logprob)
+    inputs["old_logprob_T"] = inputs["old_logprob_T"].masked_fill(inputs["weight_T"] == 0, broken)
+    assert ck.linear_policy_loss(**inputs)[0].isfinite()
+    dirty = gradients(lambda h, w: ck.linear_policy_loss(h, w, **_without(inputs))[0], *_leaves(inputs))
+    torch.testing.assert_close(dirty, clean)
+    torch.testing.assert_close(gradients(lambda x: _direct(x, inputs), logprob)[0], clean_direct)
+
+
+def _leaves(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return inputs["hidden_TD"], inputs["weight_VD"]
+
+
+def _direct(logprob: Tensor, inputs: dict[str, Any]) -> Tensor:
+    return ck.policy_loss(logprob, inputs["old_logprob_T"], inputs["advantage_T"], weight_T=inputs["weight_T"])[0]
+
+
 # --- half precision ---------------------------------------------------------------------------------------------------
 
 
