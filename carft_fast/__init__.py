@@ -1,0 +1,1 @@
+"""Contrastive reinforced fine-tuning (CARFT) of language models that reason: the trainer. Start at `train_rl`."""

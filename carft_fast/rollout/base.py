@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from carft_fast.config import RolloutConfig
 from carft_fast.model import CarftModel
 
 
@@ -53,9 +52,3 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def build_engine(config: RolloutConfig, model: CarftModel, tokenizer: Any) -> RolloutEngine:
-    from carft_fast.rollout.hf import HFEngine
-
-    return HFEngine(model, tokenizer, batch_size=config.batch_size)

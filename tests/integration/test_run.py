@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,18 @@ def test_stages_run_apart(tmp_path: Path, tiny_run: list[str], finished: tuple[P
     together, _ = finished
     ours = (tmp_path / "two" / "model" / "model.safetensors").read_bytes()
     assert ours == (together / "model" / "model.safetensors").read_bytes()
+
+
+def test_eval_command_repeats_the_last_evaluation(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, summary = finished
+    command = [sys.executable, "-m", "carft_fast", "eval", "--config", str(folder / "config.toml")]
+    command += ["--set", f"model.path={folder / 'model'}", "--output-dir", str(tmp_path / "eval")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert f"accuracy {summary['final_accuracy']:.1%}" in result.stdout
+    ours = (tmp_path / "eval" / "samples" / "eval.jsonl").read_text()
+    assert ours == (folder / "samples" / "rl-eval-000004.jsonl").read_text()
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["accuracy"] == summary["final_accuracy"]
 
 
 # --- one step taken apart ---------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
+
+from carft_fast.prompts import PromptFormat, check_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -17,6 +20,18 @@ def smollm2() -> Path:
     folder = ROOT / "models" / "smollm2"
     subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(folder)], check=True)
     return folder
+
+
+def test_chat_template_of_a_real_tokenizer(smollm2: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    check_tokenizer(tokenizer)
+    prompt_format = PromptFormat(tokenizer, "chat")
+    ids = prompt_format.prompt_ids("How many eggs?")
+    assert tokenizer.decode(ids).endswith("<|im_start|>user\nHow many eggs?<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt_format.completion_ids("Two.", "2")[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert (
+        PromptFormat(tokenizer).decode(PromptFormat(tokenizer).prompt_ids("a")) == "Question:\na\nAnswer reasoning:\n"
+    )
 
 
 @pytest.mark.slow
