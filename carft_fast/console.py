@@ -45,15 +45,19 @@ class Tracker:
         elapsed = max(now - self._start, 1e-9)
         rate = (self._done - self._first) / elapsed
         if self._task is not None:
-            text = f"{rate:.1f} {self._unit}/s"
-            self._console.progress.update(self._task, completed=self._done, rate=text, note=note)
+            self._console.progress.update(self._task, completed=self._done, rate=self._rate_text(rate), note=note)
         elif now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
-            eta = (self._total - self._done) / rate if rate else float("inf")
+            eta = f"{(self._total - self._done) / rate:.0f} s" if rate else "unknown"
             self._console.log(
-                f"{self._description} {self._done}/{self._total}  {rate:.1f} {self._unit}/s"
-                f"  ETA {eta:.0f} s  {note}".rstrip()
+                f"{self._description} {self._done}/{self._total}  {rate:.1f} {self._unit}/s  ETA {eta}  {note}".rstrip()
             )
+
+    def _rate_text(self, rate: float) -> str:
+        """Units per second, or seconds per unit where that is the readable way round."""
+        if 0 < rate < 1:
+            return f"{1 / rate:.1f} s per {self._unit.removesuffix('s')}"
+        return f"{rate:.1f} {self._unit}/s"
 
     def close(self) -> None:
         if self._task is not None:

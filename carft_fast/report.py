@@ -1,5 +1,6 @@
 """report.md and the learning curves of a run, from its metrics records."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _draw_curves(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:
             axes.set_xlabel(f"{stage.upper()} step")
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        figure.suptitle(f"{title}: {METRICS[name]}", fontsize=9)
+        figure.suptitle(textwrap.fill(f"{title}: {METRICS[name]}", 90), fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=110)
         written.append(f"{name}.png")
     return written

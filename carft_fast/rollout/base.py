@@ -43,7 +43,8 @@ class RolloutEngine(Protocol):
     ) -> list[Rollout]:
         """`samples_per_prompt` completions of each prompt, in the order of the prompts, a prompt's side by side.
 
-        `on_progress` is called with the number of completions just finished; what it raises propagates.
+        `on_progress` is called often with the number of completions just finished, 0 included, so that it can stop a
+        long generation: what it raises propagates.
         """
         ...
 

@@ -9,6 +9,8 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -35,6 +37,24 @@ class _LogprobRecorder(LogitsProcessor):
         if self._pending_BV is not None:
             self.logprobs.append(self._pending_BV.gather(1, token_B[:, None])[:, 0])
             self._pending_BV = None
+
+
+class _ProgressReporter(StoppingCriteria):
+    """Tells after every token how many rows have just ended; stops nothing, but what the callback raises propagates."""
+
+    def __init__(self, eos_id: int, on_progress: Callable[[int], None]) -> None:
+        self._eos_id, self._on_progress = eos_id, on_progress
+        self._ended_B: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        before_B = torch.zeros_like(input_ids[:, -1], dtype=torch.bool) if self._ended_B is None else self._ended_B
+        self._ended_B = before_B | (input_ids[:, -1] == self._eos_id)
+        self._on_progress(int((self._ended_B & ~before_B).sum()))
+        return torch.zeros_like(before_B)
+
+    def finish(self, rows: int) -> None:
+        """Count the rows that ended at the length limit."""
+        self._on_progress(rows if self._ended_B is None else int((~self._ended_B).sum()))
 
 
 class HFEngine:
@@ -72,16 +92,17 @@ class HFEngine:
             for start in range(0, len(by_length), self._batch_size):
                 rows = by_length[start : start + self._batch_size]
                 seed = derive_seed(sampling.seed, "generate", start)
-                results.update(
-                    zip(rows, self._generate_batch([jobs[row] for row in rows], sampling, seed), strict=True)
-                )
-                if on_progress is not None:
-                    on_progress(len(rows))
+                reporter = _ProgressReporter(self._eos_id, on_progress or (lambda _: None))
+                rollouts = self._generate_batch([jobs[row] for row in rows], sampling, seed, reporter)
+                results.update(zip(rows, rollouts, strict=True))
+                reporter.finish(len(rows))
         finally:
             self._model.lm.train(was_training)
         return [results[job] for job in range(len(jobs))]
 
-    def _generate_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seed: int) -> list[Rollout]:
+    def _generate_batch(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seed: int, reporter: _ProgressReporter
+    ) -> list[Rollout]:
         device, lm = self._model.device, cast(Any, self._model.lm)  # generate() is typed as a Tensor
         longest = max(map(len, prompts))
         ids_BL = torch.tensor([[self._pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
@@ -104,6 +125,7 @@ class HFEngine:
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
                 logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([reporter]),
                 generation_config=self._generation_config(sampling, greedy),
             )
         completion_BL = output_BL[:, longest:]

@@ -258,6 +258,13 @@ def test_micro_batches_change_nothing(step_parts: Callable[..., Any]) -> None:
         assert metrics == pytest.approx(whole_metrics, rel=1e-4, abs=1e-6)
 
 
+def test_gradient_checkpointing_changes_nothing(step_parts: Callable[..., Any]) -> None:
+    plain, _ = updated_parameters(step_parts)
+    recomputed, _ = updated_parameters(step_parts, "model.gradient_checkpointing=true")
+    for name, change in plain.items():
+        torch.testing.assert_close(recomputed[name], change, rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_the_contrastive_term_reaches_model_and_heads(step_parts: Callable[..., Any]) -> None:
     with_term, _ = updated_parameters(step_parts, "contrastive.coef=0.5", "rl.max_grad_norm=1000.0")
     without, metrics = updated_parameters(step_parts, 'contrastive.mode="none"', "rl.max_grad_norm=1000.0")

@@ -241,6 +241,19 @@ def test_greedy_finish_reasons_and_versions(model: CarftModel, engine: HFEngine)
         assert rollout.weight_version == 1
 
 
+def test_a_long_generation_can_be_stopped_between_tokens(engine: HFEngine) -> None:
+    calls: list[int] = []
+
+    def stop_at_the_third_token(finished: int) -> None:
+        calls.append(finished)
+        if len(calls) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        engine.generate([PROMPTS[0]], SamplingParams(200, seed=0), on_progress=stop_at_the_third_token)
+    assert len(calls) == 3
+
+
 def test_completions_end_at_their_eos_though_padding_has_its_id(model: CarftModel) -> None:
     tokenizer = build_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
