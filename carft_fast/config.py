@@ -201,6 +201,8 @@ class Config(Section):
             raise ValueError(
                 f"rl.mini_batch_size = {rl.mini_batch_size} must be at most rl.batch_size = {rl.batch_size}"
             )
+        if self.model.attention == "flash_attention_2" and self.model.compute_dtype == "float32":
+            raise ValueError('model.attention = "flash_attention_2" needs model.compute_dtype = "bfloat16"')
         if self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} must be below data.max_length = "

@@ -66,7 +66,7 @@ def load_examples(
 
     Raises InputError for a source that cannot be read, or without one usable row.
     """
-    rows, names = _open(path, format, dict(fields or {}), split)
+    rows, names = _open(path, format, dict(fields or {}), split, require_cot)
     report = LoadReport(path)
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
@@ -91,6 +91,10 @@ def _to_example(
         return None
     values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
     where += f" ({values['item_id']})" if "item_id" in values else ""
+    for name, value in values.items():
+        if not isinstance(value, (str, int, float)):
+            report.reject(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
+            return None
     question, answer, cot = (str(values.get(name, "")).strip() for name in ("question", "answer", "cot"))
     if names.get("cot") == names["answer"] or (not cot and "####" in answer):
         cot, _, answer = (part.strip() for part in answer.rpartition("####"))
@@ -111,14 +115,16 @@ def _to_example(
     return None
 
 
-def _open(path: str, format: str, fields: dict[str, str], split: str) -> tuple[Iterable[Any], dict[str, str]]:
+def _open(
+    path: str, format: str, fields: dict[str, str], split: str, require_cot: bool
+) -> tuple[Iterable[Any], dict[str, str]]:
     """Rows of a source and the names of their fields."""
     if unknown := sorted(set(fields) - set(FIELDS)):
         raise InputError(f"data.fields: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
     if format == "auto":
         format = _guess(path)
     if format == "hub":
-        return _open_hub(path, split, fields)
+        return _open_hub(path, split, fields, require_cot)
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file")
     rows = _read_json_list(path) if format == "reft" else _read_json_lines(path)
@@ -126,7 +132,7 @@ def _open(path: str, format: str, fields: dict[str, str], split: str) -> tuple[I
         return rows, REFT_FIELDS | fields
     if format == "gsm8k":
         return rows, GSM8K_FIELDS | fields
-    return _with_fields(rows, path, fields)
+    return _with_fields(rows, path, fields, require_cot)
 
 
 def _guess(path: str) -> str:
@@ -151,7 +157,7 @@ def _read_json_list(path: str) -> list[Any]:
 
 
 def _read_json_lines(path: str) -> Iterator[Any]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    for number, line in enumerate(_read_text(path).split("\n"), 1):  # not splitlines(): JSON text may hold U+2028
         if not line.strip():
             continue
         try:
@@ -165,28 +171,37 @@ def _read_text(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _with_fields(rows: Iterable[Any], source: str, fields: dict[str, str]) -> tuple[list[Any], dict[str, str]]:
-    """Complete a field mapping from the first row's keys: own names, else ReFT's, else plain ones."""
+def _with_fields(
+    rows: Iterable[Any], source: str, fields: dict[str, str], require_cot: bool
+) -> tuple[list[Any], dict[str, str]]:
+    """Complete a field mapping from the keys of all rows: own names, else ReFT's, else plain ones.
+
+    Raises InputError for a needed or named field that no row has. A `cot` mapping is held against a source only
+    where reasoning is required, since one mapping serves the training set and a test set without any.
+    """
     rows = list(rows)
-    first = next((row for row in rows if isinstance(row, dict)), {})
+    keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
     names = dict(fields)
     for name in FIELDS:
         for candidate in () if name in names else (REFT_FIELDS[name], name):
-            if candidate in first:
+            if candidate in keys:
                 names[name] = candidate
                 break
-    for name in ("question", "answer"):
-        if names.get(name) not in first and rows:
+    needed = {"question", "answer"} | (set(fields) if require_cot else set(fields) - {"cot"})
+    for name in FIELDS:
+        if keys and name in needed and names.get(name) not in keys:
             raise InputError(
                 f"{source}: field {names.get(name, name)!r} for the {name} is missing; the rows have "
-                f"{', '.join(first)} (name yours with data.fields)"
+                f"{', '.join(keys)} (name yours with data.fields)"
             )
     return rows, {"question": "question", "answer": "answer"} | names
 
 
-def _open_hub(path: str, split: str, fields: dict[str, str]) -> tuple[list[Any], dict[str, str]]:
+def _open_hub(path: str, split: str, fields: dict[str, str], require_cot: bool) -> tuple[list[Any], dict[str, str]]:
     import datasets
 
     try:
@@ -195,4 +210,4 @@ def _open_hub(path: str, split: str, fields: dict[str, str]) -> tuple[list[Any],
     except Exception as error:  # datasets raises many kinds; all mean the same to the user
         message = str(error).strip().splitlines()
         raise InputError(f"{path}: the dataset could not be loaded: {message[0] if message else error!r}") from None
-    return _with_fields(list(rows), path, fields)
+    return _with_fields(list(rows), path, fields, require_cot)

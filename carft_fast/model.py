@@ -122,7 +122,7 @@ class CarftModel(nn.Module):
         lengths = torch.tensor(batch.lengths, device=batch.ids_T.device)
         real_BL = torch.arange(max(batch.lengths), device=batch.ids_T.device) < lengths[:, None]
         ids_BL = torch.zeros_like(real_BL, dtype=torch.int64).masked_scatter_(real_BL, batch.ids_T)
-        with self._autocast():
+        with self.autocast():
             if self.plain_head or not need_logits:
                 return ModelOutput(
                     self.lm.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[real_BL], None
@@ -131,7 +131,8 @@ class CarftModel(nn.Module):
                 logits_BLV = self.lm(input_ids=ids_BL, use_cache=False).logits
         return ModelOutput(captured[0][real_BL], logits_BLV[real_BL][batch.predict_index_C])
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Matmuls in `compute_dtype`; training and sampling both run in it."""
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
 

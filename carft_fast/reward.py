@@ -15,12 +15,15 @@ _TRIGGER = re.compile(r"therefore, the answer is[ \t]*:?", re.IGNORECASE)
 _LONGEST_ANSWER = 200  # characters read after the trigger; also bounds the patterns' work
 _NUMBER = re.compile(
     r"""
-    [\s​"'`*(<\[{]*                      # quotes, brackets, zero-width space
-    (?P<sign>[+−-]?)\s*[$€£¥]?\s*
-    (?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)
+    [\s\u200b"'`*(<\[{]*              # quotes, brackets, zero-width space
+    (?P<sign>[+\u2212-]?)\s*[$€£¥]?\s*
+    (?!0[xX])
+    (?>                                # atomic: what follows decides on the whole number, not on a piece of it
+    (?P<digits>[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)
     (?P<exponent>[eE][+-]?[0-9]{1,4})?
     (?:\s*/\s*(?P<divisor>[0-9]{1,15}))?
-    (?!\s*[0-9_]|,[0-9]|(?<=0)[xX])           # 1_000, "1 000", 1,2 and 0x10 are not numbers a person would write
+    )
+    (?!\s*[0-9_]|,[0-9])               # 1_000, "1 000" and 1,2 are not numbers a person would write
     """,
     re.VERBOSE,
 )
@@ -49,7 +52,7 @@ def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
     if not triggers:
         return _read(text, answer_type, whole=True) if len(text) <= _LONGEST_ANSWER else None
     start = triggers[0].end()
-    answer = text[start : start + _LONGEST_ANSWER].strip().split("\n", 1)[0]
+    answer = text[start:].lstrip()[:_LONGEST_ANSWER].split("\n", 1)[0]
     return _read(answer.rsplit("=", 1)[-1] if answer_type == "numeric" else answer, answer_type, whole=False)
 
 
@@ -66,7 +69,7 @@ def _read(text: str, answer_type: AnswerType, *, whole: bool) -> Answer | None:
         value /= int(match["divisor"])
     if not math.isfinite(value):
         return None
-    return -value if match["sign"] in ("-", "−") else value
+    return -value if match["sign"] in ("-", "\u2212") else value
 
 
 def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:

@@ -119,7 +119,7 @@ class HFEngine:
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
             processors.append(recorder)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with self._model.autocast(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             output_BL: Tensor = lm.generate(
                 input_ids=ids_BL,

@@ -67,6 +67,10 @@ CONFIG_CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown engine": (sets(rollout__engine="sglang"), ["rollout.engine", "'hf'"]),
     "mini-batch above batch": (sets(rl__mini_batch_size="65"), ["rl.mini_batch_size = 65", "rl.batch_size = 64"]),
     "group does not divide": (sets(rollout__samples_per_prompt="3"), ["rl.batch_size = 64", "samples_per_prompt = 3"]),
+    "flash attention in float32": (
+        sets(model__attention="flash_attention_2"),
+        ['model.attention = "flash_attention_2"', 'model.compute_dtype = "bfloat16"'],
+    ),
     "no room for the prompt": (
         sets(rollout__max_new_tokens="1024"),
         ["rollout.max_new_tokens = 1024", "data.max_length = 1024"],

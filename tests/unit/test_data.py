@@ -1,192 +1,267 @@
-"""Every format, every reason to leave a row out, and the real files."""
+"""Every format, every reason to leave a row out, every way a source can be unreadable."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from carft_fast.data import LoadReport, load_examples
 from carft_fast.errors import InputError
-from carft_fast.prompts import PromptFormat, check_tokenizer, encode_examples
-from carft_fast.synthetic import build_tokenizer
 from carft_fast.types import Example
 
-GOOD = {"item_id": "a1", "question": "How many?", "answer_cot": "one and one", "answer_value": "2"}
+ROW = {"item_id": "r1", "question": "What is 1 + 1?", "answer_cot": "Add.", "answer_value": "2"}
+GSM8K_ROW = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n24+48 = $<<24+48=72>>72.\n#### 1,072"}
 
 
-def write(path: Path, content: Any, lines: bool = False) -> str:
-    text = "\n".join(json.dumps(row) for row in content) if lines else json.dumps(content)
-    path.write_text(text)
+def write_json(path: Path, content: object) -> str:
+    path.write_text(json.dumps(content), encoding="utf-8")
     return str(path)
 
 
-def test_reft_json(tmp_path: Path) -> None:
-    examples, report = load_examples(write(tmp_path / "x.json", [GOOD]), require_cot=True)
-    assert examples == [Example("a1", "How many?", "one and one", "2")]
-    assert (report.rows_read, report.rows_used) == (1, 1)
+def write_lines(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
 
 
-def test_gsm8k_lines(tmp_path: Path) -> None:
-    rows = [{"question": "Clips?", "answer": "48/2 = <<48/2=24>>24 in May.\n48+24 = <<48+24=72>>72.\n#### 1,072"}]
-    for format in ("auto", "gsm8k"):
-        examples, _ = load_examples(write(tmp_path / "x.jsonl", rows, lines=True), format=format, require_cot=True)
-        assert examples == [Example("1", "Clips?", "48/2 = 24 in May.\n48+24 = 72.", "1,072")]
+def refusal(path: str, **options: Any) -> str:
+    with pytest.raises(InputError) as error:
+        load_examples(path, **{"require_cot": False, **options})
+    return str(error.value)
 
 
-def test_own_fields(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.jsonl", [{"q": "Why?", "why": "because", "a": 3, "id": 7}], lines=True)
-    fields = {"question": "q", "cot": "why", "answer": "a", "item_id": "id"}
+@pytest.mark.parametrize("format", ["reft", "auto"])
+def test_reft(tmp_path: Path, format: Any) -> None:
+    path = write_json(tmp_path / "a.json", [ROW, {**ROW, "item_id": "r2", "answer_value": 3.5}])
+    examples, report = load_examples(path, format=format, require_cot=True)
+    assert examples == [Example("r1", "What is 1 + 1?", "Add.", "2"), Example("r2", "What is 1 + 1?", "Add.", "3.5")]
+    assert (report.source, report.rows_read, report.rows_used, report.rejected) == (path, 2, 2, {})
+
+
+@pytest.mark.parametrize("format", ["gsm8k", "auto"])
+def test_gsm8k(tmp_path: Path, format: Any) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [GSM8K_ROW])
+    examples, _ = load_examples(path, format=format, require_cot=True)
+    assert examples == [Example("1", "How many?", "48/2 = 24.\n24+48 = $72.", "1,072")]
+
+
+def test_own_jsonl_with_a_field_mapping(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"q": "Two?", "why": "Because.", "a": 2, "key": 17}])
+    fields = {"question": "q", "cot": "why", "answer": "a", "item_id": "key"}
     examples, _ = load_examples(path, format="jsonl", fields=fields, require_cot=True)
-    assert examples == [Example("7", "Why?", "because", "3")]
-    with pytest.raises(InputError, match=r"'question'.*q, why, a, id"):
-        load_examples(path, format="jsonl", require_cot=True)
-    with pytest.raises(InputError, match="'colour' is not a field"):
-        load_examples(path, format="jsonl", fields={"colour": "q"}, require_cot=True)
+    assert examples == [Example("17", "Two?", "Because.", "2")]
+    del fields["item_id"]
+    assert load_examples(path, fields=fields, require_cot=True)[0][0].item_id == "1"  # the row's number
 
 
-def test_hub_loader_on_a_local_dataset_folder(tmp_path: Path) -> None:
-    """`datasets` takes a folder where a Hub id goes: the same code, without the network."""
+def test_hub_reads_a_dataset_folder_offline(tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()
-    write(folder / "train.jsonl", [{"question": "Clips?", "answer": "24 + 48 = <<24+48=72>>72\n#### 72"}], lines=True)
-    write(folder / "test.jsonl", [{"question": "Eggs?", "answer": "#### 18"}], lines=True)
-    train, _ = load_examples(str(folder), split="train", require_cot=True)
-    assert train == [Example("1", "Clips?", "24 + 48 = 72", "72")]
-    test, _ = load_examples(str(folder), format="hub", split="test", require_cot=False)
-    assert test == [Example("1", "Eggs?", "", "18")]
-    with pytest.raises(InputError, match="could not be loaded"):
-        load_examples(str(folder), format="hub", split="nothing", require_cot=True)
+    write_lines(folder / "train.jsonl", [GSM8K_ROW, GSM8K_ROW])
+    write_lines(folder / "test.jsonl", [{**GSM8K_ROW, "question": "Held out?"}])
+    for format in ("hub", "auto"):
+        train, report = load_examples(str(folder), format=format, require_cot=True)
+        assert train == [Example(number, "How many?", "48/2 = 24.\n24+48 = $72.", "1,072") for number in ("1", "2")]
+        assert report.rows_read == 2
+    test, _ = load_examples(str(folder), split="test", require_cot=True)
+    assert [example.question for example in test] == ["Held out?"]
+    assert "validation" in refusal(str(folder), split="validation")
 
 
-def test_rows_left_out_are_counted_and_shown(tmp_path: Path) -> None:
-    rows = [
-        GOOD,
-        "not a row",
-        {**GOOD, "question": " "},
-        {**GOOD, "answer_value": None},
-        {**GOOD, "answer_cot": ""},
-        *({**GOOD, "item_id": f"b{i}", "answer_value": "many"} for i in range(5)),
-    ]
-    examples, report = load_examples(write(tmp_path / "x.json", rows), require_cot=True)
+def test_hub_with_a_field_mapping(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    write_lines(folder / "train.jsonl", [{"q": "Two?", "why": "Because.", "a": 2}])
+    fields = {"question": "q", "cot": "why", "answer": "a"}
+    examples, _ = load_examples(str(folder), fields=fields, require_cot=True)
+    assert examples == [Example("1", "Two?", "Because.", "2")]
+
+
+def test_hub_failure_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("Couldn't reach the Hub\nlong trace")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = refusal("someone/somewhere")
+    assert message.startswith("someone/somewhere: ")
+    assert "Couldn't reach the Hub" in message
+    assert "\n" not in message
+
+
+# reason -> (row, what the shown example must contain)
+REJECTED: dict[str, tuple[Any, str]] = {
+    "not an object": ([1, 2], "[1, 2]"),
+    'no question (field "question")': ({**ROW, "question": "  "}, "r1"),
+    'no answer (field "answer_value")': ({**ROW, "answer_value": None}, "What is 1 + 1?"),
+    "no annotated reasoning": ({**ROW, "answer_cot": ""}, "What is 1 + 1?"),
+    "unparsable answer": ({**ROW, "answer_value": "many"}, "many"),
+    'question is neither text nor number (field "question")': ({**ROW, "question": ["Two?"]}, "Two?"),
+    'cot is neither text nor number (field "answer_cot")': ({**ROW, "answer_cot": {"a": 1}}, "{'a': 1}"),
+}
+
+
+@pytest.mark.parametrize("reason", REJECTED)
+def test_unusable_rows_are_counted_and_shown(tmp_path: Path, reason: str) -> None:
+    row, excerpt = REJECTED[reason]
+    path = write_json(tmp_path / "a.json", [ROW, *[row] * 5])
+    examples, report = load_examples(path, require_cot=True)
     assert len(examples) == 1
-    assert dict(report.rejected) == {
-        "not an object": 1,
-        'no question (field "question")': 1,
-        'no answer (field "answer_value")': 1,
-        "no annotated reasoning": 1,
-        "unparsable answer": 5,
-    }
-    assert report.rows_read == 1 + sum(report.rejected.values())
-    summary = report.summary()
-    assert "1 of 10 rows used" in summary
-    assert "row 6 (b0)" in summary
-    assert "row 8 (b2)" in summary
-    assert "row 9" not in summary, "only the first three are shown"
-    assert load_examples(str(tmp_path / "x.json"), require_cot=False)[1].rejected["no annotated reasoning"] == 0
+    assert (report.rows_read, report.rows_used, report.rejected) == (6, 1, {reason: 5})
+    shown = report.examples[reason]
+    assert [text.split(":")[0].split(" (")[0] for text in shown] == ["row 2", "row 3", "row 4"]
+    assert excerpt in shown[0]
+    lines = report.summary().splitlines()
+    assert lines[0] == f"{path}: 1 of 6 rows used"
+    assert lines[1].strip() == f"5 left out: {reason}"
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1_000", "5 or 6", True])
+def test_answers_nobody_could_match_are_unparsable(tmp_path: Path, value: object) -> None:
+    path = write_json(tmp_path / "a.json", [ROW, {**ROW, "answer_value": value}])
+    assert load_examples(path, require_cot=True)[1].rejected == {"unparsable answer": 1}
+
+
+def test_answer_type_decides_what_is_parsable(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [{**ROW, "answer_value": "c"}, ROW])
+    for answer_type, kept in (("choice", "c"), ("numeric", "2")):
+        examples, report = load_examples(path, answer_type=answer_type, require_cot=True)
+        assert [example.answer for example in examples] == [kept]
+        assert report.rejected == {"unparsable answer": 1}
+
+
+def test_reasoning_is_only_required_where_asked(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [{k: v for k, v in ROW.items() if k != "answer_cot"}])
+    assert load_examples(path, require_cot=False)[0][0].cot == ""
+    assert "1 left out: no annotated reasoning" in refusal(path, require_cot=True)
+
+
+def test_no_usable_row_is_an_error_with_the_summary(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "a.json", [{**ROW, "answer_value": "many"}, 5])
+    message = refusal(path)
+    for part in ("a.json", "0 of 2", "1 left out: unparsable answer", "1 left out: not an object", "row 1 (r1)"):
+        assert part in message
 
 
 def test_limit_counts_usable_rows(tmp_path: Path) -> None:
-    rows = [{**GOOD, "answer_value": "?"}, *({**GOOD, "item_id": str(i)} for i in range(5))]
-    examples, report = load_examples(write(tmp_path / "x.json", rows), require_cot=True, limit=2)
-    assert [example.item_id for example in examples] == ["0", "1"]
-    assert report.rows_read == 3
+    path = write_json(tmp_path / "a.json", [5, *({**ROW, "item_id": f"r{i}"} for i in range(9))])
+    examples, report = load_examples(path, require_cot=True, limit=3)
+    assert [example.item_id for example in examples] == ["r0", "r1", "r2"]
+    assert (report.rows_read, report.rejected) == (4, {"not an object": 1})
+
+
+def test_later_stages_add_their_reasons() -> None:
+    report = LoadReport("source", 2, 2)
+    report.reject("longer than max_length", "r1", "x" * 500)
+    assert report.summary().splitlines()[1] == "  1 left out: longer than max_length"
+    assert len(report.summary().splitlines()[2]) < 120
+
+
+UNREADABLE: dict[str, tuple[str, str, list[str]]] = {
+    "malformed list": ("a.json", '[\n{"question": "a"},\n{"question" "b"}\n]', ["a.json, line 3", "not valid JSON"]),
+    "malformed line": ("a.jsonl", '{"question": "a", "answer": "1"}\n\n{"question": }\n', ["a.jsonl, line 3"]),
+    "cut off": ("a.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"', ["a.jsonl, line 2"]),
+    "empty": ("a.json", "", ["a.json, line 1"]),
+    "empty lines": ("a.jsonl", "\n\n", ["a.jsonl", "no rows"]),
+    "empty list": ("a.json", "[]", ["a.json", "no rows"]),
+    "object": ("a.json", '{"rows": []}', ["a.json", "JSON list", "dict"]),
+    "text": ("a.json", '"rows"', ["a.json", "JSON list", "str"]),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_unreadable_content(tmp_path: Path, case: str) -> None:
+    name, content, expected = UNREADABLE[case]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    message = refusal(str(tmp_path / name))
+    for part in expected:
+        assert part in message
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'[{"question": "caf\xe9"}]')
+    assert "not UTF-8" in refusal(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("format", ["auto", "reft", "gsm8k", "jsonl"])
+def test_missing_file_is_named(tmp_path: Path, format: str) -> None:
+    path = str(tmp_path / "none.json")
+    assert f"{path}: no such file" in refusal(path, format=format)
+
+
+def test_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_json(tmp_path / "a.json", [ROW])
+
+    def denied(*_: Any, **__: Any) -> str:
+        raise PermissionError(13, os.strerror(13), path)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    assert f"{path}: cannot be read: Permission denied" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["question", "cot", "answer", "item_id"])
+def test_a_mapped_field_no_row_has_names_those_there_are(tmp_path: Path, name: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "Two?", "why": "So.", "answer": "2"}])
+    fields = {"cot": "why", name: "typo"}
+    message = refusal(path, fields=fields, require_cot=True)
+    for part in ("'typo'", name, "question, why, answer"):
+        assert part in message
+
+
+def test_a_mapped_reasoning_field_may_be_missing_from_a_test_set(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "Two?", "answer": "2"}])
+    examples, _ = load_examples(path, fields={"cot": "why"}, require_cot=False)
+    assert examples == [Example("1", "Two?", "", "2")]
+
+
+def test_unknown_name_in_the_mapping(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "Two?", "answer": "2"}])
+    message = refusal(path, fields={"prompt": "question"})
+    assert "'prompt'" in message
+    assert "question, cot, answer, item_id" in message
+
+
+def test_a_first_row_without_a_field_does_not_speak_for_the_others(tmp_path: Path) -> None:
+    full = {"question": "Two?", "answer": "2", "item_id": "x"}
+    path = write_lines(tmp_path / "a.jsonl", [{"question": "One?"}, full])
+    examples, report = load_examples(path, require_cot=False)
+    assert examples == [Example("x", "Two?", "", "2")]
+    assert report.rejected == {'no answer (field "answer")': 1}
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u0085", "\u2029"])
+def test_line_separators_inside_json_text_do_not_end_a_line(tmp_path: Path, separator: str) -> None:
+    row = {"question": f"One{separator}two?", "answer": "2"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert load_examples(str(tmp_path / "a.jsonl"), require_cot=False)[0][0].question == row["question"]
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("name", "rows", "answer_type", "require_cot"),
     [
-        ('[{"question": 1,}]', "line 1: not valid JSON"),
-        ("[\n{}\n{}\n]", "line 3"),
-        ('{"a": 1}', "list of rows is expected, this is dict"),
-        ("[]", "no rows"),
-        ("[1, 2]", "2 left out: not an object"),
+        ("svamp_nl.json", 3076, "numeric", True),
+        ("svamp_test_set.json", 1000, "numeric", False),
+        ("gsm8k_train.jsonl", 7473, "numeric", True),
+        ("gsm8k_test_set.json", 1319, "numeric", False),
+        ("mathqa-numeric_test_set.json", 1605, "numeric", False),
+        ("mathqa_test_set.json", 1605, "choice", False),
     ],
 )
-def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(InputError, match=message):
-        load_examples(str(tmp_path / "x.json"), require_cot=True)
-
-
-def test_broken_line_and_encoding(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n\n{"question"\n')
-    with pytest.raises(InputError, match="line 3: not valid JSON"):
-        load_examples(str(tmp_path / "x.jsonl"), require_cot=False)
-    (tmp_path / "y.jsonl").write_bytes(b'{"question": "\xff"}')
-    with pytest.raises(InputError, match="not UTF-8"):
-        load_examples(str(tmp_path / "y.jsonl"), require_cot=False)
-    with pytest.raises(InputError, match="no such file"):
-        load_examples("./nothing.jsonl", require_cot=False)
-
-
-@pytest.mark.parametrize(
-    ("name", "rows", "require_cot", "answer_type"),
-    [
-        ("svamp_nl.json", 3076, True, "numeric"),
-        ("svamp_test_set.json", 1000, False, "numeric"),
-        ("gsm8k_train.jsonl", 7473, True, "numeric"),
-        ("gsm8k_test_set.json", 1319, False, "numeric"),
-        ("mathqa_test_set.json", 1605, False, "choice"),
-        ("mathqa-numeric_test_set.json", 1605, False, "numeric"),
-    ],
-)
-def test_real_files(
-    shared_data: Callable[[str], Path], name: str, rows: int, require_cot: bool, answer_type: str
+def test_real_sets_are_read_whole(
+    shared_data: Callable[[str], Path], name: str, rows: int, answer_type: Any, require_cot: bool
 ) -> None:
-    examples, report = load_examples(str(shared_data(name)), require_cot=require_cot, answer_type=answer_type)
-    assert report.rows_read == rows
-    assert len(examples) + sum(report.rejected.values()) == rows
-    assert not sum(report.rejected.values()), report.summary()
-    assert all("<<" not in example.cot and "####" not in example.cot for example in examples)
+    examples, report = load_examples(str(shared_data(name)), answer_type=answer_type, require_cot=require_cot)
+    assert (len(examples), report.rows_read, report.rejected) == (rows, rows, {})
+    assert not any("<<" in example.cot or "####" in example.cot for example in examples)
+    assert all(bool(example.cot) == require_cot for example in examples)
 
 
-class ChatTokenizer:
-    """What a chat model's tokenizer adds: BOS in front, EOS behind, a template that writes its own markers."""
-
-    chat_template, eos_token_id, pad_token_id, eos_token = "{{ ... }}", 2, None, "</s>"
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = [10 + ord(c) for c in text]
-        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
-
-    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
-        return f"<user>{messages[0]['content']}<bot>"
-
-
-def test_prompts_and_special_tokens() -> None:
-    tokenizer = ChatTokenizer()
-    plain, chat = PromptFormat(tokenizer), PromptFormat(tokenizer, "chat")
-    text = "Question:\nq\nAnswer reasoning:\n"
-    assert plain.prompt_ids("q") == [1, *(10 + ord(c) for c in text)]
-    assert chat.prompt_ids("q") == [10 + ord(c) for c in "<user>q<bot>"]
-    expected = [*(10 + ord(c) for c in "c\nTherefore, the answer is: 5"), 2]
-    assert plain.completion_ids("c", "5") == chat.completion_ids("c", "5") == expected
-    check_tokenizer(tokenizer)
-    assert tokenizer.pad_token == "</s>"
-
-
-def test_rows_over_the_limits_are_reported() -> None:
-    tokenizer = build_tokenizer()
-    prompt_format = PromptFormat(tokenizer)
-    short, long = Example("s", "Ada has 2 pens.", "2 = 2.", "2"), Example("l", "Ada has 2 pens. " * 9, "2 = 2.", "2")
-    report = LoadReport("rows", 2, 2)
-    lengths = [len(prompt_format.prompt_ids(e.question)) for e in (short, long)]
-    rows = encode_examples(
-        [short, long],
-        prompt_format,
-        max_length=lengths[1],
-        max_prompt_length=lengths[1],
-        report=report,
-        require_cot=True,
+def test_first_gsm8k_row_in_full(shared_data: Callable[[str], Path]) -> None:
+    example = load_examples(str(shared_data("gsm8k_train.jsonl")), require_cot=True, limit=1)[0][0]
+    assert example.cot == (
+        "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
     )
-    assert [row.example.item_id for row in rows] == ["s"]
-    assert rows[0].completion_ids[-1] == tokenizer.eos_token_id
-    assert list(report.rejected) == [
-        f"prompt and annotated completion longer than data.max_length = {lengths[1]} tokens"
-    ]
-    with pytest.raises(InputError, match=f"{lengths[0]} to {lengths[1]} tokens"):
-        encode_examples(
-            [short, long], prompt_format, max_length=99, max_prompt_length=3, report=report, require_cot=False
-        )
+    assert example.answer == "72"

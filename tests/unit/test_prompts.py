@@ -1,0 +1,148 @@
+"""Prompt and completion ids against texts written out here, with tokenizers of several habits."""
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from carft_fast.data import LoadReport
+from carft_fast.errors import InputError
+from carft_fast.prompts import PromptFormat, check_tokenizer, encode_examples
+from carft_fast.types import Example
+
+CHAT = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
+BOS, EOS = 1, 2
+
+
+def byte_tokenizer(*, template: str | None = None, pad: str | None = "<pad>", eos: str | None = "</s>") -> Any:
+    """One id per character of ASCII; `template` is what is added around a text, such as "<s> $A"."""
+    characters = sorted({pre_tokenizers.ByteLevel(False).pre_tokenize_str(chr(c))[0][0] for c in range(128)})
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token=eos, pad_token=pad
+    )
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text))
+
+
+def test_published_template() -> None:
+    fmt = PromptFormat(byte_tokenizer())
+    assert fmt.prompt_text("How many?") == "Question:\nHow many?\nAnswer reasoning:\n"
+    assert fmt.completion_text("1 + 1 = 2.", "2") == "1 + 1 = 2.\nTherefore, the answer is: 2"
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [(None, []), ("<s> $A", [BOS]), ("<s> $A </s>", [BOS]), ("$A </s>", [])],
+    ids=["none", "bos", "bos and eos", "eos"],
+)
+def test_special_tokens_of_the_tokenizer(template: str | None, before: list[int]) -> None:
+    """BOS stays, an EOS the tokenizer appends to a prompt goes, and a completion has one EOS and no BOS."""
+    tokenizer = byte_tokenizer(template=template)
+    fmt = PromptFormat(tokenizer)
+    assert fmt.prompt_ids("Hm?") == before + plain_ids(tokenizer, "Question:\nHm?\nAnswer reasoning:\n")
+    text = "So.\nTherefore, the answer is: 2"
+    assert fmt.completion_ids("So.", "2") == [*plain_ids(tokenizer, text), EOS]
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>", None])
+def test_completion_keeps_its_eos_whatever_pads(pad: str | None) -> None:
+    tokenizer = byte_tokenizer(pad=pad)
+    check_tokenizer(tokenizer)
+    assert tokenizer.pad_token_id == (EOS if pad in (None, "</s>") else SPECIAL.index("<pad>"))
+    assert PromptFormat(tokenizer).completion_ids("So.", "2").count(EOS) == 1
+
+
+def test_tokenizer_without_eos() -> None:
+    with pytest.raises(InputError, match="EOS"):
+        check_tokenizer(byte_tokenizer(eos=None))
+
+
+def test_chat_template_brings_its_own_special_tokens() -> None:
+    tokenizer = byte_tokenizer(template="<s> $A </s>")
+    tokenizer.chat_template = CHAT
+    fmt = PromptFormat(tokenizer, "chat")
+    assert fmt.prompt_text("Hm?") == "<s>user\nHm?</s><s>assistant\n"
+    user, assistant = plain_ids(tokenizer, "user\nHm?"), plain_ids(tokenizer, "assistant\n")
+    assert fmt.prompt_ids("Hm?") == [BOS, *user, EOS, BOS, *assistant]
+    assert fmt.completion_text("So.", "2") == "So.\nTherefore, the answer is: 2"
+
+
+def test_chat_without_a_template() -> None:
+    with pytest.raises(InputError, match=r'"chat".*no chat template.*"carft"'):
+        PromptFormat(byte_tokenizer(), "chat")
+
+
+def test_decode_leaves_out_special_tokens_only() -> None:
+    fmt = PromptFormat(byte_tokenizer())
+    text = "a , b . 3 != 4\nTherefore, the answer is: 2"
+    assert fmt.decode([BOS, *fmt.completion_ids("a , b . 3 != 4", "2")]) == text
+
+
+EXAMPLES = [Example(f"r{n}", "q" * n, "c" * 10, "2") for n in (1, 20, 40)]
+PROMPT = len("Question:\n\nAnswer reasoning:\n")
+COMPLETION = len("c" * 10 + "\nTherefore, the answer is: 2") + 1
+
+
+def encode(
+    max_length: int, max_prompt_length: int = 10_000, *, require_cot: bool = True
+) -> tuple[list[str], LoadReport]:
+    report = LoadReport("set", 3, 3)
+    rows = encode_examples(
+        EXAMPLES,
+        PromptFormat(byte_tokenizer()),
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        report=report,
+        require_cot=require_cot,
+    )
+    assert report.rows_used == len(rows)
+    for row in rows:
+        assert row.total_length == len(row.prompt_ids) + len(row.completion_ids)
+        assert bool(row.completion_ids) == require_cot
+    return [row.example.item_id for row in rows], report
+
+
+def test_the_limit_is_inclusive() -> None:
+    longest = PROMPT + 40 + COMPLETION
+    assert encode(longest)[0] == ["r1", "r20", "r40"]
+    kept, report = encode(longest - 1)
+    assert kept == ["r1", "r20"]
+    ((reason, count),) = report.rejected.items()
+    assert count == 1
+    assert f"data.max_length = {longest - 1}" in reason
+    assert report.examples[reason] == [f"r40: '{PROMPT + 40} + {COMPLETION} tokens'"]
+
+
+def test_prompts_over_their_own_limit() -> None:
+    assert encode(10_000, PROMPT + 20)[0] == ["r1", "r20"]
+    kept, report = encode(10_000, PROMPT + 19)
+    assert kept == ["r1"]
+    ((reason, count),) = report.rejected.items()
+    assert (count, f"prompt longer than {PROMPT + 19} tokens" in reason) == (2, True)
+
+
+def test_test_rows_are_measured_by_their_prompt() -> None:
+    assert encode(PROMPT + 20, require_cot=False)[0] == ["r1", "r20"]
+
+
+def test_nothing_left_names_the_limit_and_the_lengths() -> None:
+    with pytest.raises(InputError) as error:
+        encode(5)
+    shortest, longest = PROMPT + 1 + COMPLETION, PROMPT + 40 + COMPLETION
+    assert f"{shortest} to {longest} tokens" in str(error.value)
+    assert "data.max_length = 5" in str(error.value)
