@@ -1,6 +1,7 @@
 # Each target works on a bare checkout: it makes .venv first, and again only when the dependencies change.
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -23,7 +24,7 @@ setup: .venv/ready
 	touch $@
 
 quickstart: setup
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/carft-fast quickstart $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/carft-fast quickstart --output-dir $(OUT) $(ARGS)
 
 # A Hub id works the same: carft-fast ... --set model.path=HuggingFaceTB/SmolLM2-135M-Instruct
 smollm2: setup
