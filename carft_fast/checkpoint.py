@@ -8,7 +8,6 @@ functions of (seed, stage, step), so seed and step are all the random and schedu
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,50 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from carft_fast.errors import InputError
+from carft_fast.files import TEMPORARY, remove_folder, write_folder
 from carft_fast.model import CarftModel
 
 STATE_FILE = "trainer_state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 FORMAT = 1
-_TEMPORARY = ".writing-"
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder through `write` and move it to `target`, all or nothing; an existing `target` is replaced."""
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
-    if target.exists():
-        remove_folder(target)
-    os.rename(temporary, target)
-    _sync(target.parent)
-
-
-def remove_folder(folder: Path) -> None:
-    """Delete a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
-    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
-
-
-def write_text(target: Path, text: str) -> None:
-    """Replace a file in one move."""
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class CheckpointStore:
@@ -94,7 +55,7 @@ class CheckpointStore:
         if not target.exists():  # the same step of the same run holds the same bits
             write_folder(target, write)
         if best:
-            link = self._folder / f"{_TEMPORARY}best"
+            link = self._folder / f"{TEMPORARY}best"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
             os.replace(link, self._folder / "best")
@@ -111,7 +72,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a killed write left behind."""
-        for path in self._folder.parent.rglob(f"{_TEMPORARY}*"):
+        for path in self._folder.parent.rglob(f"{TEMPORARY}*"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _all(self) -> list[Path]:

@@ -82,7 +82,7 @@ def evaluate(
         console.show(describe_plan(prepared, ()))
         return
     if output_dir:
-        prepared.run.open(resume=False)
+        prepared.run.open((), resume=False)
     result = evaluate_only(prepared)
     if output_dir:
         prepared.run.write_result(result)

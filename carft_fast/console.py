@@ -50,7 +50,7 @@ class Tracker:
             self._last_line = now
             eta = f"{(self._total - self._done) / rate:.0f} s" if rate else "unknown"
             self._console.log(
-                f"{self._description} {self._done}/{self._total}  {rate:.1f} {self._unit}/s  ETA {eta}  {note}".rstrip()
+                f"{self._description} {self._done}/{self._total}  {self._rate_text(rate)}  ETA {eta}  {note}".rstrip()
             )
 
     def _rate_text(self, rate: float) -> str:

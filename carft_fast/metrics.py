@@ -5,13 +5,14 @@ the file on disk cannot drift apart.
 """
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from carft_fast.files import write_text
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
@@ -96,9 +97,7 @@ class MetricsLog:
     def rewind(self, stage: str, step: int) -> None:
         """Take back what this stage logged after `step`: those steps are run, and counted, again."""
         self.records = [r for r in self.records if r["stage"] != stage or r["step"] <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def log(
         self, stage: str, kind: str, step: int, values: Mapping[str, Any], seconds: Mapping[str, float]

@@ -9,12 +9,12 @@ from typing import Any
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.checkpoint import write_folder, write_text
 from carft_fast.config import SYNTHETIC, Config
 from carft_fast.console import Console
 from carft_fast.data import LoadReport, load_examples
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult
+from carft_fast.files import write_folder, write_text
 from carft_fast.model import check_heads, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.report import write_report
@@ -46,49 +46,44 @@ def prepare(
 ) -> Prepared:
     """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError."""
     if write:
-        check_run_folder(folder, config, resume=resume)
+        check_run_folder(folder, config, stages, resume=resume)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
     prompt_format = PromptFormat(tokenizer, config.data.template)
-    max_length = _checked_max_length(config)
+    _check_max_length(config)
     if stages and not config.data.train:
         raise InputError('data.train is not set: give a file, a Hub id or "synthetic"')
     if not config.data.eval:
         raise InputError('data.eval is not set: give a file, a Hub id or "synthetic"')
     train, held_out, reports = _load_data(config, with_train=bool(stages))
-    prompt_limit = max_length - config.rollout.max_new_tokens
-    train_rows: list[EncodedExample] = []
-    if stages:
-        train_rows = encode_examples(
-            train,
-            prompt_format,
-            max_length=max_length,
-            max_prompt_length=prompt_limit,
-            report=reports[0],
-            require_cot=True,
-        )
-    eval_rows = encode_examples(
-        held_out,
-        prompt_format,
-        max_length=max_length,
-        max_prompt_length=prompt_limit,
-        report=reports[-1],
-        require_cot=False,
-    )
+
+    def encode(examples: list[Example], report: LoadReport, *, require_cot: bool) -> list[EncodedExample]:
+        with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
+            return encode_examples(
+                examples,
+                prompt_format,
+                max_length=config.data.max_length,
+                max_prompt_length=config.data.max_length - config.rollout.max_new_tokens,
+                report=report,
+                require_cot=require_cot,
+                on_row=tracker.advance,
+            )
+
+    train_rows = encode(train, reports[0], require_cot=True) if stages else []
+    eval_rows = encode(held_out, reports[-1], require_cot=False)
     run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest())
     return Prepared(run, reports)
 
 
-def _checked_max_length(config: Config) -> int:
+def _check_max_length(config: Config) -> None:
     positions = getattr(load_lm_config(config.model).get_text_config(), "max_position_embeddings", None)
     if positions and config.data.max_length > positions:
         raise InputError(
             f"data.max_length = {config.data.max_length}: the model at {config.model.path} has {positions} positions"
         )
-    return config.data.max_length
 
 
 def _load_data(config: Config, *, with_train: bool) -> tuple[list[Example], list[Example], list[LoadReport]]:
@@ -142,7 +137,7 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
         run.console.log(f"{run.folder}: this run is finished")
         return json.loads(summary_path.read_text())
     run.stop.install()
-    run.open(resume=resume)
+    run.open(stages, resume=resume)
     for report in prepared.reports:
         run.console.log(report.summary())
     model_path = run.config.model.path

@@ -1,6 +1,6 @@
 """From questions to token ids: the prompt, and the completion a model is taught."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def encode_examples(
     max_prompt_length: int,
     report: LoadReport,
     require_cot: bool,
+    on_row: Callable[[], None] | None = None,
 ) -> list[EncodedExample]:
     """Tokenise; rows with a prompt over `max_prompt_length`, or prompt + annotated completion over `max_length`, are
     counted in `report` and left out. Raises InputError when none is left."""
@@ -85,6 +86,8 @@ def encode_examples(
     for example in examples:
         prompt_ids = prompt_format.prompt_ids(example.question)
         completion_ids = prompt_format.completion_ids(example.cot, example.answer) if require_cot else []
+        if on_row is not None:
+            on_row()
         row = EncodedExample(example, prompt_ids, completion_ids)
         totals.append(row.total_length)
         if len(prompt_ids) > max_prompt_length:

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from carft_fast.checkpoint import CheckpointStore, load_optimizer, write_text
+from carft_fast.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
-from carft_fast.console import Console
+from carft_fast.console import Console, Tracker
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult, evaluate
+from carft_fast.files import write_text
 from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import build_optimizer
@@ -27,6 +28,7 @@ from carft_fast.rollout import RolloutEngine
 from carft_fast.signals import Stopped, StopRequest
 
 CONFIG_FILE = "config.toml"
+ENVIRONMENT_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
 VERSIONED = (
     "carft-fast",
@@ -59,7 +61,7 @@ class Run:
         self.metrics = MetricsLog(self.folder)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.output.keep_last)
 
-    def open(self, *, resume: bool) -> None:
+    def open(self, stages: Sequence[str], *, resume: bool) -> None:
         """Make or re-open the run folder. The first thing that writes."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +75,7 @@ class Run:
         write_text(self.folder / CONFIG_FILE, to_toml(self.config))
         environment = {
             "command": sys.argv,
+            "stages": list(stages),
             "seed": self.config.seed,
             "versions": versions(),
             "machine": {
@@ -81,7 +84,7 @@ class Run:
                 "device": str(self.device),
             },
         }
-        write_text(self.folder / "run.json", json.dumps(environment, indent=2) + "\n")
+        write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
     def write_result(self, result: EvalResult) -> None:
         """What `carft-fast eval --output-dir` leaves: completions and figures."""
@@ -95,15 +98,19 @@ class Run:
         text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_text(self.folder / "samples" / f"{name}.jsonl", text)
 
+    def on_progress(self, tracker: Tracker) -> Callable[[int], None]:
+        """For a sampler: moves the bar, and lets a stop request end the generation."""
+
+        def advance(n: int) -> None:
+            tracker.advance(n)
+            self.stop.check()
+
+        return advance
+
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""
         with self.timer("evaluate"), self.console.track(description, len(self.eval_rows), "rows") as tracker:
-
-            def on_progress(n: int) -> None:
-                tracker.advance(n)
-                self.stop.check()
-
-            return evaluate(engine, self.eval_rows, self.prompt_format, self.config, on_progress)
+            return evaluate(engine, self.eval_rows, self.prompt_format, self.config, self.on_progress(tracker))
 
     def evaluate(self, engine: RolloutEngine, stage: str, step: int) -> EvalResult:
         """Evaluate, log the record, write the completions to samples/<stage>-eval-<step>.jsonl."""
@@ -124,7 +131,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_run_folder(folder: Path, config: Config, *, resume: bool) -> None:
+def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
     """Refuse, before anything is written, a folder this run must not write to."""
     parent = folder
     while not parent.exists():
@@ -137,6 +144,10 @@ def check_run_folder(folder: Path, config: Config, *, resume: bool) -> None:
     if resume:
         if not saved.is_file():
             raise InputError(f"--resume: {folder} holds no run ({CONFIG_FILE} is missing)")
+        environment = folder / ENVIRONMENT_FILE  # absent where a kill fell between the run's first two files
+        before = json.loads(environment.read_text())["stages"] if environment.is_file() else list(stages)
+        if before != list(stages):
+            raise InputError(f"--resume: the run in {folder} has the stages {before}, this command {list(stages)}")
         if changed := differences(config, load_config(str(saved))):
             raise InputError(
                 f"--resume: the config differs from that of the run in {folder}:\n  " + "\n  ".join(changed)

@@ -64,7 +64,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
             picked = epoch_rows(len(run.train_rows), prompts_per_step, step, derive_seed(run.config.seed, "rl"))
             rows = [run.train_rows[row] for row in picked for _ in range(sampling.samples_per_prompt)]
 
-            with timer("rollout"):
+            with timer("rollout"), run.console.track("rollout", len(rows), "completions") as tracker:
                 rollouts = engine.generate(
                     [run.train_rows[row].prompt_ids for row in picked],
                     SamplingParams(
@@ -75,7 +75,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                         samples_per_prompt=sampling.samples_per_prompt,
                         seed=seed,
                     ),
-                    on_progress=lambda _: run.stop.check(),
+                    on_progress=run.on_progress(tracker),
                 )
             with timer("reward"):
                 completions = [run.prompt_format.decode(rollout.completion_ids) for rollout in rollouts]

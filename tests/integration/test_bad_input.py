@@ -246,6 +246,17 @@ def test_resume_with_a_changed_config(cli: Cli, tmp_path: Path, tiny_run: list[s
     assert (tmp_path / "run" / "config.toml").read_text() == saved
 
 
+def test_resume_by_another_command(cli: Cli, tmp_path: Path, tiny_run: list[str]) -> None:
+    from carft_fast.cli import QUICKSTART_CONFIG
+
+    (tmp_path / "run").mkdir()
+    write(tmp_path / "run" / "config.toml", to_toml(load_config(str(QUICKSTART_CONFIG), tiny_run[1::2])))
+    write(tmp_path / "run" / "run.json", {"stages": ["sft"]})
+    write(tmp_path / "run" / "summary.json", {"method": "sft"})
+    words = ["--config", str(QUICKSTART_CONFIG), *tiny_run, "--output-dir", "run", "--resume"]
+    assert_refused(cli("rl", *words), ["['sft']", "['rl']"])
+
+
 def test_heads_of_another_variant(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
     from carft_fast.model import CarftHeads
 

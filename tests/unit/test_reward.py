@@ -1,7 +1,6 @@
 """Answers against the published code's own table, against a person's reading, and against hostile text."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -182,17 +181,12 @@ def test_never_raises(before: str, trigger: str, after: str) -> None:
 @pytest.mark.parametrize(
     "unit", ["1", "9,", "(", " ", "Therefore, the answer is: ", "1/", "= ", "therefore, the answer is"]
 )
-def test_a_megabyte_takes_linear_time(unit: str) -> None:
-    """Ten times the text takes about ten times as long, not a hundred: measured on CPU time, with a wide margin."""
+def test_a_megabyte_reads_as_its_beginning_does(unit: str) -> None:
+    """Only so much is read after the trigger; a quadratic reader would take hours over this."""
 
-    def seconds(size: int) -> float:
-        text = "\nTherefore, the answer is: " + unit * (size // len(unit))
-        best = float("inf")
-        for _ in range(3):
-            start = time.process_time()
-            extract_answer(text, answer_type="numeric")
-            best = min(best, time.process_time() - start)
-        return best
+    def read(size: int) -> tuple[object, ...]:
+        text, trigger = unit * (size // len(unit)), "\nTherefore, the answer is: "
+        return tuple(extract_answer(x, answer_type="numeric") for x in (trigger + text, f"{text}{trigger}7"))
 
-    small, large = seconds(100_000), seconds(1_000_000)
-    assert large < 50 * small + 0.05
+    assert read(1_000_000) == read(10_000)
+    assert read(1_000_000)[1] == 7
