@@ -2,6 +2,7 @@
 
 from carft_kernels._runtime import set_index_checks
 from carft_kernels.gae import gae, kl_shaped_reward, whiten
+from carft_kernels.lcs import lcs_mask
 from carft_kernels.linear_logprob import linear_logprob
 from carft_kernels.linear_policy_loss import linear_policy_loss
 from carft_kernels.masked_infonce import masked_infonce
@@ -12,6 +13,7 @@ from carft_kernels.value_pool import value_pool
 __all__ = [
     "gae",
     "kl_shaped_reward",
+    "lcs_mask",
     "linear_logprob",
     "linear_policy_loss",
     "masked_infonce",

@@ -1,6 +1,10 @@
 """What every operator shares: input checks, accumulation dtype, choice of implementation."""
 
+import contextlib
+import functools
 import itertools
+import logging
+import math
 import os
 from typing import Literal
 
@@ -9,7 +13,13 @@ from torch import Tensor
 
 Impl = Literal["auto", "torch", "triton"]
 
+LOG2E = math.log2(math.e)
+# Triton reads the same variable when a kernel is defined, that is, when this package is imported.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_TRITON_DTYPES = _FLOAT_DTYPES[1:]
+_log = logging.getLogger("carft_kernels")
 
 
 def _index_checks_from(setting: str | None) -> bool | None:
@@ -36,10 +46,39 @@ def index_checks_on(x: Tensor) -> bool:
     return x.device.type == "cpu" if _index_checks is None else _index_checks
 
 
-def check_impl(op: str, impl: str) -> None:
-    """Every operator of this release has a torch implementation; "auto" takes it."""
-    if impl not in ("auto", "torch"):
-        raise ValueError(f"impl = {impl!r}: {op} has no such implementation in this release; allowed: 'auto', 'torch'")
+def use_triton(op: str, impl: str, x: Tensor) -> bool:
+    """Whether Triton runs this call: "auto" takes it on CUDA, except for float64, which only torch computes."""
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl = {impl!r}: allowed for {op} are 'auto', 'torch', 'triton'")
+    supported = x.dtype in _TRITON_DTYPES or not x.is_floating_point()
+    if impl == "triton":
+        if not (x.is_cuda or INTERPRETED):
+            raise ValueError(
+                f"impl = 'triton': {op} got a tensor on {x.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1 "
+                "set before the import); 'auto' or 'torch' work here"
+            )
+        if not supported:
+            raise ValueError(f"impl = 'triton': {op} got {x.dtype}; allowed are float32, bfloat16, float16")
+    return impl == "triton" or (impl == "auto" and x.is_cuda and supported)
+
+
+@functools.cache
+def log_implementation(op: str, triton: bool, device: str) -> None:
+    """Once for each operator, implementation and kind of device."""
+    _log.info("%s runs its %s implementation on %s", op, "triton" if triton else "torch", device)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Kernels launch on the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """A kernel reads rows that are contiguous, at any distance from each other."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} has strides {x.stride()}: impl='triton' needs the last dimension contiguous; call .contiguous()"
+        )
 
 
 def check_float(name: str, x: Tensor, ndim: int) -> None:
@@ -67,24 +106,30 @@ def check_bool(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} has dtype {x.dtype}: expected bool")
 
 
-def check_index(name: str, x: Tensor, size: int) -> None:
-    """Integers in [0, size)."""
+def check_integer(name: str, x: Tensor) -> None:
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} has dtype {x.dtype}: expected int64 or int32")
+
+
+def check_index_range(name: str, x: Tensor, size: int) -> None:
+    """Values in [0, size). Reads the tensor, so it belongs inside an operator, where torch.compile does not look."""
     if x.numel() and index_checks_on(x):
         low, high = int(x.min()), int(x.max())
         if low < 0 or high >= size:
             raise ValueError(f"{name} holds {low if low < 0 else high}: expected values in [0, {size})")
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, tokens: int, like_name: str, like: Tensor) -> None:
-    """B + 1 offsets, from 0 to the number of tokens, never falling."""
+def check_cu_seqlens(name: str, cu_seqlens: Tensor, like_name: str, like: Tensor) -> None:
+    """Shape (sequences + 1,), integers, device as `like`."""
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}: expected (sequences + 1,)")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} has dtype {cu_seqlens.dtype}: expected int64 or int32")
+    check_integer(name, cu_seqlens)
     if cu_seqlens.device != like.device:
         raise ValueError(f"{name} is on {cu_seqlens.device}: expected {like.device}, where {like_name} is")
+
+
+def check_offsets(name: str, cu_seqlens: Tensor, tokens: int) -> None:
+    """From 0 to the number of tokens, never falling. Reads the tensor: see check_index_range."""
     if index_checks_on(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != tokens:
@@ -111,18 +156,60 @@ def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk so that a chunk's float32 logits take 32 MB on a CPU (its cache matters), 512 MB on a GPU."""
-    elements = 1 << (27 if device.type == "cuda" else 23)
+    """Tokens per chunk so that a chunk's float32 logits take 32 MB on a CPU, where its cache matters, 1 GB on a GPU.
+
+    On a GPU every chunk reads and writes the float32 d_weight once; with a chunk of n tokens that is n FLOP for each of
+    its 4 bytes, and 1,765 tokens (a vocabulary of 152,064) outweigh what an H100 computes in that time.
+    """
+    elements = 1 << (28 if device.type == "cuda" else 23)
     return max(1, min(tokens, max(32, elements // max(vocabulary, 1))))
 
 
-def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift logits [n, V] in place by their row maximum; returns log-prob of the target, exp(x), its row sums.
+def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Shift logits [n, V] in place by their row maximum; returns log-prob of the target, maximum, exp(x), its row sums.
 
     Every log-prob of this package goes through here, so that two operators agree to the bit on the same logits: the
     ratio of a policy to itself is exactly 1.
     """
-    x.sub_(x.amax(-1, keepdim=True))
+    top = x.amax(-1)
+    x.sub_(top[:, None])
     exp = x.exp()
     sum_exp = exp.sum(-1)
-    return x.gather(1, target_n1)[:, 0] - sum_exp.log(), exp, sum_exp
+    return x.gather(1, target_n1)[:, 0] - sum_exp.log(), top, exp, sum_exp
+
+
+def d_logits_(logp: Tensor, target_n1: Tensor, d_logprob: Tensor, entropy: Tensor, d_entropy: Tensor | None) -> Tensor:
+    """Gradient [n, V] with respect to the logits, in the place of their log-softmax."""
+    if d_entropy is None:
+        d = logp.exp_().mul_(-d_logprob[:, None])
+    else:
+        p = logp.exp()
+        # p (log p + H) is 0 where p is 0, though log p is -inf there
+        d = torch.where(p > 0, p * logp.add_(entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
+        d.sub_(p.mul_(d_logprob[:, None]))
+    return d.scatter_add_(1, target_n1, d_logprob[:, None])
+
+
+def rows_scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised [rows, columns] whose rows start at multiples of 16 elements: every row can be read in vectors."""
+    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype)[:, :columns]
+
+
+def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """out = a @ b, where `out` may be float32 for half-precision factors: on CUDA their sum is never rounded."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # what CUDA computes, for kernels in the interpreter
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where `total` may be float32 for half-precision factors."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -6,11 +6,17 @@
     whiten  = (x - mean) / sqrt(var + 1e-8), var unbiased, statistics over masked tokens of every rank
 
 Source: paper section 3.2, ReFT; GAE, Schulman et al. 2016. None of the three carries gradient. Accumulation: float32
-(float64 for float64 input).
+(float64 for float64 input). Triton: one launch each, one program a sequence (whitening: one program).
 """
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from carft_kernels._runtime import (
@@ -19,9 +25,12 @@ from carft_kernels._runtime import (
     check_bool,
     check_cu_seqlens,
     check_float,
-    check_impl,
     check_like,
+    check_offsets,
+    log_implementation,
+    on_device,
     sequence_index,
+    use_triton,
 )
 
 _VARIANCE_EPS = 1e-8
@@ -59,39 +68,102 @@ def whiten_reference(x_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
     return torch.where(mask_T, (x_T - counted.mean()) * (counted.var() + _VARIANCE_EPS).rsqrt(), 0.0)
 
 
-@torch.no_grad()
-def gae(
-    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float, impl: Impl = "auto"
+@triton.jit
+def _then(decay_a, sum_a, decay_b, sum_b):
+    """Composition of the steps A -> sum + decay A, a first."""
+    return decay_a * decay_b, sum_b + decay_b * sum_a
+
+
+@triton.jit
+def gae_kernel(reward, value, cu_seqlens, advantage, return_, gamma, decay, BLOCK: tl.constexpr):
+    """One program a sequence, from its end: a scan over each block of tokens, its result carried to the next."""
+    b = tl.program_id(0)
+    start = tl.load(cu_seqlens + b).to(tl.int64)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    carry = 0.0
+    for i in range(0, end - start, BLOCK):
+        t = end - 1 - i - tl.arange(0, BLOCK)  # backwards, so that the scan runs forwards
+        inside = t >= start
+        r = tl.load(reward + t, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(value + t, mask=inside, other=0.0).to(tl.float32)
+        next_v = tl.load(value + t + 1, mask=inside & (t + 1 < end), other=0.0).to(tl.float32)
+        delta = tl.where(inside, r + gamma * next_v - v, 0.0)
+        powers, sums = tl.associative_scan((tl.zeros([BLOCK], tl.float32) + decay, delta), 0, _then)
+        a = sums + powers * carry
+        tl.store(advantage + t, a, mask=inside)
+        tl.store(return_ + t, a + v, mask=inside)
+        carry = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, a, 0.0), 0)
+
+
+@triton.jit
+def kl_shaped_reward_kernel(score, old_logprob, ref_logprob, cu_seqlens, reward, kl_coef, BLOCK: tl.constexpr):
+    """One program a sequence."""
+    b = tl.program_id(0)
+    start = tl.load(cu_seqlens + b).to(tl.int64)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    last = tl.load(score + b).to(tl.float32)
+    for i in range(start, end, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        inside = t < end
+        old = tl.load(old_logprob + t, mask=inside, other=0.0).to(tl.float32)
+        ref = tl.load(ref_logprob + t, mask=inside, other=0.0).to(tl.float32)
+        r = -kl_coef * (old - ref)
+        tl.store(reward + t, tl.where(t == end - 1, r + last, r), mask=inside)
+
+
+@triton.jit
+def whiten_kernel(x, mask, out, tokens, eps, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program, three passes over a vector that stays in the cache: mean, variance about it, result."""
+    count = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, tokens, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        here = t < tokens
+        if MASKED:
+            here = here & (tl.load(mask + t, mask=here, other=0) != 0)
+        count += here.to(tl.float32)
+        total += tl.load(x + t, mask=here, other=0.0).to(tl.float32)
+    n = tl.sum(count, 0)
+    mean = tl.sum(total, 0) / tl.maximum(n, 1.0)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, tokens, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        here = t < tokens
+        if MASKED:
+            here = here & (tl.load(mask + t, mask=here, other=0) != 0)
+        d = tl.where(here, tl.load(x + t, mask=here, other=0.0).to(tl.float32) - mean, 0.0)
+        squares += d * d
+    factor = 1.0 / tl.sqrt(tl.sum(squares, 0) / tl.maximum(n - 1.0, 1.0) + eps)
+    for i in range(0, tokens, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        here = t < tokens
+        if MASKED:
+            here = here & (tl.load(mask + t, mask=here, other=0) != 0)
+        d = tl.load(x + t, mask=here, other=0.0).to(tl.float32) - mean
+        tl.store(out + t, tl.where(here, d * factor, 0.0), mask=t < tokens)
+
+
+SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4}
+WHITEN_CONFIG = {"BLOCK": 2048, "num_warps": 16}
+
+
+@torch.library.custom_op("carft::gae", mutates_args=())
+def _gae(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, via_triton: bool
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimates of packed sequences.
-
-    Equivalent, from the last token of each sequence to its first: `A[t] = r[t] + gamma * v[t + 1] - v[t] + gamma *
-    lam * A[t + 1]`, with `v` and `A` zero after the last token; `return_ = A + v`.
-
-    Args:
-        reward_T, value_T: float [T].
-        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
-        gamma, lam: discount and GAE lambda, in [0, 1].
-        impl: "auto" or "torch".
-
-    Returns:
-        advantage [T] and return [T], float32 (float64 for float64 rewards), without gradient.
-
-    Source: Schulman et al. 2016, as in ReFT and paper section 3.2.
-
-    Raises:
-        ValueError: naming the argument, what was seen and what is allowed.
-    """
-    check_impl("gae", impl)
-    check_float("reward_T", reward_T, 1)
-    check_float("value_T", value_T, 1)
-    tokens = len(reward_T)
-    check_like("value_T", value_T, (tokens,), "reward_T", reward_T)
-    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens, "reward_T", reward_T)
-    for name, x in (("gamma", gamma), ("lam", lam)):
-        if not 0 <= x <= 1:
-            raise ValueError(f"{name} = {x}: expected a number in [0, 1]")
+    log_implementation("gae", via_triton, reward_T.device.type)
+    tokens, sequences = len(reward_T), cu_seqlens.numel() - 1
+    check_offsets("cu_seqlens", cu_seqlens, tokens)
     dtype = accumulation_dtype(reward_T)
+    if via_triton:
+        advantage_T, return_T = (reward_T.new_empty(tokens, dtype=dtype) for _ in range(2))
+        options: dict[str, Any] = SEQUENCE_CONFIG
+        if sequences:
+            with on_device(reward_T):
+                gae_kernel[(sequences,)](
+                    reward_T, value_T, cu_seqlens, advantage_T, return_T, gamma, gamma * lam, **options
+                )
+        return advantage_T, return_T
     reward_T, value_T = reward_T.to(dtype), value_T.to(dtype)
     if tokens == 0:
         return reward_T.clone(), value_T.clone()
@@ -115,6 +187,118 @@ def gae(
     return advantage_T, advantage_T + value_T
 
 
+@_gae.register_fake
+def _(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, via_triton: bool
+) -> tuple[Tensor, Tensor]:
+    advantage_T = torch.empty_like(reward_T, dtype=accumulation_dtype(reward_T))
+    return advantage_T, torch.empty_like(advantage_T)
+
+
+@torch.library.custom_op("carft::kl_shaped_reward", mutates_args=())
+def _kl_shaped_reward(
+    score_B: Tensor, old_logprob_T: Tensor, ref_logprob_T: Tensor, cu_seqlens: Tensor, kl_coef: float, via_triton: bool
+) -> Tensor:
+    log_implementation("kl_shaped_reward", via_triton, old_logprob_T.device.type)
+    check_offsets("cu_seqlens", cu_seqlens, len(old_logprob_T))
+    dtype = accumulation_dtype(old_logprob_T)
+    if via_triton:
+        reward_T = torch.empty_like(old_logprob_T, dtype=dtype)
+        options: dict[str, Any] = SEQUENCE_CONFIG
+        if len(score_B):
+            with on_device(old_logprob_T):
+                kl_shaped_reward_kernel[(len(score_B),)](
+                    score_B, old_logprob_T, ref_logprob_T, cu_seqlens, reward_T, kl_coef, **options
+                )
+        return reward_T
+    reward_T = -kl_coef * (old_logprob_T.to(dtype) - ref_logprob_T.to(dtype))
+    filled_B = cu_seqlens.diff() > 0
+    return reward_T.index_add_(0, cu_seqlens[1:][filled_B].long() - 1, score_B[filled_B].to(dtype))
+
+
+@_kl_shaped_reward.register_fake
+def _(
+    score_B: Tensor, old_logprob_T: Tensor, ref_logprob_T: Tensor, cu_seqlens: Tensor, kl_coef: float, via_triton: bool
+) -> Tensor:
+    return torch.empty_like(old_logprob_T, dtype=accumulation_dtype(old_logprob_T))
+
+
+@torch.library.custom_op("carft::whiten", mutates_args=())
+def _whiten(x_T: Tensor, mask_T: Tensor | None, via_triton: bool) -> Tensor:
+    """This process alone."""
+    log_implementation("whiten", via_triton, x_T.device.type)
+    if not via_triton:
+        return _whiten_torch(x_T, mask_T, None)
+    out_T = torch.empty_like(x_T, dtype=torch.float32)
+    options: dict[str, Any] = WHITEN_CONFIG
+    with on_device(x_T):
+        whiten_kernel[(1,)](
+            x_T,
+            None if mask_T is None else mask_T.view(torch.uint8),
+            out_T,
+            len(x_T),
+            _VARIANCE_EPS,
+            MASKED=mask_T is not None,
+            **options,
+        )
+    return out_T
+
+
+@_whiten.register_fake
+def _(x_T: Tensor, mask_T: Tensor | None, via_triton: bool) -> Tensor:
+    return torch.empty_like(x_T, dtype=accumulation_dtype(x_T))
+
+
+def _whiten_torch(x_T: Tensor, mask_T: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+    x_T = x_T.to(accumulation_dtype(x_T))
+    if mask_T is None:
+        mask_T = torch.ones_like(x_T, dtype=torch.bool)
+    count_sum = torch.stack([mask_T.sum().to(x_T.dtype), torch.where(mask_T, x_T, 0.0).sum()])
+    if group is not None:
+        dist.all_reduce(count_sum, group=group)
+    count, mean = count_sum[0], count_sum[1] / count_sum[0].clamp(min=1)
+    centred_T = torch.where(mask_T, x_T - mean, 0.0)
+    squares = centred_T.square().sum()
+    if group is not None:
+        dist.all_reduce(squares, group=group)
+    return centred_T * (squares / (count - 1).clamp(min=1) + _VARIANCE_EPS).rsqrt()
+
+
+@torch.no_grad()
+def gae(
+    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, *, gamma: float, lam: float, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimates of packed sequences.
+
+    Equivalent, from the last token of each sequence to its first: `A[t] = r[t] + gamma * v[t + 1] - v[t] + gamma *
+    lam * A[t + 1]`, with `v` and `A` zero after the last token; `return_ = A + v`.
+
+    Args:
+        reward_T, value_T: float [T].
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
+        gamma, lam: discount and GAE lambda, in [0, 1].
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
+
+    Returns:
+        advantage [T] and return [T], float32 (float64 for float64 rewards), without gradient.
+
+    Source: Schulman et al. 2016, as in ReFT and paper section 3.2.
+
+    Raises:
+        ValueError: naming the argument, what was seen and what is allowed.
+    """
+    check_float("reward_T", reward_T, 1)
+    check_float("value_T", value_T, 1)
+    tokens = len(reward_T)
+    check_like("value_T", value_T, (tokens,), "reward_T", reward_T)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, "reward_T", reward_T)
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        if not 0 <= x <= 1:
+            raise ValueError(f"{name} = {x}: expected a number in [0, 1]")
+    via_triton = use_triton("gae", impl, reward_T)
+    return _gae(reward_T.contiguous(), value_T.contiguous(), cu_seqlens.contiguous(), gamma, lam, via_triton)
+
+
 @torch.no_grad()
 def kl_shaped_reward(
     score_B: Tensor,
@@ -134,7 +318,7 @@ def kl_shaped_reward(
         old_logprob_T, ref_logprob_T: float [T], log-probs of the sampling policy and of the reference.
         cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
         kl_coef: weight of the penalty, at least 0.
-        impl: "auto" or "torch".
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         reward [T], float32 (float64 for float64 log-probs), without gradient.
@@ -144,19 +328,17 @@ def kl_shaped_reward(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("kl_shaped_reward", impl)
     check_float("old_logprob_T", old_logprob_T, 1)
     tokens = len(old_logprob_T)
     check_float("ref_logprob_T", ref_logprob_T, 1)
     check_like("ref_logprob_T", ref_logprob_T, (tokens,), "old_logprob_T", old_logprob_T)
-    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens, "old_logprob_T", old_logprob_T)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, "old_logprob_T", old_logprob_T)
     check_like("score_B", score_B, (cu_seqlens.numel() - 1,), "cu_seqlens", old_logprob_T)
     if not kl_coef >= 0:
         raise ValueError(f"kl_coef = {kl_coef}: expected a number of at least 0")
-    dtype = accumulation_dtype(old_logprob_T)
-    reward_T = -kl_coef * (old_logprob_T.to(dtype) - ref_logprob_T.to(dtype))
-    filled_B = cu_seqlens.diff() > 0
-    return reward_T.index_add_(0, cu_seqlens[1:][filled_B].long() - 1, score_B[filled_B].to(dtype))
+    via_triton = use_triton("kl_shaped_reward", impl, old_logprob_T)
+    old_logprob_T, ref_logprob_T, score_B = (x.contiguous() for x in (old_logprob_T, ref_logprob_T, score_B))
+    return _kl_shaped_reward(score_B, old_logprob_T, ref_logprob_T, cu_seqlens.contiguous(), kl_coef, via_triton)
 
 
 @torch.no_grad()
@@ -170,8 +352,9 @@ def whiten(
     Args:
         x_T: float [T]; T may differ between ranks, and be 0.
         mask_T: bool [T], the tokens that count; all when None.
-        group: process group whose ranks share the statistics; this process alone when None.
-        impl: "auto" or "torch".
+        group: process group whose ranks share the statistics (torch operations around two all-reduces); this process
+            alone when None.
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         [T], float32 (float64 for float64 input), without gradient. With fewer than two counted tokens the variance is
@@ -182,20 +365,12 @@ def whiten(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("whiten", impl)
     check_float("x_T", x_T, 1)
-    if mask_T is None:
-        mask_T = torch.ones_like(x_T, dtype=torch.bool)
-    else:
+    if mask_T is not None:
         check_like("mask_T", mask_T, tuple(x_T.shape), "x_T", x_T)
         check_bool("mask_T", mask_T)
-    x_T = x_T.to(accumulation_dtype(x_T))
-    count_sum = torch.stack([mask_T.sum().to(x_T.dtype), torch.where(mask_T, x_T, 0.0).sum()])
+        mask_T = mask_T.contiguous()
+    via_triton = use_triton("whiten", impl, x_T)
     if group is not None:
-        dist.all_reduce(count_sum, group=group)
-    count, mean = count_sum[0], count_sum[1] / count_sum[0].clamp(min=1)
-    centred_T = torch.where(mask_T, x_T - mean, 0.0)
-    squares = centred_T.square().sum()
-    if group is not None:
-        dist.all_reduce(squares, group=group)
-    return centred_T * (squares / (count - 1).clamp(min=1) + _VARIANCE_EPS).rsqrt()
+        return _whiten_torch(x_T, mask_T, group)
+    return _whiten(x_T.contiguous(), mask_T, via_triton)

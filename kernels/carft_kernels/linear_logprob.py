@@ -2,29 +2,39 @@
 
     x_t = (hidden_t weight^T + bias) / temperature, then as token_logprob
 
-Kept for backward: the inputs. Tokens go by in chunks whose logits fit the cache; backward recomputes them. Cost in
-units of F = 2 T V D: 1 without gradient, 4 with. Accumulation: float32 for d_weight and for everything past the
-matmul (float64 for float64 input). Half-precision matmuls run in their own dtype, on the weight as it is: only a
-chunk's logits are widened, never the weight.
+Kept for backward: the inputs and [T] statistics. Cost in units of F = 2 T V D: 1 without gradient, 4 with, since
+backward computes the logits again, a chunk of tokens at a time. Triton: the forward pass streams tiles of logits
+through registers and never writes one. Torch: chunks of tokens whose logits fit the cache. Accumulation: float32 for
+d_weight and for everything past the matmul (float64 for float64 input), and d_hidden is one matmul over the whole
+vocabulary, so it is never summed in half precision. Half-precision matmuls run on the weight as it is: only a chunk's
+logits are widened, never the weight.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from carft_kernels._matmul_kernels import matmul_logprob
+from carft_kernels._row_kernels import logprob_backward, logprob_forward
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
+    add_product_,
     check_float,
-    check_impl,
-    check_index,
+    check_index_range,
+    check_integer,
     check_like,
     check_positive,
+    check_rows,
     check_same_dtype,
     chunk_size,
+    d_logits_,
+    log_implementation,
+    rows_scratch,
     softmax_parts_,
+    use_triton,
+    wide_matmul,
 )
 
 
@@ -49,73 +59,180 @@ def _chunk_logits(h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature
     return x if temperature == 1.0 else x.div_(temperature)
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        target_T: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        tokens = hidden_TD.shape[0]
-        logprob_T = hidden_TD.new_empty(tokens, dtype=accumulation_dtype(hidden_TD))
-        entropy_T = torch.zeros_like(logprob_T)
-        step = chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)
-        for s in range(0, tokens, step):
-            e = s + step
-            x = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature)
-            logprob_T[s:e], exp, sum_exp = softmax_parts_(x, target_T[s:e, None])
-            if with_entropy:
-                entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
-        ctx.save_for_backward(hidden_TD, weight_VD, target_T, bias)
-        ctx.temperature, ctx.with_entropy = temperature, with_entropy
-        return logprob_T, entropy_T
+@torch.library.custom_op("carft::linear_logprob", mutates_args=())
+def _forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy (empty unless asked), row maximum and log of the sum of exponentials below it.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_VD, target_T, bias = ctx.saved_tensors
-        need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
-        dtype = accumulation_dtype(hidden_TD)
-        d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
-        d_bias_V = torch.zeros_like(bias, dtype=dtype) if need_bias else None
-        step = chunk_size(hidden_TD.shape[0], weight_VD.shape[0], hidden_TD.device)
-        for s in range(0, hidden_TD.shape[0], step):
-            e = s + step
-            logp = _chunk_logits(hidden_TD[s:e], weight_VD, bias, ctx.temperature)
-            logp.sub_(logp.logsumexp(-1, keepdim=True))
-            if ctx.with_entropy:
-                p = logp.exp()
-                entropy = torch.special.entr(p).sum(-1, keepdim=True)
-                d = torch.where(p > 0, p * (logp + entropy), 0.0).mul_(-d_entropy_T[s:e, None])
-                d.sub_(p.mul_(d_logprob_T[s:e, None]))
-            else:
-                d = logp.exp_().mul_(-d_logprob_T[s:e, None])
-            d.scatter_add_(1, target_T[s:e, None], d_logprob_T[s:e, None])
-            if ctx.temperature != 1.0:
-                d.div_(ctx.temperature)
-            if d_bias_V is not None:
-                d_bias_V += d.sum(0)
-            d = d.to(hidden_TD.dtype)
-            if d_hidden_TD is not None:
-                d_hidden_TD[s:e] = d @ weight_VD
-            if d_weight_VD is not None:
-                if d_weight_VD.dtype == d.dtype:
-                    d_weight_VD.addmm_(d.T, hidden_TD[s:e])
-                else:
-                    d_weight_VD += d.T @ hidden_TD[s:e]
-        return (
-            d_hidden_TD,
-            None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype),
-            None,
-            None if d_bias_V is None else d_bias_V.to(bias.dtype),
-            None,
-            None,
-        )
+    The last two serve this implementation's own backward: Triton keeps them in units of its own.
+    """
+    log_implementation("linear_logprob", via_triton, hidden_TD.device.type)
+    check_index_range("target_T", target_T, weight_VD.shape[0])
+    if via_triton:
+        result = matmul_logprob(hidden_TD, weight_VD, target_T, temperature, bias_M=bias, with_entropy=with_entropy)
+        return result[:4]
+    tokens = hidden_TD.shape[0]
+    dtype = accumulation_dtype(hidden_TD)
+    logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
+    entropy_T = hidden_TD.new_empty(tokens if with_entropy else 0, dtype=dtype)
+    target_T1 = target_T.long()[:, None]
+    step = chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)
+    for s in range(0, tokens, step):
+        e = s + step
+        x = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature)
+        logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
+        log_total_T[s:e] = sum_exp.log()
+        if with_entropy:
+            entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
+    return logprob_T, entropy_T, top_T, log_total_T
+
+
+@_forward.register_fake
+def _(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    with_entropy: bool,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, dtype = hidden_TD.shape[0], accumulation_dtype(hidden_TD)
+    logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
+    return logprob_T, hidden_TD.new_empty(tokens if with_entropy else 0, dtype=dtype), top_T, log_total_T
+
+
+@torch.library.custom_op("carft::linear_logprob_backward", mutates_args=())
+def _backward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias: Tensor | None,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    entropy_T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_hidden, d_weight, d_bias; empty where not needed."""
+    tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    d_hidden_TD = torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
+    dtype = accumulation_dtype(hidden_TD)
+    d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
+    step = chunk_size(tokens, vocabulary, hidden_TD.device)
+    target_T1 = target_T.long()[:, None]
+    if via_triton:
+        x_scratch = rows_scratch(hidden_TD, step, vocabulary, torch.float32)
+        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, step, vocabulary)
+    for s in range(0, tokens, step):
+        rows = slice(s, s + step)
+        h = hidden_TD[rows]
+        if via_triton:
+            x, d = x_scratch[: len(h)], d_scratch[: len(h)]
+            wide_matmul(h, weight_VD.T, out=x)
+            if bias is not None:
+                x += bias
+            top, log_total = top_T[rows], log_total_T[rows]
+            if hidden_TD.dtype == dtype:
+                # The two matmuls round differently: with float32 logits in the hundreds that would show in
+                # exp(logit - lse). Half precision hides it, and saves the pass.
+                _, _, top, log_total = logprob_forward(x, target_T[rows], temperature, False)
+            logprob_backward(
+                x,
+                d,
+                target_T[rows],
+                top,
+                log_total,
+                d_logprob_T[rows],
+                temperature,
+                entropy_T=entropy_T[rows],
+                d_entropy_T=None if d_entropy_T is None else d_entropy_T[rows],
+            )
+        else:
+            logp = _chunk_logits(h, weight_VD, bias, temperature).sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
+            d_entropy_n = None if d_entropy_T is None else d_entropy_T[rows]
+            d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n)
+            if temperature != 1.0:
+                d.div_(temperature)
+        if need_bias:
+            d_bias_V += d.sum(0, dtype=dtype)
+        d = d.to(hidden_TD.dtype)
+        if need_hidden:
+            torch.mm(d, weight_VD, out=d_hidden_TD[rows])
+        if need_weight:
+            add_product_(d_weight_VD, d.T, h)
+    return d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
+
+
+@_backward.register_fake
+def _(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    bias: Tensor | None,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    entropy_T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor | None,
+    temperature: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
+        torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),
+        weight_VD.new_empty(weight_VD.shape[0] if need_bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_TD, weight_VD, target_T, bias, ctx.temperature, ctx.with_entropy, ctx.via_triton = inputs
+    _, entropy_T, top_T, log_total_T = output
+    ctx.mark_non_differentiable(top_T, log_total_T)
+    ctx.save_for_backward(hidden_TD, weight_VD, target_T, bias, top_T, log_total_T, entropy_T)
+
+
+def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    d_hidden_TD, d_weight_VD, d_bias_V = _backward(
+        *ctx.saved_tensors,
+        # contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index
+        d_logprob_T.contiguous(),
+        d_entropy_T.contiguous() if ctx.with_entropy else None,
+        ctx.temperature,
+        need_hidden,
+        need_weight,
+        need_bias,
+        ctx.via_triton,
+    )
+    return (
+        d_hidden_TD if need_hidden else None,
+        d_weight_VD if need_weight else None,
+        None,
+        d_bias_V if need_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_logprob(
@@ -139,7 +256,7 @@ def linear_logprob(
         bias: [V], dtype and device of `hidden_TD`.
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
-        impl: "auto" or "torch".
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         log-prob [T] and entropy [T] or None, float32 (float64 for float64 input). Gradients to hidden, weight, bias.
@@ -149,8 +266,8 @@ def linear_logprob(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("linear_logprob", impl)
     check_float("hidden_TD", hidden_TD, 2)
+    via_triton = use_triton("linear_logprob", impl, hidden_TD)
     check_float("weight_VD", weight_VD, 2)
     check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
     check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
@@ -158,7 +275,12 @@ def linear_logprob(
         check_like("bias", bias, (weight_VD.shape[0],), "weight_VD", hidden_TD)
         check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
     check_like("target_T", target_T, (hidden_TD.shape[0],), "hidden_TD", hidden_TD)
-    check_index("target_T", target_T, weight_VD.shape[0])
+    check_integer("target_T", target_T)
     check_positive("temperature", temperature)
-    logprob_T, entropy_T = _LinearLogprob.apply(hidden_TD, weight_VD, target_T.long(), bias, temperature, with_entropy)
+    if via_triton:
+        check_rows("hidden_TD", hidden_TD)
+        check_rows("weight_VD", weight_VD)
+    logprob_T, entropy_T, *_ = _forward(
+        hidden_TD, weight_VD, target_T.contiguous(), bias, temperature, with_entropy, via_triton
+    )
     return logprob_T, entropy_T if with_entropy else None

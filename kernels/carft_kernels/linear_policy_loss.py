@@ -7,28 +7,34 @@
 Source: paper eq. 5 (PPO); the KL term is the k3 estimator of GRPO. Since the loss is a plain sum, each chunk of tokens
 can be differentiated as soon as its logits exist: one matmul for them, one for d_hidden, one for d_weight, 3F in all
 (F = 2 T V D) and no recomputation. Tokens whose gradient is exactly zero (no weight, no advantage, clipped) are left
-out of the last two. Kept for backward: d_hidden and d_weight. Accumulation: float32 past the matmul and for d_weight
-(float64 for float64 input). Half-precision matmuls run in their own dtype, on the weight as it is: only a chunk's
-logits are widened, never the weight.
+out of the last two; on CUDA their number is read back once a chunk. Kept for backward: d_hidden and d_weight.
+Accumulation: float32 past the matmul and for d_weight (float64 for float64 input). Half-precision matmuls run on the
+weight as it is: only a chunk's logits are widened, never the weight. Triton: row kernels between cuBLAS products.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from carft_kernels._row_kernels import logprob_backward, logprob_forward, policy_terms
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
+    add_product_,
     check_float,
-    check_impl,
-    check_index,
+    check_index_range,
+    check_integer,
     check_like,
     check_positive,
+    check_rows,
     check_same_dtype,
     chunk_size,
+    log_implementation,
+    rows_scratch,
     softmax_parts_,
+    use_triton,
+    wide_matmul,
 )
 
 
@@ -60,98 +66,166 @@ def linear_policy_loss_reference(
     return (weight_T * loss_T).sum(), logprob_T
 
 
-class _LinearPolicyLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: Tensor,
-        weight_VD: Tensor,
-        target_T: Tensor,
-        advantage_T: Tensor,
-        old_logprob_T: Tensor,
-        weight_T: Tensor,
-        ref_logprob_T: Tensor | None,
-        clip_low: float,
-        clip_high: float,
-        kl_coef: float,
-        entropy_coef: float,
-        temperature: float,
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = accumulation_dtype(hidden_TD)
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else None
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else None
-        logprob_T = hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype)
-        entropy_T = torch.empty_like(logprob_T)
-        loss = hidden_TD.new_zeros((), dtype=dtype)
-        for s in range(0, hidden_TD.shape[0], chunk_tokens):
-            rows = slice(s, s + chunk_tokens)
-            h, target, weight = hidden_TD[rows], target_T[rows, None], weight_T[rows]
+@torch.library.custom_op("carft::linear_policy_loss", mutates_args=())
+def _forward(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    advantage_T: Tensor,
+    old_logprob_T: Tensor,
+    weight_T: Tensor,
+    ref_logprob_T: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    temperature: float,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_weight: bool,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-probs, the sums [5] of policy_terms, d_hidden and d_weight (empty where not needed)."""
+    log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
+    tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    check_index_range("target_T", target_T, vocabulary)
+    dtype = accumulation_dtype(hidden_TD)
+    d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
+    d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    logprob_T = hidden_TD.new_empty(tokens, dtype=dtype)
+    stats = hidden_TD.new_zeros(5, dtype=dtype)
+    target_T1 = target_T.long()[:, None]
+    chunk_tokens = min(chunk_tokens, tokens)
+    if via_triton:
+        x_scratch = rows_scratch(hidden_TD, chunk_tokens, vocabulary, torch.float32)
+        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, chunk_tokens, vocabulary)
+    for s in range(0, tokens, max(chunk_tokens, 1)):
+        rows = slice(s, s + chunk_tokens)
+        h, weight = hidden_TD[rows], weight_T[rows]
+        if via_triton:
+            x = x_scratch[: len(h)]
+            wide_matmul(h, weight_VD.T, out=x)
+            logprob, entropy, top, log_total = logprob_forward(x, target_T[rows], temperature, True)
+        else:
             x = (h @ weight_VD.T).to(dtype)
             if temperature != 1.0:
                 x.div_(temperature)
-            logprob, p, sum_exp = softmax_parts_(x, target)
+            logprob, _, p, sum_exp = softmax_parts_(x, target_T1[rows])
             # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
             entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
-            logprob_T[rows], entropy_T[rows] = logprob, entropy
+        logprob_T[rows] = logprob
+        d_logprob = policy_terms(
+            logprob,
+            old_logprob_T[rows],
+            advantage_T[rows],
+            weight,
+            stats,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            ref_logprob_T=None if ref_logprob_T is None else ref_logprob_T[rows],
+            kl_coef=kl_coef,
+            entropy_T=entropy,
+            entropy_coef=entropy_coef,
+            via_triton=via_triton,
+        )
+        if not (need_hidden or need_weight):
+            continue
 
-            advantage = advantage_T[rows]
-            ratio = (logprob - old_logprob_T[rows]).exp()
-            plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
-            loss_rows = torch.maximum(plain, clipped)
-            # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows
-            d_logprob = torch.where(plain >= clipped, plain, torch.zeros_like(plain))
-            if ref_logprob_T is not None and kl_coef:
-                difference = ref_logprob_T[rows] - logprob
-                loss_rows = loss_rows + kl_coef * (difference.expm1() - difference)
-                d_logprob = d_logprob - kl_coef * difference.expm1()
-            if entropy_coef:
-                loss_rows = loss_rows - entropy_coef * entropy
-            # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
-            loss += torch.where(weight != 0, weight * loss_rows, 0.0).sum()
-            if d_hidden_TD is None and d_weight_VD is None:
-                continue
-
-            d_logprob = torch.where(weight != 0, weight * d_logprob, 0.0)
-            live = d_logprob != 0 if not entropy_coef else weight != 0
-            index = live.nonzero()[:, 0]
-            if len(index) < len(live):
-                if len(index) == 0:
-                    continue
-                p, h, target, sum_exp = p[index], h[index], target[index], sum_exp[index]
-                d_logprob, weight, entropy = d_logprob[index], weight[index], entropy[index]
+        live = d_logprob != 0 if not entropy_coef else weight != 0
+        index = live.nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        everyone = len(index) == len(h)
+        d_entropy = -entropy_coef * weight if entropy_coef else None
+        if via_triton:
+            # rows beyond `index` are neither read nor written; without a gap the gradient goes over its own logits
+            d = d_scratch[: len(index)]
+            if not everyone and d_scratch is x_scratch:
+                d = rows_scratch(hidden_TD, len(index), vocabulary)
+            logprob_backward(
+                x,
+                d,
+                target_T[rows],
+                top,
+                log_total,
+                d_logprob,
+                temperature,
+                entropy_T=entropy,
+                d_entropy_T=d_entropy,
+                index_N=None if everyone else index,
+            )
+        else:
+            target = target_T1[rows]
+            if not everyone:
+                p, target, sum_exp, entropy, d_logprob = (z[index] for z in (p, target, sum_exp, entropy, d_logprob))
+                d_entropy = None if d_entropy is None else d_entropy[index]
             p.div_(sum_exp[:, None])
-            if entropy_coef:
-                d_entropy = torch.where(p > 0, p * (p.log() + entropy[:, None]), 0.0)
-                d = d_entropy.mul_(entropy_coef * weight[:, None]).sub_(p.mul_(d_logprob[:, None]))
-            else:
+            if d_entropy is None:
                 d = p.mul_(-d_logprob[:, None])
+            else:
+                d = torch.where(p > 0, p * (p.log() + entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
+                d.sub_(p.mul_(d_logprob[:, None]))
             d.scatter_add_(1, target, d_logprob[:, None])
             if temperature != 1.0:
                 d.div_(temperature)
             d = d.to(hidden_TD.dtype)
-            if d_hidden_TD is not None:
+        if need_hidden:
+            if everyone:
+                torch.mm(d, weight_VD, out=d_hidden_TD[rows])
+            else:
                 d_hidden_TD[s + index] = d @ weight_VD
-            if d_weight_VD is not None:
-                if d_weight_VD.dtype == d.dtype:
-                    d_weight_VD.addmm_(d.T, h)
-                else:
-                    d_weight_VD += d.T @ h
-        ctx.mark_non_differentiable(logprob_T, entropy_T)
-        ctx.save_for_backward(d_hidden_TD, None if d_weight_VD is None else d_weight_VD.to(weight_VD.dtype))
-        return loss, logprob_T, entropy_T
+        if need_weight:
+            add_product_(d_weight_VD, d.T, h if everyone else h[index])
+    return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD.to(weight_VD.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden_TD, d_weight_VD = ctx.saved_tensors
-        return (
-            # d_loss stays as wide as it is: rounded to half precision first, it would bias every element alike
-            None if d_hidden_TD is None else d_hidden_TD * d_loss,
-            None if d_weight_VD is None else d_weight_VD * d_loss,
-            *([None] * 11),
-        )
+
+@_forward.register_fake
+def _(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    advantage_T: Tensor,
+    old_logprob_T: Tensor,
+    weight_T: Tensor,
+    ref_logprob_T: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    entropy_coef: float,
+    temperature: float,
+    chunk_tokens: int,
+    need_hidden: bool,
+    need_weight: bool,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden_TD)
+    return (
+        hidden_TD.new_empty((), dtype=dtype),
+        hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype),
+        hidden_TD.new_empty(5, dtype=dtype),
+        torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
+        torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, logprob_T, stats, d_hidden_TD, d_weight_VD = output
+    ctx.need_hidden, ctx.need_weight, ctx.inputs = inputs[-3], inputs[-2], len(inputs)
+    ctx.mark_non_differentiable(logprob_T, stats, d_hidden_TD, d_weight_VD)
+    ctx.save_for_backward(d_hidden_TD, d_weight_VD)
+
+
+def _autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    d_hidden_TD, d_weight_VD = ctx.saved_tensors
+    return (
+        # d_loss stays as wide as it is: rounded to half precision first, it would bias every element alike
+        (d_hidden_TD * d_loss).to(d_hidden_TD.dtype) if ctx.need_hidden else None,
+        (d_weight_VD * d_loss).to(d_weight_VD.dtype) if ctx.need_weight else None,
+        *([None] * (ctx.inputs - 2)),
+    )
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_policy_loss(
@@ -191,7 +265,7 @@ def linear_policy_loss(
         entropy_coef: weight of the entropy bonus.
         temperature: divides the logits; above 0.
         chunk_tokens: tokens per chunk; by default what keeps a chunk's logits small.
-        impl: "auto" or "torch".
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         loss (scalar), log-probs [T] without gradient, and metrics, means over the tokens with weight: `clip_fraction`,
@@ -203,14 +277,14 @@ def linear_policy_loss(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("linear_policy_loss", impl)
     check_float("hidden_TD", hidden_TD, 2)
+    via_triton = use_triton("linear_policy_loss", impl, hidden_TD)
     check_float("weight_VD", weight_VD, 2)
     tokens = hidden_TD.shape[0]
     check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
     check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
     check_like("target_T", target_T, (tokens,), "hidden_TD", hidden_TD)
-    check_index("target_T", target_T, weight_VD.shape[0])
+    check_integer("target_T", target_T)
     for name, x in (("advantage_T", advantage_T), ("old_logprob_T", old_logprob_T), ("weight_T", weight_T)):
         check_like(name, x, (tokens,), "hidden_TD", hidden_TD)
         check_float(name, x, 1)
@@ -228,32 +302,30 @@ def linear_policy_loss(
     check_positive("temperature", temperature)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
+    if via_triton:
+        check_rows("hidden_TD", hidden_TD)
+        check_rows("weight_VD", weight_VD)
     dtype = accumulation_dtype(hidden_TD)
     advantage_T, old_logprob_T, weight_T = (x.detach().to(dtype) for x in (advantage_T, old_logprob_T, weight_T))
-    differentiate = torch.is_grad_enabled()  # inside the Function it always reads False
-    loss, logprob_T, entropy_T = _LinearPolicyLoss.apply(
-        hidden_TD if differentiate else hidden_TD.detach(),
-        weight_VD if differentiate else weight_VD.detach(),
-        target_T.long(),
-        advantage_T,
-        old_logprob_T,
-        weight_T,
-        None if ref_logprob_T is None else ref_logprob_T.detach().to(dtype),
+    differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
+    loss, logprob_T, stats, _, _ = _forward(
+        hidden_TD,
+        weight_VD,
+        target_T.contiguous(),
+        advantage_T.contiguous(),
+        old_logprob_T.contiguous(),
+        weight_T.contiguous(),
+        None if ref_logprob_T is None else ref_logprob_T.detach().to(dtype).contiguous(),
         clip_low,
         clip_high,
         kl_coef,
         entropy_coef,
         temperature,
         chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),
+        differentiate and hidden_TD.requires_grad,
+        differentiate and weight_VD.requires_grad,
+        via_triton,
     )
-    with torch.no_grad():
-        counted_T = weight_T != 0
-        count = counted_T.sum().clamp(min=1)
-        log_ratio_T = torch.where(counted_T, logprob_T - old_logprob_T, torch.zeros_like(logprob_T))
-        outside_T = (log_ratio_T.exp() < 1 - clip_low) | (log_ratio_T.exp() > 1 + clip_high)
-        metrics = {
-            "clip_fraction": outside_T.sum() / count,
-            "approx_kl": (log_ratio_T.expm1() - log_ratio_T).sum() / count,
-            "entropy": torch.where(counted_T, entropy_T, torch.zeros_like(entropy_T)).sum() / count,
-        }
+    count = stats[1].clamp(min=1)
+    metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
     return loss, logprob_T, metrics

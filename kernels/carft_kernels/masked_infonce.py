@@ -5,23 +5,50 @@
     loss = sum_i M_i l_i / max(sum_i M_i, 1)
 
 Source: paper eq. 7. The clamp is on the numerator only: where it binds, the pull towards the positive ends. Kept for
-backward: the two normalised sides and the [N, M] similarities. Accumulation: float32 (float64 for float64 input).
+backward: the inputs and two numbers a row; the similarities are computed again, which for embeddings of a few hundred
+dimensions costs less than writing and reading them. FLOP: 2 N M D forward, 6 N M D backward. Memory: forward none of
+[N, M] with Triton, a chunk of rows with torch; backward a chunk of rows. Accumulation: float32 (float64 for float64).
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from carft_kernels._matmul_kernels import (
+    config_for,
+    matmul_logprob,
+    operand,
+    product_tile,
+    tile_logits,
+    tile_mask,
+    tile_of,
+)
 from carft_kernels._runtime import (
+    LOG2E,
     Impl,
     accumulation_dtype,
+    add_product_,
     check_bool,
     check_float,
-    check_impl,
-    check_index,
+    check_index_range,
+    check_integer,
     check_like,
     check_positive,
+    check_rows,
     check_same_dtype,
+    chunk_size,
     index_checks_on,
+    log_implementation,
+    on_device,
+    rows_scratch,
+    use_triton,
+    wide_matmul,
 )
 
 _NORM_EPS = 1e-8  # that of torch.cosine_similarity
@@ -50,6 +77,301 @@ def masked_infonce_reference(
     return row_loss_N[mask_N].sum() / max(int(mask_N.sum()), 1), row_loss_N
 
 
+@triton.jit
+def inverse_norm_kernel(x, out, n, width, stride, eps, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    squares = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for i in range(0, width, BLOCK_D):
+        column = i + tl.arange(0, BLOCK_D)
+        here = (row < n)[:, None] & (column < width)[None, :]
+        v = tl.load(x + row[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+        squares += v * v
+    norm = tl.sqrt(tl.sum(squares, 1))
+    tl.store(out + row, 1.0 / tl.maximum(norm, eps), mask=row < n)
+
+
+@triton.jit
+def infonce_gradient_kernel(
+    a,
+    b,
+    row_factor,
+    column_factor,
+    mask,
+    positive,
+    row_top,
+    log_total,
+    d_row,
+    out,  # [n, m], rows `stride_out` apart: d loss / d (a_i . b_j)
+    n,
+    m,
+    k,
+    stride_a,
+    stride_b,
+    stride_out,
+    scale,  # log2(e) / temperature
+    inverse_temperature,
+    positive_clamp,
+    MASK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of similarities, computed again, into the gradient of its products."""
+    row_block, column_block = tile_of(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, GROUP_N)
+    acc = product_tile(
+        a, b, row_block, column_block, n, m, k, stride_a, stride_b, BLOCK_N, BLOCK_M, BLOCK_K, TMA, PRECISION
+    )
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, n, m, True, False)
+    top = tl.load(row_top + rows, mask=rows < n, other=0.0)
+    total = tl.load(log_total + rows, mask=rows < n, other=0.0)
+    allowed = tile_mask(mask, rows, columns, n, m, MASK)
+    p = tl.where(allowed, tl.exp2((x - top[:, None]) * scale - total[:, None]), 0.0)
+    pulled = (columns[None, :] == tl.load(positive + rows, mask=rows < n, other=-1)[:, None]) & (x <= positive_clamp)
+    # d (a . b) = factors x d similarity
+    factor = tl.load(d_row + rows, mask=rows < n, other=0.0) * inverse_temperature
+    factor *= tl.load(row_factor + rows, mask=rows < n, other=0.0)
+    column = tl.load(column_factor + columns, mask=columns < m, other=0.0)
+    d = tl.where(pulled, p - 1.0, p) * factor[:, None] * column[None, :]
+    inside = (rows < n)[:, None] & (columns < m)[None, :]
+    place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
+    tl.store(place, d.to(out.dtype.element_ty), mask=inside)
+
+
+NORM_CONFIG = {"BLOCK_N": 8, "BLOCK_D": 256, "num_warps": 4}
+
+
+def _inverse_norm(x_ND: Tensor, via_triton: bool) -> Tensor:
+    if not via_triton:
+        return x_ND.to(accumulation_dtype(x_ND)).norm(dim=1).clamp(min=_NORM_EPS).reciprocal()
+    out_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
+    options: dict[str, Any] = NORM_CONFIG
+    if len(x_ND):
+        with on_device(x_ND):
+            inverse_norm_kernel[(triton.cdiv(len(x_ND), options["BLOCK_N"]),)](
+                x_ND, out_N, len(x_ND), x_ND.shape[1], x_ND.stride(0), _NORM_EPS, **options
+            )
+    return out_N
+
+
+@torch.library.custom_op("carft::masked_infonce", mutates_args=())
+def _forward(
+    anchor_ND: Tensor,
+    candidate_MD: Tensor,
+    positive_N: Tensor,
+    row_mask_N: Tensor | None,
+    candidate_mask: Tensor | None,
+    temperature: float,
+    positive_clamp: float,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, row losses, and for the backward pass [2, N]: row maximum, log of the sum of exponentials below it."""
+    log_implementation("masked_infonce", via_triton, anchor_ND.device.type)
+    n, m = len(anchor_ND), len(candidate_MD)
+    check_index_range("positive_N", positive_N, m)
+    if candidate_mask is not None and index_checks_on(anchor_ND):
+        _check_positives_allowed(positive_N, row_mask_N, candidate_mask.expand(n, m))
+    inverse_N, inverse_M = _inverse_norm(anchor_ND, via_triton), _inverse_norm(candidate_MD, via_triton)
+    stats_2N = inverse_N.new_empty(2, n)
+    if via_triton:
+        logprob_N, _, top_N, log_total_N, _ = matmul_logprob(
+            anchor_ND,
+            candidate_MD,
+            positive_N,
+            temperature,
+            row_factor_N=inverse_N,
+            column_factor_M=inverse_M,
+            mask=None if candidate_mask is None else candidate_mask.view(torch.uint8),
+            target_limit=positive_clamp,
+            logprob_limit=float("inf"),
+        )
+        stats_2N[0], stats_2N[1], row_loss_N = top_N, log_total_N, -logprob_N
+    else:
+        row_loss_N = torch.empty_like(inverse_N)
+        anchor_ND, candidate_MD = (x * y[:, None] for x, y in ((anchor_ND, inverse_N), (candidate_MD, inverse_M)))
+        for rows, x in _similarity_chunks(anchor_ND, candidate_MD):
+            positive = x.gather(1, positive_N[rows, None].long())[:, 0].clamp(max=positive_clamp)
+            if candidate_mask is not None:
+                x.masked_fill_(~(candidate_mask if candidate_mask.ndim == 1 else candidate_mask[rows]), float("-inf"))
+            top = x.amax(1)
+            x.sub_(top.nan_to_num(neginf=0.0)[:, None])  # -inf - -inf where no candidate is allowed
+            log_total = x.div_(temperature).exp_().sum(1).log_()
+            row_loss_N[rows] = (top - positive) / temperature + log_total
+            stats_2N[0, rows], stats_2N[1, rows] = top, log_total
+    if candidate_mask is not None:  # a row that does not count may have no candidate
+        row_loss_N = row_loss_N.masked_fill(stats_2N[0] == float("-inf"), 0.0)
+    if row_mask_N is None:
+        return row_loss_N.sum() / max(n, 1), row_loss_N, stats_2N
+    loss = torch.where(row_mask_N, row_loss_N, 0.0).sum() / row_mask_N.sum().clamp(min=1)
+    return loss, row_loss_N, stats_2N
+
+
+@_forward.register_fake
+def _(
+    anchor_ND: Tensor,
+    candidate_MD: Tensor,
+    positive_N: Tensor,
+    row_mask_N: Tensor | None,
+    candidate_mask: Tensor | None,
+    temperature: float,
+    positive_clamp: float,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, dtype = anchor_ND.shape[0], accumulation_dtype(anchor_ND)
+    return (
+        anchor_ND.new_empty((), dtype=dtype),
+        anchor_ND.new_empty(n, dtype=dtype),
+        anchor_ND.new_empty(2, n, dtype=dtype),
+    )
+
+
+def _check_positives_allowed(positive_N: Tensor, row_mask_N: Tensor | None, allowed_NM: Tensor) -> None:
+    missing_N = ~allowed_NM.gather(1, positive_N[:, None].long())[:, 0]
+    if row_mask_N is not None:
+        missing_N &= row_mask_N
+    if missing_N.any():
+        row = int(missing_N.nonzero()[0])
+        raise ValueError(f"candidate_mask leaves out candidate {int(positive_N[row])}, the positive of row {row}")
+
+
+def _similarity_chunks(anchor_ND: Tensor, candidate_MD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    step = chunk_size(len(anchor_ND), len(candidate_MD), anchor_ND.device)
+    for s in range(0, len(anchor_ND), step):
+        yield slice(s, s + step), anchor_ND[s : s + step] @ candidate_MD.T
+
+
+def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tensor:
+    """From the gradient of dot products with x_ND, already scaled by its inverse norms, to that of x_ND itself."""
+    x = x_ND.to(gradient_ND.dtype)
+    along_N1 = (gradient_ND * x).sum(1, keepdim=True) * inverse_N[:, None].square()
+    return gradient_ND.sub_(x * along_N1).to(x_ND.dtype)
+
+
+@torch.library.custom_op("carft::masked_infonce_backward", mutates_args=())
+def _backward(
+    anchor_ND: Tensor,
+    candidate_MD: Tensor,
+    positive_N: Tensor,
+    candidate_mask: Tensor | None,
+    stats_2N: Tensor,
+    d_row_N: Tensor,
+    temperature: float,
+    positive_clamp: float,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    n, m, dtype = len(anchor_ND), len(candidate_MD), stats_2N.dtype
+    inverse_N, inverse_M = _inverse_norm(anchor_ND, via_triton), _inverse_norm(candidate_MD, via_triton)
+    # the row loss of a row without candidates is the constant 0
+    top_N, log_total_N = stats_2N
+    d_row_N = torch.where(top_N == float("-inf"), 0.0, d_row_N)
+    d_anchor_ND = torch.empty(anchor_ND.shape, dtype=dtype, device=anchor_ND.device)
+    d_candidate_MD = torch.zeros(candidate_MD.shape, dtype=dtype, device=anchor_ND.device)
+    if not via_triton:
+        d_logit_N = d_row_N / temperature
+        anchor_hat, candidate_hat = anchor_ND * inverse_N[:, None], candidate_MD * inverse_M[:, None]
+        for rows, x in _similarity_chunks(anchor_hat, candidate_hat):
+            column = positive_N[rows, None].long()
+            pull = (x.gather(1, column)[:, 0] <= positive_clamp) * d_logit_N[rows]
+            if candidate_mask is not None:
+                x.masked_fill_(~(candidate_mask if candidate_mask.ndim == 1 else candidate_mask[rows]), float("-inf"))
+            x.sub_(top_N[rows, None].nan_to_num(neginf=0.0)).div_(temperature)
+            d = x.sub_(log_total_N[rows, None].nan_to_num(neginf=0.0)).exp_().mul_(d_logit_N[rows, None])
+            d.scatter_add_(1, column, -pull[:, None])
+            torch.mm(d, candidate_hat, out=d_anchor_ND[rows])
+            d_candidate_MD.addmm_(d.T, anchor_hat[rows])
+        d_anchor_ND.mul_(inverse_N[:, None])
+        d_candidate_MD.mul_(inverse_M[:, None])
+        return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
+    config = config_for(anchor_ND, candidate_MD, similarity=True)
+    step = chunk_size(n, m, anchor_ND.device)
+    # one gradient among thousands of candidates is below what float16 holds
+    product_dtype = torch.float32 if anchor_ND.dtype == torch.float16 else anchor_ND.dtype
+    candidate_product_MD = candidate_MD.to(product_dtype)
+    scratch = rows_scratch(anchor_ND, min(step, n), m, product_dtype)
+    mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
+    candidates = operand(candidate_MD, config.block_m, config)
+    options = config.launch(anchor_ND.dtype)
+    for s in range(0, n, step):
+        rows = slice(s, s + step)
+        a = anchor_ND[rows]
+        d = scratch[: len(a)]
+        with on_device(a):
+            infonce_gradient_kernel[(triton.cdiv(len(a), config.block_n) * triton.cdiv(m, config.block_m),)](
+                operand(a, config.block_n, config),
+                candidates,
+                inverse_N[rows],
+                inverse_M,
+                mask if mask is None or mask.ndim == 1 else mask[rows],
+                positive_N[rows],
+                top_N[rows],
+                log_total_N[rows],
+                d_row_N[rows],
+                d,
+                len(a),
+                m,
+                a.shape[1],
+                a.stride(0),
+                candidate_MD.stride(0),
+                d.stride(0),
+                LOG2E / temperature,
+                1 / temperature,
+                positive_clamp,
+                MASK=0 if mask is None else mask.ndim,
+                **options,
+            )
+        wide_matmul(d, candidate_product_MD, out=d_anchor_ND[rows])
+        add_product_(d_candidate_MD, d.T, a.to(product_dtype))
+    return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
+
+
+@_backward.register_fake
+def _(
+    anchor_ND: Tensor,
+    candidate_MD: Tensor,
+    positive_N: Tensor,
+    candidate_mask: Tensor | None,
+    stats_2N: Tensor,
+    d_row_N: Tensor,
+    temperature: float,
+    positive_clamp: float,
+    via_triton: bool,
+) -> tuple[Tensor, Tensor]:
+    return anchor_ND.new_empty(anchor_ND.shape), candidate_MD.new_empty(candidate_MD.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.temperature, ctx.positive_clamp, ctx.via_triton = inputs
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(*tensors, output[2])
+
+
+def _autograd(ctx: Any, d_loss: Tensor, d_row_loss_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask, stats_2N = ctx.saved_tensors
+    if row_mask_N is None:
+        d_row_N = d_row_loss_N + d_loss / max(len(anchor_ND), 1)
+    else:
+        d_row_N = d_row_loss_N + row_mask_N * (d_loss / row_mask_N.sum().clamp(min=1))
+    d_anchor_ND, d_candidate_MD = _backward(
+        anchor_ND,
+        candidate_MD,
+        positive_N,
+        candidate_mask,
+        stats_2N,
+        d_row_N,
+        ctx.temperature,
+        ctx.positive_clamp,
+        ctx.via_triton,
+    )
+    return d_anchor_ND, d_candidate_MD, None, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
 def masked_infonce(
     anchor_ND: Tensor,
     candidate_MD: Tensor,
@@ -75,7 +397,7 @@ def masked_infonce(
             must be among them.
         temperature: tau, above 0.
         positive_clamp: the positive's cosine is clamped to at most this in the numerator.
-        impl: "auto" or "torch".
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         loss (scalar; 0 with zero gradient when no row counts) and row losses [N], float32 (float64 for float64 input);
@@ -86,9 +408,9 @@ def masked_infonce(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("masked_infonce", impl)
     check_float("anchor_ND", anchor_ND, 2)
     check_float("candidate_MD", candidate_MD, 2)
+    via_triton = use_triton("masked_infonce", impl, anchor_ND)
     n, m = len(anchor_ND), len(candidate_MD)
     check_like("candidate_MD", candidate_MD, (m, anchor_ND.shape[1]), "anchor_ND", anchor_ND)
     check_same_dtype("candidate_MD", candidate_MD, "anchor_ND", anchor_ND)
@@ -99,39 +421,19 @@ def masked_infonce(
         positive_N = torch.arange(n, device=anchor_ND.device)
     else:
         check_like("positive_N", positive_N, (n,), "anchor_ND", anchor_ND)
-        check_index("positive_N", positive_N, m)
-    if row_mask_N is None:
-        row_mask_N = torch.ones(n, dtype=torch.bool, device=anchor_ND.device)
-    else:
+        check_integer("positive_N", positive_N)
+        positive_N = positive_N.contiguous()
+    if row_mask_N is not None:
         check_like("row_mask_N", row_mask_N, (n,), "anchor_ND", anchor_ND)
         check_bool("row_mask_N", row_mask_N)
-    column_N1 = positive_N.long()[:, None]
     if candidate_mask is not None:
         check_like("candidate_mask", candidate_mask, (m,) if candidate_mask.ndim == 1 else (n, m), "N, M", anchor_ND)
         check_bool("candidate_mask", candidate_mask)
-        allowed_NM = candidate_mask.expand(n, m)
-        if index_checks_on(anchor_ND):
-            missing = row_mask_N & ~allowed_NM.gather(1, column_N1)[:, 0]
-            if missing.any():
-                row = int(missing.nonzero()[0])
-                raise ValueError(
-                    f"candidate_mask leaves out candidate {int(positive_N[row])}, the positive of row {row}"
-                )
-
-    dtype = accumulation_dtype(anchor_ND)
-    anchor_ND, candidate_MD = (
-        torch.nn.functional.normalize(x.to(dtype), dim=1, eps=_NORM_EPS) for x in (anchor_ND, candidate_MD)
+        candidate_mask = candidate_mask.contiguous()
+    if via_triton:
+        check_rows("anchor_ND", anchor_ND)
+        check_rows("candidate_MD", candidate_MD)
+    loss, row_loss_N, _ = _forward(
+        anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask, temperature, positive_clamp, via_triton
     )
-    similarity_NM = anchor_ND @ candidate_MD.T
-    positive_sim_N = similarity_NM.gather(1, column_N1)[:, 0].clamp(max=positive_clamp)
-    logits_NM = similarity_NM / temperature
-    if candidate_mask is not None:
-        # An empty denominator would turn the zero gradient of a row that does not count into NaN: such a row is taken
-        # over all candidates, and its row loss then set to 0.
-        empty_N = ~row_mask_N & ~allowed_NM.any(1)
-        logits_NM = logits_NM.masked_fill(~(allowed_NM | empty_N[:, None]), float("-inf"))
-    row_loss_N = logits_NM.logsumexp(1) - positive_sim_N / temperature
-    if candidate_mask is not None:
-        row_loss_N = row_loss_N.masked_fill(empty_N, 0.0)
-    counted = row_mask_N.sum().clamp(min=1)
-    return torch.where(row_mask_N, row_loss_N, 0.0).sum() / counted, row_loss_N
+    return loss, row_loss_N

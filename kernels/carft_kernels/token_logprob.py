@@ -3,26 +3,31 @@
     logprob_t = x_t[target_t] - logsumexp_v x_t[v],   x = logits / temperature
     entropy_t = -sum_v p_t[v] log p_t[v],             p = softmax(x)
 
-Kept for backward: the logits, logsumexp and entropy. Accumulation: float32 (float64 for float64 input). Rows are taken
-in chunks, so the float32 copy of half-precision logits is never whole.
+Kept for backward: the logits, logsumexp and entropy. Accumulation: float32 (float64 for float64 input). Bytes: forward
+reads each logit once; backward reads each once and writes its gradient once, over the logit itself on request. Triton:
+one program a row. Torch: rows in chunks, so the float32 copy of half-precision logits is never whole.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from carft_kernels._row_kernels import logprob_backward, logprob_forward
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
     check_float,
-    check_impl,
-    check_index,
+    check_index_range,
+    check_integer,
     check_like,
     check_positive,
+    check_rows,
     chunk_size,
+    d_logits_,
+    log_implementation,
     softmax_parts_,
+    use_triton,
 )
 
 
@@ -35,45 +40,150 @@ def token_logprob_reference(
     return logp_TV.gather(1, target_T.long()[:, None])[:, 0], entropy_T
 
 
-class _TokenLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, inplace: bool
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(logits_TV)
-        tokens, vocabulary = logits_TV.shape
-        logprob_T = logits_TV.new_empty(tokens, dtype=dtype)
-        lse_T, entropy_T = torch.empty_like(logprob_T), torch.zeros_like(logprob_T)
-        step = chunk_size(tokens, vocabulary, logits_TV.device)
-        for s in range(0, tokens, step):
-            e = s + step
-            x = logits_TV[s:e].to(dtype) / temperature
-            top = x.amax(-1)
-            logprob_T[s:e], exp, sum_exp = softmax_parts_(x, target_T[s:e, None])
-            lse_T[s:e] = top + sum_exp.log()
-            if with_entropy:
-                entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
-        ctx.save_for_backward(logits_TV, target_T, lse_T, entropy_T)
-        ctx.temperature, ctx.with_entropy, ctx.inplace = temperature, with_entropy, inplace
-        return logprob_T, entropy_T
+@torch.library.custom_op("carft::token_logprob", mutates_args=())
+def _forward(
+    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, inplace: bool, via_triton: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy (empty unless asked), row maximum and log of the sum of exponentials below it.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, target_T, lse_T, entropy_T = ctx.saved_tensors
-        d_logits_TV = logits_TV if ctx.inplace else torch.empty_like(logits_TV)
-        step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
-        for s in range(0, len(target_T), step):
-            e = s + step
-            logp = (logits_TV[s:e].to(lse_T.dtype) / ctx.temperature).sub_(lse_T[s:e, None])
-            d = -d_logprob_T[s:e, None] * logp.exp()
-            if ctx.with_entropy:
-                p = logp.exp()
-                # p (log p + H) is 0 where p is 0, though log p is -inf there
-                d -= d_entropy_T[s:e, None] * torch.where(p > 0, p * (logp + entropy_T[s:e, None]), 0.0)
-            d.scatter_add_(1, target_T[s:e, None], d_logprob_T[s:e, None])
-            d_logits_TV[s:e] = d.div_(ctx.temperature)
-        return d_logits_TV, None, None, None, None
+    The last two serve this implementation's own backward: Triton keeps them in units of its own.
+    """
+    log_implementation("token_logprob", via_triton, logits_TV.device.type)
+    tokens, vocabulary = logits_TV.shape
+    check_index_range("target_T", target_T, vocabulary)
+    if via_triton:
+        return logprob_forward(logits_TV, target_T, temperature, with_entropy)
+    dtype = accumulation_dtype(logits_TV)
+    logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
+    entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype)
+    target_T1 = target_T.long()[:, None]
+    step = chunk_size(tokens, vocabulary, logits_TV.device)
+    for s in range(0, tokens, step):
+        e = s + step
+        x = logits_TV[s:e].to(dtype) / temperature
+        logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
+        log_total_T[s:e] = sum_exp.log()
+        if with_entropy:
+            entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
+    return logprob_T, entropy_T, top_T, log_total_T
+
+
+@_forward.register_fake
+def _(
+    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, inplace: bool, via_triton: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, dtype = logits_TV.shape[0], accumulation_dtype(logits_TV)
+    logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
+    return logprob_T, logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype), top_T, log_total_T
+
+
+def _write_gradient(
+    out_TV: Tensor,
+    logits_TV: Tensor,
+    target_T: Tensor,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    entropy_T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor | None,
+    temperature: float,
+    via_triton: bool,
+) -> None:
+    if via_triton:
+        logprob_backward(
+            logits_TV,
+            out_TV,
+            target_T,
+            top_T,
+            log_total_T,
+            d_logprob_T,
+            temperature,
+            entropy_T=entropy_T,
+            d_entropy_T=d_entropy_T,
+        )
+        return
+    step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
+    target_T1 = target_T.long()[:, None]
+    for s in range(0, len(target_T), step):
+        rows = slice(s, s + step)
+        x = (logits_TV[rows].to(top_T.dtype) / temperature).sub_(top_T[rows, None])
+        d_entropy_n = None if d_entropy_T is None else d_entropy_T[rows]
+        logp = x.sub_(log_total_T[rows, None])
+        d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n)
+        out_TV[rows] = d.div_(temperature)
+
+
+@torch.library.custom_op("carft::token_logprob_backward", mutates_args=())
+def _backward(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    entropy_T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor | None,
+    temperature: float,
+    via_triton: bool,
+) -> Tensor:
+    out_TV = torch.empty_like(logits_TV)
+    _write_gradient(
+        out_TV, logits_TV, target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, temperature, via_triton
+    )
+    return out_TV
+
+
+@_backward.register_fake
+def _(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    entropy_T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor | None,
+    temperature: float,
+    via_triton: bool,
+) -> Tensor:
+    return torch.empty_like(logits_TV)
+
+
+@torch.library.custom_op("carft::token_logprob_backward_", mutates_args=("logits_TV",))
+def _backward_(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    entropy_T: Tensor,
+    d_logprob_T: Tensor,
+    d_entropy_T: Tensor | None,
+    temperature: float,
+    via_triton: bool,
+) -> None:
+    _write_gradient(
+        logits_TV, logits_TV, target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, temperature, via_triton
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits_TV, target_T, ctx.temperature, ctx.with_entropy, ctx.inplace, ctx.via_triton = inputs
+    _, entropy_T, top_T, log_total_T = output
+    ctx.mark_non_differentiable(top_T, log_total_T)
+    ctx.save_for_backward(logits_TV, target_T, top_T, log_total_T, entropy_T)
+
+
+def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    logits_TV, *saved = ctx.saved_tensors
+    # contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index
+    d_entropy = d_entropy_T.contiguous() if ctx.with_entropy else None
+    arguments = (*saved, d_logprob_T.contiguous(), d_entropy, ctx.temperature, ctx.via_triton)
+    if ctx.inplace:
+        logits_TV = logits_TV.detach()
+        _backward_(logits_TV, *arguments)
+        return logits_TV, None, None, None, None, None
+    return _backward(logits_TV, *arguments), None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def token_logprob(
@@ -94,8 +204,9 @@ def token_logprob(
         target_T: int64 or int32 [T], values in [0, V).
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
-        inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards.
-        impl: "auto" or "torch".
+        inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards. Under
+            torch.compile, which plans memory itself, it is ignored.
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         log-prob [T] and entropy [T] or None, float32 (float64 for float64 logits). Gradient to the logits only.
@@ -105,10 +216,15 @@ def token_logprob(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("token_logprob", impl)
     check_float("logits_TV", logits_TV, 2)
+    via_triton = use_triton("token_logprob", impl, logits_TV)
     check_like("target_T", target_T, (logits_TV.shape[0],), "logits_TV", logits_TV)
-    check_index("target_T", target_T, logits_TV.shape[1])
+    check_integer("target_T", target_T)
     check_positive("temperature", temperature)
-    logprob_T, entropy_T = _TokenLogprob.apply(logits_TV, target_T.long(), temperature, with_entropy, inplace_backward)
+    if via_triton:
+        check_rows("logits_TV", logits_TV)
+    inplace = inplace_backward and not torch.compiler.is_compiling()
+    logprob_T, entropy_T, *_ = _forward(
+        logits_TV, target_T.contiguous(), temperature, with_entropy, inplace, via_triton
+    )
     return logprob_T, entropy_T if with_entropy else None

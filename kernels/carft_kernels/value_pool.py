@@ -4,16 +4,20 @@
 
 Source: paper eq. 6, before its projection: the projection is linear and the weights sum to 1, so it is applied to
 pooled_b and the [tokens, embedding] tensor never exists. Kept for backward: hidden, weights, pooled. Accumulation:
-float32 (float64 for float64 input). With g the gradient of pooled_b:
+float32 (float64 for float64 input). Bytes: forward reads each hidden state once, backward reads each once and writes
+its gradient once; a token without weight is not read. With g the gradient of pooled_b:
 
-    d_hidden_t = w_t g,   d_value_t = w_t (hidden_t . g - pooled_b . g)
+    d_hidden_t = w_t g,   d_value_t = w_t (hidden_t - pooled_b) . g
 """
+
+# mypy: disable-error-code="no-untyped-def"
 
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from carft_kernels._runtime import (
     Impl,
@@ -21,9 +25,13 @@ from carft_kernels._runtime import (
     check_bool,
     check_cu_seqlens,
     check_float,
-    check_impl,
     check_like,
+    check_offsets,
+    check_rows,
+    log_implementation,
+    on_device,
     sequence_index,
+    use_triton,
 )
 
 
@@ -40,34 +48,218 @@ def value_pool_reference(
     return torch.stack(pooled), torch.cat(weights)
 
 
-class _ValuePool(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, value_T: Tensor, sequence_T: Tensor, mask_T: Tensor | None, sequences: int
-    ) -> tuple[Tensor, Tensor]:
-        dtype = accumulation_dtype(hidden_TD)
-        value_T = value_T.to(dtype)
-        if mask_T is not None:
-            value_T = value_T.masked_fill(~mask_T, float("-inf"))
-        top_B = value_T.new_full((sequences,), float("-inf")).scatter_reduce_(0, sequence_T, value_T, "amax")
-        top_B.masked_fill_(top_B == float("-inf"), 0.0)  # a sequence without masked tokens: exp(-inf - 0) = 0
-        weight_T = (value_T - top_B[sequence_T]).exp()
-        sum_B = weight_T.new_zeros(sequences).index_add_(0, sequence_T, weight_T)
-        weight_T = weight_T / sum_B.masked_fill(sum_B == 0, 1.0)[sequence_T]
-        pooled_BD = hidden_TD.new_zeros(sequences, hidden_TD.shape[1], dtype=dtype)
-        pooled_BD.index_add_(0, sequence_T, weight_T[:, None] * hidden_TD.to(dtype))
-        ctx.mark_non_differentiable(weight_T)
-        ctx.save_for_backward(hidden_TD, weight_T, sequence_T, pooled_BD)
-        return pooled_BD, weight_T
+@triton.jit
+def value_pool_weight_kernel(value, mask, cu_seqlens, weight, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a sequence: softmax of its values."""
+    b = tl.program_id(0)
+    start = tl.load(cu_seqlens + b).to(tl.int64)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(start, end, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        inside = t < end
+        if MASKED:
+            inside = inside & (tl.load(mask + t, mask=inside, other=0) != 0)
+        v = tl.load(value + t, mask=inside, other=float("-inf")).to(tl.float32)
+        new_top = tl.maximum(top, v)
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - shift) + tl.exp(v - shift)
+        top = new_top
+    largest = tl.max(top, 0)
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    denominator = tl.sum(total * tl.exp(top - shift), 0)
+    inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
+    for i in range(start, end, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        inside = t < end
+        counted = inside
+        if MASKED:
+            counted = inside & (tl.load(mask + t, mask=inside, other=0) != 0)
+        v = tl.load(value + t, mask=counted, other=float("-inf")).to(tl.float32)
+        tl.store(weight + t, tl.exp(v - shift) * inverse, mask=inside)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_pooled_BD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, weight_T, sequence_T, pooled_BD = ctx.saved_tensors
-        g_TD = d_pooled_BD[sequence_T]
-        mean_B = (pooled_BD * d_pooled_BD).sum(-1)
-        d_value_T = weight_T * ((hidden_TD.to(g_TD.dtype) * g_TD).sum(-1) - mean_B[sequence_T])
-        return (weight_T[:, None] * g_TD).to(hidden_TD.dtype), d_value_T, None, None, None
+
+@triton.jit
+def value_pool_fwd_kernel(
+    hidden, weight, cu_seqlens, pooled, width, stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One program a sequence and a slice of the hidden dimension."""
+    b = tl.program_id(0).to(tl.int64)
+    start = tl.load(cu_seqlens + b).to(tl.int64)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = column < width
+    acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
+    for i in range(start, end, BLOCK_T):
+        t = i + tl.arange(0, BLOCK_T)
+        w = tl.load(weight + t, mask=t < end, other=0.0)
+        # a token without weight is not read: whatever it holds takes no part
+        here = (w != 0.0)[:, None] & inside[None, :]
+        h = tl.load(hidden + t[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+        acc += w[:, None] * h
+    tl.store(pooled + b * width + column, tl.sum(acc, 0), mask=inside)
+
+
+@triton.jit
+def value_pool_bwd_kernel(
+    hidden,
+    weight,
+    d_pooled,
+    pooled,
+    cu_seqlens,
+    d_hidden,
+    d_value,
+    width,
+    stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program a sequence and every so many of its tokens; the sequence's gradient stays in registers."""
+    b = tl.program_id(0).to(tl.int64)
+    start = tl.load(cu_seqlens + b).to(tl.int64)
+    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < width
+    g = tl.load(d_pooled + b * width + column, mask=inside, other=0.0)
+    mean = tl.load(pooled + b * width + column, mask=inside, other=0.0)
+    for i in range(start + tl.program_id(1) * BLOCK_T, end, tl.num_programs(1) * BLOCK_T):
+        t = i + tl.arange(0, BLOCK_T)
+        w = tl.load(weight + t, mask=t < end, other=0.0)
+        here = (w != 0.0)[:, None] & inside[None, :]
+        h = tl.load(hidden + t[:, None] * stride + column[None, :], mask=here, other=0.0).to(tl.float32)
+        # the difference first: a token that holds all the weight is its own mean
+        along = tl.sum((h - mean[None, :]) * g[None, :], 1)
+        tl.store(d_value + t, tl.where(w != 0.0, w * along, 0.0), mask=t < end)
+        d = w[:, None] * g[None, :]
+        place = d_hidden + t[:, None] * width + column[None, :]
+        tl.store(place, d.to(d_hidden.dtype.element_ty), mask=(t < end)[:, None] & inside[None, :])
+
+
+WEIGHT_CONFIG = {"BLOCK": 512, "num_warps": 4}
+
+
+def forward_config(dtype: torch.dtype) -> dict[str, int]:
+    """8 warps, each reading one token's 128-bit vectors at a time."""
+    return {"BLOCK_T": 16, "BLOCK_D": 32 * 16 // dtype.itemsize, "num_warps": 8}
+
+
+def backward_config(width: int) -> dict[str, int]:
+    """A whole hidden state at a time: 8 or 16 warps so that its registers stay few."""
+    block = max(triton.next_power_of_2(width), 256)
+    return {"BLOCK_T": max(1, 4096 // block), "BLOCK_D": block, "num_warps": 8 if block <= 4096 else 16}
+
+
+@torch.library.custom_op("carft::value_pool", mutates_args=())
+def _forward(
+    hidden_TD: Tensor, value_T: Tensor, cu_seqlens: Tensor, mask_T: Tensor | None, via_triton: bool
+) -> tuple[Tensor, Tensor]:
+    """pooled [B, D], weights [T]."""
+    log_implementation("value_pool", via_triton, hidden_TD.device.type)
+    tokens, width = hidden_TD.shape
+    check_offsets("cu_seqlens", cu_seqlens, tokens)
+    sequences = cu_seqlens.numel() - 1
+    dtype = accumulation_dtype(hidden_TD)
+    if via_triton:
+        weight_T = hidden_TD.new_empty(tokens, dtype=dtype)
+        pooled_BD = hidden_TD.new_empty(sequences, width, dtype=dtype)
+        if sequences:
+            weight_options: dict[str, Any] = WEIGHT_CONFIG
+            options: dict[str, Any] = forward_config(hidden_TD.dtype)
+            with on_device(hidden_TD):
+                value_pool_weight_kernel[(sequences,)](
+                    value_T,
+                    None if mask_T is None else mask_T.view(torch.uint8),
+                    cu_seqlens,
+                    weight_T,
+                    MASKED=mask_T is not None,
+                    **weight_options,
+                )
+                value_pool_fwd_kernel[(sequences, triton.cdiv(width, options["BLOCK_D"]))](
+                    hidden_TD, weight_T, cu_seqlens, pooled_BD, width, hidden_TD.stride(0), **options
+                )
+        return pooled_BD, weight_T
+    sequence_T = sequence_index(cu_seqlens, tokens)
+    value_T = value_T.to(dtype)
+    if mask_T is not None:
+        value_T = value_T.masked_fill(~mask_T, float("-inf"))
+    top_B = value_T.new_full((sequences,), float("-inf")).scatter_reduce_(0, sequence_T, value_T, "amax")
+    top_B.masked_fill_(top_B == float("-inf"), 0.0)  # a sequence without masked tokens: exp(-inf - 0) = 0
+    weight_T = (value_T - top_B[sequence_T]).exp()
+    sum_B = weight_T.new_zeros(sequences).index_add_(0, sequence_T, weight_T)
+    weight_T = weight_T / sum_B.masked_fill(sum_B == 0, 1.0)[sequence_T]
+    pooled_BD = hidden_TD.new_zeros(sequences, width, dtype=dtype)
+    return pooled_BD.index_add_(0, sequence_T, weight_T[:, None] * hidden_TD.to(dtype)), weight_T
+
+
+@_forward.register_fake
+def _(
+    hidden_TD: Tensor, value_T: Tensor, cu_seqlens: Tensor, mask_T: Tensor | None, via_triton: bool
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(hidden_TD)
+    pooled_BD = hidden_TD.new_empty(cu_seqlens.shape[0] - 1, hidden_TD.shape[1], dtype=dtype)
+    return pooled_BD, hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype)
+
+
+@torch.library.custom_op("carft::value_pool_backward", mutates_args=())
+def _backward(
+    hidden_TD: Tensor, weight_T: Tensor, pooled_BD: Tensor, d_pooled_BD: Tensor, cu_seqlens: Tensor, via_triton: bool
+) -> tuple[Tensor, Tensor]:
+    """d_hidden [T, D], d_value [T] in the dtype of the weights."""
+    tokens, width = hidden_TD.shape
+    if via_triton:
+        d_hidden_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
+        d_value_T = torch.empty_like(weight_T)
+        sequences = cu_seqlens.numel() - 1
+        if sequences and tokens:
+            options: dict[str, Any] = backward_config(width)
+            # enough programs to fill a large GPU, no more than a sequence has blocks of tokens on average
+            splits = max(1, min(16, triton.cdiv(tokens, sequences * options["BLOCK_T"] * 4)))
+            with on_device(hidden_TD):
+                value_pool_bwd_kernel[(sequences, splits)](
+                    hidden_TD,
+                    weight_T,
+                    d_pooled_BD,
+                    pooled_BD,
+                    cu_seqlens,
+                    d_hidden_TD,
+                    d_value_T,
+                    width,
+                    hidden_TD.stride(0),
+                    **options,
+                )
+        return d_hidden_TD, d_value_T
+    sequence_T = sequence_index(cu_seqlens, tokens)
+    g_TD = d_pooled_BD[sequence_T]
+    # the difference first: a token that holds all the weight is its own mean
+    d_value_T = weight_T * ((hidden_TD - pooled_BD[sequence_T]) * g_TD).sum(-1)
+    return (weight_T[:, None] * g_TD).to(hidden_TD.dtype), d_value_T
+
+
+@_backward.register_fake
+def _(
+    hidden_TD: Tensor, weight_T: Tensor, pooled_BD: Tensor, d_pooled_BD: Tensor, cu_seqlens: Tensor, via_triton: bool
+) -> tuple[Tensor, Tensor]:
+    return torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device), torch.empty_like(weight_T)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden_TD, value_T, cu_seqlens, _, ctx.via_triton = inputs
+    pooled_BD, weight_T = output
+    ctx.value_dtype = value_T.dtype
+    ctx.mark_non_differentiable(weight_T)
+    ctx.save_for_backward(hidden_TD, weight_T, pooled_BD, cu_seqlens)
+
+
+def _autograd(ctx: Any, d_pooled_BD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    hidden_TD, weight_T, pooled_BD, cu_seqlens = ctx.saved_tensors
+    d_hidden_TD, d_value_T = _backward(
+        hidden_TD, weight_T, pooled_BD, d_pooled_BD.contiguous(), cu_seqlens, ctx.via_triton
+    )
+    return d_hidden_TD, d_value_T.to(ctx.value_dtype), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def value_pool(
@@ -83,7 +275,7 @@ def value_pool(
         value_T: float [T].
         cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
         mask_T: bool [T], the tokens that count; all when None.
-        impl: "auto" or "torch".
+        impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         pooled [B, D] and weights [T], float32 (float64 for float64 input). Gradients of pooled to hidden and value;
@@ -95,18 +287,17 @@ def value_pool(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_impl("value_pool", impl)
     check_float("hidden_TD", hidden_TD, 2)
+    via_triton = use_triton("value_pool", impl, hidden_TD)
     tokens = hidden_TD.shape[0]
     check_float("value_T", value_T, 1)
     check_like("value_T", value_T, (tokens,), "hidden_TD", hidden_TD)
-    check_cu_seqlens("cu_seqlens", cu_seqlens, tokens, "hidden_TD", hidden_TD)
+    check_cu_seqlens("cu_seqlens", cu_seqlens, "hidden_TD", hidden_TD)
     if mask_T is not None:
         check_like("mask_T", mask_T, (tokens,), "hidden_TD", hidden_TD)
         check_bool("mask_T", mask_T)
-    # the cast is outside, so that autograd returns the value's gradient in its own dtype
-    value_T = value_T.to(accumulation_dtype(hidden_TD))
-    pooled_BD, weight_T = _ValuePool.apply(
-        hidden_TD, value_T, sequence_index(cu_seqlens, tokens), mask_T, cu_seqlens.numel() - 1
-    )
+        mask_T = mask_T.contiguous()
+    if via_triton:
+        check_rows("hidden_TD", hidden_TD)
+    pooled_BD, weight_T = _forward(hidden_TD, value_T.contiguous(), cu_seqlens.contiguous(), mask_T, via_triton)
     return pooled_BD, weight_T

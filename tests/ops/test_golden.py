@@ -9,6 +9,7 @@ from torch import Tensor
 from carft_kernels import (
     gae,
     kl_shaped_reward,
+    lcs_mask,
     masked_infonce,
     policy_loss,
     token_logprob,
@@ -178,6 +179,19 @@ def test_reward_gae_and_whitening(golden: Any) -> None:
             assert_golden(whiten(pack_rows(a["adv"], rows)), pack_rows(a["adv_whitened"], rows), name=name)
         checked += 1
     assert checked >= 4, "too few vectors apply"
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_lcs_mask(golden: Any, impl: Any) -> None:
+    """The very subsequence of the published code, all pairs in one call."""
+    pairs = [a for name, params, a in golden("lcs").cases() if impl == "torch" or params["m"] * params["n"] <= 2500]
+    assert len(pairs) > 20, "too few vectors apply"
+    x, y = (torch.cat([a[side] for a in pairs]) for side in "xy")
+    x_cu, y_cu = (torch.tensor([0, *(len(a[side]) for a in pairs)]).cumsum(0) for side in "xy")
+    in_x, in_y = lcs_mask(x, x_cu, y, y_cu, impl=impl)
+    for ours, cu, key in ((in_x, x_cu, "out_x"), (in_y, y_cu, "out_y")):
+        for i, a in enumerate(pairs):
+            assert torch.equal(ours[cu[i] : cu[i + 1]].nonzero()[:, 0].int(), a[key].int()), i
 
 
 def test_policy_and_value_loss(golden: Any) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import carft_kernels as ck
+from carft_kernels import _runtime
 from carft_kernels._runtime import _index_checks_from, chunk_size
 from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
@@ -354,14 +355,23 @@ def _call_with(impl: str) -> dict[str, Callable[[], Any]]:
         "whiten": lambda: ck.whiten(t, impl=name),
         "policy_loss": lambda: ck.policy_loss(t, t, t, weight_T=t, impl=name),
         "value_loss": lambda: ck.value_loss(t, t, t, weight_T=t, impl=name),
+        "lcs_mask": lambda: ck.lcs_mask(i, cu, i, cu, impl=name),
     }
 
 
 @pytest.mark.parametrize("operator", _call_with("torch"))
-def test_every_operator_says_which_implementations_it_has(operator: str) -> None:
+def test_every_operator_says_which_implementations_it_has(operator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _call_with("torch")[operator]()
-    with pytest.raises(ValueError, match=rf"impl = 'triton': {operator} has no such .* allowed: 'auto', 'torch'"):
+    with pytest.raises(ValueError, match=rf"impl = 'cuda': allowed for {operator} are 'auto', 'torch', 'triton'"):
+        _call_with("cuda")[operator]()
+    monkeypatch.setattr(_runtime, "INTERPRETED", False)
+    with pytest.raises(ValueError, match=rf"impl = 'triton': {operator} got a tensor on cpu; Triton needs a CUDA"):
         _call_with("triton")[operator]()
+
+
+def test_triton_refuses_float64() -> None:
+    with pytest.raises(ValueError, match=r"token_logprob got torch.float64; allowed are float32, bfloat16, float16"):
+        ck.token_logprob(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), impl="triton")
 
 
 def test_more_bad_calls_name_the_argument() -> None:

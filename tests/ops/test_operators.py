@@ -485,6 +485,7 @@ def test_gradcheck() -> None:
 
 X, W, T3 = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3)
 I3 = torch.tensor([0, 1, 2])
+C3 = torch.tensor([0, 3])
 POLICY: dict[str, Any] = {"advantage_T": T3, "old_logprob_T": T3, "weight_T": T3}
 BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "dimensions": (lambda: ck.token_logprob(T3, I3), ["logits_TV", "(3,)", "2 dimensions"]),
@@ -516,7 +517,10 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "gamma": (lambda: ck.gae(T3, T3, torch.tensor([0, 3]), gamma=1.5, lam=1.0), ["gamma = 1.5", "[0, 1]"]),
     "kl_coef": (lambda: ck.kl_shaped_reward(T3[:1], T3, T3, torch.tensor([0, 3]), kl_coef=-1.0), ["kl_coef = -1.0"]),
     "value clip": (lambda: ck.value_loss(T3, T3, T3, weight_T=T3, clip=0.0), ["clip = 0.0"]),
-    "implementation": (lambda: ck.whiten(T3, impl="triton"), ["impl = 'triton'", "whiten", "'torch'"]),
+    "implementation": (lambda: ck.whiten(T3, impl="cuda"), ["impl = 'cuda'", "whiten", "'torch'"]),
+    "other dtype": (lambda: ck.lcs_mask(I3, C3, I3.int(), C3), ["b is torch.int32", "torch.int64"]),
+    "other count": (lambda: ck.lcs_mask(I3, C3, I3, torch.tensor([0, 1, 3])), ["b_cu", "(3,)", "(2,)"]),
+    "offsets of the other side": (lambda: ck.lcs_mask(I3, C3, I3, C3 + 1), ["b_cu", "1 to 4", "0 to 3"]),
 }
 
 

@@ -1,0 +1,350 @@
+"""Triton kernels for the softmax statistics of a @ b^T without the product: LM head and contrastive similarities alike.
+
+One program computes one tile of the product on the tensor cores and reduces it to, per row, the maximum, the sum of
+exponentials, the sum that entropy needs, and the target's logit; a second kernel combines the tiles of a row. Tiles go
+in groups of rows, so that a group's `a` stays in the L2 cache while `b` passes by. Powers of two instead of e.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from carft_kernels._runtime import INTERPRETED, LOG2E, on_device
+
+_LOWEST = tl.constexpr(-1e4)  # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
+_LN2 = tl.constexpr(0.6931471805599453)
+_ROWS_PER_LAUNCH = 16_384  # bounds the [tiles, rows] scratch: 117 MB for a vocabulary of 152,064
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Tile of the product, depth of a step along the inner dimension, and how the launch runs it."""
+
+    block_n: int
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    tma: bool
+
+    def launch(self, dtype: torch.dtype) -> dict[str, Any]:
+        return {
+            "BLOCK_N": self.block_n,
+            "BLOCK_M": self.block_m,
+            "BLOCK_K": self.block_k,
+            "GROUP_N": 16,
+            "TMA": self.tma,
+            # three TF32 products give float32 accuracy on the tensor cores
+            "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def tile_config(capability: tuple[int, int], dtype: torch.dtype, *, tma: bool, similarity: bool) -> TileConfig:
+    """The configuration that ships for a compute capability.
+
+    `tma`: the operands meet what the copy engine asks. `similarity`: a contrastive product, whose factors and mask take
+    registers that a wide tile of the LM head needs for itself.
+    """
+    datacenter = capability[0] in (9, 10)
+    if dtype == torch.float32:
+        return TileConfig(128 if datacenter else 64, 128, 32, 8, 3, False)
+    if similarity:
+        return TileConfig(128, 128, 64 if datacenter else 32, 8, 4, tma and datacenter)
+    if not datacenter:
+        return TileConfig(128, 256, 32, 8, 4, False)
+    # without the copy engine, addresses take the registers of half the tile on Blackwell
+    return TileConfig(128, 256 if tma or capability[0] == 9 else 128, 64, 8, 4, tma)
+
+
+_INTERPRETER_TILES = TileConfig(16, 32, 16, 4, 1, False)
+
+
+def _tma_ready(x: Tensor) -> bool:
+    """What the Tensor Memory Accelerator asks: 16-byte base and row stride."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def config_for(a: Tensor, b: Tensor, *, similarity: bool) -> TileConfig:
+    tma = _tma_ready(a) and _tma_ready(b)
+    if INTERPRETED:
+        return dataclasses.replace(_INTERPRETER_TILES, tma=tma and a.dtype != torch.float32)
+    capability = torch.cuda.get_device_capability(a.device)
+    return tile_config(capability, a.dtype, tma=tma, similarity=similarity)
+
+
+def operand(x: Tensor, rows: int, config: TileConfig) -> Any:
+    """What the kernel gets for a matrix: its tensor, or a descriptor of `rows` x BLOCK_K tiles."""
+    return TensorDescriptor.from_tensor(x, [rows, config.block_k]) if config.tma else x
+
+
+@triton.jit
+def tile_of(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr):
+    """Row and column block of a program: GROUP_N row blocks share the columns that pass by."""
+    n_blocks = tl.cdiv(n, BLOCK_N)
+    m_blocks = tl.cdiv(m, BLOCK_M)
+    group = pid // (GROUP_N * m_blocks)
+    first = group * GROUP_N
+    height = tl.minimum(n_blocks - first, GROUP_N)
+    inside = pid % (GROUP_N * m_blocks)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def product_tile(
+    a,  # [n, k]
+    b,  # [m, k]
+    row_block,
+    column_block,
+    n,
+    m,
+    k,
+    stride_a,
+    stride_b,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """float32 tile of a @ b^T. Rows beyond n or m hold anything finite or not: mask them."""
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if TMA:
+        for i in range(0, k, BLOCK_K):
+            x = a.load([row_block * BLOCK_N, i])
+            y = b.load([column_block * BLOCK_M, i])
+            acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
+    else:
+        rows = ((row_block * BLOCK_N + tl.arange(0, BLOCK_N)) % n).to(tl.int64)
+        columns = ((column_block * BLOCK_M + tl.arange(0, BLOCK_M)) % m).to(tl.int64)
+        inner = tl.arange(0, BLOCK_K)
+        x_ptr = a + rows[:, None] * stride_a + inner[None, :]
+        y_ptr = b + columns[None, :] * stride_b + inner[:, None]
+        for i in range(0, k, BLOCK_K):
+            x = tl.load(x_ptr, mask=inner[None, :] < k - i, other=0.0)
+            y = tl.load(y_ptr, mask=inner[:, None] < k - i, other=0.0)
+            acc = tl.dot(x, y, acc, input_precision=PRECISION)
+            x_ptr += BLOCK_K
+            y_ptr += BLOCK_K
+    return acc
+
+
+@triton.jit
+def tile_logits(acc, row_factor, column_factor, bias, rows, columns, n, m, NORMS: tl.constexpr, BIAS: tl.constexpr):
+    """Logits before the temperature: the product, its rows and columns scaled, plus the bias."""
+    if NORMS:
+        x = tl.load(row_factor + rows, mask=rows < n, other=0.0)
+        y = tl.load(column_factor + columns, mask=columns < m, other=0.0)
+        acc = acc * x[:, None] * y[None, :]
+    if BIAS:
+        acc += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def tile_mask(mask, rows, columns, n, m, MASK: tl.constexpr):
+    """The columns that exist and are allowed: MASK 0 all, 1 by column, 2 by row and column."""
+    allowed = (columns < m)[None, :] & (rows < n)[:, None]
+    if MASK == 1:
+        allowed = allowed & (tl.load(mask + columns, mask=columns < m, other=0) != 0)[None, :]
+    if MASK == 2:
+        place = rows.to(tl.int64)[:, None] * m + columns[None, :]
+        allowed = allowed & (tl.load(mask + place, mask=allowed, other=0) != 0)
+    return allowed
+
+
+@triton.jit
+def matmul_lse_kernel(
+    a,
+    b,
+    bias,
+    row_factor,
+    column_factor,
+    mask,
+    target,
+    top,  # [column blocks, n], as total and spread
+    total,
+    spread,
+    target_logit,  # [n]
+    n,
+    m,
+    k,
+    stride_a,
+    stride_b,
+    scale,
+    NORMS: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_block, column_block = tile_of(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, GROUP_N)
+    acc = product_tile(
+        a, b, row_block, column_block, n, m, k, stride_a, stride_b, BLOCK_N, BLOCK_M, BLOCK_K, TMA, PRECISION
+    )
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, n, m, NORMS, BIAS)
+    wanted = tl.load(target + rows, mask=rows < n, other=-1).to(tl.int32)
+    here = (wanted >= column_block * BLOCK_M) & (wanted < (column_block + 1) * BLOCK_M)
+    x_target = tl.sum(tl.where(columns[None, :] == wanted[:, None], x, 0.0), 1)
+    tl.store(target_logit + rows, x_target, mask=here)
+
+    x = tl.where(tile_mask(mask, rows, columns, n, m, MASK), x, float("-inf"))
+    tile_top = tl.max(x, 1)
+    shift = tl.where(tile_top == float("-inf"), 0.0, tile_top)
+    z = (x - shift[:, None]) * scale
+    e = tl.exp2(z)
+    place = column_block.to(tl.int64) * n + rows
+    tl.store(top + place, tile_top, mask=rows < n)
+    tl.store(total + place, tl.sum(e, 1), mask=rows < n)
+    if ENTROPY:
+        tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < n)
+
+
+@triton.jit
+def combine_kernel(
+    top,
+    total,
+    spread,
+    target_logit,
+    logprob,
+    entropy,
+    row_top,
+    log_total,
+    n,
+    blocks,
+    scale,
+    target_limit,  # the target's logit counts as at most this
+    logprob_limit,  # 0 where the target is one of the columns: rounding must not make it more
+    ENTROPY: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Statistics of a row's tiles into log-prob, entropy, maximum and log2 of the sum of exponentials below it."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    row_total = tl.zeros([ROWS], tl.float32)
+    row_spread = tl.zeros([ROWS], tl.float32)
+    for i in range(0, blocks, BLOCKS):
+        block = i + tl.arange(0, BLOCKS)
+        place = block.to(tl.int64)[:, None] * n + rows[None, :]
+        here = (block < blocks)[:, None] & inside[None, :]
+        t = tl.load(top + place, mask=here, other=float("-inf"))
+        s = tl.load(total + place, mask=here, other=0.0)
+        new_top = tl.maximum(largest, tl.max(t, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        z = (t - shift[None, :]) * scale
+        rescale = tl.exp2((largest - shift) * scale)
+        if ENTROPY:
+            d = tl.load(spread + place, mask=here, other=0.0)
+            moved = tl.where(largest == float("-inf"), 0.0, (largest - shift) * scale)
+            row_spread = rescale * (row_spread + moved * row_total)
+            row_spread += tl.sum(tl.exp2(z) * (d + tl.maximum(z, _LOWEST) * s), 0)
+        row_total = row_total * rescale + tl.sum(tl.exp2(z) * s, 0)
+        largest = new_top
+    x = tl.load(target_logit + rows, mask=inside, other=0.0)
+    row_total = tl.where(inside, row_total, 1.0)
+    log2_total = tl.log2(row_total)
+    value = ((tl.where(x > target_limit, target_limit, x) - largest) * scale - log2_total) * _LN2
+    tl.store(logprob + rows, tl.where(value > logprob_limit, logprob_limit, value), mask=inside)
+    tl.store(row_top + rows, largest, mask=inside)
+    tl.store(log_total + rows, log2_total, mask=inside)
+    if ENTROPY:
+        tl.store(entropy + rows, (log2_total - row_spread / row_total) * _LN2, mask=inside)
+
+
+COMBINE_CONFIG = {"ROWS": 64, "BLOCKS": 16, "num_warps": 4}
+
+
+def matmul_logprob(
+    a_NK: Tensor,
+    b_MK: Tensor,
+    target_N: Tensor,
+    temperature: float,
+    *,
+    bias_M: Tensor | None = None,
+    row_factor_N: Tensor | None = None,
+    column_factor_M: Tensor | None = None,
+    mask: Tensor | None = None,
+    target_limit: float = float("inf"),
+    logprob_limit: float = 0.0,
+    with_entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob of the targets, entropy (empty unless asked), row maximum, log2 of the sum below it, targets' logits.
+
+    The logits are x_ij / temperature, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j. `mask` (uint8, [M] or
+    [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. FLOP: 2 N M K, once.
+    """
+    n, m = len(a_NK), len(b_MK)
+    scale = LOG2E / temperature
+    logprob_N, top_N, log_total_N, target_logit_N = (a_NK.new_empty(n, dtype=torch.float32) for _ in range(4))
+    entropy_N = a_NK.new_empty(n if with_entropy else 0, dtype=torch.float32)
+    if n == 0:
+        return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
+    config = config_for(a_NK, b_MK, similarity=row_factor_N is not None)
+    blocks = triton.cdiv(m, config.block_m)
+    b_operand = operand(b_MK, config.block_m, config)
+    options = config.launch(a_NK.dtype)
+    combine: dict[str, Any] = COMBINE_CONFIG
+    for s in range(0, n, _ROWS_PER_LAUNCH):
+        rows = slice(s, s + _ROWS_PER_LAUNCH)
+        a = a_NK[rows]
+        parts = a_NK.new_empty(3 if with_entropy else 2, blocks, len(a), dtype=torch.float32)
+        with on_device(a_NK):
+            matmul_lse_kernel[(triton.cdiv(len(a), config.block_n) * blocks,)](
+                operand(a, config.block_n, config),
+                b_operand,
+                bias_M,
+                None if row_factor_N is None else row_factor_N[rows],
+                column_factor_M,
+                mask if mask is None or mask.ndim == 1 else mask[rows],
+                target_N[rows],
+                parts[0],
+                parts[1],
+                parts[-1],
+                target_logit_N[rows],
+                len(a),
+                m,
+                a_NK.shape[1],
+                a_NK.stride(0),
+                b_MK.stride(0),
+                scale,
+                NORMS=row_factor_N is not None,
+                BIAS=bias_M is not None,
+                MASK=0 if mask is None else mask.ndim,
+                ENTROPY=with_entropy,
+                **options,
+            )
+            combine_kernel[(triton.cdiv(len(a), COMBINE_CONFIG["ROWS"]),)](
+                parts[0],
+                parts[1],
+                parts[-1],
+                target_logit_N[rows],
+                logprob_N[rows],
+                entropy_N[rows],
+                top_N[rows],
+                log_total_N[rows],
+                len(a),
+                blocks,
+                scale,
+                target_limit,
+                logprob_limit,
+                ENTROPY=with_entropy,
+                **combine,
+            )
+    return logprob_N, entropy_N, top_N, log_total_N, target_logit_N

@@ -1,0 +1,427 @@
+"""Triton kernels over rows of logits and over tokens, shared by the log-prob operators and the policy losses.
+
+Row kernels: one program a row of V logits, in float32 whatever the logits' dtype, powers of two instead of e.
+A row is cut in three, so that every load but a few is 128 bits wide whatever V and the row's address: full tiles from
+the first 16-byte boundary, one tile masked by whole vectors, and up to seven elements at either end.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from carft_kernels._runtime import LOG2E, on_device
+
+# exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
+_LOWEST = tl.constexpr(-1e4)
+_LN2 = tl.constexpr(0.6931471805599453)
+_NUM_WARPS = 8
+
+
+def row_config(dtype: torch.dtype, *, tiles: int = 2) -> dict[str, int]:
+    """A thread takes groups of 8 logits, one 128-bit load (half precision) or two (float32)."""
+    vector = 16 // dtype.itemsize
+    return {"GROUPS": 8 // vector, "LANES": 32 * _NUM_WARPS * tiles, "VECTOR": vector, "num_warps": _NUM_WARPS}
+
+
+@triton.jit
+def _tile_offsets(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """[GROUPS, LANES, VECTOR] offsets of a tile, and [GROUPS, LANES, 1] number of each vector."""
+    vector = tl.arange(0, GROUPS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
+    return vector * VECTOR + tl.arange(0, VECTOR)[None, None, :], vector
+
+
+@triton.jit
+def _online(x, scale, top, total, spread, ENTROPY: tl.constexpr):
+    """One step of the online softmax, a lane at a time: one maximum, so one rescaling, for each group of 8 logits.
+
+    top = running max of x, total = sum 2^z with z = (x - top) scale, spread = sum 2^z z. Subtracting before scaling
+    keeps z exact for the logits that count, however large all of them are.
+    """
+    new_top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
+    shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # only -inf so far: -inf - 0, not -inf - -inf
+    z = (x - shift[None, :, None]) * scale
+    e = tl.exp2(z)
+    rescale = tl.exp2((top - shift) * scale)
+    if ENTROPY:
+        moved = tl.where(top == float("-inf"), 0.0, (top - shift) * scale)
+        e_z = tl.sum(tl.sum(e * tl.maximum(z, _LOWEST), 2), 0)
+        spread = rescale * (spread + moved * total) + e_z
+    return new_top, rescale * total + tl.sum(tl.sum(e, 2), 0), spread
+
+
+@triton.jit
+def logprob_fwd_kernel(
+    logits,  # [rows, V], rows `stride` apart
+    target,
+    logprob,
+    entropy,
+    row_top,  # max_v x_v
+    log_total,  # log2 sum_v 2^(scale (x_v - row_top))
+    vocabulary,
+    stride,
+    scale,  # log2(e) / temperature
+    ENTROPY: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = row * stride
+    end = start + vocabulary
+    aligned = (start + 7) // 8 * 8
+    aligned_end = tl.maximum(end // 8 * 8, aligned)
+    offset, vector = _tile_offsets(GROUPS, LANES, VECTOR)
+    top = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    spread = tl.zeros([LANES], tl.float32)
+    tile: tl.constexpr = GROUPS * LANES * VECTOR
+    rest = aligned + (aligned_end - aligned) // tile * tile
+    for base in range(aligned, rest, tile):
+        x = tl.load(logits + base + offset).to(tl.float32)
+        top, total, spread = _online(x, scale, top, total, spread, ENTROPY)
+    whole = vector < (aligned_end - rest) // VECTOR
+    x = tl.load(logits + rest + offset, mask=whole, other=float("-inf")).to(tl.float32)
+    top, total, spread = _online(x, scale, top, total, spread, ENTROPY)
+    # up to seven logits before the first boundary, up to seven behind the last
+    k = tl.arange(0, 16)
+    edge = tl.where(k < 8, start + k, aligned_end + k - 8)
+    inside = tl.where(k < 8, edge < tl.minimum(aligned, end), edge < end)
+    edge_x = tl.load(logits + edge, mask=inside, other=float("-inf")).to(tl.float32)
+
+    largest = tl.maximum(tl.max(top, 0), tl.max(edge_x, 0))
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    rescale = tl.exp2((top - shift) * scale)
+    edge_z = (edge_x - shift) * scale
+    edge_e = tl.exp2(edge_z)
+    row_total = tl.sum(total * rescale, 0) + tl.sum(edge_e, 0)
+    log2_total = tl.log2(row_total)
+    tl.store(row_top + row, largest)
+    tl.store(log_total + row, log2_total)
+    x = tl.load(logits + start + tl.load(target + row)).to(tl.float32)
+    # rounding must not make a probability larger than 1; the comparison lets NaN pass
+    value = ((x - largest) * scale - log2_total) * _LN2
+    tl.store(logprob + row, tl.where(value > 0.0, 0.0, value))
+    if ENTROPY:
+        moved = tl.where(top == float("-inf"), 0.0, (top - shift) * scale)
+        row_spread = tl.sum(rescale * (spread + moved * total), 0)
+        row_spread += tl.sum(edge_e * tl.maximum(edge_z, _LOWEST), 0)
+        tl.store(entropy + row, (log2_total - row_spread / row_total) * _LN2)
+
+
+@triton.jit
+def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, ENTROPY: tl.constexpr):
+    z = (x - top) * scale - log_total
+    p = tl.exp2(z)
+    if ENTROPY:
+        d = -p * (g_p + g_plogp * tl.maximum(z, _LOWEST))
+    else:
+        d = -p * g_p
+    return tl.where(column == target, d + g, d)
+
+
+@triton.jit
+def logprob_bwd_kernel(
+    logits,  # [rows, V], rows `stride` apart
+    out,  # d_logits, [programs, V], rows `out_stride` apart; may be the logits themselves
+    row_index,  # int64: the row of each program (COMPACT)
+    target,
+    row_top,
+    log_total,
+    entropy,
+    d_logprob,
+    d_entropy,
+    vocabulary,
+    stride,
+    out_stride,
+    scale,  # log2(e) / temperature
+    inverse_temperature,
+    COMPACT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    if COMPACT:
+        row = tl.load(row_index + program)
+    else:
+        row = program
+    start = row * stride
+    end = start + vocabulary
+    aligned = (start + 7) // 8 * 8
+    aligned_end = tl.maximum(end // 8 * 8, aligned)
+    # An out offset is the logit's plus `move`. Without compaction that is 0, which the compiler must know; with it both
+    # strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
+    if COMPACT:
+        out += program * out_stride - start
+    row_target = start + tl.load(target + row)
+    largest = tl.load(row_top + row)
+    log2_total = tl.load(log_total + row)
+    g = tl.load(d_logprob + row) * inverse_temperature
+    g_p = g
+    g_plogp = 0.0
+    if ENTROPY:
+        g_entropy = tl.load(d_entropy + row) * inverse_temperature
+        g_p += g_entropy * tl.load(entropy + row)
+        g_plogp = g_entropy * _LN2
+    offset, vector = _tile_offsets(GROUPS, LANES, VECTOR)
+    tile: tl.constexpr = GROUPS * LANES * VECTOR
+    rest = aligned + (aligned_end - aligned) // tile * tile
+    for base in range(aligned, rest, tile):
+        column = base + offset
+        x = tl.load(logits + column).to(tl.float32)
+        d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
+        tl.store(out + column, d.to(out.dtype.element_ty))
+    column = rest + offset
+    whole = vector < (aligned_end - rest) // VECTOR
+    x = tl.load(logits + column, mask=whole, other=0.0).to(tl.float32)
+    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
+    tl.store(out + column, d.to(out.dtype.element_ty), mask=whole)
+    k = tl.arange(0, 16)
+    column = tl.where(k < 8, start + k, aligned_end + k - 8)
+    inside = tl.where(k < 8, column < tl.minimum(aligned, end), column < end)
+    x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
+    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
+    tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
+
+
+def logprob_forward(
+    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy (empty unless asked), row maximum, log2 of the sum of exponentials below it; float32 [T]."""
+    tokens, vocabulary = logits_TV.shape
+    logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=torch.float32) for _ in range(3))
+    entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=torch.float32)
+    if tokens:
+        with on_device(logits_TV):
+            logprob_fwd_kernel[(tokens,)](
+                logits_TV,
+                target_T,
+                logprob_T,
+                entropy_T,
+                top_T,
+                log_total_T,
+                vocabulary,
+                logits_TV.stride(0),
+                LOG2E / temperature,
+                ENTROPY=with_entropy,
+                **row_config(logits_TV.dtype),
+            )
+    return logprob_T, entropy_T, top_T, log_total_T
+
+
+def logprob_backward(
+    logits_TV: Tensor,
+    out_NV: Tensor,
+    target_T: Tensor,
+    top_T: Tensor,
+    log_total_T: Tensor,
+    d_logprob_T: Tensor,
+    temperature: float,
+    *,
+    entropy_T: Tensor | None = None,
+    d_entropy_T: Tensor | None = None,
+    index_N: Tensor | None = None,
+) -> None:
+    """Gradient with respect to the logits into `out_NV`, of the rows in `index_N` if given.
+
+    Bytes: each logit read once, each gradient written once. Entropy takes part when its gradient is given.
+    """
+    if len(out_NV) == 0:
+        return
+    if index_N is None and logits_TV.stride(0) != out_NV.stride(0):
+        raise ValueError("without an index the rows of logits and gradient lie equally far apart")
+    with on_device(logits_TV):
+        logprob_bwd_kernel[(len(out_NV),)](
+            logits_TV,
+            out_NV,
+            index_N,
+            target_T,
+            top_T,
+            log_total_T,
+            entropy_T,
+            d_logprob_T,
+            d_entropy_T,
+            logits_TV.shape[1],
+            logits_TV.stride(0),
+            out_NV.stride(0),
+            LOG2E / temperature,
+            1 / temperature,
+            COMPACT=index_N is not None,
+            ENTROPY=d_entropy_T is not None,
+            **row_config(logits_TV.dtype, tiles=1),
+        )
+
+
+@triton.jit
+def _exp_less_linear(x):
+    """exp(x) - 1 - x without cancellation: a series near 0."""
+    series = x * x * 0.5 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit
+def policy_kernel(
+    logprob,
+    old_logprob,
+    advantage,
+    weight,
+    ref_logprob,
+    entropy,
+    d_logprob,
+    stats,  # [5], added to: loss, tokens with weight, of these outside the clip, sum of approximate KL, of entropy
+    tokens,
+    clip_low,
+    clip_high,
+    kl_coef,
+    entropy_coef,
+    HAS_REF: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: the sums are the same in every run."""
+    loss = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.float32)
+    outside = tl.zeros([BLOCK], tl.float32)
+    approx_kl = tl.zeros([BLOCK], tl.float32)
+    entropy_sum = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, tokens, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        inside = t < tokens
+        w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
+        # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+        live = w != 0.0
+        new = tl.load(logprob + t, mask=live, other=0.0).to(tl.float32)
+        log_ratio = new - tl.load(old_logprob + t, mask=live, other=0.0).to(tl.float32)
+        a = tl.load(advantage + t, mask=live, other=0.0).to(tl.float32)
+        ratio = tl.exp(log_ratio)
+        plain = -a * ratio
+        clipped = -a * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+        token_loss = tl.maximum(plain, clipped)
+        # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows
+        d = tl.where(plain >= clipped, plain, 0.0)
+        if HAS_REF:
+            difference = tl.load(ref_logprob + t, mask=live, other=0.0).to(tl.float32) - new
+            k3 = _exp_less_linear(difference)
+            token_loss += kl_coef * k3
+            d -= kl_coef * (k3 + difference)
+        if HAS_ENTROPY:
+            h = tl.load(entropy + t, mask=live, other=0.0)
+            token_loss -= entropy_coef * h
+            entropy_sum += h
+        tl.store(d_logprob + t, tl.where(live, w * d, 0.0), mask=inside)
+        loss += tl.where(live, w * token_loss, 0.0)
+        counted += live.to(tl.float32)
+        outside += ((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).to(tl.float32)
+        approx_kl += _exp_less_linear(log_ratio)
+    tl.store(stats, tl.load(stats) + tl.sum(loss, 0))
+    tl.store(stats + 1, tl.load(stats + 1) + tl.sum(counted, 0))
+    tl.store(stats + 2, tl.load(stats + 2) + tl.sum(outside, 0))
+    tl.store(stats + 3, tl.load(stats + 3) + tl.sum(approx_kl, 0))
+    tl.store(stats + 4, tl.load(stats + 4) + tl.sum(entropy_sum, 0))
+
+
+# One program over [T] vectors: launch-bound up to tens of thousands of tokens, and its sums are always the same.
+TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8}
+
+
+def policy_terms(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    weight_T: Tensor,
+    stats: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    ref_logprob_T: Tensor | None = None,
+    kl_coef: float = 0.0,
+    entropy_T: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    via_triton: bool,
+) -> Tensor:
+    """d loss / d logprob [T]; adds to `stats` [5]: loss, tokens with weight, clipped ones, approximate KL, entropy."""
+    if not via_triton:
+        return _policy_terms_torch(
+            logprob_T,
+            old_logprob_T,
+            advantage_T,
+            weight_T,
+            stats,
+            clip_low,
+            clip_high,
+            ref_logprob_T if kl_coef else None,
+            kl_coef,
+            entropy_T,
+            entropy_coef,
+        )
+    d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
+    options: dict[str, Any] = TOKEN_CONFIG
+    with on_device(logprob_T):
+        policy_kernel[(1,)](
+            logprob_T,
+            old_logprob_T,
+            advantage_T,
+            weight_T,
+            ref_logprob_T,
+            entropy_T,
+            d_logprob_T,
+            stats,
+            len(logprob_T),
+            clip_low,
+            clip_high,
+            kl_coef,
+            entropy_coef,
+            HAS_REF=ref_logprob_T is not None and kl_coef != 0,
+            HAS_ENTROPY=entropy_T is not None,
+            **options,
+        )
+    return d_logprob_T
+
+
+def _policy_terms_torch(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    weight_T: Tensor,
+    stats: Tensor,
+    clip_low: float,
+    clip_high: float,
+    ref_logprob_T: Tensor | None,
+    kl_coef: float,
+    entropy_T: Tensor | None,
+    entropy_coef: float,
+) -> Tensor:
+    # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+    live = weight_T != 0
+    log_ratio = torch.where(live, logprob_T - old_logprob_T, 0.0)
+    advantage = torch.where(live, advantage_T, 0.0)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
+    token_loss = torch.maximum(plain, clipped)
+    # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows
+    d = torch.where(plain >= clipped, plain, 0.0)
+    if ref_logprob_T is not None:
+        difference = torch.where(live, ref_logprob_T - logprob_T, 0.0)
+        token_loss = token_loss + kl_coef * (difference.expm1() - difference)
+        d = d - kl_coef * difference.expm1()
+    entropy_sum = stats.new_zeros(())
+    if entropy_T is not None:
+        entropy = torch.where(live, entropy_T, 0.0)
+        token_loss = token_loss - entropy_coef * entropy
+        entropy_sum = entropy.sum()
+    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+    sums = (
+        torch.where(live, weight_T * token_loss, 0.0).sum(),
+        live.sum(),
+        outside.sum(),
+        (log_ratio.expm1() - log_ratio).sum(),
+        entropy_sum,
+    )
+    stats += torch.stack([x.to(stats.dtype) for x in sums])
+    return torch.where(live, weight_T * d, 0.0)

@@ -1,0 +1,228 @@
+"""Longest common subsequence of pairs of token sequences, as masks of the common tokens on either side.
+
+    L[i, j] = L[i-1, j-1] + 1 if a_i = b_j else max(L[i-1, j], L[i, j-1])
+
+Of the subsequences of that length, the one found from the end: a pair of equal last tokens is taken; otherwise the last
+token of `a` goes if L[i-1, j] > L[i, j-1], else that of `b`, ties too. The published code follows the same rule, on
+whole rows; here a caller passes what should be compared, completions only. Source: paper eq. 8.
+
+What the walk back needs of L is one bit a cell, whether it exceeds its left neighbour. Torch: that row of bits is one
+integer, and a whole row costs a handful of operations on it (Hyyrö 2004), O(n m / 64) in all. Triton: one program a
+pair, a row at a time; then one program a pair walks back.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from carft_kernels._runtime import (
+    Impl,
+    check_cu_seqlens,
+    check_integer,
+    check_offsets,
+    log_implementation,
+    on_device,
+    use_triton,
+)
+
+_LONGEST_B = 16_384  # a row of the table lives in the registers of one program
+_TABLE_BYTES = 1 << 30
+
+
+def lcs_mask_reference(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor) -> tuple[Tensor, Tensor]:
+    """The obvious expression: the whole table, cell by cell."""
+    masks = torch.zeros_like(a, dtype=torch.bool), torch.zeros_like(b, dtype=torch.bool)
+    for pair in range(len(a_cu) - 1):
+        a_start, b_start = int(a_cu[pair]), int(b_cu[pair])
+        x, y = a[a_start : a_cu[pair + 1]].tolist(), b[b_start : b_cu[pair + 1]].tolist()
+        table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+        for i in range(1, len(x) + 1):
+            for j in range(1, len(y) + 1):
+                same = x[i - 1] == y[j - 1]
+                table[i][j] = table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
+        i, j = len(x), len(y)
+        while i and j:
+            if x[i - 1] == y[j - 1]:
+                i, j = i - 1, j - 1
+                masks[0][a_start + i] = masks[1][b_start + j] = True
+            elif table[i - 1][j] > table[i][j - 1]:
+                i -= 1
+            else:
+                j -= 1
+    return masks
+
+
+def _common_positions(x: list[int], y: list[int]) -> tuple[list[int], list[int]]:
+    where: dict[int, int] = {}
+    for j, token in enumerate(y):
+        where[token] = where.get(token, 0) | 1 << j
+    all_bits = (1 << len(y)) - 1
+    rows, bits = [], all_bits  # bit j is 0 where L[i, j + 1] = L[i, j] + 1
+    for token in x:
+        matching = bits & where.get(token, 0)
+        bits = (bits + matching | bits - matching) & all_bits
+        rows.append(bits)
+    in_x, in_y = [], []
+    i, j = len(x), len(y)
+    while i and j:
+        if x[i - 1] == y[j - 1]:
+            i, j = i - 1, j - 1
+            in_x.append(i)
+            in_y.append(j)
+        elif rows[i - 1] >> (j - 1) & 1:
+            j -= 1
+        else:
+            i -= 1
+    return in_x, in_y
+
+
+@triton.jit
+def _larger(x, y):
+    return tl.maximum(x, y)
+
+
+@triton.jit
+def lcs_table_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, BLOCK: tl.constexpr):
+    """One program a pair. steps[i, j] = L[i + 1, j + 1] - L[i + 1, j]."""
+    pair = first + tl.program_id(0)
+    a_start = tl.load(a_cu + pair).to(tl.int64)
+    b_start = tl.load(b_cu + pair).to(tl.int64)
+    rows = tl.load(a_cu + pair + 1) - a_start
+    columns = tl.load(b_cu + pair + 1) - b_start
+    out = steps + tl.load(steps_offset + tl.program_id(0))
+    j = tl.arange(0, BLOCK)
+    inside = j < columns
+    tokens = tl.load(b + b_start + j, mask=inside, other=0)
+    above = tl.zeros([BLOCK], tl.int32)
+    above_left = tl.zeros([BLOCK], tl.int32)
+    for i in range(rows):
+        same = inside & (tokens == tl.load(a + a_start + i))
+        # L[i, j] is the largest, over the columns up to j, of what comes from above and along the diagonal
+        here = tl.associative_scan(tl.maximum(above, tl.where(same, above_left + 1, 0)), 0, _larger)
+        left = tl.where(j == 0, 0, tl.gather(here, tl.maximum(j - 1, 0), 0))
+        tl.store(out + i * columns + j, (here - left).to(tl.int8), mask=inside)
+        above = here
+        above_left = left
+
+
+@triton.jit
+def lcs_walk_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, mask_a, mask_b):
+    """One program a pair, from the last cell of its table to an edge."""
+    pair = first + tl.program_id(0)
+    a_start = tl.load(a_cu + pair).to(tl.int64)
+    b_start = tl.load(b_cu + pair).to(tl.int64)
+    i = tl.load(a_cu + pair + 1) - a_start
+    j = tl.load(b_cu + pair + 1) - b_start
+    columns = j
+    table = steps + tl.load(steps_offset + tl.program_id(0))
+    while (i > 0) & (j > 0):
+        if tl.load(a + a_start + i - 1) == tl.load(b + b_start + j - 1):
+            i -= 1
+            j -= 1
+            tl.store(mask_a + a_start + i, 1)
+            tl.store(mask_b + b_start + j, 1)
+        else:
+            step = tl.load(table + (i - 1) * columns + j - 1).to(tl.int64)
+            i -= step
+            j -= 1 - step
+
+
+def table_config(longest_b: int) -> dict[str, int]:
+    block = max(32, triton.next_power_of_2(longest_b))
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+
+
+def _groups(cells: list[int]) -> list[tuple[int, int]]:
+    """Ranges of pairs whose tables fit the scratch together; one pair always makes a group."""
+    groups, start, used = [], 0, 0
+    for pair, size in enumerate(cells):
+        if used + size > _TABLE_BYTES and pair > start:
+            groups.append((start, pair))
+            start, used = pair, 0
+        used += size
+    return [*groups, (start, len(cells))]
+
+
+@torch.library.custom_op("carft::lcs_mask", mutates_args=())
+def _lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool) -> tuple[Tensor, Tensor]:
+    log_implementation("lcs_mask", via_triton, a.device.type)
+    check_offsets("a_cu", a_cu, len(a))
+    check_offsets("b_cu", b_cu, len(b))
+    mask_a, mask_b = torch.zeros_like(a, dtype=torch.bool), torch.zeros_like(b, dtype=torch.bool)
+    a_offsets, b_offsets = a_cu.tolist(), b_cu.tolist()
+    pairs = len(a_offsets) - 1
+    if not via_triton:
+        x, y = a.tolist(), b.tolist()
+        in_a, in_b = [], []
+        for p in range(pairs):
+            s, t = a_offsets[p], b_offsets[p]
+            i, j = _common_positions(x[s : a_offsets[p + 1]], y[t : b_offsets[p + 1]])
+            in_a += [s + k for k in i]
+            in_b += [t + k for k in j]
+        mask_a[torch.tensor(in_a, dtype=torch.int64, device=a.device)] = True
+        mask_b[torch.tensor(in_b, dtype=torch.int64, device=b.device)] = True
+        return mask_a, mask_b
+    lengths_a, lengths_b = a_cu.diff().tolist(), b_cu.diff().tolist()
+    longest_b = max(lengths_b, default=0)
+    if longest_b > _LONGEST_B:
+        raise ValueError(
+            f"b holds a sequence of {longest_b} tokens: impl='triton' takes up to {_LONGEST_B}; use 'torch'"
+        )
+    if min(max(lengths_a, default=0), longest_b) == 0:
+        return mask_a, mask_b
+    options: dict[str, Any] = table_config(longest_b)
+    cells = [m * n for m, n in zip(lengths_a, lengths_b, strict=True)]
+    for first, end in _groups(cells):
+        offsets = torch.tensor([0, *cells[first:end]]).cumsum(0)
+        steps = a.new_empty(int(offsets[-1]), dtype=torch.int8)
+        offsets = offsets.to(a.device)
+        with on_device(a):
+            lcs_table_kernel[(end - first,)](a, a_cu, b, b_cu, steps, offsets, first, **options)
+            lcs_walk_kernel[(end - first,)](
+                a, a_cu, b, b_cu, steps, offsets, first, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1
+            )
+    return mask_a, mask_b
+
+
+@_lcs_mask.register_fake
+def _(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(a, dtype=torch.bool), torch.empty_like(b, dtype=torch.bool)
+
+
+def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """The tokens of a longest common subsequence of each pair of packed sequences, marked on both sides.
+
+    Equivalent, for each pair: fill the table L of the module's formula and walk back from its last cell.
+
+    Args:
+        a: int64 or int32 [T_a], packed token ids.
+        a_cu: int64 or int32 [B + 1], offsets of its sequences, from 0 to T_a.
+        b, b_cu: the other sides, as many sequences; dtype and device as `a`.
+        impl: "auto" (Triton on CUDA, torch elsewhere), "triton" (sequences of `b` up to 16,384 tokens) or "torch".
+
+    Returns:
+        bool [T_a] and bool [T_b]; pair by pair as many tokens on one side as on the other, equal in order. No gradient.
+        Either implementation reads the offsets back from the device.
+
+    Source: paper eq. 8; the tie rule of the published code.
+
+    Raises:
+        ValueError: naming the argument, what was seen and what is allowed.
+    """
+    for name, x in (("a", a), ("b", b)):
+        if x.ndim != 1:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: expected 1 dimension")
+        check_integer(name, x)
+    if b.dtype != a.dtype or b.device != a.device:
+        raise ValueError(f"b is {b.dtype} on {b.device}: expected {a.dtype} on {a.device}, as a is")
+    check_cu_seqlens("a_cu", a_cu, "a", a)
+    check_cu_seqlens("b_cu", b_cu, "a", a)
+    if b_cu.numel() != a_cu.numel():
+        raise ValueError(f"b_cu has shape {tuple(b_cu.shape)}: expected {tuple(a_cu.shape)}, that of a_cu")
+    via_triton = use_triton("lcs_mask", impl, a)
+    return _lcs_mask(a.contiguous(), a_cu.contiguous(), b.contiguous(), b_cu.contiguous(), via_triton)
