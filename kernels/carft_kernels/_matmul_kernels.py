@@ -204,9 +204,9 @@ def matmul_lse_kernel(
     tl.store(target_logit + rows, x_target, mask=here)
 
     x = tl.where(tile_mask(mask, rows, columns, n, m, MASK), x, float("-inf"))
-    tile_top = tl.max(x, 1)
+    tile_top = tl.max(x, 1) * scale
     shift = tl.where(tile_top == float("-inf"), 0.0, tile_top)
-    z = (x - shift[:, None]) * scale
+    z = tl.fma(x, scale, -shift[:, None])
     e = tl.exp2(z)
     place = column_block.to(tl.int64) * n + rows
     tl.store(top + place, tile_top, mask=rows < n)
@@ -248,11 +248,11 @@ def combine_kernel(
         s = tl.load(total + place, mask=here, other=0.0)
         new_top = tl.maximum(largest, tl.max(t, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        z = (t - shift[None, :]) * scale
-        rescale = tl.exp2((largest - shift) * scale)
+        z = t - shift[None, :]
+        rescale = tl.exp2(largest - shift)
         if ENTROPY:
             d = tl.load(spread + place, mask=here, other=0.0)
-            moved = tl.where(largest == float("-inf"), 0.0, (largest - shift) * scale)
+            moved = tl.where(largest == float("-inf"), 0.0, largest - shift)
             row_spread = rescale * (row_spread + moved * row_total)
             row_spread += tl.sum(tl.exp2(z) * (d + tl.maximum(z, _LOWEST) * s), 0)
         row_total = row_total * rescale + tl.sum(tl.exp2(z) * s, 0)
@@ -260,7 +260,7 @@ def combine_kernel(
     x = tl.load(target_logit + rows, mask=inside, other=0.0)
     row_total = tl.where(inside, row_total, 1.0)
     log2_total = tl.log2(row_total)
-    value = ((tl.where(x > target_limit, target_limit, x) - largest) * scale - log2_total) * _LN2
+    value = (tl.fma(tl.where(x > target_limit, target_limit, x), scale, -largest) - log2_total) * _LN2
     tl.store(logprob + rows, tl.where(value > logprob_limit, logprob_limit, value), mask=inside)
     tl.store(row_top + rows, largest, mask=inside)
     tl.store(log_total + rows, log2_total, mask=inside)

@@ -22,10 +22,10 @@ _LN2 = tl.constexpr(0.6931471805599453)
 _NUM_WARPS = 8
 
 
-def row_config(dtype: torch.dtype, *, tiles: int = 2) -> dict[str, int]:
-    """A thread takes groups of 8 logits, one 128-bit load (half precision) or two (float32)."""
+def row_config(dtype: torch.dtype, *, group: int = 16) -> dict[str, int]:
+    """A thread takes groups of 16 logits, in 128-bit loads: 8 of half precision, 4 of float32."""
     vector = 16 // dtype.itemsize
-    return {"GROUPS": 8 // vector, "LANES": 32 * _NUM_WARPS * tiles, "VECTOR": vector, "num_warps": _NUM_WARPS}
+    return {"GROUPS": group // vector, "LANES": 32 * _NUM_WARPS, "VECTOR": vector, "num_warps": _NUM_WARPS}
 
 
 @triton.jit
@@ -37,18 +37,18 @@ def _tile_offsets(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
 
 @triton.jit
 def _online(x, scale, top, total, spread, ENTROPY: tl.constexpr):
-    """One step of the online softmax, a lane at a time: one maximum, so one rescaling, for each group of 8 logits.
+    """One step of the online softmax, a lane at a time: one maximum, so one rescaling, for a group of 16 logits.
 
-    top = running max of x, total = sum 2^z with z = (x - top) scale, spread = sum 2^z z. Subtracting before scaling
-    keeps z exact for the logits that count, however large all of them are.
+    top = running max of x scale, total = sum 2^z with z = x scale - top, spread = sum 2^z z. The fused multiply-add
+    rounds z once: however large the logits, those that count keep all their digits.
     """
-    new_top = tl.maximum(top, tl.max(tl.max(x, 2), 0))
+    new_top = tl.maximum(top, tl.max(tl.max(x, 2), 0) * scale)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # only -inf so far: -inf - 0, not -inf - -inf
-    z = (x - shift[None, :, None]) * scale
+    z = tl.fma(x, scale, -shift[None, :, None])
     e = tl.exp2(z)
-    rescale = tl.exp2((top - shift) * scale)
+    rescale = tl.exp2(top - shift)
     if ENTROPY:
-        moved = tl.where(top == float("-inf"), 0.0, (top - shift) * scale)
+        moved = tl.where(top == float("-inf"), 0.0, top - shift)
         e_z = tl.sum(tl.sum(e * tl.maximum(z, _LOWEST), 2), 0)
         spread = rescale * (spread + moved * total) + e_z
     return new_top, rescale * total + tl.sum(tl.sum(e, 2), 0), spread
@@ -60,8 +60,8 @@ def logprob_fwd_kernel(
     target,
     logprob,
     entropy,
-    row_top,  # max_v x_v
-    log_total,  # log2 sum_v 2^(scale (x_v - row_top))
+    row_top,  # max_v scale x_v
+    log_total,  # log2 sum_v 2^(scale x_v - row_top)
     vocabulary,
     stride,
     scale,  # log2(e) / temperature
@@ -93,10 +93,10 @@ def logprob_fwd_kernel(
     inside = tl.where(k < 8, edge < tl.minimum(aligned, end), edge < end)
     edge_x = tl.load(logits + edge, mask=inside, other=float("-inf")).to(tl.float32)
 
-    largest = tl.maximum(tl.max(top, 0), tl.max(edge_x, 0))
+    largest = tl.maximum(tl.max(top, 0), tl.max(edge_x, 0) * scale)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
-    rescale = tl.exp2((top - shift) * scale)
-    edge_z = (edge_x - shift) * scale
+    rescale = tl.exp2(top - shift)
+    edge_z = tl.fma(edge_x, scale, -shift)
     edge_e = tl.exp2(edge_z)
     row_total = tl.sum(total * rescale, 0) + tl.sum(edge_e, 0)
     log2_total = tl.log2(row_total)
@@ -104,10 +104,10 @@ def logprob_fwd_kernel(
     tl.store(log_total + row, log2_total)
     x = tl.load(logits + start + tl.load(target + row)).to(tl.float32)
     # rounding must not make a probability larger than 1; the comparison lets NaN pass
-    value = ((x - largest) * scale - log2_total) * _LN2
+    value = (tl.fma(x, scale, -largest) - log2_total) * _LN2
     tl.store(logprob + row, tl.where(value > 0.0, 0.0, value))
     if ENTROPY:
-        moved = tl.where(top == float("-inf"), 0.0, (top - shift) * scale)
+        moved = tl.where(top == float("-inf"), 0.0, top - shift)
         row_spread = tl.sum(rescale * (spread + moved * total), 0)
         row_spread += tl.sum(edge_e * tl.maximum(edge_z, _LOWEST), 0)
         tl.store(entropy + row, (log2_total - row_spread / row_total) * _LN2)
@@ -115,7 +115,7 @@ def logprob_fwd_kernel(
 
 @triton.jit
 def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, ENTROPY: tl.constexpr):
-    z = (x - top) * scale - log_total
+    z = tl.fma(x, scale, -top) - log_total
     p = tl.exp2(z)
     if ENTROPY:
         d = -p * (g_p + g_plogp * tl.maximum(z, _LOWEST))
@@ -254,7 +254,7 @@ def logprob_backward(
             1 / temperature,
             COMPACT=index_N is not None,
             ENTROPY=d_entropy_T is not None,
-            **row_config(logits_TV.dtype, tiles=1),
+            **row_config(logits_TV.dtype, group=8),
         )
 
 

@@ -130,7 +130,7 @@ def infonce_gradient_kernel(
     top = tl.load(row_top + rows, mask=rows < n, other=0.0)
     total = tl.load(log_total + rows, mask=rows < n, other=0.0)
     allowed = tile_mask(mask, rows, columns, n, m, MASK)
-    p = tl.where(allowed, tl.exp2((x - top[:, None]) * scale - total[:, None]), 0.0)
+    p = tl.where(allowed, tl.exp2(tl.fma(x, scale, -top[:, None]) - total[:, None]), 0.0)
     pulled = (columns[None, :] == tl.load(positive + rows, mask=rows < n, other=-1)[:, None]) & (x <= positive_clamp)
     # d (a . b) = factors x d similarity
     factor = tl.load(d_row + rows, mask=rows < n, other=0.0) * inverse_temperature
