@@ -11,6 +11,7 @@ or the matrix product (matmul).
 
 import argparse
 import collections
+import itertools
 import json
 import math
 import multiprocessing
@@ -92,6 +93,7 @@ class Case:
     flop: float = 0
     elements: float = 0  # of one program, for MUFU per element
     tensor_rate: float = 1.0  # of the half-precision peak
+    depth: int = 0  # of the matrix product
 
 
 # --- the configurations that ship -------------------------------------------------------------------------------------
@@ -99,179 +101,139 @@ class Case:
 
 def row_cases() -> list[Case]:
     cases = []
-    for vocabulary in (ALIGNED, ODD):
-        unaligned = ("vocabulary", "stride") if vocabulary == ODD else ()
-        vectors = {name: "*fp32" for name in ("logprob", "entropy", "row_top", "log_total", "d_logprob", "d_entropy")}
-        for dtype in (*HALF, torch.float32):
-            for entropy in (False, True):
-                absent = {} if entropy else {"entropy": "*fp32"}
-                cases.append(
-                    Case(
-                        rows.logprob_fwd_kernel,
-                        f"{NAMES[dtype]}{', entropy' * entropy}, V={vocabulary}",
-                        "streaming",
-                        {
-                            "logits": f"*{NAMES[dtype]}",
-                            "target": "*i64",
-                            **{k: vectors[k] for k in ("logprob", "entropy", "row_top", "log_total")},
-                            **absent,
-                            "vocabulary": "i32",
-                            "stride": "i32",
-                            "scale": "fp32",
-                            "ENTROPY": entropy,
-                        },
-                        rows.row_config(dtype),
-                        unaligned,
-                        grid=TOKENS,
-                        loop_bytes=vocabulary * dtype.itemsize,
-                        floor_bytes=TOKENS * vocabulary * dtype.itemsize,
-                        elements=vocabulary,
-                    )
-                )
-                outputs = [(dtype, False)]
-                if dtype == torch.float32:  # the linear operators' float32 logits
-                    outputs = [(out, compact) for out in (*HALF, dtype) for compact in (False, True)]
-                for out, compact in outputs:
-                    # the scratch of the linear operators has padded rows, whatever the vocabulary
-                    own = ("vocabulary",) if unaligned and (compact or out != dtype) else unaligned
-                    own = (*own, "out_stride") if "stride" in own else own
-                    cases.append(
-                        Case(
-                            rows.logprob_bwd_kernel,
-                            f"{NAMES[dtype]} -> {NAMES[out]}{', compact' * compact}{', entropy' * entropy}, V={vocabulary}",
-                            "streaming",
-                            {
-                                "logits": f"*{NAMES[dtype]}",
-                                "out": f"*{NAMES[out]}",
-                                "row_index": "*i64" if compact else None,
-                                "target": "*i64",
-                                **{k: vectors[k] for k in ("row_top", "log_total", "d_logprob")},
-                                "entropy": "*fp32",
-                                "d_entropy": "*fp32" if entropy else None,
-                                "vocabulary": "i32",
-                                "stride": "i32",
-                                "out_stride": "i32",
-                                "scale": "fp32",
-                                "inverse_temperature": "fp32",
-                                "COMPACT": compact,
-                                "ENTROPY": entropy,
-                            },
-                            rows.row_config(dtype, group=8),
-                            own,
-                            grid=TOKENS,
-                            loop_bytes=vocabulary * dtype.itemsize,
-                            floor_bytes=TOKENS * vocabulary * (dtype.itemsize + out.itemsize),
-                            elements=vocabulary,
-                        )
-                    )
+    for dtype, entropy, vocabulary in itertools.product((*HALF, torch.float32), (False, True), (ALIGNED, ODD)):
+        cases.append(row_forward_case(dtype, entropy, vocabulary))
+        outputs = [(dtype, False)]
+        if dtype == torch.float32:  # the linear operators' float32 logits
+            outputs = [(out, compact) for out in (*HALF, dtype) for compact in (False, True)]
+        cases += [row_backward_case(dtype, out, compact, entropy, vocabulary) for out, compact in outputs]
     return cases
+
+
+def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int) -> Case:
+    return Case(
+        rows.logprob_fwd_kernel,
+        f"{NAMES[dtype]}{', entropy' * entropy}, V={vocabulary}",
+        "streaming",
+        {
+            "logits": f"*{NAMES[dtype]}",
+            "target": "*i64",
+            **dict.fromkeys(("logprob", "entropy", "row_top", "log_total"), "*fp32"),
+            "vocabulary": "i32",
+            "stride": "i32",
+            "scale": "fp32",
+            "ENTROPY": entropy,
+        },
+        rows.row_config(dtype),
+        ("vocabulary", "stride") if vocabulary == ODD else (),
+        grid=TOKENS,
+        loop_bytes=vocabulary * dtype.itemsize,
+        floor_bytes=TOKENS * vocabulary * dtype.itemsize,
+        elements=vocabulary,
+    )
+
+
+def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entropy: bool, vocabulary: int) -> Case:
+    unaligned: tuple[str, ...] = ()
+    if vocabulary == ODD:
+        # the scratch of the linear operators has padded rows, whatever the vocabulary
+        padded = compact or out != dtype
+        unaligned = ("vocabulary",) if padded else ("vocabulary", "stride", "out_stride")
+    return Case(
+        rows.logprob_bwd_kernel,
+        f"{NAMES[dtype]} -> {NAMES[out]}{', compact' * compact}{', entropy' * entropy}, V={vocabulary}",
+        "streaming",
+        {
+            "logits": f"*{NAMES[dtype]}",
+            "out": f"*{NAMES[out]}",
+            "row_index": "*i64" if compact else None,
+            "target": "*i64",
+            **dict.fromkeys(("row_top", "log_total", "d_logprob", "entropy"), "*fp32"),
+            "d_entropy": "*fp32" if entropy else None,
+            **dict.fromkeys(("vocabulary", "stride", "out_stride"), "i32"),
+            **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
+            "COMPACT": compact,
+            "ENTROPY": entropy,
+        },
+        rows.row_config(dtype, group=8),
+        unaligned,
+        grid=TOKENS,
+        loop_bytes=vocabulary * dtype.itemsize,
+        floor_bytes=TOKENS * vocabulary * (dtype.itemsize + out.itemsize),
+        elements=vocabulary,
+    )
 
 
 def matmul_cases(cc: int) -> list[Case]:
     cases = []
     for dtype in (*HALF, torch.float32):
-        datacenter = CHIPS[cc].capability[0] in (9, 10)
-        for tma in (False, True) if dtype in HALF and datacenter else (False,):
-            for similarity in (False, True):
-                config = matmul.tile_config(CHIPS[cc].capability, dtype, tma=tma, similarity=similarity)
-                options = config.launch(dtype)
-                name = NAMES[dtype]
+        engine = dtype in HALF and CHIPS[cc].capability[0] in (9, 10)
+        for tma in (False, True) if engine else (False,):
+            cases += lm_head_cases(cc, dtype, tma) + similarity_cases(cc, dtype, tma)
+    return cases
 
-                def matrix(block: int, config: Any = config, name: str = name) -> str:
-                    return f"tensordesc<{name}[{block},{config.block_k}]>" if config.tma else f"*{name}"
 
-                common = {
-                    "a": matrix(config.block_n),
-                    "b": matrix(config.block_m),
-                    "n": "i32",
-                    "m": "i32",
-                    "k": "i32",
-                    "stride_a": "i32",
-                    "stride_b": "i32",
-                    "scale": "fp32",
-                }
-                statistics = {x: "*fp32" for x in ("top", "total", "spread", "target_logit")}
-                for m in (ALIGNED, ODD) if not similarity else (65_536, 65_535):
-                    n, k = (TOKENS, WIDTH) if not similarity else (65_536, 4_096)
-                    blocks = math.ceil(n / config.block_n) * math.ceil(m / config.block_m)
-                    work = {
-                        "unaligned": ("n", "m") if m % 16 else (),
-                        "grid": blocks,
-                        "flop": 2.0 * n * m * k * (3 if dtype == torch.float32 else 1),
-                        "tensor_rate": 0.5 if dtype == torch.float32 else 1.0,
-                    }
-                    place = f"{name}{', TMA' * tma}, M={m}"
-                    if not similarity:
-                        for entropy in (False, True):
-                            for bias in (False, True):
-                                cases.append(
-                                    Case(
-                                        matmul.matmul_lse_kernel,
-                                        f"LM head, {place}{', entropy' * entropy}{', bias' * bias}",
-                                        "matmul",
-                                        common
-                                        | statistics
-                                        | {
-                                            "bias": f"*{name}" if bias else None,
-                                            "row_factor": None,
-                                            "column_factor": None,
-                                            "mask": None,
-                                            "target": "*i64",
-                                            "NORMS": False,
-                                            "BIAS": bias,
-                                            "MASK": 0,
-                                            "ENTROPY": entropy,
-                                        },
-                                        options,
-                                        **work,
-                                    )
-                                )
-                        continue
-                    for mask in (0, 1, 2):
-                        factors = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None}
-                        cases.append(
-                            Case(
-                                matmul.matmul_lse_kernel,
-                                f"similarity, {place}, mask {mask}",
-                                "matmul",
-                                common
-                                | statistics
-                                | factors
-                                | {
-                                    "bias": None,
-                                    "target": "*i64",
-                                    "NORMS": True,
-                                    "BIAS": False,
-                                    "MASK": mask,
-                                    "ENTROPY": False,
-                                },
-                                options,
-                                **work,
-                            )
-                        )
-                        out = "fp32" if dtype == torch.float16 else name
-                        cases.append(
-                            Case(
-                                infonce_gradient_kernel,
-                                f"{place}, mask {mask}",
-                                "matmul",
-                                common
-                                | factors
-                                | {
-                                    "positive": "*i64",
-                                    "row_top": "*fp32",
-                                    "log_total": "*fp32",
-                                    "d_row": "*fp32",
-                                    "out": f"*{out}",
-                                    "stride_out": "i32",
-                                    "inverse_temperature": "fp32",
-                                    "positive_clamp": "fp32",
-                                    "MASK": mask,
-                                },
-                                options,
-                                **work,
-                            )
-                        )
+def matmul_case(
+    cc: int, kernel: Any, label: str, dtype: torch.dtype, tma: bool, plain: bool, size: tuple[int, int, int], **own: Any
+) -> Case:
+    config = matmul.tile_config(CHIPS[cc].capability, dtype, tma=tma, plain=plain)
+    (n, m, k), name = size, NAMES[dtype]
+    matrix = {
+        operand: f"tensordesc<{name}[{block},{config.block_k}]>" if config.tma else f"*{name}"
+        for operand, block in (("a", config.block_n), ("b", config.block_m))
+    }
+    sizes = dict.fromkeys(("n", "m", "k", "stride_a", "stride_b"), "i32")
+    return Case(
+        kernel,
+        f"{label}, {name}{', TMA' * tma}, M={m}",
+        "matmul",
+        matrix | sizes | {"scale": "fp32"} | own,
+        config.launch(dtype),
+        unaligned=("n", "m") if m % 16 else (),
+        grid=math.ceil(n / config.block_n) * math.ceil(m / config.block_m),
+        flop=2.0 * n * m * k * (3 if dtype == torch.float32 else 1),
+        tensor_rate=0.5 if dtype == torch.float32 else 1.0,
+        depth=k,
+    )
+
+
+STATISTICS = dict.fromkeys(("top", "total", "spread", "target_logit"), "*fp32")
+
+
+def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
+    cases = []
+    for vocabulary, entropy, bias in itertools.product((ALIGNED, ODD), (False, True), (False, True)):
+        own = {
+            "bias": f"*{NAMES[dtype]}" if bias else None,
+            "target": "*i64",
+            "NORMS": False,
+            "BIAS": bias,
+            "MASK": 0,
+            "ENTROPY": entropy,
+            **dict.fromkeys(("row_factor", "column_factor", "mask")),
+        }
+        label = f"LM head{', entropy' * entropy}{', bias' * bias}"
+        size = (TOKENS, vocabulary, WIDTH)
+        cases.append(matmul_case(cc, matmul.matmul_lse_kernel, label, dtype, tma, not bias, size, **STATISTICS, **own))
+    return cases
+
+
+def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
+    cases = []
+    out = "*fp32" if dtype == torch.float16 else f"*{NAMES[dtype]}"
+    for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
+        own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
+        forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
+        backward = {
+            **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
+            **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
+            "positive": "*i64",
+            "out": out,
+            "stride_out": "i32",
+        }
+        for kernel, more in ((matmul.matmul_lse_kernel, forward), (infonce_gradient_kernel, backward)):
+            size = (65_536, candidates, 4_096)
+            cases.append(matmul_case(cc, kernel, f"similarity, mask {mask}", dtype, tma, False, size, **own, **more))
     return cases
 
 
@@ -358,7 +320,7 @@ def other_cases() -> list[Case]:
             gae_kernel,
             "",
             "small",
-            {k: vector for k in ("reward", "value", "advantage", "return_")}
+            dict.fromkeys(("reward", "value", "advantage", "return_"), vector)
             | {"cu_seqlens": "*i64", "gamma": "fp32", "decay": "fp32"},
             SEQUENCE_CONFIG,
         ),
@@ -366,7 +328,7 @@ def other_cases() -> list[Case]:
             kl_shaped_reward_kernel,
             "",
             "small",
-            {k: vector for k in ("score", "old_logprob", "ref_logprob", "reward")}
+            dict.fromkeys(("score", "old_logprob", "ref_logprob", "reward"), vector)
             | {"cu_seqlens": "*i64", "kl_coef": "fp32"},
             SEQUENCE_CONFIG,
         ),
@@ -374,7 +336,7 @@ def other_cases() -> list[Case]:
             value_kernel,
             "",
             "small",
-            {k: vector for k in ("value", "old_value", "return_", "weight", "d_value", "stats")}
+            dict.fromkeys(("value", "old_value", "return_", "weight", "d_value", "stats"), vector)
             | {"tokens": "i32", "clip": "fp32"},
             rows.TOKEN_CONFIG,
         ),
@@ -382,7 +344,7 @@ def other_cases() -> list[Case]:
             lcs_walk_kernel,
             "",
             "small",
-            {k: "*i64" for k in ("a", "a_cu", "b", "b_cu", "steps_offset")}
+            dict.fromkeys(("a", "a_cu", "b", "b_cu", "steps_offset"), "*i64")
             | {"steps": "*i8", "first": "i32", "mask_a": "*u8", "mask_b": "*u8"},
             {"num_warps": 1},
         ),
@@ -393,10 +355,10 @@ def other_cases() -> list[Case]:
                 rows.policy_kernel,
                 f"ref={ref} entropy={entropy}",
                 "small",
-                {k: vector for k in ("logprob", "old_logprob", "advantage", "weight", "d_logprob", "stats")}
+                dict.fromkeys(("logprob", "old_logprob", "advantage", "weight", "d_logprob", "stats"), vector)
                 | {"ref_logprob": vector if ref else None, "entropy": vector if entropy else None}
                 | {"tokens": "i32", "HAS_REF": ref, "HAS_ENTROPY": entropy}
-                | {k: "fp32" for k in ("clip_low", "clip_high", "kl_coef", "entropy_coef")},
+                | dict.fromkeys(("clip_low", "clip_high", "kl_coef", "entropy_coef"), "fp32"),
                 rows.TOKEN_CONFIG,
             )
         )
@@ -406,20 +368,20 @@ def other_cases() -> list[Case]:
                 matmul.combine_kernel,
                 f"entropy={entropy}",
                 "small",
-                {k: vector for k in ("top", "total", "spread", "target_logit", "logprob", "entropy")}
+                dict.fromkeys(("top", "total", "spread", "target_logit", "logprob", "entropy"), vector)
                 | {"row_top": vector, "log_total": vector, "n": "i32", "blocks": "i32", "scale": "fp32"}
                 | {"target_limit": "fp32", "logprob_limit": "fp32", "ENTROPY": entropy},
                 matmul.COMBINE_CONFIG,
                 ("blocks",),
             )
         )
-    for longest in (1, 512, 1024, 4096, 16_384):
+    for longest in (1, 512, 1024, 4096, 8192):
         cases.append(
             Case(
                 lcs_table_kernel,
                 f"up to {longest} tokens",
                 "small",
-                {k: "*i64" for k in ("a", "a_cu", "b", "b_cu", "steps_offset")} | {"steps": "*i8", "first": "i32"},
+                dict.fromkeys(("a", "a_cu", "b", "b_cu", "steps_offset"), "*i64") | {"steps": "*i8", "first": "i32"},
                 table_config(longest),
             )
         )
@@ -642,8 +604,7 @@ def matmul_lines(case: Case, code: Code, chip: Chip, cc: int, row: dict[str, Any
     floor = case.flop / (chip.flop * case.tensor_rate * chip.sms * chip.clock)
     inside = cycles(body, chip, warps, case.tensor_rate)
     per_trip = inside["tensor"] * chip.flop * case.tensor_rate
-    depth = WIDTH if case.arguments.get("NORMS") is False else 4_096
-    trips = tile * depth * (3 if case.options["PRECISION"] == "tf32x3" else 1) / per_trip
+    trips = tile * case.depth * (3 if case.options["PRECISION"] == "tf32x3" else 1) / per_trip
     loop = {id(instruction) for instruction in body}
     outside = cycles([i for i in code.instructions if id(i) not in loop], chip, warps, case.tensor_rate)
     outside["tensor"] = 0.0  # peeled iterations are among the trips
@@ -683,16 +644,17 @@ def markdown(rows_: list[dict[str, Any]], machine: dict[str, str]) -> str:
     lines = [
         "# Kernels, compiled ahead of time",
         "",
-        "Machine code for sm_80, sm_90 and sm_100, read and not run: nothing here is a measurement. A bound is the time",
-        "of the busiest part of the chip if nothing ever waits; real kernels take longer. Floors are vendor peak",
+        "Machine code for sm_80, sm_90 and sm_100, read and not run: nothing here is a measurement. A bound is the",
+        "time of the busiest part of the chip if nothing ever waits; real kernels take longer. Floors are vendor peak",
         f"figures: {TOKENS:,} tokens of {ALIGNED:,} (or {ODD:,}, odd) logits, hidden size {WIDTH:,}; contrastive",
-        "products of 65,536 (or 65,535) by 65,536 embeddings of 4,096. `small` kernels are bound by their launch.",
+        "products of 65,536 by 65,536 (or 65,535) embeddings of 4,096. `small` kernels are bound by their launch.",
         "",
-        "Lines: no local memory access in a loop; stack at most 64 bytes; shared memory within the chip's; streaming:",
-        "128-bit loads, 24 warps an SM, at most 1.2 MUFU an element, bound within 1.10 of the floor; matmul: tensor cores",
-        "in the K loop (HGMMA with N >= 128 on sm_90, UTCHMMA on sm_100), bound within 1.15 (sm_80, sm_90).",
+        "Lines: no local memory access in a loop; stack at most 64 bytes; shared memory within the chip's. Streaming:",
+        "128-bit loads, 24 warps an SM, at most 1.2 MUFU an element, bound within 1.10 of the floor. Matmul: tensor",
+        "cores in the K loop (HGMMA with N >= 128 on sm_90, UTCHMMA on sm_100), bound within 1.15 (sm_80, sm_90).",
         "",
-        "| kernel | configuration | chip | regs | stack | shared | warps/SM | MUFU/el | MMA | floor, ms | bound / floor | busiest | crossed |",
+        "| kernel | configuration | chip | registers | stack | shared | warps/SM | MUFU/element | MMA | floor, ms "
+        "| bound / floor | busiest | crossed |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in rows_:

@@ -48,21 +48,21 @@ class TileConfig:
         }
 
 
-def tile_config(capability: tuple[int, int], dtype: torch.dtype, *, tma: bool, similarity: bool) -> TileConfig:
+def tile_config(capability: tuple[int, int], dtype: torch.dtype, *, tma: bool, plain: bool) -> TileConfig:
     """The configuration that ships for a compute capability.
 
-    `tma`: the operands meet what the copy engine asks. `similarity`: a contrastive product, whose factors and mask take
-    registers that a wide tile of the LM head needs for itself.
+    `tma`: the operands meet what the copy engine asks. `plain`: logits are the bare product; factors, a mask or a bias
+    take registers that a wider tile needs for itself.
     """
-    datacenter = capability[0] in (9, 10)
+    hopper, blackwell = capability[0] == 9, capability[0] == 10
+    narrow = 64 if blackwell else 128
     if dtype == torch.float32:
-        return TileConfig(128 if datacenter else 64, 128, 32, 8, 3, False)
-    if similarity:
-        return TileConfig(128, 128, 64 if datacenter else 32, 8, 4, tma and datacenter)
-    if not datacenter:
-        return TileConfig(128, 256, 32, 8, 4, False)
-    # without the copy engine, addresses take the registers of half the tile on Blackwell
-    return TileConfig(128, 256 if tma or capability[0] == 9 else 128, 64, 8, 4, tma)
+        return TileConfig(128 if hopper or blackwell else 64, 128 if plain else narrow, 32, 8, 3, False)
+    if hopper or (blackwell and tma):
+        return TileConfig(128, 256 if plain else narrow, 64, 8, 4, tma)
+    if blackwell:  # without the copy engine addresses take registers too
+        return TileConfig(128, 128 if plain else narrow, 64, 8, 4, False)
+    return TileConfig(128, 256 if plain else 128, 32, 8, 4, False)
 
 
 _INTERPRETER_TILES = TileConfig(16, 32, 16, 4, 1, False)
@@ -73,12 +73,12 @@ def _tma_ready(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
 
 
-def config_for(a: Tensor, b: Tensor, *, similarity: bool) -> TileConfig:
+def config_for(a: Tensor, b: Tensor, *, plain: bool) -> TileConfig:
     tma = _tma_ready(a) and _tma_ready(b)
     if INTERPRETED:
         return dataclasses.replace(_INTERPRETER_TILES, tma=tma and a.dtype != torch.float32)
     capability = torch.cuda.get_device_capability(a.device)
-    return tile_config(capability, a.dtype, tma=tma, similarity=similarity)
+    return tile_config(capability, a.dtype, tma=tma, plain=plain)
 
 
 def operand(x: Tensor, rows: int, config: TileConfig) -> Any:
@@ -296,7 +296,7 @@ def matmul_logprob(
     entropy_N = a_NK.new_empty(n if with_entropy else 0, dtype=torch.float32)
     if n == 0:
         return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
-    config = config_for(a_NK, b_MK, similarity=row_factor_N is not None)
+    config = config_for(a_NK, b_MK, plain=row_factor_N is None and bias_M is None)
     blocks = triton.cdiv(m, config.block_m)
     b_operand = operand(b_MK, config.block_m, config)
     options = config.launch(a_NK.dtype)

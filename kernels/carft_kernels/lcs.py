@@ -30,7 +30,7 @@ from carft_kernels._runtime import (
     use_triton,
 )
 
-_LONGEST_B = 16_384  # a row of the table lives in the registers of one program
+_LONGEST_B = 8_192  # a row of the table lives in the registers of one program
 _TABLE_BYTES = 1 << 30
 
 
@@ -203,7 +203,7 @@ def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "
         a: int64 or int32 [T_a], packed token ids.
         a_cu: int64 or int32 [B + 1], offsets of its sequences, from 0 to T_a.
         b, b_cu: the other sides, as many sequences; dtype and device as `a`.
-        impl: "auto" (Triton on CUDA, torch elsewhere), "triton" (sequences of `b` up to 16,384 tokens) or "torch".
+        impl: "auto" (Triton on CUDA, torch elsewhere), "triton" (sequences of `b` up to 8,192 tokens) or "torch".
 
     Returns:
         bool [T_a] and bool [T_b]; pair by pair as many tokens on one side as on the other, equal in order. No gradient.

@@ -286,7 +286,7 @@ def _backward(
         d_anchor_ND.mul_(inverse_N[:, None])
         d_candidate_MD.mul_(inverse_M[:, None])
         return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
-    config = config_for(anchor_ND, candidate_MD, similarity=True)
+    config = config_for(anchor_ND, candidate_MD, plain=False)
     step = chunk_size(n, m, anchor_ND.device)
     # one gradient among thousands of candidates is below what float16 holds
     product_dtype = torch.float32 if anchor_ND.dtype == torch.float16 else anchor_ND.dtype

@@ -69,8 +69,11 @@ def values_and_gradients(function: Callable[..., Any], inputs: tuple[Tensor, ...
 def compare(
     operator: Callable[..., Any], plain: Callable[..., Any], inputs: tuple[Tensor, ...], floor: float = 1e-2
 ) -> None:
-    """Against `plain` in float64 on the same rounded inputs: float32 within 1e-5 of the largest value (of `floor`, where
-    all are small); half precision within twice the error of `plain` in that precision."""
+    """Against `plain` in float64 on the same rounded inputs.
+
+    float32 within 1e-5 of the largest value (of `floor`, where all are small); half precision within twice the error
+    of `plain` in that precision.
+    """
     inputs = tuple(x.to(DEVICE) for x in inputs)
     exact = values_and_gradients(plain, tuple(x.double() for x in inputs))
     ours = values_and_gradients(operator, inputs)

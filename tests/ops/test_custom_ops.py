@@ -1,0 +1,175 @@
+"""Operators as PyTorch sees them: registration, torch.compile, allocations."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+
+import carft_kernels as ck
+from carft_kernels._runtime import chunk_size
+
+from .test_triton import DEVICE, offsets, randint, randn
+
+T, V, D = 9, 21, 16
+IMPLEMENTATIONS = ["torch", "triton"]
+
+
+def leaf(seed: int, *shape: int) -> Tensor:
+    return randn(seed, *shape).float().to(DEVICE).requires_grad_()
+
+
+def vector(seed: int) -> Tensor:
+    return randn(seed, T).float().to(DEVICE)
+
+
+def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]:
+    """Every public operator, as a function of the tensors that carry gradient."""
+    target, cu = randint(0, V, T), offsets([4, 0, 5])
+    a, b, w = vector(1), vector(2), vector(3).abs()
+    mask = torch.arange(T, device=DEVICE) % 3 > 0
+    return {
+        "token_logprob": (
+            lambda x: ck.token_logprob(x * 1, target, with_entropy=True, impl=impl),
+            (leaf(4, T, V),),
+        ),
+        "token_logprob, in place": (
+            lambda x: ck.token_logprob(x * 1, target, inplace_backward=True, impl=impl)[0],
+            (leaf(4, T, V),),
+        ),
+        "linear_logprob": (
+            lambda h, x, c: ck.linear_logprob(h, x, target, bias=c, with_entropy=True, impl=impl),
+            (leaf(5, T, D), leaf(6, V, D), leaf(7, V)),
+        ),
+        "linear_policy_loss": (
+            lambda h, x: ck.linear_policy_loss(
+                h, x, target, advantage_T=a, old_logprob_T=b, weight_T=w, entropy_coef=0.1, impl=impl
+            ),
+            (leaf(5, T, D), leaf(6, V, D)),
+        ),
+        "value_pool": (
+            lambda h, v: ck.value_pool(h, v, cu, mask_T=mask, impl=impl),
+            (leaf(5, T, D), leaf(8, T)),
+        ),
+        "masked_infonce": (
+            lambda x, y: ck.masked_infonce(x, y, row_mask_N=mask, impl=impl),
+            (leaf(5, T, D), leaf(6, T + 3, D)),
+        ),
+        "policy_loss": (lambda x: ck.policy_loss(x, a, b, weight_T=w, impl=impl), (leaf(8, T),)),
+        "value_loss": (lambda x: ck.value_loss(x, a, b, weight_T=w, impl=impl), (leaf(8, T),)),
+        "gae": (lambda: ck.gae(a, b, cu, gamma=0.9, lam=0.9, impl=impl), ()),
+        "kl_shaped_reward": (lambda: ck.kl_shaped_reward(a[:3], a, b, cu, kl_coef=0.1, impl=impl), ()),
+        "whiten": (lambda: ck.whiten(a, mask, impl=impl), ()),
+        "lcs_mask": (lambda: ck.lcs_mask(target, cu, target.flip(0), cu, impl=impl), ()),
+    }
+
+
+NAMES = list(calls("torch"))
+
+
+def flat(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = outputs.values()
+    return [] if outputs is None else [x for y in outputs for x in flat(y)]
+
+
+def scalar(outputs: Any) -> Tensor:
+    return torch.stack([x.float().sum() for x in flat(outputs) if x.requires_grad]).sum()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All four utilities, on the operator with gradients wanted and on its backward."""
+    recorded: list[tuple[Any, tuple[Any, ...]]] = []
+    function, inputs = calls(impl)[name]
+    operator = type(OPDEFS["carft::gae"])
+    original = operator.__call__
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        recorded.append((self, arguments))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(operator, "__call__", call)
+    outputs = function(*inputs)
+    if inputs:
+        scalar(outputs).backward()
+    monkeypatch.undo()
+    assert recorded
+    assert len(recorded) >= (2 if inputs and name not in ("policy_loss", "value_loss", "linear_policy_loss") else 1)
+    for definition, arguments in recorded:
+        # a backward runs without gradient mode
+        forward = "backward" not in definition._qualname
+        arguments = tuple(
+            x.detach().clone().requires_grad_(forward and x.requires_grad) if isinstance(x, Tensor) else x
+            for x in arguments
+        )
+        results = torch.library.opcheck(definition, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+        assert len(results) == 4
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_without_a_graph_break(name: str, impl: str) -> None:
+    function, inputs = calls(impl)[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    expected, ours = function(*inputs), compiled(*inputs)
+    for x, y in zip(flat(ours), flat(expected), strict=True):
+        torch.testing.assert_close(x, y)
+    if inputs:
+        gradients = (torch.autograd.grad(scalar(outputs), inputs) for outputs in (ours, expected))
+        for x, y in zip(*gradients, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend, once: a training step around an operator."""
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    function, inputs = calls("triton")["linear_policy_loss"]
+    compiled = torch.compile(lambda h, x: function(torch.nn.functional.silu(h), x)[0] * 2, fullgraph=True)
+    loss = compiled(*inputs)
+    gradients = torch.autograd.grad(loss, inputs)
+    plain = function(torch.nn.functional.silu(inputs[0]), inputs[1])[0] * 2
+    torch.testing.assert_close(loss, plain)
+    for x, y in zip(gradients, torch.autograd.grad(plain, inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if calls("torch")[n][1]])
+def test_second_derivatives_are_refused(name: str) -> None:
+    function, inputs = calls("torch")[name]
+    first = torch.autograd.grad(scalar(function(*inputs)), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no autograd formula|does not require grad"):
+        torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["linear_logprob", "linear_policy_loss"])
+def test_nothing_of_the_size_of_all_logits(name: str, impl: Any, largest_tensor: Any) -> None:
+    """No tensor of T x V elements but the declared scratch of one chunk, in bfloat16 too (no widened weight)."""
+    tokens, vocabulary, width = 300, 40_001, 16
+    hidden = randn(0, tokens, width).bfloat16().to(DEVICE).requires_grad_()
+    weight = randn(1, vocabulary, width).bfloat16().to(DEVICE).requires_grad_()
+    target, ones = randint(2, vocabulary, tokens), torch.ones(tokens, device=DEVICE)
+    chunk = chunk_size(tokens, vocabulary, hidden.device)
+    assert chunk < tokens
+    if name == "linear_logprob" and impl == "triton":
+        few = weight[:8001].clone()
+        with largest_tensor, torch.no_grad():
+            ck.linear_logprob(hidden[:100], few, target[:100] % 8001, impl=impl)
+        assert largest_tensor.numel <= 3 * few.numel()  # logits would be 6; the interpreter copies bytes
+        return
+    with largest_tensor:
+        if name == "linear_logprob":
+            ck.linear_logprob(hidden, weight, target, impl=impl)[0].sum().backward()
+        else:
+            rest = {"advantage_T": ones, "old_logprob_T": -10 * ones, "weight_T": ones}
+            ck.linear_policy_loss(hidden[:32], weight, target[:32], **{k: v[:32] for k, v in rest.items()}, impl=impl)[
+                0
+            ].backward()
+    assert largest_tensor.numel <= chunk * (vocabulary + 16)
