@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup quickstart test lint bench smollm2 clean
+.PHONY: help setup quickstart test lint bench kernels-aot kernels-sanitize kernels-mutate smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -13,6 +13,9 @@ help:
 	@echo "make test        run every test"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       write the benchmark report"
+	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
+	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
+	@echo "make kernels-mutate    break the kernels and count what the tests notice"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct as a model folder, models/smollm2"
 
 setup: .venv/ready
@@ -40,6 +43,24 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.ops
+
+# Machine code of every kernel and configuration for sm_80, sm_90 and sm_100: no GPU, about four minutes.
+kernels-aot: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kernels_aot $(ARGS)
+
+# Out-of-bounds accesses, races and reads of unwritten memory. The tool asks for Python 3.12 but runs on 3.11.
+kernels-sanitize: setup build/ttsem
+	$(TEST_ENV) PYTHONPATH=build/ttsem TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 CARFT_TEST_DEVICE=cuda \
+		CARFT_TEST_EXAMPLES=$${CARFT_TEST_EXAMPLES:-6} \
+		$(BIN)/python -m ttsem.sanitize pytest tests/ops/test_triton.py -q -p no:cacheprovider $(ARGS)
+
+build/ttsem: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \
+		--python-version 3.13 --ignore-requires-python --only-binary=:all: ttsem==0.1.0
+
+# Breaks the kernels one place at a time and counts what the tests notice: about twenty minutes.
+kernels-mutate: setup build/ttsem
+	$(BIN)/python scripts/mutate_kernels.py $(ARGS)
 
 clean:
 	rm -rf .venv runs models build *.egg-info

@@ -31,6 +31,20 @@ if INTERPRETED:
     from .interpreter import repair_bfloat16
 
     repair_bfloat16()
+elif DEVICE == "cuda" and torch.version.cuda is None:
+    # a sanitizer runs the kernels on the CPU, which has no half-precision product with a float32 result
+    _aten = torch.library.Library("aten", "IMPL", "CPU")
+
+    def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        return out.copy_(a.to(out_dtype) @ b.to(out_dtype))
+
+    def _addmm(
+        c: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: int = 1, alpha: int = 1, out: Tensor
+    ) -> Tensor:
+        return out.copy_(c + a.to(out_dtype) @ b.to(out_dtype))
+
+    _aten.impl("mm.dtype_out", _mm)
+    _aten.impl("addmm.dtype_out", _addmm)
 
 
 def rng(seed: int) -> torch.Generator:
