@@ -200,7 +200,7 @@ def report(mutants: list[Mutant], results: list[bool]) -> str:
     lines = [
         "# Broken kernels that the tests notice",
         "",
-        f"{sum(results)} of {len(results)}, one change at a time, by tests/ops/test_triton.py: in Triton's interpreter,",
+        f"{sum(results)} of {len(results)}, one change each, by tests/ops/test_triton.py: in Triton's interpreter,",
         "and under the sanitizer for removed masks, where the interpreter reads whatever lies behind a tensor.",
         "",
         "| kernel | " + " | ".join(MUTATIONS) + " |",

@@ -246,6 +246,15 @@ def test_linear_logprob_hard_values(kind: str) -> None:
     )
 
 
+def test_linear_logprob_of_more_than_a_group_of_rows_and_of_tiles() -> None:
+    target = randint(2, 600, 300)
+    compare(
+        lambda h, w: ck.linear_logprob(h, w, target, with_entropy=True, impl="triton"),
+        lambda h, w: plain_linear(h, w, None, target, 1.0),
+        (randn(0, 300, 16).float(), randn(1, 600, 16).float()),
+    )
+
+
 # --- policy loss ------------------------------------------------------------------------------------------------------
 
 
@@ -423,6 +432,18 @@ def test_value_pool(seed: int, lengths: list[int], width: int, share: float | No
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_value_pool_long_sequence_whose_first_tokens_do_not_count() -> None:
+    tokens = 1300
+    hidden, value = randn(0, tokens, 20).float(), randn(1, tokens, scale=3).float()
+    value += torch.arange(tokens) / 100  # the maximum keeps rising
+    mask = (torch.arange(tokens) >= 520).to(DEVICE)
+    compare(
+        lambda h, v: ck.value_pool(h, v, offsets([tokens]), mask_T=mask, impl="triton")[0],
+        lambda h, v: value_pool_reference(h, v, offsets([tokens]), mask_T=mask)[0],
+        (hidden, value),
+    )
+
+
 # --- InfoNCE ----------------------------------------------------------------------------------------------------------
 
 
@@ -469,6 +490,18 @@ def test_masked_infonce(
         return loss + row_loss.mean()
 
     compare(operator, plain, (randn(seed, n, width).to(dtype), randn(seed + 1, m, width).to(dtype)))
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_masked_infonce_with_whole_tiles_left_out(pairs: bool) -> None:
+    mask = torch.arange(140, device=DEVICE) >= 70
+    positive = randint(3, 70, 50) + 70
+    options: dict[str, Any] = {"positive_N": positive, "candidate_mask": mask.expand(50, 140) if pairs else mask}
+    compare(
+        lambda a, c: ck.masked_infonce(a, c, **options, impl="triton")[0],
+        lambda a, c: masked_infonce_reference(a, c, **options)[0],
+        (randn(0, 50, 16).float(), randn(1, 140, 16).float()),
+    )
 
 
 def test_masked_infonce_rows_that_do_not_count() -> None:
