@@ -8,6 +8,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# index ranges are checked on every device, a GPU's too
+os.environ.setdefault("CARFT_KERNELS_CHECK_INDICES", "1")
 # Triton reads this when it is imported, which nothing above does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from carft_kernels._runtime import INTERPRETED, LOG2E, on_device
+from carft_kernels._runtime import FUSED, INTERPRETED, LOG2E, on_device
 
 _LOWEST = tl.constexpr(-1e4)  # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -45,6 +45,7 @@ class TileConfig:
             "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
+            **FUSED,
         }
 
 
@@ -69,8 +70,8 @@ _INTERPRETER_TILES = TileConfig(16, 32, 16, 4, 1, False)
 
 
 def _tma_ready(x: Tensor) -> bool:
-    """What the Tensor Memory Accelerator asks: 16-byte base and row stride."""
-    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """What the Tensor Memory Accelerator asks: 16-byte base and row stride, rows that do not overlap."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(0) >= x.shape[1]
 
 
 def config_for(a: Tensor, b: Tensor, *, plain: bool) -> TileConfig:
@@ -268,7 +269,7 @@ def combine_kernel(
         tl.store(entropy + rows, (log2_total - row_spread / row_total) * _LN2, mask=inside)
 
 
-COMBINE_CONFIG = {"ROWS": 64, "BLOCKS": 16, "num_warps": 4}
+COMBINE_CONFIG = {"ROWS": 64, "BLOCKS": 16, "num_warps": 4, **FUSED}
 
 
 def matmul_logprob(

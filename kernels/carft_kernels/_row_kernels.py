@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import LOG2E, on_device
+from carft_kernels._runtime import FUSED, LOG2E, on_device
 
 # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
 _LOWEST = tl.constexpr(-1e4)
@@ -25,7 +25,7 @@ _NUM_WARPS = 8
 def row_config(dtype: torch.dtype, *, group: int = 16) -> dict[str, int]:
     """A thread takes groups of 16 logits, in 128-bit loads: 8 of half precision, 4 of float32."""
     vector = 16 // dtype.itemsize
-    return {"GROUPS": group // vector, "LANES": 32 * _NUM_WARPS, "VECTOR": vector, "num_warps": _NUM_WARPS}
+    return {"GROUPS": group // vector, "LANES": 32 * _NUM_WARPS, "VECTOR": vector, "num_warps": _NUM_WARPS, **FUSED}
 
 
 @triton.jit
@@ -234,8 +234,8 @@ def logprob_backward(
     """
     if len(out_NV) == 0:
         return
-    if index_N is None and logits_TV.stride(0) != out_NV.stride(0):
-        raise ValueError("without an index the rows of logits and gradient lie equally far apart")
+    if index_N is None and logits_TV.stride(0) != out_NV.stride(0):  # logits that are a view with a gap between rows
+        index_N = torch.arange(len(out_NV), device=out_NV.device)
     with on_device(logits_TV):
         logprob_bwd_kernel[(len(out_NV),)](
             logits_TV,
@@ -327,7 +327,7 @@ def policy_kernel(
 
 
 # One program over [T] vectors: launch-bound up to tens of thousands of tokens, and its sums are always the same.
-TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8}
+TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8, **FUSED}
 
 
 def policy_terms(

@@ -14,6 +14,8 @@ from torch import Tensor
 Impl = Literal["auto", "torch", "triton"]
 
 LOG2E = math.log2(math.e)
+# Multiply and add in one instruction, whatever Triton's default (it changes in 3.10).
+FUSED = {"enable_fp_fusion": True}
 # Triton reads the same variable when a kernel is defined, that is, when this package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

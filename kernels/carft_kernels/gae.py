@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from carft_kernels._runtime import (
+    FUSED,
     Impl,
     accumulation_dtype,
     check_bool,
@@ -143,8 +144,8 @@ def whiten_kernel(x, mask, out, tokens, eps, MASKED: tl.constexpr, BLOCK: tl.con
         tl.store(out + t, tl.where(here, d * factor, 0.0), mask=t < tokens)
 
 
-SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4}
-WHITEN_CONFIG = {"BLOCK": 2048, "num_warps": 16}
+SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
+WHITEN_CONFIG = {"BLOCK": 2048, "num_warps": 16, **FUSED}
 
 
 @torch.library.custom_op("carft::gae", mutates_args=())

@@ -274,6 +274,7 @@ def linear_logprob(
     if bias is not None:
         check_like("bias", bias, (weight_VD.shape[0],), "weight_VD", hidden_TD)
         check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
+        bias = bias.contiguous()
     check_like("target_T", target_T, (hidden_TD.shape[0],), "hidden_TD", hidden_TD)
     check_integer("target_T", target_T)
     check_positive("temperature", temperature)

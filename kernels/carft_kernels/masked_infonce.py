@@ -30,6 +30,7 @@ from carft_kernels._matmul_kernels import (
     tile_of,
 )
 from carft_kernels._runtime import (
+    FUSED,
     LOG2E,
     Impl,
     accumulation_dtype,
@@ -142,7 +143,7 @@ def infonce_gradient_kernel(
     tl.store(place, d.to(out.dtype.element_ty), mask=inside)
 
 
-NORM_CONFIG = {"BLOCK_N": 8, "BLOCK_D": 256, "num_warps": 4}
+NORM_CONFIG = {"BLOCK_N": 8, "BLOCK_D": 256, "num_warps": 4, **FUSED}
 
 
 def _inverse_norm(x_ND: Tensor, via_triton: bool) -> Tensor:

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from carft_kernels._runtime import (
+    FUSED,
     Impl,
     accumulation_dtype,
     check_bool,
@@ -136,18 +137,18 @@ def value_pool_bwd_kernel(
         tl.store(place, d.to(d_hidden.dtype.element_ty), mask=(t < end)[:, None] & inside[None, :])
 
 
-WEIGHT_CONFIG = {"BLOCK": 512, "num_warps": 4}
+WEIGHT_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
 
 
 def forward_config(dtype: torch.dtype) -> dict[str, int]:
     """8 warps, each reading one token's 128-bit vectors at a time."""
-    return {"BLOCK_T": 16, "BLOCK_D": 32 * 16 // dtype.itemsize, "num_warps": 8}
+    return {"BLOCK_T": 16, "BLOCK_D": 32 * 16 // dtype.itemsize, "num_warps": 8, **FUSED}
 
 
 def backward_config(width: int) -> dict[str, int]:
     """A whole hidden state at a time: 8 or 16 warps so that its registers stay few."""
     block = max(triton.next_power_of_2(width), 256)
-    return {"BLOCK_T": max(1, 4096 // block), "BLOCK_D": block, "num_warps": 8 if block <= 4096 else 16}
+    return {"BLOCK_T": max(1, 4096 // block), "BLOCK_D": block, "num_warps": 8 if block <= 4096 else 16, **FUSED}
 
 
 @torch.library.custom_op("carft::value_pool", mutates_args=())

@@ -149,6 +149,32 @@ def test_second_derivatives_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_no_tokens(impl: Any) -> None:
+    none, empty = torch.zeros(0, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
+    hidden, weight = torch.zeros(0, D, device=DEVICE, requires_grad=True), leaf(6, V, D)
+    cu = torch.tensor([0, 0, 0], device=DEVICE)
+    loss, logprob, metrics = ck.linear_policy_loss(
+        hidden, weight, empty, advantage_T=none, old_logprob_T=none, weight_T=none, impl=impl
+    )
+    outputs = [
+        loss,
+        *metrics.values(),
+        ck.linear_logprob(hidden, weight, empty, impl=impl)[0].sum(),
+        ck.token_logprob(torch.zeros(0, V, device=DEVICE, requires_grad=True), empty, impl=impl)[0].sum(),
+        ck.value_pool(hidden, none, cu, impl=impl)[0].sum(),
+        ck.policy_loss(none.clone().requires_grad_(), none, none, weight_T=none, impl=impl)[0],
+        ck.value_loss(none.clone().requires_grad_(), none, none, weight_T=none, impl=impl)[0],
+        ck.gae(none, none, cu, gamma=1.0, lam=1.0, impl=impl)[0].sum(),
+        ck.kl_shaped_reward(torch.ones(2, device=DEVICE), none, none, cu, kl_coef=1.0, impl=impl).sum(),
+        ck.whiten(none, impl=impl).sum(),
+        ck.lcs_mask(empty, cu, empty, cu, impl=impl)[0].sum(),
+    ]
+    assert [float(x) for x in outputs] == [0.0] * len(outputs)
+    assert not any(g.any() for g in torch.autograd.grad(sum(x for x in outputs if x.requires_grad), (hidden, weight)))
+    assert logprob.shape == (0,)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["linear_logprob", "linear_policy_loss"])
 def test_nothing_of_the_size_of_all_logits(name: str, impl: Any, largest_tensor: Any) -> None:
     """No tensor of T x V elements but the declared scratch of one chunk, in bfloat16 too (no widened weight)."""

@@ -189,6 +189,17 @@ def test_rows_apart_and_rows_out_of_order() -> None:
     target = randint(1, 37, 3)
     expected, _ = ck.token_logprob(wide[:, 5:42].contiguous(), target, impl="triton")
     torch.testing.assert_close(ck.token_logprob(wide[:, 5:42], target, impl="triton")[0], expected)
+    compare(
+        lambda x: ck.token_logprob(x[:, 5:42], target, with_entropy=True, impl="triton"),
+        lambda x: plain_logprob(x[:, 5:42], target, 1.0, True),
+        (wide,),
+    )
+    weight, spread = randn(2, 70, 12).float(), randn(3, 70, 2).float()
+    compare(  # every hidden state the same memory, a bias with a gap between its numbers
+        lambda h, w, b: ck.linear_logprob(h.expand(5, 12), w, target[:1].expand(5), bias=b[:, 0], impl="triton")[0],
+        lambda h, w, b: plain_linear(h.expand(5, 12), w, b[:, 0], target[:1].expand(5), 1.0)[0],
+        (randn(4, 1, 12).float(), weight, spread),
+    )
     with pytest.raises(ValueError, match=r"logits_TV has strides \(1, 50\).*contiguous"):
         ck.token_logprob(wide[:, :3].T, target, impl="triton")
 
