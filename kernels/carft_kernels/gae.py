@@ -189,9 +189,7 @@ def _gae(
 
 
 @_gae.register_fake
-def _(
-    reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, via_triton: bool
-) -> tuple[Tensor, Tensor]:
+def _(reward_T: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     advantage_T = torch.empty_like(reward_T, dtype=accumulation_dtype(reward_T))
     return advantage_T, torch.empty_like(advantage_T)
 
@@ -218,9 +216,7 @@ def _kl_shaped_reward(
 
 
 @_kl_shaped_reward.register_fake
-def _(
-    score_B: Tensor, old_logprob_T: Tensor, ref_logprob_T: Tensor, cu_seqlens: Tensor, kl_coef: float, via_triton: bool
-) -> Tensor:
+def _(score_B: Tensor, old_logprob_T: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(old_logprob_T, dtype=accumulation_dtype(old_logprob_T))
 
 
@@ -246,7 +242,7 @@ def _whiten(x_T: Tensor, mask_T: Tensor | None, via_triton: bool) -> Tensor:
 
 
 @_whiten.register_fake
-def _(x_T: Tensor, mask_T: Tensor | None, via_triton: bool) -> Tensor:
+def _(x_T: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x_T, dtype=accumulation_dtype(x_T))
 
 

@@ -190,7 +190,7 @@ def _lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool
 
 
 @_lcs_mask.register_fake
-def _(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool) -> tuple[Tensor, Tensor]:
+def _(a: Tensor, a_cu: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a, dtype=torch.bool), torch.empty_like(b, dtype=torch.bool)
 
 

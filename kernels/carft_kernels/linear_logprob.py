@@ -102,7 +102,7 @@ def _(
     bias: Tensor | None,
     temperature: float,
     with_entropy: bool,
-    via_triton: bool,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, dtype = hidden_TD.shape[0], accumulation_dtype(hidden_TD)
     logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
@@ -178,22 +178,8 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    bias: Tensor | None,
-    top_T: Tensor,
-    log_total_T: Tensor,
-    entropy_T: Tensor,
-    d_logprob_T: Tensor,
-    d_entropy_T: Tensor | None,
-    temperature: float,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = rest[-4:-1]
     return (
         torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
         torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),

@@ -180,24 +180,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    target_T: Tensor,
-    advantage_T: Tensor,
-    old_logprob_T: Tensor,
-    weight_T: Tensor,
-    ref_logprob_T: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    entropy_coef: float,
-    temperature: float,
-    chunk_tokens: int,
-    need_hidden: bool,
-    need_weight: bool,
-    via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_weight = rest[-3:-1]
     dtype = accumulation_dtype(hidden_TD)
     return (
         hidden_TD.new_empty((), dtype=dtype),

@@ -92,15 +92,7 @@ def _policy_forward(
 
 
 @_policy_forward.register_fake
-def _(
-    logprob_T: Tensor,
-    old_logprob_T: Tensor,
-    advantage_T: Tensor,
-    weight_T: Tensor,
-    clip_low: float,
-    clip_high: float,
-    via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logprob_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(logprob_T)
     return (
         logprob_T.new_empty((), dtype=dtype),
@@ -172,9 +164,7 @@ def _value_forward(
 
 
 @_value_forward.register_fake
-def _(
-    value_T: Tensor, old_value_T: Tensor, return_T: Tensor, weight_T: Tensor, clip: float, via_triton: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(value_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(value_T)
     return (
         value_T.new_empty((), dtype=dtype),

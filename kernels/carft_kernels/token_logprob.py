@@ -70,7 +70,7 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, inplace: bool, via_triton: bool
+    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, dtype = logits_TV.shape[0], accumulation_dtype(logits_TV)
     logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
@@ -133,17 +133,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    logits_TV: Tensor,
-    target_T: Tensor,
-    top_T: Tensor,
-    log_total_T: Tensor,
-    entropy_T: Tensor,
-    d_logprob_T: Tensor,
-    d_entropy_T: Tensor | None,
-    temperature: float,
-    via_triton: bool,
-) -> Tensor:
+def _(logits_TV: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits_TV)
 
 

@@ -194,9 +194,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    hidden_TD: Tensor, value_T: Tensor, cu_seqlens: Tensor, mask_T: Tensor | None, via_triton: bool
-) -> tuple[Tensor, Tensor]:
+def _(hidden_TD: Tensor, value_T: Tensor, cu_seqlens: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     dtype = accumulation_dtype(hidden_TD)
     pooled_BD = hidden_TD.new_empty(cu_seqlens.shape[0] - 1, hidden_TD.shape[1], dtype=dtype)
     return pooled_BD, hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype)
@@ -238,9 +236,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    hidden_TD: Tensor, weight_T: Tensor, pooled_BD: Tensor, d_pooled_BD: Tensor, cu_seqlens: Tensor, via_triton: bool
-) -> tuple[Tensor, Tensor]:
+def _(hidden_TD: Tensor, weight_T: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device), torch.empty_like(weight_T)
 
 
