@@ -1,7 +1,8 @@
 """Triton's interpreter, put right and made to count.
 
 Triton 3.9 interprets bfloat16 wrongly: a cast from float32 truncates, and a dot product multiplies the bit patterns.
-The repair rounds to nearest even and multiplies the values, as the hardware does.
+The repair rounds to nearest even and multiplies the values, as the hardware does. Older versions (3.7) also round a
+fused multiply-add twice.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ def _narrow(x: Any) -> Any:
     return Handle(values.bfloat16().view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
 
 
-def repair_bfloat16() -> None:
+def repair() -> None:
     cast, float_cast, dot = Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
@@ -45,7 +46,13 @@ def repair_bfloat16() -> None:
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, _widen(a), _widen(b), *rest)
 
-    Builder.cast_impl, Builder.create_fp_to_fp, Builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        x, y, z = _widen(x), _widen(y), _widen(z)
+        total = x.data.astype(np.float64) * y.data + z.data
+        return Handle(total.astype(z.data.dtype), z.dtype.scalar)
+
+    Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+    Builder.create_dot, Builder.create_fma = create_dot, create_fma
 
 
 @dataclass

@@ -28,9 +28,9 @@ seeds = st.integers(0, 2**31)
 Scalar = Callable[..., Tensor]
 
 if INTERPRETED:
-    from .interpreter import repair_bfloat16
+    from .interpreter import repair
 
-    repair_bfloat16()
+    repair()
 elif DEVICE == "cuda" and torch.version.cuda is None:
     # a sanitizer runs the kernels on the CPU, which has no half-precision product with a float32 result
     _aten = torch.library.Library("aten", "IMPL", "CPU")
