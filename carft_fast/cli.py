@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from carft_fast.config import Config, load_config, to_toml, value_origins
-from carft_fast.errors import InputError
+from carft_fast.errors import EngineError, InputError
 from carft_fast.signals import Stopped
 
 if TYPE_CHECKING:
@@ -89,6 +89,19 @@ def evaluate(
     console.log(result.describe())
 
 
+@app.command()
+def serve(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+) -> None:
+    """A vLLM server for runs with this config and rollout.engine = "vllm-server"; give its URL in rollout.servers."""
+    from carft_fast.rollout.vllm_serve import serve as run_server
+
+    run_server(load_config(config, ['rollout.engine="vllm-server"', *(overrides or ())]), host, port)
+
+
 @app.command("config")
 def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Print the resolved config as TOML, every field with its meaning and where its value comes from."""
@@ -118,11 +131,16 @@ def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool,
 
 
 def run_cli() -> None:
-    """Exit codes: 0 done, 2 bad input (nothing written), 130 or 143 stopped by Ctrl-C or SIGTERM after saving."""
+    """Exit codes: 0 done, 1 failed, 2 bad input (nothing written), 130 or 143 stopped by Ctrl-C or SIGTERM after
+    saving.
+    """
     try:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)

@@ -153,8 +153,8 @@ class ContrastiveConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["hf"] = "hf"
-    """What samples: "hf" is transformers' generate in this process."""
+    engine: Literal["hf", "vllm", "vllm-server"] = "hf"
+    """What samples: "hf" transformers' generate, "vllm" an engine in this process, "vllm-server" vLLM servers."""
     samples_per_prompt: int = Field(1, ge=1)
     """Completions per question. Source: paper, 1."""
     temperature: float = Field(1.0, gt=0)
@@ -166,7 +166,88 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(512, ge=1)
     """Longest completion, in tokens, in rollouts and evaluation."""
     batch_size: int = Field(64, ge=1)
-    """Sequences generated at once."""
+    """Sequences generated at once; with vLLM the most that an engine decodes together (max_num_seqs)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and arithmetic of the vLLM engine; "auto" is model.compute_dtype."""
+    memory_fraction: float = Field(0.45, gt=0, le=0.98)
+    """Share of the GPU's memory for vLLM's weights and KV cache; "vllm-server" with GPUs of its own: 0.9."""
+    kv_cache_gib: float | None = Field(None, gt=0)
+    """Size of vLLM's KV cache (GiB); when absent what memory_fraction leaves, and 1 GiB on the CPU."""
+    enforce_eager: bool | None = None
+    """Run vLLM without CUDA graphs and compilation; when absent only on the CPU."""
+    tensor_parallel: int = Field(1, ge=1)
+    """GPUs a vLLM server shares the model over ("vllm-server" only)."""
+    sleep_level: Literal[0, 1, 2] = 0
+    """Memory that the "vllm" engine gives back while the trainer works: 0 none, 1 KV cache (weights go to host
+    memory), 2 weights as well. CUDA only."""
+    servers: list[str] = []
+    """URLs of running servers (`carft-fast serve`) for "vllm-server"; when empty the run starts its own."""
+    server_devices: list[str] = []
+    """Servers the run starts, one for each entry: its CUDA_VISIBLE_DEVICES, such as ["2", "3"]. Empty: one server."""
+    server_timeout_s: float = Field(600.0, gt=0)
+    """Seconds a server may take to start, or to take over new weights."""
+    request_timeout_s: float = Field(600.0, gt=0)
+    """Seconds a server may take over one prompt's completions before another server gets them."""
+    weight_transfer: Literal["auto", "nccl", "ipc", "files"] = "auto"
+    """How servers get weights: "nccl" from GPU to GPU, "ipc" on one GPU, "files" through transfer_dir. "auto": nccl,
+    and files where the trainer is on the CPU."""
+    transfer_dir: str = ""
+    """Folder for "files" that trainer and servers both see; when empty /dev/shm, else the temporary folder."""
+    async_depth: Literal[0, 1] = 0
+    """1 samples the next batch while the trainer updates, with weights one version old; 0 is strictly on-policy."""
+    correction: Literal["none", "truncated", "masked"] = "none"
+    """Weight on a token's policy loss for what trainer and sampler disagree on, r = exp(old log-prob - sampled
+    log-prob) on the sampler's support: "truncated" min(r, cap); "masked" r, and 0 above cap or below floor."""
+    correction_cap: float = Field(2.0, ge=1)
+    """Largest r of `correction`. Source: truncated importance sampling (Yao et al. 2025), 2."""
+    correction_floor: float = Field(0.0, ge=0, le=1)
+    """Smallest r that "masked" keeps; 0 is off."""
+    probe_every: int | None = Field(None, ge=1)
+    """Steps between checks that trainer and sampler agree on the log-probs of a probe batch; always before step 1."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Largest mean |log-prob difference| of that check (nats); when absent 1e-3 in float32, 0.05 in bfloat16."""
+
+    @model_validator(mode="after")
+    def _possible_engine(self) -> "RolloutConfig":
+        def need(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(message)
+
+        need(
+            not (self.async_depth and self.engine == "hf"),
+            'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained',
+        )
+        need(
+            not (self.sleep_level and self.engine != "vllm"),
+            f'sleep_level = {self.sleep_level} needs engine = "vllm", this is "{self.engine}"',
+        )
+        need(
+            not (self.sleep_level and self.async_depth),
+            f"sleep_level = {self.sleep_level} needs async_depth = 0: the engine samples while the trainer updates",
+        )
+        need(
+            self.tensor_parallel == 1 or self.engine == "vllm-server",
+            f'tensor_parallel = {self.tensor_parallel} needs engine = "vllm-server", this is "{self.engine}"',
+        )
+        need(
+            not (self.servers or self.server_devices) or self.engine == "vllm-server",
+            f'servers and server_devices need engine = "vllm-server", this is "{self.engine}"',
+        )
+        need(
+            not (self.servers and self.server_devices),
+            "servers are running already and server_devices would be started: give one of the two",
+        )
+        need(len(set(self.servers)) == len(self.servers), f"servers = {self.servers}: an address is there twice")
+        for url in self.servers:
+            need(
+                url.startswith(("http://", "https://")),
+                f'servers: "{url}" is no address: expected http://host:port',
+            )
+        need(
+            not self.correction_floor or self.correction == "masked",
+            f'correction_floor = {self.correction_floor:g} needs correction = "masked", this is "{self.correction}"',
+        )
+        return self
 
 
 class OutputConfig(Section):
@@ -264,6 +345,8 @@ def _explain(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if not location:
         return message
+    if error["type"] == "value_error":  # a section's own rule, whose message starts with the field
+        return f"{key}.{message}"
     return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
 
 

@@ -6,3 +6,11 @@ class InputError(ValueError):
 
     The command line prints the message alone and exits with 2.
     """
+
+
+class EngineError(RuntimeError):
+    """The sampler cannot go on: not started, out of memory, dead, or with other weights than the trainer's.
+
+    The message says what to do. The command line prints it alone and exits with 1; --resume goes on from the last
+    checkpoint.
+    """

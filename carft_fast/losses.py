@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.batch import PackedBatch, sequence_mean_weights
-from carft_fast.config import ContrastiveConfig, RlConfig
+from carft_fast.config import ContrastiveConfig, RlConfig, RolloutConfig
 from carft_fast.model import CarftModel, ModelOutput
 from carft_kernels import (
     linear_logprob,
@@ -18,6 +18,9 @@ from carft_kernels import (
     value_pool,
 )
 
+_SUPPORT_CHUNK_LOGITS = 2**25
+"""Logits at once (128 MiB in float32) where the vocabulary has to be sorted."""
+
 
 class RolloutTargets(NamedTuple):
     """What the update needs to know of the completion tokens it trains on; all float32 [C], without gradient."""
@@ -26,6 +29,8 @@ class RolloutTargets(NamedTuple):
     old_value_C: Tensor
     advantage_C: Tensor
     return_C: Tensor
+    correction_C: Tensor
+    """Factor of the policy term, see `correction_weights`; 1 without correction."""
 
 
 def completion_logprobs(
@@ -36,6 +41,67 @@ def completion_logprobs(
         return token_logprob(output.logits_CV, batch.target_C, temperature=temperature)[0]
     hidden_CD, weight_VD = _head_inputs(model, output, batch)
     return linear_logprob(hidden_CD, weight_VD, batch.target_C, temperature=temperature)[0]
+
+
+@torch.no_grad()
+def sampler_support_logprobs(
+    model: CarftModel,
+    output: ModelOutput,
+    batch: PackedBatch,
+    logprob_C: Tensor,
+    *,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> Tensor:
+    """float32 [C]: `logprob_C` of the distribution that top-k, then top-p leave of the model's own, renormalised.
+
+    What a sampler reports is normalised over the tokens it kept. Against the full vocabulary's log-prob the ratio
+    would carry the kept mass, which is no disagreement; so the trainer makes the same cut in its own distribution.
+    The sampled token is always kept: it may fall out at the border by rounding. A chunk's logits exist at a time.
+    """
+    if top_p >= 1 and not top_k:
+        return logprob_C
+    if output.logits_CV is not None:
+        rows: Tensor = output.logits_CV
+        weight_VD = None
+    else:
+        rows, weight_VD = _head_inputs(model, output, batch)
+    result_C = torch.empty_like(logprob_C)
+    vocabulary = model.head_weight_VD.shape[0]
+    step = max(1, _SUPPORT_CHUNK_LOGITS // vocabulary)
+    for start in range(0, len(logprob_C), step):
+        s = slice(start, start + step)
+        logits_CV = rows[s] if weight_VD is None else rows[s] @ weight_VD.T
+        full_CV = (logits_CV.float() / temperature).log_softmax(-1)
+        sorted_CV, order_CV = full_CV.sort(descending=True)
+        if top_k:
+            least_C1 = sorted_CV[:, min(top_k, vocabulary) - 1 :][:, :1]
+            sorted_CV = sorted_CV.masked_fill(sorted_CV < least_C1, -torch.inf).log_softmax(-1)
+        if top_p < 1:
+            before_CV = sorted_CV.exp().cumsum(-1) - sorted_CV.exp()
+            sorted_CV = sorted_CV.masked_fill(before_CV >= top_p, -torch.inf)
+        cut_CV = sorted_CV == -torch.inf
+        cut_CV &= order_CV != batch.target_C[s, None]
+        kept_CV = full_CV.gather(1, order_CV).masked_fill(cut_CV, -torch.inf)
+        result_C[s] = logprob_C[s] - kept_CV.logsumexp(-1)
+    return result_C
+
+
+def correction_weights(logprob_C: Tensor, sampled_logprob_C: Tensor, config: RolloutConfig) -> Tensor | None:
+    """float32 [C] factors of the policy loss for tokens another policy sampled; None where `correction` is "none".
+
+    With r = exp(logprob - sampled log-prob), both on the sampler's support: "truncated" min(r, cap), "masked" r where
+    floor <= r <= cap and 0 elsewhere. Carries no gradient. Source: truncated importance sampling, Yao et al. 2025
+    ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"); masking as in IcePop, Ling team 2025.
+    """
+    if config.correction == "none":
+        return None
+    ratio_C = (logprob_C - sampled_logprob_C).exp()
+    if config.correction == "truncated":
+        return ratio_C.clamp(max=config.correction_cap)
+    keep_C = (ratio_C >= config.correction_floor) & (ratio_C <= config.correction_cap)
+    return torch.where(keep_C, ratio_C, torch.zeros_like(ratio_C))
 
 
 def sft_loss(model: CarftModel, output: ModelOutput, batch: PackedBatch, total_tokens: int) -> Tensor:
@@ -61,6 +127,7 @@ def ppo_loss(
     policy that PPO improves is the one that sampled. Source: paper eq. 5, ReFT.
     """
     weight_C = sequence_mean_weights(batch.completion_cu, sequences)
+    policy_weight_C = weight_C * targets.correction_C
     if output.logits_CV is not None:
         logprob_C, entropy_C = token_logprob(
             output.logits_CV, batch.target_C, temperature=temperature, with_entropy=True
@@ -70,7 +137,7 @@ def ppo_loss(
             logprob_C,
             targets.old_logprob_C,
             targets.advantage_C,
-            weight_T=weight_C,
+            weight_T=policy_weight_C,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
@@ -83,7 +150,7 @@ def ppo_loss(
             batch.target_C,
             advantage_T=targets.advantage_C,
             old_logprob_T=targets.old_logprob_C,
-            weight_T=weight_C,
+            weight_T=policy_weight_C,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             temperature=temperature,

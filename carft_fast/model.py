@@ -7,7 +7,7 @@ ratio of PPO is meaningless with it.
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,12 @@ def check_heads(path: str, config: ModelConfig) -> None:
     for name, wanted in (("embedding_dim", config.embedding_dim), ("value_head", config.value_head)):
         if saved[name] != wanted:
             raise InputError(f"{file}: the saved heads have {name} {saved[name]!r}, the config asks for {wanted!r}")
+
+
+def base_lm(lm: nn.Module) -> nn.Module:
+    """The causal LM under peft's wrapper, if there is one."""
+    unwrap: Callable[[], nn.Module] | None = getattr(lm, "get_base_model", None)
+    return lm if unwrap is None else unwrap()
 
 
 class ModelOutput(NamedTuple):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from carft_fast.files import write_folder, write_text
 from carft_fast.model import check_heads, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.report import write_report
-from carft_fast.rollout import build_engine
+from carft_fast.rollout import check_engine
 from carft_fast.run import SUMMARY_FILE, Run, StageLoop, check_run_folder, stage_total_steps, versions
 from carft_fast.signals import StopRequest
 from carft_fast.synthetic import make_task
@@ -53,7 +54,9 @@ def prepare(
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
     prompt_format = PromptFormat(tokenizer, config.data.template)
-    _check_max_length(config)
+    lm_config = load_lm_config(config.model)
+    _check_max_length(config, lm_config)
+    check_engine(config, lm_config, device.type)
     if stages and not config.data.train:
         raise InputError('data.train is not set: give a file, a Hub id or "synthetic"')
     if not config.data.eval:
@@ -78,8 +81,8 @@ def prepare(
     return Prepared(run, reports)
 
 
-def _check_max_length(config: Config) -> None:
-    positions = getattr(load_lm_config(config.model).get_text_config(), "max_position_embeddings", None)
+def _check_max_length(config: Config, lm_config: Any) -> None:
+    positions = getattr(lm_config.get_text_config(), "max_position_embeddings", None)
     if positions and config.data.max_length > positions:
         raise InputError(
             f"data.max_length = {config.data.max_length}: the model at {config.model.path} has {positions} positions"
@@ -142,15 +145,15 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
         run.console.log(report.summary())
     model_path = run.config.model.path
     trainers = {"sft": train_sft, "rl": train_rl}
-    for stage in stages:
-        final = run.folder / ("sft" if stage == "sft" else "model")
-        if not final.is_dir():  # else a resumed run that was past this stage
-            _export(run, trainers[stage](run, model_path), final)
-        model_path = str(final)
+    with closing(run):
+        for stage in stages:
+            final = run.folder / ("sft" if stage == "sft" else "model")
+            if not final.is_dir():  # else a resumed run that was past this stage
+                _export(run, trainers[stage](run, model_path), final)
+            model_path = str(final)
     summary = summarise(run, stages)
     write_report(run.folder, run.config, run.metrics.records, summary)
     write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
-    run.metrics.close()
     run.console.show(summary_table(summary))
     run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
     return summary
@@ -171,7 +174,8 @@ def evaluate_only(prepared: Prepared) -> EvalResult:
     for report in prepared.reports:
         run.console.log(report.summary())
     model = load_model(run.config, run.config.model.path, run.device, heads=False)
-    return run.answer(build_engine(run.config.rollout, model, run.tokenizer), "eval")
+    with closing(run):
+        return run.answer(run.sampler(model), "eval")
 
 
 def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import build_optimizer
 from carft_fast.prompts import EncodedExample, PromptFormat
-from carft_fast.rollout import RolloutEngine
+from carft_fast.rollout import RolloutEngine, build_engine
 from carft_fast.signals import Stopped, StopRequest
 
 CONFIG_FILE = "config.toml"
@@ -60,6 +60,7 @@ class Run:
     def __post_init__(self) -> None:
         self.metrics = MetricsLog(self.folder)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.output.keep_last)
+        self._engine: RolloutEngine | None = None
 
     def open(self, stages: Sequence[str], *, resume: bool) -> None:
         """Make or re-open the run folder. The first thing that writes."""
@@ -106,6 +107,27 @@ class Run:
             self.stop.check()
 
         return advance
+
+    def sampler(self, model: CarftModel) -> RolloutEngine:
+        """The run's sampler, with this model's weights: started at its first use, shared by the stages."""
+        if self._engine is None:
+            self._engine = build_engine(
+                self.config,
+                model,
+                self.tokenizer,
+                folder=self.folder if self.folder.is_dir() else None,
+                log=self.console.log,
+            )
+        else:
+            self._engine.sync(model)
+        return self._engine
+
+    def close(self) -> None:
+        """End the sampler and the metrics files; what is on disk is whole without it."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        self.metrics.close()
 
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""
@@ -175,10 +197,11 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         run.metrics.rewind(stage, self._step)
         if checkpoint:
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {path}")
-        self._engine: RolloutEngine | None = None
+        self._current_engine: Callable[[], RolloutEngine] | None = None
 
-    def evaluate_with(self, engine: RolloutEngine) -> None:
-        self._engine = engine
+    def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
+        """`current_engine` gives the sampler with the weights of now; called for every evaluation."""
+        self._current_engine = current_engine
 
     def __iter__(self) -> Iterator[int]:
         run = self._run
@@ -213,9 +236,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             return False
         if run.metrics.find(stage, "eval", step):
             return False
-        assert self._engine is not None
+        assert self._current_engine is not None
         earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if record["step"] > 0]
-        result = run.evaluate(self._engine, stage, step)
+        result = run.evaluate(self._current_engine(), stage, step)
         return step > 0 and result.accuracy > max(earlier, default=-1.0)
 
     def _save(self, *, best: bool = False) -> Path:

@@ -5,6 +5,7 @@ embeddings), turn scores into advantages, update for a few PPO epochs, hand the 
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -12,20 +13,24 @@ from torch import Tensor
 
 from carft_fast.advantage import Advantages, ppo_advantages
 from carft_fast.batch import PackedBatch, chunks, derive_seed, epoch_rows, pack, permutation
-from carft_fast.config import Config
+from carft_fast.config import Config, RolloutConfig
 from carft_fast.losses import (
     RolloutTargets,
     completion_logprobs,
     contrastive_loss,
+    correction_weights,
     cot_embedding,
     explained_variance,
     ppo_loss,
+    sampler_support_logprobs,
 )
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import learning_rate, optimizer_step
 from carft_fast.prompts import EncodedExample
 from carft_fast.reward import Grade, base_score, embedding_partial_score, grade
-from carft_fast.rollout import Rollout, SamplingParams, build_engine
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.probe import Mismatch, check_agreement, sampled_logprobs
+from carft_fast.rollout.stream import RolloutStream
 from carft_fast.run import Run, StageLoop, stage_total_steps
 
 MiniBatches = list[list[list[int]]]
@@ -37,6 +42,8 @@ class Experience(NamedTuple):
 
     completion_cu: Tensor
     old_logprob_C: Tensor
+    support_logprob_C: Tensor
+    """`old_logprob_C` on the support the sampler drew from; the same where top-p and top-k are off."""
     ref_logprob_C: Tensor
     old_value_C: Tensor
     z_1_NE: Tensor
@@ -55,28 +62,31 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
     total_steps = stage_total_steps(run.config, "rl", len(run.train_rows))
     with run.timer("load"):
         reference = load_model(run.config, model_path, run.device, heads=False)
-    with StageLoop(run, "rl", config, model_path, total_steps) as loop:
+
+    def request(step: int) -> tuple[list[list[int]], SamplingParams]:
+        return [run.train_rows[row].prompt_ids for row in picked_rows(run, prompts_per_step, step)], SamplingParams(
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            samples_per_prompt=sampling.samples_per_prompt,
+            seed=derive_seed(run.config.seed, "rl", step),
+        )
+
+    with StageLoop(run, "rl", config, model_path, total_steps) as loop, ExitStack() as stack:
         policy, timer = loop.model, run.timer
-        engine = build_engine(sampling, policy, run.tokenizer)
-        loop.evaluate_with(engine)
+        with timer("load"):
+            engine = run.sampler(policy)
+            probe(run, engine, policy)
+        loop.evaluate_with(lambda: engine)
+        stream = stack.enter_context(RolloutStream(engine, request, total_steps, sampling, run.stop.check))
         for step in loop:
             seed = derive_seed(run.config.seed, "rl", step)
-            picked = epoch_rows(len(run.train_rows), prompts_per_step, step, derive_seed(run.config.seed, "rl"))
+            picked = picked_rows(run, prompts_per_step, step)
             rows = [run.train_rows[row] for row in picked for _ in range(sampling.samples_per_prompt)]
 
             with timer("rollout"), run.console.track("rollout", len(rows), "completions") as tracker:
-                rollouts = engine.generate(
-                    [run.train_rows[row].prompt_ids for row in picked],
-                    SamplingParams(
-                        max_new_tokens=sampling.max_new_tokens,
-                        temperature=sampling.temperature,
-                        top_p=sampling.top_p,
-                        top_k=sampling.top_k,
-                        samples_per_prompt=sampling.samples_per_prompt,
-                        seed=seed,
-                    ),
-                    on_progress=run.on_progress(tracker),
-                )
+                rollouts, staleness = stream.take(step, run.on_progress(tracker))
             with timer("reward"):
                 completions = [run.prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
                 grades = grade_all(completions, rows, run.config)
@@ -85,7 +95,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                     plan_epoch(rows, rollouts, run.config, derive_seed(seed, epoch))
                     for epoch in range(config.ppo_epochs)
                 ]
-                experience = collect_experience(policy, reference, rows, rollouts, plan[0], sampling.temperature)
+                experience = collect_experience(policy, reference, rows, rollouts, plan[0], sampling)
                 score_N = score_rollouts(grades, experience.cosine_N, run.config)
                 advantages = ppo_advantages(
                     score_N,
@@ -103,16 +113,32 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 )
                 update_metrics = update.run(plan)
             with timer("sync"):
-                engine.sync(policy)
+                stream.sync(policy)
+                if sampling.probe_every and (step + 1) % sampling.probe_every == 0:
+                    probe(run, engine, policy)
 
-            values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | update_metrics | {"lr": lr}
+            values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | update_metrics
+            values |= {"lr": lr, "staleness": staleness}
             run.metrics.log("rl", "train", step + 1, values, timer.flush())
             run.write_samples(
                 f"rl-{step + 1:06d}",
                 describe_samples(run.config, rows, rollouts, completions, grades, score_N),
             )
-    engine.close()
     return loop
+
+
+def picked_rows(run: Run, prompts_per_step: int, step: int) -> list[int]:
+    """Training rows of a step: every row once an epoch, in an order of the seed's."""
+    return epoch_rows(len(run.train_rows), prompts_per_step, step, derive_seed(run.config.seed, "rl"))
+
+
+def probe(run: Run, engine: RolloutEngine, policy: CarftModel) -> None:
+    """Refuse to train on samples of other weights than the trainer's."""
+    found = check_agreement(engine, policy, [row.prompt_ids for row in run.train_rows], run.config)
+    run.console.log(
+        f"trainer and sampler agree: |log-prob difference| mean {found.mean:.1e}, max {found.max:.1e} nats over "
+        f"{found.tokens} tokens"
+    )
 
 
 def grade_all(completions: Sequence[str], rows: Sequence[EncodedExample], config: Config) -> list[Grade]:
@@ -155,34 +181,43 @@ def collect_experience(
     rows: Sequence[EncodedExample],
     rollouts: Sequence[Rollout],
     plan: MiniBatches,
-    temperature: float,
+    sampling: RolloutConfig,
 ) -> Experience:
     """One pass of policy and reference over the rollouts, one of the policy over the annotated CoTs.
 
     It goes by the first PPO epoch's micro-batches, so that epoch's first forward repeats it bit for bit and the
     ratio starts at exactly 1.
     """
-    device = policy.device
+    device, temperature = policy.device, sampling.temperature
     found: dict[int, tuple[Tensor, ...]] = {}
     for micro in (micro for mini in plan for micro in mini):
         batch = pack_rollouts(rows, rollouts, micro, device)
         output = policy(batch)
         value_T = policy.value(output.hidden_TD)
         old_logprob_C = completion_logprobs(policy, output, batch, temperature=temperature)
+        support_logprob_C = sampler_support_logprobs(
+            policy,
+            output,
+            batch,
+            old_logprob_C,
+            temperature=temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+        )
         z_2 = cot_embedding(policy, output.hidden_TD, value_T, batch)
         ref_logprob_C = completion_logprobs(reference, reference(batch), batch, temperature=temperature)
         annotated = pack([rows[i].prompt_ids for i in micro], [rows[i].completion_ids for i in micro], device)
         hidden_TD = policy(annotated, need_logits=False).hidden_TD
         z_1 = cot_embedding(policy, hidden_TD, policy.value(hidden_TD), annotated)
-        per_token = (old_logprob_C, ref_logprob_C, value_T[batch.predict_index_C])
+        per_token = (old_logprob_C, support_logprob_C, ref_logprob_C, value_T[batch.predict_index_C])
         lengths = batch.completion_cu.diff().tolist()
         found.update(zip(micro, zip(*(x.split(lengths) for x in per_token), z_1, z_2, strict=True), strict=True))
     columns = list(zip(*(found[i] for i in range(len(rollouts))), strict=True))
     lengths_N = torch.tensor([0, *(len(x) for x in columns[0])], device=device)
     return Experience(
         lengths_N.cumsum(0),
-        *(torch.cat(column) for column in columns[:3]),
-        *(torch.stack(column) for column in columns[3:]),
+        *(torch.cat(column) for column in columns[:4]),
+        *(torch.stack(column) for column in columns[4:]),
     )
 
 
@@ -204,11 +239,14 @@ class Update:
         self._policy, self._optimizer, self._lr = policy, optimizer, lr
         self._rows, self._rollouts, self._config = rows, rollouts, config
         self._experience, self._correct_N = experience, correct_N
+        sampled_C = sampled_logprobs(rollouts, policy.device)
+        correction_C = correction_weights(experience.support_logprob_C, sampled_C, config.rollout)
         per_token = (
             experience.old_logprob_C,
             experience.old_value_C,
             advantages.advantage_C,
             advantages.return_C,
+            torch.ones_like(sampled_C) if correction_C is None else correction_C,
         )
         lengths = experience.completion_cu.diff().tolist()
         self._targets = list(zip(*(x.split(lengths) for x in per_token), strict=True))
@@ -311,8 +349,7 @@ def rollout_metrics(
     advantages: Advantages,
 ) -> dict[str, float]:
     n = len(rollouts)
-    sampled_C = torch.tensor([x for r in rollouts for x in r.sampled_logprobs], device=score_N.device)
-    difference_C = (sampled_C - experience.old_logprob_C).abs()
+    mismatch = Mismatch.of(experience.support_logprob_C, sampled_logprobs(rollouts, score_N.device))
     cosine_N = experience.cosine_N
     correct_N = torch.tensor([g.correct for g in grades], device=score_N.device)
     values = {
@@ -324,10 +361,11 @@ def rollout_metrics(
         "explained_variance": float(explained_variance(experience.old_value_C, advantages.return_C)),
         "advantage_mean": float(advantages.raw_advantage_C.mean()),
         "advantage_std": float(advantages.raw_advantage_C.std(unbiased=False)),
-        "sampler_diff_mean": float(difference_C.mean()),
-        "sampler_diff_max": float(difference_C.max()),
-        "completion_length": len(sampled_C) / n,
-        "completion_tokens": len(sampled_C),
+        "sampler_diff_mean": mismatch.mean,
+        "sampler_diff_max": mismatch.max,
+        "sampler_diff_material": mismatch.material,
+        "completion_length": mismatch.tokens / n,
+        "completion_tokens": mismatch.tokens,
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
     }
     if bool(correct_N.any()):
@@ -352,6 +390,7 @@ def describe_samples(
             "extracted": result.extracted,
             "reward": round(score, 4),
             "finish_reason": rollout.finish_reason,
+            "weight_version": rollout.weight_version,
         }
         for row, rollout, text, result, score in zip(rows, rollouts, completions, grades, score_N.tolist(), strict=True)
     ][: config.output.samples_per_step]

@@ -5,7 +5,6 @@ import torch
 from carft_fast.batch import chunks, derive_seed, epoch_rows, pack
 from carft_fast.losses import sft_loss
 from carft_fast.optim import learning_rate, optimizer_step
-from carft_fast.rollout import build_engine
 from carft_fast.run import Run, StageLoop, stage_total_steps
 
 
@@ -15,7 +14,7 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
     rows = run.train_rows
     with StageLoop(run, "sft", config, model_path, stage_total_steps(run.config, "sft", len(rows))) as loop:
         model = loop.model
-        loop.evaluate_with(build_engine(run.config.rollout, model, run.tokenizer))
+        loop.evaluate_with(lambda: run.sampler(model))
         for step in loop:
             with run.timer("train"):
                 picked = epoch_rows(len(rows), config.batch_size, step, derive_seed(run.config.seed, "sft"))

@@ -1,15 +1,63 @@
 """Sampling completions: one interface (`base`), an engine a file, and the choice between them."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from carft_fast.config import RolloutConfig
+from carft_fast.config import Config
+from carft_fast.errors import InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
 
-__all__ = ["Rollout", "RolloutEngine", "SamplingParams", "build_engine"]
+__all__ = ["Rollout", "RolloutEngine", "SamplingParams", "build_engine", "check_engine"]
 
 
-def build_engine(config: RolloutConfig, model: CarftModel, tokenizer: Any) -> RolloutEngine:
-    """The engine that `rollout.engine` names, on the model's current weights."""
-    return HFEngine(model, tokenizer, batch_size=config.batch_size)
+def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
+    """Raises InputError for an engine that cannot run here; cheap where rollout.engine is "hf"."""
+    rollout = config.rollout
+    if rollout.sleep_level and device_type != "cuda":
+        raise InputError(f"rollout.sleep_level = {rollout.sleep_level}: needs model.device cuda, this is {device_type}")
+    if rollout.weight_transfer in ("nccl", "ipc") and device_type != "cuda":
+        raise InputError(
+            f'rollout.weight_transfer = "{rollout.weight_transfer}": needs model.device cuda, this is {device_type}; '
+            'allowed here: "files"'
+        )
+    if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
+        from carft_fast.rollout import vllm_adapter
+
+        vllm_adapter.check_installed()
+        vllm_adapter.check_model(lm_config, device_type)
+
+
+def build_engine(
+    config: Config,
+    model: CarftModel,
+    tokenizer: Any,
+    *,
+    folder: Path | None = None,
+    log: Callable[[str], None] = print,
+) -> RolloutEngine:
+    """The engine that `rollout.engine` names, with the model's current weights.
+
+    `folder` gets the logs of servers that are started; `log` is told what takes long.
+    """
+    rollout = config.rollout
+    if rollout.engine == "hf":
+        return HFEngine(model, tokenizer, batch_size=rollout.batch_size)
+    engine: RolloutEngine
+    if rollout.engine == "vllm":
+        from carft_fast.rollout.vllm_engine import VLLMEngine
+
+        log("starting vLLM")
+        engine = VLLMEngine(config, model, tokenizer.eos_token_id)
+    else:
+        from carft_fast.rollout.vllm_server import VLLMServerEngine
+
+        engine = VLLMServerEngine(config, model, tokenizer.eos_token_id, folder=folder, log=log)
+    try:
+        engine.sync(model)
+    except BaseException:
+        engine.close()
+        raise
+    return engine

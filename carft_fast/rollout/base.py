@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from carft_fast.batch import derive_seed
+from carft_fast.errors import InputError
 from carft_fast.model import CarftModel
 
 
@@ -23,8 +25,8 @@ class SamplingParams:
 class Rollout:
     """One completion. `completion_ids` ends with EOS when `finish_reason` is "stop".
 
-    `sampled_logprobs` are of the distribution actually sampled from: temperature, top-p and top-k applied (all 0 for
-    greedy). `weight_version` is that of the weights that sampled it.
+    `sampled_logprobs` are of the distribution actually sampled from: temperature, top-p and top-k applied. For greedy
+    completions they are the model's own, at temperature 1. `weight_version` is that of the weights that sampled it.
     """
 
     completion_ids: list[int]
@@ -34,6 +36,11 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
+    @property
+    def version(self) -> int:
+        """Of the weights it samples with now."""
+        ...
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -49,7 +56,28 @@ class RolloutEngine(Protocol):
         ...
 
     def sync(self, model: CarftModel) -> int:
-        """Take over the model's weights; returns their version, one more than before."""
+        """Take over the model's weights; returns their version, one more than before.
+
+        After a sync that raised, the engine holds no usable weights: `generate` refuses until one succeeds.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Give processes, memory and files back; may be called twice."""
+        ...
+
+
+def request_seed(sampling: SamplingParams, prompt: int) -> int:
+    """Seed of a prompt's first completion, the following ones count up: independent of batching and of the server."""
+    return derive_seed(sampling.seed, "request", prompt) % 2**62
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], sampling: SamplingParams, context: int) -> None:
+    """Raises InputError where prompt and completion would not fit the engine's context of `context` tokens."""
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) <= context - sampling.max_new_tokens:
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens; with max_new_tokens = {sampling.max_new_tokens} the "
+                f"engine's context of {context} tokens (data.max_length) allows 1 to "
+                f"{context - sampling.max_new_tokens}"
+            )

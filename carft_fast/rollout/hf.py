@@ -1,5 +1,6 @@
 """Rollouts with transformers' `generate`, in this process and on the trainer's own weights."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -61,16 +62,22 @@ class HFEngine:
     """Engine "hf". `sync` copies nothing: the sampler reads the trainer's weights."""
 
     def __init__(self, model: CarftModel, tokenizer: Any, *, batch_size: int) -> None:
-        self._model = model
+        self._weak_model = weakref.ref(model)  # a stage that is over shall not stay in memory
         self._eos_id: int = tokenizer.eos_token_id
         self._pad_id: int = tokenizer.pad_token_id
         self._batch_size = batch_size
-        self._version = 0
+        self.version = 0
+
+    @property
+    def _model(self) -> CarftModel:
+        model = self._weak_model()
+        assert model is not None, "the model whose weights are sampled from is gone"
+        return model
 
     def sync(self, model: CarftModel) -> int:
-        self._model = model
-        self._version += 1
-        return self._version
+        self._weak_model = weakref.ref(model)
+        self.version += 1
+        return self.version
 
     def close(self) -> None:
         pass
@@ -118,7 +125,7 @@ class HFEngine:
                 processors.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            processors.append(recorder)
+        processors.append(recorder)
         with self._model.autocast(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             output_BL: Tensor = lm.generate(
@@ -130,7 +137,7 @@ class HFEngine:
             )
         completion_BL = output_BL[:, longest:]
         recorder.take(completion_BL[:, -1])
-        logprob_BL = torch.zeros(completion_BL.shape) if greedy else torch.stack(recorder.logprobs, 1).cpu()
+        logprob_BL = torch.stack(recorder.logprobs, 1)
         return [
             self._rollout(ids, logprobs)
             for ids, logprobs in zip(completion_BL.tolist(), logprob_BL.tolist(), strict=True)
@@ -140,7 +147,7 @@ class HFEngine:
         # Ends at the first EOS, by position: what follows is padding, whatever id padding has.
         length = ids.index(self._eos_id) + 1 if self._eos_id in ids else len(ids)
         stopped = ids[length - 1] == self._eos_id
-        return Rollout(ids[:length], logprobs[:length], "stop" if stopped else "length", self._version)
+        return Rollout(ids[:length], logprobs[:length], "stop" if stopped else "length", self.version)
 
     def _generation_config(self, sampling: SamplingParams, greedy: bool) -> GenerationConfig:
         # Every field a model's own generation_config.json might set is stated, or generate() would merge it in:

@@ -1,0 +1,81 @@
+"""The rollouts of one step after another; with depth 1 the next step's are sampled while the trainer updates."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import TracebackType
+
+from carft_fast.config import RolloutConfig
+from carft_fast.model import CarftModel
+from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+
+Request = Callable[[int], tuple[Sequence[Sequence[int]], SamplingParams]]
+"""Prompts and sampling of a step: a pure function of the step, so that it may be asked early."""
+
+
+class _Closed(Exception):  # noqa: N818 - an event, not an error
+    pass
+
+
+class RolloutStream:
+    """Use as a context manager, which ends sampling ahead; the engine stays open.
+
+    Depth 1, step k: `take(k)` hands over what was sampled during step k - 1 and starts step k + 1 with the weights
+    the engine has, v; the trainer makes v + 1 meanwhile; `sync` waits for the sampler before it replaces the weights.
+    So a rollout is one version old when it is trained on, and the first step's, and the first one after a resume, are
+    not old at all. Between `sync` and the next `take` the engine is idle, as evaluation needs it.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        request: Request,
+        steps: int,
+        config: RolloutConfig,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`steps`: where sampling ahead ends. `check` is called while sampling ahead; what it raises ends that."""
+        self._engine, self._request, self._steps, self._check = engine, request, steps, check
+        self._ahead: tuple[int, Future[list[Rollout]]] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if config.async_depth else None
+        self._closing = threading.Event()
+
+    def take(self, step: int, on_progress: Callable[[int], None]) -> tuple[list[Rollout], int]:
+        """The step's completions, `samples_per_prompt` of each prompt side by side, and their staleness.
+
+        Staleness: weight versions between the oldest of them and the weights of now; 0 is on-policy.
+        """
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == step:
+            rollouts = ahead[1].result()
+            on_progress(len(rollouts))
+        else:
+            rollouts = self._sample(step, on_progress)
+        if self._thread and step + 1 < self._steps:
+            self._ahead = step + 1, self._thread.submit(self._sample, step + 1, self._while_ahead)
+        return rollouts, self._engine.version - min(rollout.weight_version for rollout in rollouts)
+
+    def sync(self, model: CarftModel) -> None:
+        """Give the engine the model's weights, once it is idle. What went wrong in sampling ahead `take` raises."""
+        if self._ahead is not None:
+            wait([self._ahead[1]])
+        self._engine.sync(model)
+
+    def __enter__(self) -> "RolloutStream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        if self._thread:
+            self._thread.shutdown()
+
+    def _sample(self, step: int, on_progress: Callable[[int], None]) -> list[Rollout]:
+        prompts, sampling = self._request(step)
+        return self._engine.generate(prompts, sampling, on_progress=on_progress)
+
+    def _while_ahead(self, _: int) -> None:
+        if self._closing.is_set():
+            raise _Closed
+        self._check()

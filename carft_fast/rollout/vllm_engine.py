@@ -1,0 +1,84 @@
+"""Engine "vllm": vLLM in the trainer's process, its weights replaced in place, its memory given back on request."""
+
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from carft_fast.config import Config
+from carft_fast.errors import EngineError
+from carft_fast.model import CarftModel
+from carft_fast.rollout import vllm_adapter
+from carft_fast.rollout.base import Rollout, SamplingParams, check_lengths
+from carft_fast.rollout.weights import SamplerWeights
+
+
+class VLLMEngine:
+    """Holds random weights until the first `sync`.
+
+    With `rollout.sleep_level` the engine sleeps after every `generate`, and a sync or the next generate wakes it:
+    level 1 frees the KV cache and keeps the weights in host memory, level 2 drops both, and the weights then come
+    from the trainer again.
+    """
+
+    def __init__(self, config: Config, model: CarftModel, eos_id: int) -> None:
+        self._eos_id = eos_id
+        self._context = config.data.max_length
+        self._dtype = vllm_adapter.engine_dtype(config)
+        self._sleep_level = config.rollout.sleep_level
+        self._asleep = False
+        self.version = -1
+        self._whole = False  # all weights are of `version`
+        options = vllm_adapter.engine_options(config, model.device.type, dedicated=False)
+        with tempfile.TemporaryDirectory(prefix="carft-model-") as folder:
+            vllm_adapter.write_model_folder(model.lm.config, Path(folder))
+            self._engine = vllm_adapter.LocalEngine(Path(folder), options)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        if not self._whole:
+            raise EngineError("the last weight sync did not finish: sync again before sampling")
+        check_lengths(prompts, sampling, self._context)
+        if self._asleep:
+            self._wake()
+        try:
+            return self._engine.generate(prompts, sampling, self._eos_id, self.version, on_progress or (lambda _: None))
+        finally:
+            if self._sleep_level:
+                self._engine.sleep(self._sleep_level)
+                self._asleep = True
+
+    def sync(self, model: CarftModel) -> int:
+        self._model = weakref.ref(model)  # a stage that is over shall not stay in memory
+        self._whole = False
+        if self._asleep:
+            self._engine.wake("weights")  # the KV cache comes back after the update, when its peak is over
+        self._engine.load(SamplerWeights(model.lm, self._dtype), self.version + 1)
+        if self._asleep:
+            self._engine.wake("kv_cache")
+            self._asleep = False
+        self.version += 1
+        self._whole = True
+        return self.version
+
+    def _wake(self) -> None:
+        self._engine.wake()
+        self._asleep = False
+        if self._sleep_level == 2:  # the weights are gone, and the trainer's are still those of the last sync
+            model = self._model()
+            assert model is not None
+            self._engine.load(SamplerWeights(model.lm, self._dtype), self.version)
+
+    def close(self) -> None:
+        if hasattr(self, "_engine"):
+            self._engine.close()
+            del self._engine
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()

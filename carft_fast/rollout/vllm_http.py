@@ -1,0 +1,130 @@
+"""A vLLM server over HTTP: health, token-in token-out generation, and the phases of a weight update."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+
+from carft_fast.errors import EngineError
+from carft_fast.rollout.vllm_adapter import INCOMPLETE
+
+HINT = "start it with `carft-fast serve`, which sets the flags it needs"
+
+
+class ServerLost(Exception):  # noqa: N818 - an event the caller handles
+    """The server did not answer, failed, or holds other weights than expected: ask another one, mend this one."""
+
+
+class ServerApi:
+    """Calls to any number of servers; use inside `async with ServerApi.open(...)`."""
+
+    def __init__(self, session: aiohttp.ClientSession, update_timeout_s: float) -> None:
+        self._session = session
+        self._update_timeout_s = update_timeout_s
+
+    @staticmethod
+    @asynccontextmanager
+    async def open(update_timeout_s: float) -> AsyncIterator["ServerApi"]:
+        """Connections are not limited: how many requests are under way is the caller's choice."""
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            yield ServerApi(session, update_timeout_s)
+
+    async def call(
+        self, url: str, path: str, body: dict[str, Any] | None = None, *, post: bool = True, timeout_s: float
+    ) -> Any:
+        """JSON of the answer. Raises ServerLost where another try may help, EngineError where the request is wrong."""
+        request = self._session.post if post else self._session.get
+        options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=timeout_s)}
+        if body is not None:
+            options["json"] = body
+        try:
+            async with request(url + path, **options) as response:
+                text = await response.text()
+                status = response.status
+        except TimeoutError:
+            raise ServerLost(f"no answer to {path} in {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerLost(f"{path}: {error or type(error).__name__}") from None
+        if status >= 500:
+            raise ServerLost(f"{path}: HTTP {status}: {_message(text)}")
+        if status in (403, 404):
+            raise EngineError(f"the server at {url} has no {path} ({_message(text)}): {HINT}")
+        if status >= 400:
+            raise EngineError(f"the server at {url} refused {path}: {_message(text)}")
+        return json.loads(text) if text else None
+
+    async def healthy(self, url: str) -> bool:
+        """Whether the server and its engine answer within five seconds."""
+        try:
+            await self.call(url, "/health", post=False, timeout_s=5)
+        except ServerLost:
+            return False
+        return True
+
+    async def context_length(self, url: str) -> int:
+        """Tokens of prompt and completion together."""
+        models = await self.call(url, "/v1/models", post=False, timeout_s=30)
+        return int(models["data"][0]["max_model_len"])
+
+    async def world_size(self, url: str) -> int:
+        """GPUs (workers) of the server."""
+        return int((await self.call(url, "/get_world_size", post=False, timeout_s=30))["world_size"])
+
+    async def generate(self, url: str, body: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
+        """Choices in the order of their index."""
+        answer = await self.call(url, "/inference/v1/generate", body, timeout_s=timeout_s)
+        return sorted(answer["choices"], key=lambda choice: choice["index"])
+
+    async def open_update(self, url: str) -> None:
+        """Stop sampling, and mark the weights as incomplete until `close_update`."""
+        await self.call(url, "/pause?mode=abort", timeout_s=self._update_timeout_s)
+        await self._set_version(url, INCOMPLETE)
+
+    async def start_update(self, url: str) -> None:
+        try:
+            await self.call(url, "/start_weight_update", timeout_s=self._update_timeout_s)
+        except ServerLost:
+            # A trainer that died in the middle of an update left it open: end it, then begin again.
+            with contextlib.suppress(ServerLost):
+                await self.finish_update(url)
+            await self.call(url, "/start_weight_update", timeout_s=self._update_timeout_s)
+
+    async def update(self, url: str, info: Any) -> None:
+        await self.call(url, "/update_weights", {"update_info": info}, timeout_s=self._update_timeout_s)
+
+    async def finish_update(self, url: str) -> None:
+        await self.call(url, "/finish_weight_update", timeout_s=self._update_timeout_s)
+
+    async def close_update(self, url: str, weight_version: str) -> None:
+        """Forget prefixes computed with the old weights, name the new ones, sample again."""
+        reset = await self.call(url, "/reset_prefix_cache", timeout_s=self._update_timeout_s)
+        if not reset["success"]:
+            raise ServerLost("the prefix cache could not be reset: requests were still running")
+        await self._set_version(url, weight_version)
+        await self.call(url, "/resume", timeout_s=self._update_timeout_s)
+
+    async def _set_version(self, url: str, weight_version: str) -> None:
+        await self.call(
+            url, "/update_weight_version", {"new_version": weight_version}, timeout_s=self._update_timeout_s
+        )
+
+    async def init_transfer(self, url: str, info: dict[str, Any]) -> None:
+        await self.call(url, "/init_weight_transfer_engine", {"init_info": info}, timeout_s=self._update_timeout_s)
+
+
+async def all_of(*calls: Any) -> None:
+    """Run them together; when some fail, wait for the others, then raise the first failure."""
+    for result in await asyncio.gather(*calls, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+
+
+def _message(text: str) -> str:
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text[:200] or "no text"

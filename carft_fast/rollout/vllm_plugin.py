@@ -1,0 +1,79 @@
+"""What vLLM's own processes load: a weight-transfer backend that reads safetensors files.
+
+vLLM's built-in backends need GPUs. This one serves CPU servers, and any server that shares a folder with the trainer.
+It is registered through the entry point `vllm.general_plugins`, so a server knows it without importing the trainer.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+BACKEND = "carft_files"
+
+
+@dataclass
+class FilesInitInfo(WeightTransferInitInfo):
+    pass
+
+
+@dataclass
+class FilesUpdateInfo(WeightTransferUpdateInfo):
+    files: list[str]
+    """Paths of safetensors files that together hold every weight, in the order to load them."""
+
+
+class FilesWeightTransferEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
+    """Everything happens in `update_weights`: a trainer that dies before or after it leaves a usable model."""
+
+    init_info_cls = FilesInitInfo
+    update_info_cls = FilesUpdateInfo
+
+    def init_transfer_engine(self, init_info: FilesInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        pass
+
+    def update_weights(self, update_info: dict[str, list[str]]) -> None:
+        # The base class synchronises the accelerator afterwards, which raises where there is none.
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: FilesUpdateInfo) -> None:
+        load_weights: Any = self.model.load_weights  # of vLLM's models, not of nn.Module
+        initialize_layerwise_reload(self.model)
+        try:
+            load_weights(_read(update_info.files))
+        finally:
+            # On an error too: without it the layers not yet loaded stay on the meta device, and no later load works.
+            finalize_layerwise_reload(self.model, self.model_config)
+
+
+def _read(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+def register() -> None:
+    """Entry point; vLLM may call it more than once."""
+    if BACKEND not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(BACKEND, FilesWeightTransferEngine)

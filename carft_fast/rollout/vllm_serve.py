@@ -1,0 +1,158 @@
+"""vLLM server processes: the launcher that runs in them, and the handle that starts, watches and ends one.
+
+`python -m carft_fast.rollout.vllm_serve PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the process
+that started it is gone, however that died (0: nobody to watch).
+"""
+
+import contextlib
+import hashlib
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from carft_fast.config import Config
+from carft_fast.errors import EngineError, InputError
+
+MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
+
+
+def server_environment(cuda_visible_devices: str | None) -> dict[str, str]:
+    """Of the server process; what the user has set stays."""
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # "ipc" handles travel pickled
+        **os.environ,
+    }
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # set for an engine in the trainer's process only
+    if cuda_visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
+    return environment
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises InputError when something listens there, or the address is not this machine's."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise InputError(f"port {port} on {host}: {error.strerror}; give another with --port") from None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """One server on this machine, in a process group of its own; `log` gets what it prints."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, cuda_visible_devices: str | None) -> None:
+        self._arguments, self.log, self._devices = list(arguments), log, cuda_visible_devices
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+
+    def start(self) -> None:
+        """Ends what still runs, then starts anew on a free port. Returns at once: the server answers later."""
+        self.stop()
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        address = ["--host", "127.0.0.1", "--port", str(port)]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(os.getpid()), *self._arguments, *address],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(self._devices),
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    def failure(self) -> EngineError:
+        """Why it ended, from the last error in its log."""
+        from carft_fast.rollout.vllm_adapter import start_failure
+
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "Error" in line and "Traceback" not in line]
+        reason = errors[-1].rpartition("] ")[2].strip() if errors else "it printed no error"
+        return EngineError(f"{start_failure(RuntimeError(reason))}; the server's log is {self.log}")
+
+    def stop(self) -> None:
+        """SIGTERM to the group, SIGKILL after five seconds."""
+        if self._process is None:
+            return
+        for signum, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signum)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience_s)
+                if not _group_alive(self._process.pid):
+                    break
+        self._process = None
+
+
+def _group_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def serve(config: Config, host: str, port: int) -> NoReturn:
+    """Replace this process by a server for runs with this config; it waits for a trainer's weights."""
+    from carft_fast.model import load_lm_config, resolve_device
+    from carft_fast.rollout import check_engine, vllm_adapter
+
+    device_type = resolve_device(config.model.device).type
+    lm_config = load_lm_config(config.model)
+    check_engine(config, lm_config, device_type)
+    check_port(host, port)
+    digest = hashlib.sha256(lm_config.to_json_string().encode()).hexdigest()[:12]
+    folder = Path(tempfile.gettempdir()) / f"carft-model-{digest}"
+    vllm_adapter.write_model_folder(lm_config, folder)
+    arguments = vllm_adapter.server_arguments(
+        vllm_adapter.engine_options(config, device_type, dedicated=True),
+        folder,
+        vllm_adapter.transfer_backend(config, device_type),
+    )
+    command = [sys.executable, "-m", __name__, "0", *arguments, "--host", host, "--port", str(port)]
+    os.execve(command[0], command, server_environment(None))
+
+
+def main(arguments: Sequence[str]) -> None:
+    parent = int(arguments[0])
+    if parent:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    sys.argv = [MODULE, *arguments[1:]]
+    runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

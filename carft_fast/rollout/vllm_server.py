@@ -1,0 +1,266 @@
+"""Engine "vllm-server": one or more vLLM servers, each prompt to the next that has room, none lost with a server.
+
+A prompt is done when its answer is here, and belongs to one server at a time; a server that fails gives its prompts
+back to the others. It samples again only after it took over the current weights, and an answer from any other
+weights is not accepted, so a rollout is never lost, doubled, or of unknown weights.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from carft_fast.config import Config
+from carft_fast.errors import EngineError, InputError
+from carft_fast.model import CarftModel
+from carft_fast.rollout import vllm_adapter
+from carft_fast.rollout.base import Rollout, SamplingParams, check_lengths
+from carft_fast.rollout.transfer import build_transfer
+from carft_fast.rollout.vllm_http import ServerApi, ServerLost
+from carft_fast.rollout.vllm_serve import ServerProcess
+from carft_fast.rollout.weights import SamplerWeights
+
+MENDS = 3
+"""Times a server is brought back during one `generate`; a fourth failure is no accident."""
+PROGRESS_SECONDS = 5.0
+
+
+class _Server:
+    """A server and what is known of it. `process` is None for one that somebody else started."""
+
+    def __init__(self, url: str, process: ServerProcess | None) -> None:
+        self._url, self.process = url, process
+        self.usable = False
+        """It answers and holds the current weights."""
+        self.failures = 0
+        """During the current `generate`; the workers of before a failure know by it that they are dismissed."""
+
+    @property
+    def url(self) -> str:
+        return self.process.url if self.process else self._url
+
+
+class VLLMServerEngine:
+    """Starts its servers, or uses those of `rollout.servers`; all hold random weights until the first `sync`."""
+
+    def __init__(
+        self, config: Config, model: CarftModel, eos_id: int, *, folder: Path | None, log: Callable[[str], None]
+    ) -> None:
+        rollout = config.rollout
+        self._config, self._eos_id, self._log = rollout, eos_id, log
+        self._context = config.data.max_length
+        self._dtype = vllm_adapter.engine_dtype(config)
+        self._run = secrets.token_hex(4)  # tells this run's weights from those another trainer left on a server
+        self.version = -1
+        self._whole = False
+        backend = vllm_adapter.transfer_backend(config, model.device.type)
+        self._transfer = build_transfer(backend, rollout.transfer_dir, rollout.server_timeout_s)
+        self._scratch = tempfile.TemporaryDirectory(prefix="carft-servers-")
+        self._servers = [_Server(url.rstrip("/"), None) for url in rollout.servers]
+        if not self._servers:
+            scratch = Path(self._scratch.name)
+            vllm_adapter.write_model_folder(model.lm.config, scratch / "model")
+            options = vllm_adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
+            arguments = vllm_adapter.server_arguments(options, scratch / "model", backend)
+            for index, devices in enumerate(rollout.server_devices or [None]):
+                process = ServerProcess(arguments, (folder or scratch) / f"vllm-server-{index}.log", devices)
+                process.start()
+                self._servers.append(_Server("", process))
+        try:
+            asyncio.run(self._start())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the servers this run started."""
+        return [server.process.pid for server in self._servers if server.process and server.process.pid]
+
+    def sync(self, model: CarftModel) -> int:
+        self._whole = False
+        self._transfer.stage(SamplerWeights(model.lm, self._dtype), self._tag(self.version + 1))
+        self.version += 1
+        asyncio.run(self._sync())
+        self._whole = True
+        return self.version
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        if not self._whole:
+            raise EngineError("the last weight sync did not finish: sync again before sampling")
+        check_lengths(prompts, sampling, self._context)
+        bodies = [
+            {"token_ids": list(prompt), "sampling_params": vllm_adapter.sampling_fields(sampling, index, self._eos_id)}
+            for index, prompt in enumerate(prompts)
+        ]
+        found = asyncio.run(self._generate(bodies, sampling.samples_per_prompt, on_progress or (lambda _: None)))
+        return [rollout for index in range(len(prompts)) for rollout in found[index]]
+
+    def close(self) -> None:
+        for server in self._servers:
+            if server.process:
+                server.process.stop()
+        self._servers = []
+        self._transfer.close()
+        self._scratch.cleanup()
+
+    def _tag(self, version: int) -> str:
+        return f"{self._run}-{version}"
+
+    async def _start(self) -> None:
+        async with ServerApi.open(self._config.server_timeout_s) as api:
+            await asyncio.gather(*(self._wait_healthy(api, server) for server in self._servers))
+            for server in self._servers:
+                length = await api.context_length(server.url)
+                if length < self._context:
+                    raise InputError(
+                        f"the server at {server.url} takes {length} tokens; data.max_length is {self._context}: start "
+                        "it with the run's config"
+                    )
+
+    async def _wait_healthy(self, api: ServerApi, server: _Server) -> None:
+        """Until the server answers. Raises EngineError when it ends or takes longer than allowed."""
+        limit_s = self._config.server_timeout_s
+        start = last_line = time.monotonic()
+        while not await api.healthy(server.url):
+            now = time.monotonic()
+            if server.process and not server.process.running:
+                raise server.process.failure()
+            if now - start > limit_s:
+                detail = f"see {server.process.log}" if server.process else "is it running?"
+                raise EngineError(
+                    f"the vLLM server at {server.url} did not answer in {limit_s:g} s (rollout.server_timeout_s): "
+                    f"{detail}"
+                )
+            if now - last_line >= PROGRESS_SECONDS:
+                last_line = now
+                self._log(f"waiting for the vLLM server at {server.url}: {now - start:.0f} of at most {limit_s:g} s")
+            await asyncio.sleep(0.2)
+
+    async def _sync(self) -> None:
+        """Staged weights to every server. One that is down is left out, if another is there."""
+        async with ServerApi.open(self._config.server_timeout_s) as api:
+            for server in self._servers:
+                server.usable = False
+                if server.process and not server.process.running:
+                    self._restart(server)
+                    await self._wait_healthy(api, server)
+            lost = await self._transfer.send(api, [server.url for server in self._servers])
+            for server in self._servers:
+                server.usable = server.url not in lost
+                if server.url in lost:
+                    self._log(f"the vLLM server at {server.url} did not take the weights: {lost[server.url]}")
+        if not any(server.usable for server in self._servers):
+            raise EngineError(f"no vLLM server took the weights: {_reasons(lost)}")
+
+    def _restart(self, server: _Server) -> None:
+        assert server.process is not None
+        self._log(f"starting the vLLM server at {server.url} again; its log is {server.process.log}")
+        server.process.start()
+
+    async def _generate(
+        self, bodies: Sequence[dict[str, Any]], samples: int, on_progress: Callable[[int], None]
+    ) -> dict[int, list[Rollout]]:
+        found: dict[int, list[Rollout]] = {}
+        waiting: asyncio.Queue[int] = asyncio.Queue()
+        for index in range(len(bodies)):
+            waiting.put_nowait(index)
+        lost: dict[str, ServerLost] = {}
+        changed = asyncio.Event()
+        tasks: set[asyncio.Task[None]] = set()
+        mending: set[asyncio.Task[None]] = set()
+        # Enough to keep the engine's batch full, few enough that a faster server takes over the rest.
+        at_once = max(2, -(-5 * self._config.batch_size // (4 * samples)))
+
+        def employ(server: _Server) -> None:
+            tasks.update(asyncio.create_task(work(server)) for _ in range(min(at_once, len(bodies))))
+
+        async def work(server: _Server) -> None:
+            failures = server.failures
+            while True:
+                index = await waiting.get()
+                if server.failures != failures:
+                    return waiting.put_nowait(index)
+                try:
+                    found[index] = await self._complete(api, server.url, bodies[index])
+                except ServerLost as failure:
+                    waiting.put_nowait(index)
+                    if server.failures != failures:
+                        return None
+                    server.usable = False
+                    server.failures += 1
+                    lost[server.url] = failure
+                    self._log(f"the vLLM server at {server.url} failed ({failure}); its prompts wait for another")
+                    mending.add(asyncio.create_task(mend(server)))
+                changed.set()
+
+        async def mend(server: _Server) -> None:
+            if server.failures > MENDS or not (self._transfer.repeatable or self._config.async_depth == 0):
+                return  # too often, or the trainer's weights have moved on: the next sync brings it back
+            if server.process and not (server.process.running and await api.healthy(server.url)):
+                self._restart(server)
+            await self._wait_healthy(api, server)
+            still_lost = await self._transfer.send(api, [server.url])
+            if still_lost:
+                raise EngineError(f"a vLLM server did not come back: {_reasons(still_lost)}")
+            server.usable = True
+            self._log(f"the vLLM server at {server.url} is back, with the current weights")
+            employ(server)
+
+        async with ServerApi.open(self._config.server_timeout_s) as api:
+            for server in self._servers:
+                server.failures = 0
+                if server.usable:
+                    employ(server)
+            reported = 0
+            try:
+                while len(found) < len(bodies):
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(changed.wait(), 0.1)
+                    changed.clear()
+                    on_progress((len(found) - reported) * samples)
+                    reported = len(found)
+                    for task in [task for task in tasks if task.done()]:
+                        tasks.discard(task)
+                        task.result()
+                    for task in [task for task in mending if task.done()]:
+                        mending.discard(task)
+                        if failure := task.exception():
+                            self._log(str(failure))
+                    if not mending and not any(server.usable for server in self._servers):
+                        raise EngineError(f"no vLLM server is left: {_reasons(lost)}")
+                on_progress((len(found) - reported) * samples)
+            finally:
+                for task in tasks | mending:
+                    task.cancel()
+                await asyncio.gather(*tasks, *mending, return_exceptions=True)
+        return found
+
+    async def _complete(self, api: ServerApi, url: str, body: dict[str, Any]) -> list[Rollout]:
+        choices = await api.generate(url, body, self._config.request_timeout_s)
+        rollouts = []
+        for choice in choices:
+            versions = {span["version"] for span in choice["weight_versions"] or ()}
+            if versions != {self._tag(self.version)}:
+                raise ServerLost(f"it sampled under weights {sorted(versions)}, not {self._tag(self.version)}")
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            rollouts.append(
+                vllm_adapter.to_rollout(
+                    choice["token_ids"], logprobs, choice["finish_reason"], self._eos_id, self.version
+                )
+            )
+        return rollouts
+
+
+def _reasons(lost: dict[str, ServerLost]) -> str:
+    return "; ".join(f"{url}: {reason}" for url, reason in lost.items())
