@@ -218,6 +218,15 @@ class RolloutConfig(Section):
             'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained',
         )
         need(
+            self.engine == "hf" or 0.01 <= self.temperature <= 2,
+            f'temperature = {self.temperature:g} needs engine = "hf": vLLM takes 0.01 to 2',
+        )
+        need(
+            self.engine != "vllm-server" or self.samples_per_prompt <= self.batch_size,
+            f"samples_per_prompt = {self.samples_per_prompt} must be at most batch_size = {self.batch_size}: a vLLM "
+            "server takes a prompt's samples together",
+        )
+        need(
             not (self.sleep_level and self.engine != "vllm"),
             f'sleep_level = {self.sleep_level} needs engine = "vllm", this is "{self.engine}"',
         )

@@ -74,7 +74,9 @@ class FileTransfer:
         self._files: list[Path] = []
 
     def stage(self, weights: SamplerWeights, weight_version: str) -> None:
-        old, self._files = self._files, []
+        for path in self._files:  # first: under /dev/shm two versions would be twice the memory
+            path.unlink()
+        self._files = []
         for index, group in enumerate(weights.groups()):
             path = self._folder / f"{weight_version}-{index:05d}.safetensors"
             try:
@@ -86,8 +88,6 @@ class FileTransfer:
                 ) from None
             self._files.append(path)
         self._version = weight_version
-        for path in old:
-            path.unlink()
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
         info = {"files": [str(path) for path in self._files]}

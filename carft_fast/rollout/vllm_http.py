@@ -29,8 +29,12 @@ class ServerApi:
     @staticmethod
     @asynccontextmanager
     async def open(update_timeout_s: float) -> AsyncIterator["ServerApi"]:
-        """Connections are not limited: how many requests are under way is the caller's choice."""
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        """Connections are not limited: how many requests are under way is the caller's choice.
+
+        None is used twice: a server closes one after an error or five idle seconds, and a request sent on it just
+        then would look like a lost server.
+        """
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
             yield ServerApi(session, update_timeout_s)
 
     async def call(
@@ -73,6 +77,9 @@ class ServerApi:
     async def world_size(self, url: str) -> int:
         """GPUs (workers) of the server."""
         return int((await self.call(url, "/get_world_size", post=False, timeout_s=30))["world_size"])
+
+    async def weight_version(self, url: str) -> str:
+        return str((await self.call(url, "/weight_info", post=False, timeout_s=30))["weight_version"])
 
     async def generate(self, url: str, body: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
         """Choices in the order of their index."""

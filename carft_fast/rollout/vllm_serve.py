@@ -7,6 +7,7 @@ that started it is gone, however that died (0: nobody to watch).
 import contextlib
 import hashlib
 import os
+import re
 import runpy
 import signal
 import socket
@@ -92,9 +93,8 @@ class ServerProcess:
         """Why it ended, from the last error in its log."""
         from carft_fast.rollout.vllm_adapter import start_failure
 
-        lines = self.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if "Error" in line and "Traceback" not in line]
-        reason = errors[-1].rpartition("] ")[2].strip() if errors else "it printed no error"
+        found = re.findall(r"\w+Error: (.+)", self.log.read_text(errors="replace"))
+        reason = next((text for text in reversed(found) if "root cause above" not in text), "it printed no error")
         return EngineError(f"{start_failure(RuntimeError(reason))}; the server's log is {self.log}")
 
     def stop(self) -> None:
@@ -130,10 +130,10 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     from carft_fast.model import load_lm_config, resolve_device
     from carft_fast.rollout import check_engine, vllm_adapter
 
+    check_port(host, port)
     device_type = resolve_device(config.model.device).type
     lm_config = load_lm_config(config.model)
     check_engine(config, lm_config, device_type)
-    check_port(host, port)
     digest = hashlib.sha256(lm_config.to_json_string().encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"carft-model-{digest}"
     vllm_adapter.write_model_folder(lm_config, folder)

@@ -27,6 +27,7 @@ from carft_fast.rollout.weights import SamplerWeights
 MENDS = 3
 """Times a server is brought back during one `generate`; a fourth failure is no accident."""
 PROGRESS_SECONDS = 5.0
+WATCH_SECONDS = 5.0
 
 
 class _Server:
@@ -37,7 +38,11 @@ class _Server:
         self.usable = False
         """It answers and holds the current weights."""
         self.failures = 0
-        """During the current `generate`; the workers of before a failure know by it that they are dismissed."""
+        """During the current `generate`."""
+        self.answered = False
+        """Since its process started. One that never did is still starting; one that did and stopped hangs."""
+        self.crew: set[asyncio.Task[None]] = set()
+        """Who sends it prompts and watches it."""
 
     @property
     def url(self) -> str:
@@ -117,6 +122,10 @@ class VLLMServerEngine:
     def _tag(self, version: int) -> str:
         return f"{self._run}-{version}"
 
+    def _check_version(self, *found: str) -> None:
+        if set(found) != {self._tag(self.version)}:
+            raise ServerLost(f"it holds the weights {sorted(set(found))}, not {self._tag(self.version)}")
+
     async def _start(self) -> None:
         async with ServerApi.open(self._config.server_timeout_s) as api:
             await asyncio.gather(*(self._wait_healthy(api, server) for server in self._servers))
@@ -146,17 +155,22 @@ class VLLMServerEngine:
                 last_line = now
                 self._log(f"waiting for the vLLM server at {server.url}: {now - start:.0f} of at most {limit_s:g} s")
             await asyncio.sleep(0.2)
+        server.answered = True
 
     async def _sync(self) -> None:
-        """Staged weights to every server. One that is down is left out, if another is there."""
+        """Staged weights to every server that answers; the others get them while the next prompts are sampled."""
         async with ServerApi.open(self._config.server_timeout_s) as api:
             for server in self._servers:
                 server.usable = False
                 if server.process and not server.process.running:
                     self._restart(server)
-                    await self._wait_healthy(api, server)
-            lost = await self._transfer.send(api, [server.url for server in self._servers])
-            for server in self._servers:
+            ready = await asyncio.gather(*(api.healthy(server.url) for server in self._servers))
+            present = [server for server, healthy in zip(self._servers, ready, strict=True) if healthy]
+            if not present:
+                await asyncio.gather(*(self._wait_healthy(api, server) for server in self._servers))
+                present = self._servers
+            lost = await self._transfer.send(api, [server.url for server in present])
+            for server in present:
                 server.usable = server.url not in lost
                 if server.url in lost:
                     self._log(f"the vLLM server at {server.url} did not take the weights: {lost[server.url]}")
@@ -167,6 +181,7 @@ class VLLMServerEngine:
         assert server.process is not None
         self._log(f"starting the vLLM server at {server.url} again; its log is {server.process.log}")
         server.process.start()
+        server.answered = False
 
     async def _generate(
         self, bodies: Sequence[dict[str, Any]], samples: int, on_progress: Callable[[int], None]
@@ -177,51 +192,72 @@ class VLLMServerEngine:
             waiting.put_nowait(index)
         lost: dict[str, ServerLost] = {}
         changed = asyncio.Event()
-        tasks: set[asyncio.Task[None]] = set()
         mending: set[asyncio.Task[None]] = set()
         # Enough to keep the engine's batch full, few enough that a faster server takes over the rest.
-        at_once = max(2, -(-5 * self._config.batch_size // (4 * samples)))
+        at_once = min(len(bodies), max(2, -(-5 * self._config.batch_size // (4 * samples))))
 
         def employ(server: _Server) -> None:
-            tasks.update(asyncio.create_task(work(server)) for _ in range(min(at_once, len(bodies))))
+            server.usable = True
+            server.crew = {asyncio.create_task(work(server)) for _ in range(at_once)}
+            server.crew.add(asyncio.create_task(watch(server)))
+
+        def lose(server: _Server, failure: ServerLost) -> None:
+            if not server.usable:
+                return
+            server.usable = False
+            server.failures += 1
+            lost[server.url] = failure
+            for task in server.crew - {asyncio.current_task()}:
+                task.cancel()
+            self._log(f"the vLLM server at {server.url} failed ({failure}); its prompts wait for another")
+            mending.add(asyncio.create_task(mend(server)))
+            changed.set()
 
         async def work(server: _Server) -> None:
-            failures = server.failures
             while True:
                 index = await waiting.get()
-                if server.failures != failures:
-                    return waiting.put_nowait(index)
                 try:
                     found[index] = await self._complete(api, server.url, bodies[index])
                 except ServerLost as failure:
                     waiting.put_nowait(index)
-                    if server.failures != failures:
-                        return None
-                    server.usable = False
-                    server.failures += 1
-                    lost[server.url] = failure
-                    self._log(f"the vLLM server at {server.url} failed ({failure}); its prompts wait for another")
-                    mending.add(asyncio.create_task(mend(server)))
+                    return lose(server, failure)
+                except asyncio.CancelledError:
+                    waiting.put_nowait(index)
+                    raise
                 changed.set()
+
+        async def watch(server: _Server) -> None:
+            """Notices a server that another trainer has paused, or that hangs: its answers would never come."""
+            while True:
+                try:
+                    self._check_version(await api.weight_version(server.url))
+                except ServerLost as failure:
+                    return lose(server, failure)
+                await asyncio.sleep(WATCH_SECONDS)
 
         async def mend(server: _Server) -> None:
             if server.failures > MENDS or not (self._transfer.repeatable or self._config.async_depth == 0):
                 return  # too often, or the trainer's weights have moved on: the next sync brings it back
-            if server.process and not (server.process.running and await api.healthy(server.url)):
+            if server.process and (
+                not server.process.running or (server.answered and not await api.healthy(server.url))
+            ):
                 self._restart(server)
             await self._wait_healthy(api, server)
-            still_lost = await self._transfer.send(api, [server.url])
-            if still_lost:
+            if still_lost := await self._transfer.send(api, [server.url]):
                 raise EngineError(f"a vLLM server did not come back: {_reasons(still_lost)}")
-            server.usable = True
             self._log(f"the vLLM server at {server.url} is back, with the current weights")
             employ(server)
+
+        def crews() -> set[asyncio.Task[None]]:
+            return {task for server in self._servers for task in server.crew}
 
         async with ServerApi.open(self._config.server_timeout_s) as api:
             for server in self._servers:
                 server.failures = 0
                 if server.usable:
                     employ(server)
+                else:
+                    mending.add(asyncio.create_task(mend(server)))
             reported = 0
             try:
                 while len(found) < len(bodies):
@@ -230,9 +266,9 @@ class VLLMServerEngine:
                     changed.clear()
                     on_progress((len(found) - reported) * samples)
                     reported = len(found)
-                    for task in [task for task in tasks if task.done()]:
-                        tasks.discard(task)
-                        task.result()
+                    for task in crews():
+                        if task.done() and not task.cancelled():
+                            task.result()
                     for task in [task for task in mending if task.done()]:
                         mending.discard(task)
                         if failure := task.exception():
@@ -241,18 +277,19 @@ class VLLMServerEngine:
                         raise EngineError(f"no vLLM server is left: {_reasons(lost)}")
                 on_progress((len(found) - reported) * samples)
             finally:
-                for task in tasks | mending:
+                left = crews() | mending
+                for task in left:
                     task.cancel()
-                await asyncio.gather(*tasks, *mending, return_exceptions=True)
+                await asyncio.gather(*left, return_exceptions=True)
+                for server in self._servers:
+                    server.crew = set()
         return found
 
     async def _complete(self, api: ServerApi, url: str, body: dict[str, Any]) -> list[Rollout]:
         choices = await api.generate(url, body, self._config.request_timeout_s)
         rollouts = []
         for choice in choices:
-            versions = {span["version"] for span in choice["weight_versions"] or ()}
-            if versions != {self._tag(self.version)}:
-                raise ServerLost(f"it sampled under weights {sorted(versions)}, not {self._tag(self.version)}")
+            self._check_version(*(span["version"] for span in choice["weight_versions"]))
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
             rollouts.append(
                 vllm_adapter.to_rollout(

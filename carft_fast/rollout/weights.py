@@ -80,10 +80,10 @@ class _Part(NamedTuple):
     def merged(self, dtype: torch.dtype) -> Tensor:
         """A tensor of its own where anything had to be computed, else the trainer's."""
         weight = _whole(self.tensor.detach())
-        if self.lora is not None and not self.lora.merged:
+        if self.lora is not None and not (self.lora.merged or self.lora.disable_adapters):
             weight = weight.float()
             for adapter in self.lora.active_adapters:
-                if adapter in self.lora.lora_A:
+                if adapter in self.lora.scaling:
                     weight = weight + _whole(self.lora.get_delta_weight(adapter).detach()).float()
         return weight.to(dtype) if weight.is_floating_point() else weight
 

@@ -1,0 +1,73 @@
+"""Models, prompts and the check that completions are a model's own."""
+
+from collections.abc import Sequence
+
+import torch
+
+from carft_fast.cli import QUICKSTART_CONFIG
+from carft_fast.config import Config, load_config
+from carft_fast.model import CarftModel
+from carft_fast.rollout.base import Rollout, SamplingParams
+from carft_fast.synthetic import build_tokenizer
+
+CPU = torch.device("cpu")
+EOS = build_tokenizer().eos_token_id
+PROMPTS = [[5, 9, 17], [21, 6, 40, 8, 13], [33], [7, 7, 50, 12], [60, 3], [14, 22, 31, 5, 9, 44, 18]] * 2
+TOLERANCE = 1e-4
+
+
+def make_config(*overrides: str) -> Config:
+    base = ["rollout.batch_size=8", "data.max_length=96", "rollout.max_new_tokens=40", "rollout.kv_cache_gib=0.25"]
+    return load_config(str(QUICKSTART_CONFIG), [*base, *overrides])
+
+
+def perturb(model: CarftModel, seed: int) -> None:
+    """Other weights, far from the old ones and from uniform predictions."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.lm.parameters():
+            parameter.mul_(1.1).add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def reference_logprobs(
+    lm: torch.nn.Module, prompt: Sequence[int], ids: Sequence[int], sampling: SamplingParams
+) -> torch.Tensor:
+    """Log-probs of a completion from transformers' forward, of the distribution sampled from. In float64."""
+    with torch.no_grad():
+        logits = lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
+    if sampling.temperature > 0:
+        logits = logits / sampling.temperature
+        if sampling.top_k:
+            logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
+        if sampling.top_p < 1:
+            ordered, order = logits.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            logits = logits.masked_fill(
+                torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= sampling.top_p), -torch.inf
+            )
+    return logits.log_softmax(-1).gather(1, torch.tensor(list(ids))[:, None])[:, 0]
+
+
+def assert_samples_of(
+    lm: torch.nn.Module,
+    rollouts: Sequence[Rollout],
+    sampling: SamplingParams,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Every completion's log-probs are this model's; greedy ones are also the argmax at every token."""
+    jobs = [prompt for prompt in prompts for _ in range(sampling.samples_per_prompt)]
+    assert len(rollouts) == len(jobs)
+    for prompt, rollout in zip(jobs, rollouts, strict=True):
+        ids = rollout.completion_ids
+        assert len(rollout.sampled_logprobs) == len(ids)
+        expected = reference_logprobs(lm, prompt, ids, sampling)
+        got = torch.tensor(rollout.sampled_logprobs, dtype=torch.float64)
+        torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+        if sampling.temperature == 0:
+            with torch.no_grad():
+                best = lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].argmax(-1)
+            assert ids == best.tolist()
+        stopped = EOS in ids
+        assert ids.index(EOS) == len(ids) - 1 if stopped else len(ids) == sampling.max_new_tokens
+        assert rollout.finish_reason == ("stop" if stopped else "length")

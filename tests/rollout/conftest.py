@@ -1,0 +1,57 @@
+"""A real vLLM on the CPU for every test here: one engine in this process, two servers, shared by the session."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+
+from carft_fast.model import CarftModel, load_model
+from carft_fast.rollout.base import RolloutEngine
+from carft_fast.rollout.vllm_engine import VLLMEngine
+from carft_fast.rollout.vllm_server import VLLMServerEngine
+
+from .checks import CPU, EOS, make_config, perturb
+
+
+@pytest.fixture(scope="session")
+def base_model() -> CarftModel:
+    model = load_model(make_config(), "synthetic", CPU, heads=True)
+    perturb(model, 0)
+    return model
+
+
+@pytest.fixture
+def model(base_model: CarftModel) -> CarftModel:
+    return copy.deepcopy(base_model)
+
+
+@pytest.fixture(scope="session")
+def local_engine(base_model: CarftModel) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(make_config("rollout.engine=vllm"), base_model, EOS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
+def server_lines() -> list[str]:
+    """What the servers' engine has said."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def server_engine(
+    base_model: CarftModel, server_lines: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VLLMServerEngine]:
+    """Two servers; the entries of server_devices mean nothing on a CPU but their number."""
+    config = make_config("rollout.engine=vllm-server", 'rollout.server_devices=["0", "1"]')
+    engine = VLLMServerEngine(
+        config, base_model, EOS, folder=tmp_path_factory.mktemp("servers"), log=server_lines.append
+    )
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(params=["vllm", "vllm-server"])
+def engine(request: pytest.FixtureRequest) -> RolloutEngine:
+    """Each engine in turn."""
+    return request.getfixturevalue("local_engine" if request.param == "vllm" else "server_engine")

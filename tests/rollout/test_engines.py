@@ -1,0 +1,251 @@
+"""What every engine has to give, on a real vLLM: the trainer's own log-probs, versions, seeds, and no mixed weights."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from carft_fast.errors import EngineError, InputError
+from carft_fast.model import CarftModel
+from carft_fast.rollout import check_engine
+from carft_fast.rollout.base import RolloutEngine, SamplingParams
+from carft_fast.rollout.hf import HFEngine
+from carft_fast.rollout.probe import check_agreement
+from carft_fast.rollout.stream import RolloutStream
+from carft_fast.rollout.vllm_engine import VLLMEngine
+from carft_fast.rollout.vllm_server import VLLMServerEngine
+from carft_fast.rollout.weights import SamplerWeights
+from carft_fast.synthetic import build_tokenizer
+
+from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
+
+GREEDY = SamplingParams(20, temperature=0)
+SAMPLED = SamplingParams(24, temperature=0.8, top_p=0.9, top_k=12, samples_per_prompt=3, seed=11)
+
+
+def test_greedy_text_and_logprobs_are_transformers_over_three_syncs(engine: RolloutEngine, model: CarftModel) -> None:
+    transformers_engine = HFEngine(model, build_tokenizer(), batch_size=8)
+    version = engine.sync(model)
+    for change in range(4):
+        rollouts = engine.generate(PROMPTS, GREEDY)
+        assert_samples_of(model.lm, rollouts, GREEDY)
+        expected = transformers_engine.generate(PROMPTS, GREEDY)
+        assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+        assert {r.weight_version for r in rollouts} == {version} == {engine.version}
+        perturb(model, 100 + change)
+        assert engine.sync(model) == version + 1
+        version += 1
+
+
+def test_sampled_logprobs_are_of_the_distribution_sampled_from(engine: RolloutEngine, model: CarftModel) -> None:
+    engine.sync(model)
+    for sampling in (SAMPLED, SamplingParams(16, temperature=1.4, seed=3), SamplingParams(16, top_p=0.5, seed=4)):
+        assert_samples_of(model.lm, engine.generate(PROMPTS, sampling), sampling)
+
+
+def test_seeds_repeat_a_run_whatever_the_engine(
+    local_engine: VLLMEngine, server_engine: VLLMServerEngine, model: CarftModel
+) -> None:
+    found = []
+    for engine in (local_engine, server_engine):
+        engine.sync(model)
+        first, again = engine.generate(PROMPTS, SAMPLED), engine.generate(PROMPTS, SAMPLED)
+        assert [r.completion_ids for r in first] == [r.completion_ids for r in again]
+        found.append([r.completion_ids for r in first])
+    assert found[0] == found[1]
+    assert len({tuple(ids) for ids in found[0]}) > len(PROMPTS)  # a prompt's samples differ
+    other = local_engine.generate(PROMPTS, SamplingParams(24, samples_per_prompt=3, seed=12))
+    assert [r.completion_ids for r in other] != found[0]
+
+
+def test_lora_is_merged_for_the_sampler_and_nothing_of_the_trainer_is_touched(
+    engine: RolloutEngine, model: CarftModel
+) -> None:
+    lora = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True)
+    adapted: Any = peft.get_peft_model(copy.deepcopy(model.lm), lora)
+    trainer = CarftModel(model.lm, None, torch.float32)
+    trainer.lm = adapted
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        before = {name: value.clone() for name, value in adapted.state_dict().items()}
+        engine.sync(trainer)
+        assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+        merged = copy.deepcopy(adapted).merge_and_unload()
+        rollouts = engine.generate(PROMPTS, GREEDY)
+        assert_samples_of(merged, rollouts, GREEDY)
+        with pytest.raises(AssertionError):  # the adapter matters: the base model alone is told apart
+            assert_samples_of(model.lm, rollouts, GREEDY)
+
+
+class _BreaksError(Exception):
+    pass
+
+
+def test_a_sync_that_fails_half_way_serves_nothing_and_the_next_one_mends_it(
+    engine: RolloutEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.sync(model)
+    before = engine.version
+    whole = SamplerWeights.groups
+    for groups_until in (1, 2, 3):  # the embedding, then layers
+
+        def broken(self: SamplerWeights, until: int = groups_until) -> Iterator[list[tuple[str, Tensor]]]:
+            for index, group in enumerate(whole(self)):
+                if index == until:
+                    raise _BreaksError
+                yield group
+
+        perturb(model, groups_until)
+        with monkeypatch.context() as patch:
+            patch.setattr(SamplerWeights, "groups", broken)
+            with pytest.raises(_BreaksError):
+                engine.sync(model)
+        with pytest.raises(EngineError, match="last weight sync did not finish"):
+            engine.generate(PROMPTS, GREEDY)
+        assert engine.version == before
+        engine.sync(model)
+        before = engine.version
+        assert_samples_of(model.lm, engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+def test_the_probe_refuses_other_weights_than_the_trainers(engine: RolloutEngine, model: CarftModel) -> None:
+    config = make_config("rollout.temperature=0.7", "rollout.top_p=0.8", "rollout.top_k=10")
+    engine.sync(model)
+    found = check_agreement(engine, model, PROMPTS, config)
+    assert found.mean < 1e-5
+    assert found.max < 1e-4
+    assert found.tokens > 8
+    perturb(model, 5)
+    with pytest.raises(EngineError, match=r"trainer and sampler disagree.*rollout\.probe_tolerance allows 0\.001"):
+        check_agreement(engine, model, PROMPTS, config)
+
+
+def test_the_probe_catches_the_tied_head_that_named_parameters_forgets(
+    local_engine: VLLMEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.lm.config.tie_word_embeddings
+    local_engine.sync(model)
+    perturb(model, 6)
+    whole = SamplerWeights.groups
+
+    def without_head(self: SamplerWeights) -> Iterator[list[tuple[str, Tensor]]]:
+        for group in whole(self):
+            if kept := [(name, tensor) for name, tensor in group if name != "lm_head.weight"]:
+                yield kept
+
+    monkeypatch.setattr(SamplerWeights, "groups", without_head)
+    local_engine.sync(model)
+    with pytest.raises(EngineError, match="trainer and sampler disagree"):
+        check_agreement(local_engine, model, PROMPTS, make_config())
+
+
+def test_prompts_beyond_the_context_are_refused_before_anything_runs(engine: RolloutEngine, model: CarftModel) -> None:
+    engine.sync(model)
+    too_long = [*PROMPTS[:2], [3] * 77]
+    with pytest.raises(InputError, match=r"prompt 2 has 77 tokens; with max_new_tokens = 20 .* of 96 .* 1 to 76"):
+        engine.generate(too_long, GREEDY)
+    with pytest.raises(InputError, match="prompt 0 has 0 tokens"):
+        engine.generate([[]], GREEDY)
+
+
+def test_a_stopped_generation_leaves_the_engine_clean(engine: RolloutEngine, model: CarftModel) -> None:
+    engine.sync(model)
+    expected = engine.generate(PROMPTS, SAMPLED)
+    calls: list[int] = []
+
+    def stop(finished: int) -> None:
+        calls.append(finished)
+        if len(calls) == 3:
+            raise InterruptedError
+
+    long = SamplingParams(80, temperature=2.0, samples_per_prompt=4)
+    with pytest.raises(InterruptedError):
+        engine.generate(PROMPTS, long, on_progress=stop)
+    seen: list[int] = []
+    again = engine.generate(PROMPTS, SAMPLED, on_progress=seen.append)
+    assert sum(seen) == len(expected)
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in expected]
+
+
+def test_one_step_ahead_is_one_version_old_and_no_older(engine: RolloutEngine, model: CarftModel) -> None:
+    """Step k's completions are of the weights before the last sync, all of them, though the trainer has moved on."""
+    steps = 5
+    config = make_config("rollout.engine=vllm", "rollout.async_depth=1").rollout
+    engine.sync(model)
+
+    def request(step: int) -> tuple[list[list[int]], SamplingParams]:
+        return PROMPTS, SamplingParams(20, temperature=1.0, seed=step)
+
+    history: list[Any] = []
+    with RolloutStream(engine, request, steps, config) as stream:
+        for step in range(steps):
+            history.append(copy.deepcopy(model.lm))
+            rollouts, staleness = stream.take(step, lambda _: None)
+            assert staleness == (0 if step == 0 else 1)
+            assert_samples_of(history[max(0, step - 1)], rollouts, request(step)[1])
+            perturb(model, step)  # while the next step is being sampled
+            stream.sync(model)
+    assert_samples_of(model.lm, engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+def test_depth_zero_is_on_policy(engine: RolloutEngine, model: CarftModel) -> None:
+    engine.sync(model)
+    with RolloutStream(engine, lambda step: (PROMPTS, SAMPLED), 3, make_config().rollout) as stream:
+        for step in range(3):
+            rollouts, staleness = stream.take(step, lambda _: None)
+            assert staleness == 0
+            assert_samples_of(model.lm, rollouts, SAMPLED)
+            perturb(model, step)
+            stream.sync(model)
+
+
+def test_what_fails_while_sampling_ahead_is_raised_by_the_step_that_needs_it(
+    local_engine: VLLMEngine, model: CarftModel
+) -> None:
+    config = make_config("rollout.engine=vllm", "rollout.async_depth=1").rollout
+    local_engine.sync(model)
+
+    def request(step: int) -> tuple[list[list[int]], SamplingParams]:
+        return ([[3] * 90] if step == 1 else PROMPTS), GREEDY
+
+    with RolloutStream(local_engine, request, 3, config) as stream:
+        stream.take(0, lambda _: None)
+        stream.sync(model)  # the trainer's update of step 0 is not lost
+        with pytest.raises(InputError, match="prompt 0 has 90 tokens"):
+            stream.take(1, lambda _: None)
+
+
+def test_bfloat16_engine_of_a_float32_trainer(local_engine: VLLMEngine, model: CarftModel) -> None:
+    """The weights it gets are the trainer's, rounded once."""
+    rounded = copy.deepcopy(model.lm)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16())
+    sent = dict(SamplerWeights(model.lm, torch.bfloat16))
+    assert all(torch.equal(sent[name].float(), value) for name, value in rounded.state_dict().items())
+    local_engine._dtype = torch.bfloat16
+    try:
+        local_engine.sync(model)
+    finally:
+        local_engine._dtype = torch.float32
+    assert_samples_of(rounded, local_engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+def test_head_sizes_the_cpu_attention_lacks_are_refused_at_once(model: CarftModel) -> None:
+    lm_config = copy.deepcopy(model.lm.config)
+    lm_config.head_dim = 16
+    with pytest.raises(InputError, match=r"heads have size 16; vLLM on the CPU takes 32, 64.*rollout\.engine = \"hf\""):
+        check_engine(make_config("rollout.engine=vllm"), lm_config, "cpu")
+
+
+def test_too_little_memory_is_one_sentence(model: CarftModel) -> None:
+    with pytest.raises(EngineError, match=r"vLLM has not enough memory .*rollout\.kv_cache_gib"):
+        VLLMEngine(make_config("rollout.engine=vllm", "rollout.kv_cache_gib=100000.0"), model, EOS)

@@ -1,0 +1,338 @@
+"""Servers as they really fail: killed, interrupted, restarted behind the trainer's back, absent, not vLLM at all."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carft_fast.cli import QUICKSTART_CONFIG
+from carft_fast.errors import EngineError, InputError
+from carft_fast.model import CarftModel
+from carft_fast.rollout.base import SamplingParams
+from carft_fast.rollout.transfer import FileTransfer
+from carft_fast.rollout.vllm_http import ServerApi
+from carft_fast.rollout.vllm_serve import ServerProcess, check_port, free_port
+from carft_fast.rollout.vllm_server import VLLMServerEngine
+from carft_fast.rollout.weights import SamplerWeights
+
+from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
+
+GREEDY = SamplingParams(20, temperature=0)
+LONG = SamplingParams(80, temperature=1.0, samples_per_prompt=8, seed=2)
+
+
+def weight_version(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/weight_info", timeout=10) as answer:
+        return json.load(answer)["weight_version"]
+
+
+def answers(url: str) -> bool:
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except OSError:
+        return False
+
+
+def urls(engine: VLLMServerEngine) -> list[str]:
+    return [server.url for server in engine._servers]
+
+
+def everybody_back(engine: VLLMServerEngine) -> None:
+    """Wait for the servers that are starting; they join in while the next prompts are sampled."""
+    deadline = time.monotonic() + 120
+    while not all(map(answers, urls(engine))) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    for _ in range(5):
+        engine.generate(PROMPTS, LONG)
+    assert all(server.usable for server in engine._servers)
+
+
+def call(url: str, *names: str) -> None:
+    """Phases of a weight update, by name, as a trainer calls them."""
+
+    async def run() -> None:
+        async with ServerApi.open(30) as api:
+            for name in names:
+                await getattr(api, name)(url)
+
+    asyncio.run(run())
+
+
+def test_both_servers_work_and_hold_the_version(server_engine: VLLMServerEngine, model: CarftModel) -> None:
+    server_engine.sync(model)
+    assert {weight_version(url) for url in urls(server_engine)} == {f"{server_engine._run}-{server_engine.version}"}
+
+    def served(url: str) -> float:
+        text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+        lines = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total")]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    before = [served(url) for url in urls(server_engine)]
+    server_engine.generate(PROMPTS * 2, LONG)
+    assert all(served(url) > old for url, old in zip(urls(server_engine), before, strict=True))
+
+
+def test_a_server_killed_while_sampling_loses_and_doubles_nothing(
+    server_engine: VLLMServerEngine, server_lines: list[str], model: CarftModel
+) -> None:
+    server_engine.sync(model)
+    expected = server_engine.generate(PROMPTS, LONG)
+    victim = server_engine.pids[0]
+    seen: list[int] = []
+
+    def kill(finished: int) -> None:
+        seen.append(finished)
+        if len(seen) == 2:
+            os.kill(victim, signal.SIGKILL)
+
+    rollouts = server_engine.generate(PROMPTS, LONG, on_progress=kill)
+    assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    assert sum(seen) == len(expected)
+    assert any("failed" in line and "wait for another" in line for line in server_lines)
+    # another takes its place, and has the weights of now, not those of its start, before it samples
+    perturb(model, 1)
+    server_engine.sync(model)
+    assert victim not in server_engine.pids
+    everybody_back(server_engine)
+    assert {weight_version(url) for url in urls(server_engine)} == {f"{server_engine._run}-{server_engine.version}"}
+    assert_samples_of(model.lm, server_engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+def test_all_servers_killed_come_back_with_the_current_weights(
+    server_engine: VLLMServerEngine, server_lines: list[str], model: CarftModel
+) -> None:
+    server_engine.sync(model)
+    expected = server_engine.generate(PROMPTS, LONG)
+    perturb(model, 2)  # the trainer's weights move on; the servers come back with those that were synced
+    killed: list[int] = []
+
+    def kill(_: int) -> None:
+        if not killed:
+            killed.extend(server_engine.pids)
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    rollouts = server_engine.generate(PROMPTS, LONG, on_progress=kill)
+    assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    assert any("is back, with the current weights" in line for line in server_lines)
+    server_engine.sync(model)
+    assert_samples_of(model.lm, server_engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+def test_weights_that_do_not_arrive_whole_are_never_served(
+    server_engine: VLLMServerEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The transfer breaks off in the middle of the servers' own loading."""
+    server_engine.sync(model)
+    perturb(model, 3)
+    stage = FileTransfer.stage
+
+    def lose_the_last_file(self: FileTransfer, weights: SamplerWeights, version: str) -> None:
+        stage(self, weights, version)
+        self._files[-1].write_bytes(self._files[-1].read_bytes()[:100])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileTransfer, "stage", lose_the_last_file)
+        with pytest.raises(EngineError, match="no vLLM server took the weights"):
+            server_engine.sync(model)
+    assert {weight_version(url) for url in urls(server_engine)} == {"incomplete"}
+    with pytest.raises(EngineError, match="last weight sync did not finish"):
+        server_engine.generate(PROMPTS, GREEDY)
+    server_engine.sync(model)
+    assert_samples_of(model.lm, server_engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+@pytest.mark.parametrize("phases", [("open_update",), ("open_update", "start_update")])
+def test_an_update_another_trainer_left_open_is_noticed_and_ended(
+    server_engine: VLLMServerEngine, model: CarftModel, phases: tuple[str, ...]
+) -> None:
+    server_engine.sync(model)
+    for url in urls(server_engine):
+        call(url, *phases)
+    # noticed while sampling, though this engine's own sync was whole: the servers get the weights again
+    assert_samples_of(model.lm, server_engine.generate(PROMPTS, GREEDY), GREEDY)
+    for url in urls(server_engine):
+        call(url, *phases)
+    perturb(model, 4)
+    server_engine.sync(model)
+    assert_samples_of(model.lm, server_engine.generate(PROMPTS, GREEDY), GREEDY)
+
+
+def test_a_training_step_is_completed_though_a_server_is_killed_in_it(
+    server_engine: VLLMServerEngine, model: CarftModel, tmp_path: Path, tiny_run: list[str]
+) -> None:
+    """A real run on servers it did not start, one of which dies for good while it samples the first step."""
+    server_engine.sync(model)
+    victim = server_engine.pids[1]
+    victim_url = urls(server_engine)[1]
+
+    def kill_when_sampling() -> None:
+        while True:
+            text = urllib.request.urlopen(f"{victim_url}/metrics", timeout=10).read().decode()
+            running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+            version = weight_version(victim_url)
+            if any(float(line.rsplit(" ", 1)[1]) > 0 for line in running) and version != own_version:
+                os.killpg(victim, signal.SIGKILL)
+                return
+
+    own_version = weight_version(victim_url)
+    killer = threading.Thread(target=kill_when_sampling, daemon=True)
+    killer.start()
+    servers = json.dumps(urls(server_engine))
+    options = [*tiny_run, "--set", "rl.max_steps=2", "--set", "rl.eval_every=1", "--set", "rollout.engine=vllm-server"]
+    options += ["--set", "data.max_length=96", "--set", "rollout.batch_size=8", "--set", f"rollout.servers={servers}"]
+    command = [sys.executable, "-m", "carft_fast", "rl", "--config", str(QUICKSTART_CONFIG), *options]
+    result = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "run")], capture_output=True, text=True, check=False, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    killer.join(10)
+    assert not killer.is_alive()
+    assert f"{victim_url} failed" in result.stdout
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    train = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in train] == [1, 2]
+    for record in train:
+        assert record["staleness"] == 0
+        assert record["sampler_diff_max"] < 1e-4
+    evaluated = [record["rows"] for record in records if record["kind"] == "eval"]
+    assert evaluated == [20, 20, 20]
+    server_engine.sync(model)
+    everybody_back(server_engine)
+
+
+def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(tmp_path: Path) -> None:
+    """Its server ends by itself; the weights it staged go when the next trainer starts."""
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from carft_fast.rollout.transfer import FileTransfer\n"
+        "from carft_fast.rollout.vllm_serve import ServerProcess\n"
+        f"transfer = FileTransfer({str(tmp_path)!r})\n"
+        f"server = ServerProcess(['--model', 'nowhere'], Path({str(tmp_path / 'log')!r}), None)\n"
+        "server.start()\n"
+        "print(server.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert trainer.stdout is not None
+    server = int(trainer.stdout.readline())
+    assert len(list(tmp_path.glob("carft-weights-*"))) == 1
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{server}").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{server}").exists()
+    transfer = FileTransfer(str(tmp_path))
+    assert len(list(tmp_path.glob("carft-weights-*"))) == 1
+    transfer.close()
+    assert not list(tmp_path.glob("carft-weights-*"))
+
+
+def test_a_server_that_does_not_start_says_why(model: CarftModel, tmp_path: Path) -> None:
+    config = make_config("rollout.engine=vllm-server", "rollout.kv_cache_gib=100000.0")
+    with pytest.raises(EngineError, match=r"vLLM has not enough memory .*rollout\.kv_cache_gib.*vllm-server-0\.log"):
+        VLLMServerEngine(config, model, EOS, folder=tmp_path, log=lambda _: None)
+    assert (
+        "KV cache" in (tmp_path / "vllm-server-0.log").read_text()
+        or "kv cache" in (tmp_path / "vllm-server-0.log").read_text()
+    )
+
+
+def test_a_server_that_never_answers_is_named_after_the_timeout(model: CarftModel) -> None:
+    lines: list[str] = []
+    url = f"http://127.0.0.1:{free_port()}"
+    config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{url}"]', "rollout.server_timeout_s=6.0")
+    with pytest.raises(EngineError, match=rf"{url} did not answer in 6 s .*is it running\?"):
+        VLLMServerEngine(config, model, EOS, folder=None, log=lines.append)
+    assert any("waiting for the vLLM server" in line and "of at most 6 s" in line for line in lines)
+
+
+def test_something_else_than_vllm_is_told_apart(model: CarftModel, other_server: str) -> None:
+    config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{other_server}"]')
+    with pytest.raises(EngineError, match=r"has no /v1/models .*carft-fast serve"):
+        VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+
+
+@pytest.fixture
+def other_server() -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_server_with_a_shorter_context_is_refused(server_engine: VLLMServerEngine, model: CarftModel) -> None:
+    servers = json.dumps(urls(server_engine))
+    config = make_config("rollout.engine=vllm-server", f"rollout.servers={servers}", "data.max_length=128")
+    with pytest.raises(InputError, match=r"takes 96 tokens; data\.max_length is 128"):
+        VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+
+
+def test_a_port_in_use_is_named() -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as busy:
+        with pytest.raises(InputError, match=rf"port {busy.server_port} on 127.0.0.1: Address already in use"):
+            check_port("127.0.0.1", busy.server_port)
+        command = [sys.executable, "-m", "carft_fast", "serve", "--config", str(QUICKSTART_CONFIG)]
+        result = subprocess.run(
+            [*command, "--port", str(busy.server_port)], capture_output=True, text=True, check=False
+        )
+    assert result.returncode == 2
+    assert f"port {busy.server_port}" in result.stderr
+
+
+def test_served_by_the_command_line_and_used_by_two_trainers(model: CarftModel, tmp_path: Path) -> None:
+    """`carft-fast serve`, then two trainers one after the other: each syncs before it samples."""
+    port = free_port()
+    arguments = ["data.max_length=96", "rollout.batch_size=8", "rollout.kv_cache_gib=0.25"]
+    options = [word for argument in arguments for word in ("--set", argument)]
+    command = [sys.executable, "-m", "carft_fast", "serve", "--config", str(QUICKSTART_CONFIG), *options]
+    with (tmp_path / "serve.log").open("wb") as log:
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{url}"]')
+    try:
+        for seed in (7, 8):
+            perturb(model, seed)
+            engine = VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+            with pytest.raises(EngineError, match="sync"):
+                engine.generate(PROMPTS, GREEDY)
+            engine.sync(model)
+            assert_samples_of(model.lm, engine.generate(PROMPTS, GREEDY), GREEDY)
+            engine.close()
+            assert server.poll() is None  # it is not the trainer's to end
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) is not None
+
+
+def test_stop_ends_the_whole_group(tmp_path: Path) -> None:
+    server = ServerProcess(["--model", "nowhere"], tmp_path / "log", None)
+    server.start()
+    pid = server.pid
+    assert server.running
+    server.stop()
+    assert not server.running
+    assert pid is not None
+    assert not Path(f"/proc/{pid}").exists()

@@ -1,0 +1,171 @@
+"""What trainer and sampler disagree on: measured on the sampler's support, and weighted away on request."""
+
+import math
+
+import pytest
+import torch
+
+from carft_fast.batch import pack
+from carft_fast.config import load_config
+from carft_fast.errors import InputError
+from carft_fast.losses import (
+    RolloutTargets,
+    completion_logprobs,
+    correction_weights,
+    ppo_loss,
+    sampler_support_logprobs,
+)
+from carft_fast.model import CarftModel, load_model
+from carft_fast.rollout.base import SamplingParams
+from carft_fast.rollout.hf import HFEngine
+from carft_fast.rollout.probe import Mismatch, sampled_logprobs
+from carft_fast.synthetic import build_tokenizer
+
+CPU = torch.device("cpu")
+PROMPTS = [[5, 9, 17], [21, 6, 40, 8, 13], [33], [7, 7, 50, 12]]
+
+
+@pytest.fixture
+def model() -> CarftModel:
+    model = load_model(load_config(None, ["model.path=synthetic"]), "synthetic", CPU, heads=True)
+    with torch.no_grad():  # far from uniform
+        for parameter in model.lm.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"),
+    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 0.8, 0), (1.3, 1.0, 7), (0.6, 0.7, 9), (1.0, 0.05, 0), (1.0, 1.0, 1000)],
+)
+def test_equal_weights_give_ratio_one_whatever_the_sampler_cut_off(
+    model: CarftModel, temperature: float, top_p: float, top_k: int, plain_head: bool
+) -> None:
+    sampling = SamplingParams(20, temperature=temperature, top_p=top_p, top_k=top_k, samples_per_prompt=4, seed=1)
+    rollouts = HFEngine(model, build_tokenizer(), batch_size=64).generate(PROMPTS, sampling)
+    model.plain_head = plain_head
+    jobs = [prompt for prompt in PROMPTS for _ in range(4)]
+    batch = pack(jobs, [r.completion_ids for r in rollouts], CPU)
+    with torch.no_grad():
+        output = model(batch)
+        logprob = completion_logprobs(model, output, batch, temperature=temperature)
+        support = sampler_support_logprobs(
+            model, output, batch, logprob, temperature=temperature, top_p=top_p, top_k=top_k
+        )
+    sampled = sampled_logprobs(rollouts, CPU)
+    found = Mismatch.of(support, sampled)
+    assert found.max < 2e-5
+    assert found.material == 0
+    assert found.tokens == len(sampled)
+    for mode in ("truncated", "masked"):
+        config = load_config(None, [f"rollout.correction={mode}"]).rollout
+        weights = correction_weights(support, sampled, config)
+        assert weights is not None
+        torch.testing.assert_close(weights, torch.ones_like(weights), rtol=1e-4, atol=1e-4)
+    if top_p < 1 or 0 < top_k < 50:  # over the full vocabulary the kept mass would look like a disagreement
+        biased = (logprob - sampled).exp()
+        assert float(biased.mean()) < 0.97
+        assert bool((biased <= 1 + 1e-4).all())
+
+
+def test_a_sampled_token_outside_the_trainers_cut_is_still_finite(model: CarftModel) -> None:
+    batch = pack([PROMPTS[0]], [[3, 4, 5]], CPU)
+    with torch.no_grad():
+        output = model(batch)
+        logprob = completion_logprobs(model, output, batch)
+        support = sampler_support_logprobs(model, output, batch, logprob, temperature=1.0, top_p=1.0, top_k=1)
+        best = output.hidden_TD[batch.predict_index_C] @ model.head_weight_VD.T
+    top = best.log_softmax(-1).max(-1).values
+    both = torch.where(batch.target_C == best.argmax(-1), top, torch.logaddexp(top, logprob))
+    torch.testing.assert_close(support, logprob - both)
+
+
+def test_weights_by_hand() -> None:
+    ratio = torch.tensor([0.1, 0.5, 1.0, 2.0, 4.0])
+    sampled = torch.full((5,), -3.0)
+    logprob = sampled + ratio.log()
+
+    def weights(*overrides: str) -> torch.Tensor | None:
+        return correction_weights(logprob, sampled, load_config(None, [f"rollout.{o}" for o in overrides]).rollout)
+
+    def expect(found: torch.Tensor | None, values: list[float]) -> None:
+        assert found is not None
+        torch.testing.assert_close(found, torch.tensor(values))
+
+    assert weights() is None
+    expect(weights("correction=truncated"), [0.1, 0.5, 1.0, 2.0, 2.0])
+    expect(weights("correction=truncated", "correction_cap=3.0"), [0.1, 0.5, 1.0, 2.0, 3.0])
+    expect(weights("correction=masked", "correction_cap=3.0"), [0.1, 0.5, 1.0, 2.0, 0.0])
+    expect(weights("correction=masked", "correction_cap=5.0", "correction_floor=0.3"), [0.0, 0.5, 1.0, 2.0, 4.0])
+
+
+@pytest.mark.parametrize("plain_head", [True, False])
+def test_the_policy_gradient_is_weighted_and_the_value_loss_is_not(model: CarftModel, plain_head: bool) -> None:
+    """Against the surrogate written out, at ratio 1: sum of weight * correction * -A * grad log-prob."""
+    model.plain_head = plain_head
+    config = load_config(None, ["rl.value_coef=0.5"]).rl
+    batch = pack(PROMPTS[:2], [[8, 9, 10], [11, 12]], CPU)
+    advantage = torch.tensor([0.5, -1.0, 2.0, 1.0, -0.3])
+    correction = torch.tensor([0.0, 1.7, 1.0, 0.4, 0.0])
+    returns = torch.linspace(-1, 1, 5)
+
+    def gradients(correction: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        output = model(batch)
+        value = model.value(output.hidden_TD)
+        old = completion_logprobs(model, output, batch).detach()
+        targets = RolloutTargets(old, value[batch.predict_index_C].detach(), advantage, returns, correction)
+        loss, _, _ = ppo_loss(model, output, value, batch, targets, config, sequences=2, temperature=1.0)
+        loss.backward()
+        return [p.grad.clone() for p in model.lm.parameters() if p.grad is not None]
+
+    output = model(batch)
+    value = model.value(output.hidden_TD)[batch.predict_index_C]
+    logprob = completion_logprobs(model, output, batch)
+    weight = torch.tensor([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4])
+    model.zero_grad()
+    expected_loss = (weight * (-correction * advantage * logprob + 0.25 * (value - returns) ** 2)).sum()
+    expected_loss.backward()
+    expected = [p.grad.clone() for p in model.lm.parameters() if p.grad is not None]
+    for found, wanted in zip(gradients(correction), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    different = [not torch.allclose(a, b) for a, b in zip(gradients(torch.ones(5)), expected, strict=True)]
+    assert any(different)
+
+
+def test_mismatch_of_known_differences() -> None:
+    found = Mismatch.of(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([0.005, 1.0, 2.5, 2.0]))
+    assert math.isclose(found.mean, 0.37625, rel_tol=1e-5)
+    assert (found.max, found.material, found.tokens) == (1.0, 0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.async_depth=1"], r'rollout\.async_depth = 1 needs engine = "vllm" or "vllm-server"'),
+        (["rollout.sleep_level=1"], r'rollout\.sleep_level = 1 needs engine = "vllm"'),
+        (
+            ["rollout.sleep_level=2", "rollout.async_depth=1", "rollout.engine=vllm"],
+            r"rollout\.sleep_level = 2 needs async_depth = 0",
+        ),
+        (["rollout.tensor_parallel=2", "rollout.engine=vllm"], r'tensor_parallel = 2 needs engine = "vllm-server"'),
+        (['rollout.servers=["http://a:1"]'], r'servers and server_devices need engine = "vllm-server"'),
+        (["rollout.engine=vllm-server", 'rollout.servers=["a:1"]'], r'"a:1" is no address: expected http://host:port'),
+        (["rollout.engine=vllm-server", 'rollout.servers=["http://a","http://a"]'], "an address is there twice"),
+        (
+            ["rollout.engine=vllm-server", 'rollout.servers=["http://a"]', 'rollout.server_devices=["1"]'],
+            "give one of the two",
+        ),
+        (["rollout.correction_floor=0.5"], r'correction_floor = 0\.5 needs correction = "masked"'),
+        (["rollout.engine=vllm", "rollout.temperature=2.5"], r'temperature = 2\.5 needs engine = "hf"'),
+        (
+            ["rollout.engine=vllm-server", "rollout.samples_per_prompt=64", "rollout.batch_size=8"],
+            r"samples_per_prompt = 64 must be at most batch_size = 8",
+        ),
+        (["rollout.engine=sglang"], r"rollout\.engine = \"sglang\": input should be 'hf', 'vllm' or 'vllm-server'"),
+    ],
+)
+def test_impossible_rollout_settings_are_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load_config(None, overrides)
