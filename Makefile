@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test lint bench kernels-aot kernels-sanitize kernels-mutate smollm2 clean
+.PHONY: help setup sampler quickstart test lint bench bench-rollout kernels-aot kernels-sanitize kernels-mutate smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test        run every test"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       write the benchmark report"
+	@echo "make bench-rollout  compare the sampling engines"
 	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
 	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
 	@echo "make kernels-mutate    break the kernels and count what the tests notice"
@@ -41,8 +42,7 @@ quickstart: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/carft-fast quickstart --output-dir $(OUT) $(ARGS)
 
 # A Hub id works the same: carft-fast ... --set model.path=HuggingFaceTB/SmolLM2-135M-Instruct
-smollm2: setup
-	$(BIN)/python scripts/fetch_smollm2.py models/smollm2
+smollm2: models/smollm2
 
 test: sampler
 	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
@@ -54,6 +54,14 @@ lint: sampler
 
 bench: sampler
 	$(BIN)/python -m benchmarks.ops
+	$(MAKE) bench-rollout
+
+# SmolLM2 on SVAMP prompts as well: make bench-rollout SVAMP=path/to/svamp_nl.json (about 12 minutes)
+bench-rollout: sampler $(if $(SVAMP),models/smollm2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rollout $(if $(SVAMP),--smollm2 models/smollm2 --data $(SVAMP)) $(ARGS)
+
+models/smollm2: | setup
+	$(BIN)/python scripts/fetch_smollm2.py $@
 
 # Machine code of every kernel and configuration for sm_80, sm_90 and sm_100: no GPU, about four minutes.
 kernels-aot: setup

@@ -94,7 +94,7 @@ def run_case(name: str, model_path: str, data: str, dtype: str, repeats: int) ->
     return rows
 
 
-def report(rows: list[dict[str, Any]], machine: str) -> str:
+def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Rollout engines on the CPU",
         "",
@@ -113,7 +113,8 @@ def report(rows: list[dict[str, Any]], machine: str) -> str:
             f"{high:.0f} | {row['tokens_per_second'] / base[row['model'], row['dtype']]:.2f} | "
             f"{1000 * row['sync_seconds']:.1f} | {row['sync_seconds'] / row['seconds']:.2%} |"
         )
-    return "\n".join([*lines, "", machine, ""])
+    machines = {row["machine"]: row["model"] for row in reversed(rows)}
+    return "\n".join([*lines, "", *(f"{model}: {machine}\n" for machine, model in reversed(machines.items()))])
 
 
 def main() -> None:
@@ -138,10 +139,15 @@ def main() -> None:
             f"commit {commit()}",
         ]
     )
+    rows = [row | {"machine": machine} for row in rows]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rollout_cpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "rollout_cpu.md").write_text(report(rows, machine))
-    print(report(rows, machine))
+    results = RESULTS / "rollout_cpu.json"
+    if results.is_file():  # a model that was left out this time keeps its rows
+        done = {name for name, _ in cases}
+        rows += [row for row in json.loads(results.read_text())["rows"] if row["model"] not in done]
+    results.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    results.with_suffix(".md").write_text(report(rows))
+    print(report(rows))
 
 
 if __name__ == "__main__":
