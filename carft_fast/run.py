@@ -112,13 +112,19 @@ class Run:
 
     def sampler(self, model: CarftModel) -> RolloutEngine:
         """The run's sampler, with this model's weights: started at its first use, shared by the stages."""
+
+        def log(message: str) -> None:
+            """Called while a server is waited for: a stop request ends the wait."""
+            self.console.log(message)
+            self.stop.check()
+
         if self._engine is None:
             self._engine = build_engine(
                 self.config,
                 model,
                 self.tokenizer,
                 folder=self.folder if self.folder.is_dir() else None,
-                log=self.console.log,
+                log=log,
             )
         else:
             self._engine.sync(model)

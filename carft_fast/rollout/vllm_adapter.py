@@ -168,7 +168,9 @@ def start_failure(error: BaseException) -> EngineError:
 
 
 def _first_line(text: str) -> str:
-    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+    """Without pydantic's heading and tail."""
+    lines = (line.strip() for line in text.splitlines() if "validation error for" not in line)
+    return next((line.removeprefix("Value error, ").partition(" [type=")[0] for line in lines if line), "")
 
 
 def sampling_fields(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[str, Any]:
