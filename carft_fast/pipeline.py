@@ -127,6 +127,9 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
         steps = stage_total_steps(run.config, stage, len(run.train_rows))
         table.add_row(stage, f"{steps} steps of {stage_config.batch_size} sequences, lr {stage_config.lr:g}")
     table.add_row("evaluation", f"{len(run.eval_rows)} rows")
+    rollout = run.config.rollout
+    servers = f", {len(rollout.servers or rollout.server_devices) or 1} server(s)" * (rollout.engine == "vllm-server")
+    table.add_row("sampling", f"{rollout.engine}{servers}, at most {rollout.max_new_tokens} tokens")
     table.add_row("device", f"{run.device}, {run.config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
     return table

@@ -63,9 +63,7 @@ class SamplerWeights:
         for names in _by_layer(list(self._parts)):
             parts = [self._parts[name] for name in names]
             with _gathered([p for part in parts for p in part.parameters()]):
-                group = [(name, part.merged(self.dtype)) for name, part in zip(names, parts, strict=True)]
-            yield group
-            del group  # before the next layer is gathered
+                yield [(name, part.merged(self.dtype)) for name, part in zip(names, parts, strict=True)]
 
 
 class _Part(NamedTuple):

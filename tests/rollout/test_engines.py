@@ -11,7 +11,7 @@ from torch import Tensor
 
 from carft_fast.errors import EngineError, InputError
 from carft_fast.model import CarftModel
-from carft_fast.rollout import check_engine
+from carft_fast.rollout import check_engine, vllm_adapter
 from carft_fast.rollout.base import RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.probe import check_agreement
@@ -249,3 +249,36 @@ def test_head_sizes_the_cpu_attention_lacks_are_refused_at_once(model: CarftMode
 def test_too_little_memory_is_one_sentence(model: CarftModel) -> None:
     with pytest.raises(EngineError, match=r"vLLM has not enough memory .*rollout\.kv_cache_gib"):
         VLLMEngine(make_config("rollout.engine=vllm", "rollout.kv_cache_gib=100000.0"), model, EOS)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_the_order_of_sleeping_and_waking(
+    local_engine: VLLMEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    """On the CPU vLLM takes the calls and frees nothing; what is left to show is that the right weights sample."""
+    monkeypatch.setattr(local_engine, "_sleep_level", level)
+    local_engine.sync(model)
+    for change in range(2):
+        for _ in range(2):  # the second call finds the engine asleep, its weights gone at level 2
+            assert_samples_of(model.lm, local_engine.generate(PROMPTS, GREEDY), GREEDY)
+            assert local_engine._asleep
+        perturb(model, change)
+        local_engine.sync(model)
+        assert not local_engine._asleep
+
+
+def test_vllms_own_senders_read_the_same_stream(model: CarftModel) -> None:
+    """Through the groups vLLM makes of it, which check that names come in the order of the metadata."""
+    weights = SamplerWeights(model.lm, torch.bfloat16)
+    source = vllm_adapter.transfer_source(weights)
+    described = source.metadata if hasattr(source, "iter_full") else source.metadata()
+    assert [(meta.name, meta.shape) for meta in described] == weights.metadata()
+    assert {meta.dtype for meta in described} == {torch.bfloat16}
+    read = (
+        source.iter_full()
+        if hasattr(source, "iter_full")
+        else (pair for names, tensors in source.iter_groups() for pair in zip(names, tensors, strict=True))
+    )
+    sent = dict(read)
+    assert all(torch.equal(sent[name], value) for name, value in weights)
+    assert len(sent) == len(described)
