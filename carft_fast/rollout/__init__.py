@@ -1,5 +1,6 @@
 """Sampling completions: one interface (`base`), an engine a file, and the choice between them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
             f'rollout.weight_transfer = "{rollout.weight_transfer}": needs model.device cuda, this is {device_type}; '
             'allowed here: "files"'
         )
+    if rollout.transfer_dir and not os.access(rollout.transfer_dir, os.W_OK | os.X_OK):
+        raise InputError(f"rollout.transfer_dir = {rollout.transfer_dir}: not a folder that can be written to")
     if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
         from carft_fast.rollout import vllm_adapter
 
@@ -40,7 +43,7 @@ def build_engine(
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names, with the model's current weights.
 
-    `folder` gets the logs of servers that are started; `log` is told what takes long.
+    `folder` gets the logs of servers that are started (absent: the temporary folder); `log` is told what takes long.
     """
     rollout = config.rollout
     if rollout.engine == "hf":

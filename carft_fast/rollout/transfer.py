@@ -6,6 +6,7 @@ between can be taken for a rollout.
 
 import asyncio
 import os
+import platform
 import shutil
 import socket
 import tempfile
@@ -16,7 +17,7 @@ from urllib.parse import urlsplit
 
 from safetensors.torch import save_file
 
-from carft_fast.errors import EngineError, InputError
+from carft_fast.errors import EngineError
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_http import ServerApi, ServerLost, all_of
 from carft_fast.rollout.vllm_serve import free_port
@@ -55,30 +56,30 @@ class Transfer(Protocol):
 class FileTransfer:
     """One safetensors file for each layer; only the current version's stay.
 
-    The folder's name has the trainer's process id, so that what a killed one left (in memory, under /dev/shm) is
-    removed by the next trainer.
+    The folder's name has the trainer's process id and machine, so that what a killed one left (in memory, under
+    /dev/shm) is removed by the next trainer there.
     """
 
     repeatable = True
 
     def __init__(self, folder: str) -> None:
         root = Path(folder) if folder else Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
-        if folder and not Path(folder).is_dir():
-            raise InputError(f"rollout.transfer_dir = {folder}: not a folder")
         root = root or Path(tempfile.gettempdir())
-        for left in root.glob(f"{_PREFIX}*"):
+        machine = platform.node()
+        for left in root.glob(f"{_PREFIX}*-{machine}-*"):
             if not Path(f"/proc/{left.name.split('-')[2]}").exists():
                 shutil.rmtree(left, ignore_errors=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=root))
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{machine}-", dir=root))
         self._version = ""
         self._files: list[Path] = []
 
     def stage(self, weights: SamplerWeights, weight_version: str) -> None:
         for path in self._files:  # first: under /dev/shm two versions would be twice the memory
-            path.unlink()
+            path.unlink(missing_ok=True)
         self._files = []
         for index, group in enumerate(weights.groups()):
             path = self._folder / f"{weight_version}-{index:05d}.safetensors"
+            self._files.append(path)
             try:
                 save_file({name: tensor.contiguous() for name, tensor in group}, path)
             except OSError as error:
@@ -86,7 +87,6 @@ class FileTransfer:
                     f"the weights could not be written to {path.parent} ({error}): set rollout.transfer_dir to a "
                     "folder with room for them"
                 ) from None
-            self._files.append(path)
         self._version = weight_version
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:

@@ -48,13 +48,18 @@ def check_installed() -> str:
     )
 
 
+IN_PROCESS_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would tear our progress bars
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
 def prepare_environment() -> None:
     """vLLM reads these when it is first imported. What the user has set stays."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process: weights without a copy
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer's threads stay as they are
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its lines would tear our progress bars
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name, value in IN_PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
 

@@ -22,20 +22,20 @@ from typing import NoReturn
 
 from carft_fast.config import Config
 from carft_fast.errors import EngineError, InputError
+from carft_fast.rollout import vllm_adapter
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
 
 
 def server_environment(cuda_visible_devices: str | None) -> dict[str, str]:
-    """Of the server process; what the user has set stays."""
+    """Of the server process; what the user has set stays, what an engine in this process needs does not."""
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # "ipc" handles travel pickled
-        **os.environ,
     }
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)  # set for an engine in the trainer's process only
+    environment |= {k: v for k, v in os.environ.items() if vllm_adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     return environment
@@ -91,11 +91,9 @@ class ServerProcess:
 
     def failure(self) -> EngineError:
         """Why it ended, from the last error in its log."""
-        from carft_fast.rollout.vllm_adapter import start_failure
-
         found = re.findall(r"\w+Error: (.+)", self.log.read_text(errors="replace"))
         reason = next((text for text in reversed(found) if "root cause above" not in text), "it printed no error")
-        return EngineError(f"{start_failure(RuntimeError(reason))}; the server's log is {self.log}")
+        return EngineError(f"{vllm_adapter.start_failure(RuntimeError(reason))}; the server's log is {self.log}")
 
     def stop(self) -> None:
         """SIGTERM to the group, SIGKILL after five seconds."""
@@ -128,7 +126,7 @@ def _end_with(parent: int) -> None:
 def serve(config: Config, host: str, port: int) -> NoReturn:
     """Replace this process by a server for runs with this config; it waits for a trainer's weights."""
     from carft_fast.model import load_lm_config, resolve_device
-    from carft_fast.rollout import check_engine, vllm_adapter
+    from carft_fast.rollout import check_engine
 
     check_port(host, port)
     device_type = resolve_device(config.model.device).type

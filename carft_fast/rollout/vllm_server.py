@@ -72,7 +72,8 @@ class VLLMServerEngine:
             options = vllm_adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
             arguments = vllm_adapter.server_arguments(options, scratch / "model", backend)
             for index, devices in enumerate(rollout.server_devices or [None]):
-                process = ServerProcess(arguments, (folder or scratch) / f"vllm-server-{index}.log", devices)
+                log_file = (folder or Path(tempfile.gettempdir())) / f"vllm-server-{index}.log"
+                process = ServerProcess(arguments, log_file, devices)
                 process.start()
                 self._servers.append(_Server("", process))
         try:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -259,6 +260,19 @@ def test_a_server_that_never_answers_is_named_after_the_timeout(model: CarftMode
     with pytest.raises(EngineError, match=rf"{url} did not answer in 6 s .*is it running\?"):
         VLLMServerEngine(config, model, EOS, folder=None, log=lines.append)
     assert any("waiting for the vLLM server" in line and "of at most 6 s" in line for line in lines)
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_1(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    options = ["rollout.engine=vllm-server", f'rollout.servers=["{url}"]', "rollout.server_timeout_s=1.0"]
+    command = [sys.executable, "-m", "carft_fast", "eval", "--config", str(QUICKSTART_CONFIG)]
+    command += [word for option in options for word in ("--set", option)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert re.fullmatch(rf"error: the vLLM server at {url} did not answer in 1 s .*\n", result.stderr)
+    plan = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=False)
+    assert plan.returncode == 0
+    assert "vllm-server, 1 server(s), at most 56 tokens" in plan.stdout
 
 
 def test_something_else_than_vllm_is_told_apart(model: CarftModel, other_server: str) -> None:

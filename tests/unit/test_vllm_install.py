@@ -67,8 +67,9 @@ def test_an_architecture_vllm_does_not_know(tmp_path: Path) -> None:
     [
         (["rollout.engine=vllm", "rollout.sleep_level=1"], r"sleep_level = 1: needs model\.device cuda, this is cpu"),
         (["rollout.engine=vllm-server", "rollout.weight_transfer=nccl"], r'"nccl": needs .* allowed here: "files"'),
+        (["rollout.engine=vllm-server", "rollout.transfer_dir=/nowhere"], r"transfer_dir = /nowhere: not a folder"),
     ],
 )
-def test_what_needs_a_gpu_is_refused_without_one(overrides: list[str], message: str) -> None:
+def test_what_cannot_work_here_is_refused_before_anything_starts(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_engine(config(*overrides), None, "cpu")
