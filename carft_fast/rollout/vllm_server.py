@@ -170,6 +170,9 @@ class VLLMServerEngine:
             if not present:
                 await asyncio.gather(*(self._wait_healthy(api, server) for server in self._servers))
                 present = self._servers
+            for server in self._servers:
+                if server not in present:
+                    self._log(f"the vLLM server at {server.url} does not answer; it gets the weights when it does")
             lost = await self._transfer.send(api, [server.url for server in present])
             for server in present:
                 server.usable = server.url not in lost

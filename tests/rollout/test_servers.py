@@ -20,6 +20,7 @@ import pytest
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.errors import EngineError, InputError
 from carft_fast.model import CarftModel
+from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.transfer import FileTransfer
 from carft_fast.rollout.vllm_http import ServerApi
@@ -51,7 +52,7 @@ def urls(engine: VLLMServerEngine) -> list[str]:
 
 def everybody_back(engine: VLLMServerEngine) -> None:
     """Wait for the servers that are starting; they join in while the next prompts are sampled."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not all(map(answers, urls(engine))) and time.monotonic() < deadline:
         time.sleep(0.5)
     for _ in range(5):
@@ -200,7 +201,7 @@ def test_a_training_step_is_completed_though_a_server_is_killed_in_it(
     assert result.returncode == 0, result.stderr
     killer.join(10)
     assert not killer.is_alive()
-    assert f"{victim_url} failed" in result.stdout
+    assert re.search(rf"{victim_url} (failed|does not answer)", result.stdout)
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     train = [record for record in records if record["kind"] == "train"]
     assert [record["step"] for record in train] == [1, 2]
@@ -213,16 +214,19 @@ def test_a_training_step_is_completed_though_a_server_is_killed_in_it(
     everybody_back(server_engine)
 
 
-def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(tmp_path: Path) -> None:
+def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(model: CarftModel, tmp_path: Path) -> None:
     """Its server ends by itself; the weights it staged go when the next trainer starts."""
+    vllm_adapter.write_model_folder(model.lm.config, tmp_path / "model")
+    options = vllm_adapter.engine_options(make_config("rollout.engine=vllm-server"), "cpu", dedicated=True)
+    arguments = vllm_adapter.server_arguments(options, tmp_path / "model", "files")
     script = tmp_path / "trainer.py"
     script.write_text(
-        "import os, sys, time\n"
+        "import time\n"
         "from pathlib import Path\n"
         "from carft_fast.rollout.transfer import FileTransfer\n"
         "from carft_fast.rollout.vllm_serve import ServerProcess\n"
         f"transfer = FileTransfer({str(tmp_path)!r})\n"
-        f"server = ServerProcess(['--model', 'nowhere'], Path({str(tmp_path / 'log')!r}), None)\n"
+        f"server = ServerProcess({arguments!r}, Path({str(tmp_path / 'log')!r}), None)\n"
         "server.start()\n"
         "print(server.pid, flush=True)\n"
         "time.sleep(600)\n"
@@ -233,7 +237,7 @@ def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(tmp_path: Path
     assert len(list(tmp_path.glob("carft-weights-*"))) == 1
     trainer.kill()
     trainer.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{server}").exists() and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not Path(f"/proc/{server}").exists()
