@@ -192,7 +192,7 @@ def step_parts(tiny_run: list[str]) -> Callable[..., Any]:
         policy = load_model(config, "synthetic", CPU, heads=True)
         reference = load_model(config, "synthetic", CPU, heads=False)
         plan = plan_epoch(rows, rollouts, config, seed=0)
-        experience = collect_experience(policy, reference, rows, rollouts, plan, 1.0)
+        experience = collect_experience(policy, reference, rows, rollouts, plan, config.rollout)
         completions = [format.decode(rollout.completion_ids) for rollout in rollouts]
         grades = grade_all(completions, rows, config)
         return config, policy, rows, rollouts, plan, experience, grades
