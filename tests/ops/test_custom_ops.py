@@ -127,9 +127,9 @@ def test_compiled_without_a_graph_break(name: str, impl: str) -> None:
             torch.testing.assert_close(x, y)
 
 
-def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch.compiler.config.patch(force_disable_caches=True)
+def test_compiled_by_inductor() -> None:
     """The default backend, once: a training step around an operator."""
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     function, inputs = calls("triton")["linear_policy_loss"]
     compiled = torch.compile(lambda h, x: function(torch.nn.functional.silu(h), x)[0] * 2, fullgraph=True)
     loss = compiled(*inputs)
