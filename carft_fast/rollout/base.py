@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from carft_fast.batch import derive_seed
-from carft_fast.errors import InputError
+from carft_fast.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 
 
@@ -72,8 +72,12 @@ def request_seed(sampling: SamplingParams, prompt: int) -> int:
     return derive_seed(sampling.seed, "request", prompt) % 2**62
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], sampling: SamplingParams, context: int) -> None:
-    """Raises InputError where prompt and completion would not fit the engine's context of `context` tokens."""
+def check_request(
+    prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, context: int, weights_whole: bool
+) -> None:
+    """Raises EngineError after a sync that failed, InputError where prompt and completion exceed `context` tokens."""
+    if not weights_whole:
+        raise EngineError("the last weight sync did not finish: sync again before sampling")
     for index, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= context - sampling.max_new_tokens:
             raise InputError(

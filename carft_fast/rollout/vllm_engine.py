@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from carft_fast.config import Config
-from carft_fast.errors import EngineError
 from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter
-from carft_fast.rollout.base import Rollout, SamplingParams, check_lengths
+from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.weights import SamplerWeights
 
 
@@ -43,9 +42,7 @@ class VLLMEngine:
         *,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
-        if not self._whole:
-            raise EngineError("the last weight sync did not finish: sync again before sampling")
-        check_lengths(prompts, sampling, self._context)
+        check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         if self._asleep:
             self._wake()
         try:

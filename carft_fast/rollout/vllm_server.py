@@ -18,7 +18,7 @@ from carft_fast.config import Config
 from carft_fast.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter
-from carft_fast.rollout.base import Rollout, SamplingParams, check_lengths
+from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.transfer import build_transfer
 from carft_fast.rollout.vllm_http import ServerApi, ServerLost
 from carft_fast.rollout.vllm_serve import ServerProcess
@@ -102,9 +102,7 @@ class VLLMServerEngine:
         *,
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
-        if not self._whole:
-            raise EngineError("the last weight sync did not finish: sync again before sampling")
-        check_lengths(prompts, sampling, self._context)
+        check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         bodies = [
             {"token_ids": list(prompt), "sampling_params": vllm_adapter.sampling_fields(sampling, index, self._eos_id)}
             for index, prompt in enumerate(prompts)
