@@ -5,20 +5,30 @@ Shape suffixes: T all tokens of the batch, C its completion tokens, B its sequen
 Worked example, two sequences with prompts (p) and completions (c):
 
     ids_T              p p p c c | p c c c
-    position           0 1 2 3 4   5 6 7 8
-    cu_seqlens         [0, 5, 9]
+    position_T         0 1 2 3 4   0 1 2 3
     completion_cu      [0, 2, 5]
     read_index_C       [3, 4, 6, 7, 8]   the completion tokens themselves (pooling reads the state here)
     predict_index_C    [2, 3, 5, 6, 7]   one before: the state that chose them (log-prob, value, reward)
+
+With a shared prompt, two completions of `p p p`: the prompt is there once, and both first tokens are predicted by its
+last state.
+
+    ids_T              p p p | c c | c c c
+    position_T         0 1 2   3 4   3 4 5
+    read_index_C       [3, 4, 5, 6, 7]
+    predict_index_C    [2, 3, 2, 5, 6]
 """
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from carft_fast.attention import Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,49 +36,134 @@ class PackedBatch:
     """B sequences of prompt then completion, concatenated. Index tensors are int64 on the batch's device."""
 
     ids_T: Tensor
-    cu_seqlens: Tensor
+    position_T: Tensor
+    segments: Segments
     completion_cu: Tensor
     read_index_C: Tensor
-    lengths: tuple[int, ...]
-
-    @property
-    def predict_index_C(self) -> Tensor:
-        return self.read_index_C - 1
+    predict_index_C: Tensor
+    completion_lengths: tuple[int, ...]
 
     @property
     def target_C(self) -> Tensor:
         return self.ids_T[self.read_index_C]
 
+    def split(self, per_token_C: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to each sequence; asks the device nothing."""
+        return per_token_C.split(self.completion_lengths)
 
-def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device) -> PackedBatch:
-    """Lay prompt and completion ids end to end. Every prompt needs a token: it is what predicts the first one."""
+
+def pack(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    share_prompts: bool = False,
+) -> PackedBatch:
+    """Lay prompt and completion ids end to end. Every prompt needs a token: it is what predicts the first one.
+
+    `share_prompts` lays a prompt that several sequences have only once; needs an attention that knows `Segments`.
+    """
     ids: list[int] = []
-    read_index: list[int] = []
-    cu_seqlens, completion_cu = [0], [0]
+    position: list[int] = []
+    read: list[int] = []
+    predict: list[int] = []
+    keys: list[int] = []
+    q_lengths: list[int] = []
+    k_lengths: list[int] = []
+    uses = Counter(tuple(prompt) for prompt in prompts) if share_prompts else Counter()
+    shared_at: dict[tuple[int, ...], int] = {}
+
+    def lay(tokens: Sequence[int], before: Iterable[int] = ()) -> int:
+        """A segment of its own, after the keys `before`; returns where it starts."""
+        seen = list(before)
+        start = len(ids)
+        ids.extend(tokens)
+        position.extend(range(len(seen), len(seen) + len(tokens)))
+        keys.extend([*seen, *range(start, len(ids))])
+        q_lengths.append(len(tokens))
+        k_lengths.append(len(seen) + len(tokens))
+        return start
+
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
             raise ValueError(f"prompts[{row}] is empty: nothing would predict its first completion token")
-        start = len(ids) + len(prompt)
-        ids += [*prompt, *completion]
-        read_index += range(start, len(ids))
-        cu_seqlens.append(len(ids))
-        completion_cu.append(len(read_index))
+        if uses[tuple(prompt)] > 1 and completion:
+            key = tuple(prompt)
+            at = shared_at[key] if key in shared_at else shared_at.setdefault(key, lay(prompt))
+            start = lay(completion, range(at, at + len(prompt)))
+            predict += [at + len(prompt) - 1, *range(start, start + len(completion) - 1)]
+        else:
+            start = lay([*prompt, *completion]) + len(prompt)
+            predict += range(start - 1, start + len(completion) - 1)
+        read += range(start, start + len(completion))
+    lengths = tuple(len(completion) for completion in completions)
+    columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths)]
+    shipped = _to_device([*columns, keys] if shared_at else columns, device)
     return PackedBatch(
-        ids_T=torch.tensor(ids, dtype=torch.int64, device=device),
-        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int64, device=device),
-        completion_cu=torch.tensor(completion_cu, dtype=torch.int64, device=device),
-        read_index_C=torch.tensor(read_index, dtype=torch.int64, device=device),
-        lengths=tuple(end - start for start, end in itertools.pairwise(cu_seqlens)),
+        ids_T=shipped[0],
+        position_T=shipped[1],
+        segments=Segments(
+            shipped[5].int(),
+            shipped[6].int(),
+            shipped[7] if shared_at else None,
+            tuple(q_lengths),
+            tuple(k_lengths),
+        ),
+        completion_cu=shipped[4],
+        read_index_C=shipped[2],
+        predict_index_C=shipped[3],
+        completion_lengths=lengths,
     )
 
 
-def sequence_mean_weights(completion_cu: Tensor, sequences: int) -> Tensor:
-    """Per-token loss weights for: mean over a sequence's completion tokens, then mean over `sequences` sequences.
+def _offsets(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)]
+
+
+def _to_device(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """int64 tensors by one copy that nobody waits for."""
+    host = torch.tensor(list(itertools.chain.from_iterable(columns)), dtype=torch.int64)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True).split([len(column) for column in columns])
+
+
+def balanced_batches(
+    tokens: Sequence[int], costs: Sequence[float], budget: int, *, multiple_of: int = 1
+) -> list[list[int]]:
+    """Items in as few batches of at most `budget` tokens as fit, their costs alike; a function of its arguments.
+
+    Longest first, each into the cheapest batch with room. The number of batches is a multiple of `multiple_of`, so
+    that rank r of R takes batches r, r + R, ... and all have as many; then some may be empty. An item above the
+    budget raises ValueError.
+    """
+    if too_long := [n for n in tokens if n > budget]:
+        raise ValueError(f"a sequence of {max(too_long)} tokens does not fit a micro-batch of {budget} tokens")
+    order = sorted(range(len(tokens)), key=lambda i: (-costs[i], i))
+    groups = -(-sum(tokens) // (budget * multiple_of))
+    while True:
+        batches: list[list[int]] = [[] for _ in range(max(groups, 1) * multiple_of)]
+        room, load = [budget] * len(batches), [0.0] * len(batches)
+        for i in order:
+            fitting = [b for b in range(len(batches)) if room[b] >= tokens[i]]
+            if not fitting:
+                break
+            best = min(fitting, key=lambda b: (load[b], b))
+            batches[best].append(i)
+            room[best] -= tokens[i]
+            load[best] += costs[i]
+        else:
+            return [sorted(batch) for batch in batches]
+        groups += 1
+
+
+def sequence_mean_weights(batch: PackedBatch, sequences: int) -> Tensor:
+    """float32 [C] loss weights for: mean over a sequence's completion tokens, then mean over `sequences` sequences.
 
     Divides by length_i * sequences; `sequences` counts the whole mini-batch, of which this may be a part.
     """
-    lengths_B = completion_cu.diff()
-    return (1.0 / (lengths_B * sequences)).repeat_interleave(lengths_B)
+    lengths_B = batch.completion_cu.diff()
+    return (1.0 / (lengths_B * sequences)).repeat_interleave(lengths_B, output_size=len(batch.read_index_C))
 
 
 def derive_seed(seed: int, *names: str | int) -> int:

@@ -1,7 +1,8 @@
 """Checkpoints that a kill cannot spoil: written beside, made durable, then renamed into place.
 
-A checkpoint is a plain Hugging Face model folder with the two heads, `optimizer.safetensors` (AdamW moments by
-parameter name) and `trainer_state.json`. Data order, dropout-free training, sampling seeds and the learning rate are
+A checkpoint is a plain Hugging Face model folder (with LoRA: the adapters, as peft saves them) with the two heads,
+`optimizer.safetensors` (AdamW moments by parameter
+name) and `trainer_state.json`. Data order, dropout-free training, sampling seeds and the learning rate are
 functions of (seed, stage, step), so seed and step are all the random and scheduler state there is.
 """
 
@@ -44,7 +45,7 @@ class CheckpointStore:
         """Write the state after `step` steps of `stage`; `best` also points the best link at it."""
 
         def write(folder: Path) -> None:
-            model.save(folder)
+            model.save_trained(folder)
             tokenizer.save_pretrained(folder)
             save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_FILE)
             state = {"format": FORMAT, "stage": stage, "step": step, "seed": seed}

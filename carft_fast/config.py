@@ -34,14 +34,30 @@ class ModelConfig(Section):
     """Where to train; "auto" takes the GPU when there is one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the matmuls. Weights, optimizer state and the two heads stay float32; "bfloat16" is autocast."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers; "flash_attention_2" needs the extra `flash` and an NVIDIA GPU."""
+    attention: Literal["packed", "flash_attention_2", "flex_attention", "sdpa", "eager"] = "packed"
+    """"packed": each sequence by itself, FlashAttention in half precision on CUDA, SDPA elsewhere. The others are
+    transformers' own: "flash_attention_2" (extra `flash`, NVIDIA GPU), and for models that "packed" refuses
+    "flex_attention", "sdpa" or "eager" with a block-diagonal mask, quadratic in a micro-batch's tokens."""
+    impl: Literal["fast", "reference"] = "fast"
+    """"fast": packed sequences, fused losses. "reference": every batch padded to its longest row, all its logits in
+    float32; what the published trainers compute, kept to compare with."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about one third more time."""
+    compile: bool = False
+    """torch.compile every decoder layer of the trainer; the first steps take minutes more."""
     value_head: Literal["shared", "separate"] = "shared"
     """"shared": v = u.relu(W_e h + b_e) + c (published 8-GPU scripts, "cl2"); "separate": v = u.h + c."""
     embedding_dim: int = Field(64, ge=1, le=4096)
     """Size of the CoT embedding. Source: published code, 64."""
+
+
+class LoraConfig(Section):
+    rank: int = Field(0, ge=0, le=1024)
+    """Rank of the low-rank adapters that are trained in place of the weights; 0 trains all weights."""
+    alpha: float = Field(32.0, gt=0)
+    """The adapters' product is scaled by alpha / rank."""
+    target_modules: list[str] = ["all-linear"]
+    """Names of the modules that get an adapter; "all-linear" is every linear layer but the LM head."""
 
 
 class DataConfig(Section):
@@ -74,8 +90,8 @@ class StageConfig(Section):
     """Passes over the training rows; ignored when max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
     """Steps of this stage (SFT: optimizer steps; RL: rollout batches); from `epochs` when absent."""
-    micro_batch_size: int = Field(8, ge=1)
-    """Sequences per forward and backward; changes memory and speed, not the result."""
+    micro_batch_tokens: int = Field(16384, ge=2)
+    """Most tokens per forward and backward, prompts included; changes memory and speed, not the result."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -118,8 +134,24 @@ class RlConfig(StageConfig):
     """Discount. The published config has 1.0 (used); the paper prints 0.95, which starves early tokens."""
     lam: float = Field(0.95, ge=0, le=1)
     """GAE lambda. The published config has 0.95 (used); the paper prints 1."""
+    estimator: Literal["gae", "dr_grpo", "grpo"] = "gae"
+    """Advantages: "gae" from the value head (PPO, ReFT, CARFT); without one, from the scores of a question's samples,
+    "dr_grpo" score - mean, "grpo" (score - mean) / (standard deviation + 1e-4)."""
+    loss_mean: Literal["sequence", "token", "constant"] = "sequence"
+    """What the token losses of a mini-batch are divided by: "sequence" each completion's length, then their number
+    (PPO, GRPO); "token" all its completion tokens; "constant" number of completions times max_new_tokens (Dr.GRPO)."""
     kl_coef: float = Field(0.05, ge=0)
-    """Weight of log-prob minus reference log-prob in the token reward. Source: paper, 0.05."""
+    """Weight of log-prob minus reference log-prob in the token reward; 0 needs no reference. Source: paper, 0.05."""
+    kl_loss_coef: float = Field(0.0, ge=0)
+    """Weight of the k3 estimate of KL(policy || reference) in the loss, GRPO's term; 0 is off."""
+    old_logprobs: Literal["recompute", "sampled"] = "recompute"
+    """Log-probs the ratio is taken against: "recompute" the trainer's own, by a forward before the update (left out
+    where there is one update per batch, and the ratio is 1); "sampled" those the sampler reports."""
+    reference_offload: bool = False
+    """Keep the reference's weights in host memory, and on the GPU only while they are used, once a step. LoRA needs no
+    copy at all."""
+    share_prompts: bool = False
+    """Forward a prompt once for all its completions in a micro-batch; needs model.attention = "packed"."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """Policy ratio is clipped below at 1 - clip_low. Source: published code, 0.2."""
     clip_high: float = Field(0.2, gt=0)
@@ -272,6 +304,7 @@ class Config(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     """Every random draw of a run is a function of this seed, the stage and the step."""
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     sft: SftConfig = SftConfig()
     rl: RlConfig = RlConfig()
@@ -293,6 +326,37 @@ class Config(Section):
             )
         if self.model.attention == "flash_attention_2" and self.model.compute_dtype == "float32":
             raise ValueError('model.attention = "flash_attention_2" needs model.compute_dtype = "bfloat16"')
+        for stage, tokens in (("sft", self.sft.micro_batch_tokens), ("rl", rl.micro_batch_tokens)):
+            if tokens < self.data.max_length:
+                raise ValueError(
+                    f"{stage}.micro_batch_tokens = {tokens} must be at least data.max_length = {self.data.max_length}"
+                )
+        if rl.share_prompts and (self.model.attention, self.model.impl) != ("packed", "fast"):
+            raise ValueError(
+                f'rl.share_prompts needs model.attention = "packed" and model.impl = "fast", these are '
+                f'"{self.model.attention}" and "{self.model.impl}"'
+            )
+        if rl.estimator != "gae":
+            if per_prompt == 1:
+                raise ValueError(
+                    f'rl.estimator = "{rl.estimator}" compares the samples of a question: rollout.samples_per_prompt '
+                    "must be at least 2, this is 1"
+                )
+            if rl.kl_coef:
+                raise ValueError(
+                    f'rl.kl_coef = {rl.kl_coef:g} is a per-token reward, which rl.estimator = "{rl.estimator}" does '
+                    "not have: set it to 0, and rl.kl_loss_coef for a KL term in the loss"
+                )
+        if rl.old_logprobs == "sampled" and (self.rollout.top_p < 1 or self.rollout.top_k):
+            raise ValueError(
+                f'rl.old_logprobs = "sampled" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} '
+                f"and {self.rollout.top_k}: the sampler's log-probs are of the tokens it kept, the policy's of all"
+            )
+        if rl.old_logprobs == "sampled" and self.rollout.correction != "none":
+            raise ValueError(
+                f'rollout.correction = "{self.rollout.correction}" needs rl.old_logprobs = "recompute": with "sampled" '
+                "the policy's ratio is against the sampler already"
+            )
         if self.rollout.max_new_tokens >= self.data.max_length:
             raise ValueError(
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} must be below data.max_length = "

@@ -23,14 +23,18 @@ _SUPPORT_CHUNK_LOGITS = 2**25
 
 
 class RolloutTargets(NamedTuple):
-    """What the update needs to know of the completion tokens it trains on; all float32 [C], without gradient."""
+    """What the update needs to know of the completion tokens it trains on; all float32 [C], without gradient.
 
-    old_logprob_C: Tensor
-    old_value_C: Tensor
+    Absent is what a method does not use: log-probs to take the ratio against (it is 1 then), the factor of the policy
+    term (see `correction_weights`), reference log-probs, old values and returns.
+    """
+
     advantage_C: Tensor
-    return_C: Tensor
-    correction_C: Tensor
-    """Factor of the policy term, see `correction_weights`; 1 without correction."""
+    old_logprob_C: Tensor | None
+    correction_C: Tensor | None
+    ref_logprob_C: Tensor | None
+    old_value_C: Tensor | None
+    return_C: Tensor | None
 
 
 def completion_logprobs(
@@ -109,71 +113,91 @@ def sft_loss(model: CarftModel, output: ModelOutput, batch: PackedBatch, total_t
     return -completion_logprobs(model, output, batch).sum() / total_tokens
 
 
-def ppo_loss(
+class Normaliser(NamedTuple):
+    """What the token losses of a mini-batch are divided by; counts of the whole, whatever part is computed."""
+
+    sequences: int
+    tokens: int
+    max_new_tokens: int
+
+    def weights(self, batch: PackedBatch, how: str) -> Tensor:
+        """float32 [C]: see `rl.loss_mean`."""
+        if how == "sequence":
+            return sequence_mean_weights(batch, self.sequences)
+        total = self.tokens if how == "token" else self.sequences * self.max_new_tokens
+        return torch.full((len(batch.read_index_C),), 1 / total, device=batch.ids_T.device)
+
+
+def update_loss(
     model: CarftModel,
     output: ModelOutput,
-    value_T: Tensor,
     batch: PackedBatch,
     targets: RolloutTargets,
     config: RlConfig,
     *,
-    sequences: int,
+    weight_C: Tensor,
     temperature: float,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """policy + value_coef * value -> loss, log-probs [C] (no gradient), metrics.
+    """policy + kl_loss_coef * KL + value_coef * value -> loss, log-probs [C] (no gradient), metrics.
 
-    Each term is the mean over a rollout's completion tokens, then over the `sequences` rollouts of the mini-batch, of
-    which `batch` may be a part; the parts' losses add up to the mini-batch's. `temperature` is the sampler's: the
-    policy that PPO improves is the one that sampled. Source: paper eq. 5, ReFT.
+    `policy_tokens` among the metrics counts what clip_fraction, approx_kl and entropy are means over. `weight_C`
+    carries every normaliser, so the losses of a mini-batch's parts add up to its own. `temperature` is the sampler's:
+    the policy that is improved is the one that sampled. Source: paper eq. 5, ReFT; KL term: GRPO.
     """
-    weight_C = sequence_mean_weights(batch.completion_cu, sequences)
-    policy_weight_C = weight_C * targets.correction_C
+    policy_weight_C = weight_C if targets.correction_C is None else weight_C * targets.correction_C
+    hidden_CD = output.hidden_TD[batch.predict_index_C]
     if output.logits_CV is not None:
         logprob_C, entropy_C = token_logprob(
             output.logits_CV, batch.target_C, temperature=temperature, with_entropy=True
         )
         assert entropy_C is not None
+        old_C = logprob_C.detach() if targets.old_logprob_C is None else targets.old_logprob_C
         policy, metrics = policy_loss(
             logprob_C,
-            targets.old_logprob_C,
+            old_C,
             targets.advantage_C,
             weight_T=policy_weight_C,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
+        if config.kl_loss_coef:
+            assert targets.ref_logprob_C is not None
+            difference_C = targets.ref_logprob_C - logprob_C
+            k3_C = difference_C.exp() - difference_C - 1
+            policy = policy + config.kl_loss_coef * (policy_weight_C * k3_C).sum()
         metrics = {**metrics, "entropy": entropy_C.detach().mean()}
     else:
-        hidden_CD, weight_VD = _head_inputs(model, output, batch)
         policy, logprob_C, metrics = linear_policy_loss(
-            hidden_CD,
-            weight_VD,
+            hidden_CD.to(model.compute_dtype),
+            model.head_weight_VD.to(model.compute_dtype),
             batch.target_C,
             advantage_T=targets.advantage_C,
             old_logprob_T=targets.old_logprob_C,
             weight_T=policy_weight_C,
+            ref_logprob_T=targets.ref_logprob_C,
+            kl_coef=config.kl_loss_coef,
+            temperature=temperature,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
-            temperature=temperature,
         )
-    value, value_metrics = value_loss(
-        value_T[batch.predict_index_C],
-        targets.old_value_C,
-        targets.return_C,
-        weight_T=weight_C,
-        clip=config.value_clip,
-    )
-    metrics = {
-        **metrics,
-        "policy_loss": policy.detach(),
-        "value_loss": value.detach(),
-        "value_clip_fraction": value_metrics["clip_fraction"],
-    }
-    return policy + config.value_coef * value, logprob_C.detach(), metrics
+    loss, metrics = policy, {**metrics, "policy_loss": policy.detach(), "policy_tokens": (policy_weight_C != 0).sum()}
+    if targets.old_value_C is not None and targets.return_C is not None:
+        value, value_metrics = value_loss(
+            model.value(hidden_CD),
+            targets.old_value_C,
+            targets.return_C,
+            weight_T=weight_C,
+            clip=config.value_clip,
+        )
+        loss = loss + config.value_coef * value
+        metrics |= {"value_loss": value.detach(), "value_clip_fraction": value_metrics["clip_fraction"]}
+    return loss, logprob_C.detach(), metrics
 
 
-def cot_embedding(model: CarftModel, hidden_TD: Tensor, value_T: Tensor, batch: PackedBatch) -> Tensor:
+def cot_embedding(model: CarftModel, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
     """z [B, E] of paper eq. 6: states AT the completion tokens, weighted by the softmax of their values, projected."""
-    pooled_BD, _ = value_pool(hidden_TD[batch.read_index_C], value_T[batch.read_index_C], batch.completion_cu)
+    hidden_CD = hidden_TD[batch.read_index_C]
+    pooled_BD, _ = value_pool(hidden_CD, model.value(hidden_CD), batch.completion_cu)
     return model.embed(pooled_BD)
 
 

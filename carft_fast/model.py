@@ -5,6 +5,7 @@ ratio of PPO is meaningless with it.
 """
 
 import contextlib
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from carft_fast.batch import PackedBatch, derive_seed
-from carft_fast.config import SYNTHETIC, Config, ModelConfig
+from carft_fast.attention import PACKED
+from carft_fast.batch import PackedBatch, derive_seed, pack
+from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.errors import InputError
 from carft_fast.synthetic import build_model_config, build_tokenizer
 
@@ -99,6 +101,9 @@ class CarftModel(nn.Module):
         self.lm = lm
         self.heads = heads
         self.compute_dtype = compute_dtype
+        self.attention: str = lm.config._attn_implementation
+        self._compiled = False
+        self._check_attention()
         self.plain_head = self._has_plain_head()
         if not self.plain_head:
             logger.warning("the LM head is not hidden @ weight.T (bias, scale or soft cap): logits are materialised")
@@ -111,6 +116,10 @@ class CarftModel(nn.Module):
     def head_weight_VD(self) -> Tensor:
         return self.lm.get_output_embeddings().weight
 
+    @property
+    def has_adapters(self) -> bool:
+        return bool(getattr(base_lm(self.lm), "_hf_peft_config_loaded", False))
+
     def value(self, hidden_TD: Tensor) -> Tensor:
         assert self.heads is not None, "the reference model has no heads"
         return self.heads.value(hidden_TD)
@@ -122,25 +131,54 @@ class CarftModel(nn.Module):
     def forward(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
         """Last hidden states [T, D] after the final norm, in the packed order of `batch`.
 
-        Rows are right-padded for the forward only: under causal attention no real token sees a pad on its right, so
-        no mask is needed. `need_logits=False` skips the LM head where it would be materialised.
+        `need_logits=False` skips the LM head where it would be materialised.
         """
-        lengths = torch.tensor(batch.lengths, device=batch.ids_T.device)
-        real_BL = torch.arange(max(batch.lengths), device=batch.ids_T.device) < lengths[:, None]
-        ids_BL = torch.zeros_like(real_BL, dtype=torch.int64).masked_scatter_(real_BL, batch.ids_T)
-        with self.autocast():
+        inputs: dict[str, Any] = {
+            "input_ids": batch.ids_T[None],
+            "position_ids": batch.position_T[None],
+            "use_cache": False,
+        }
+        segments = batch.segments
+        if self.attention == PACKED:
+            inputs["segments"] = segments
+        elif self.attention.startswith("flash_attention"):
+            inputs |= {"cu_seq_lens_q": segments.cu_q, "cu_seq_lens_k": segments.cu_k}
+            inputs |= {"max_length_q": max(segments.q_lengths), "max_length_k": max(segments.k_lengths)}
+        with self.autocast():  # for the others transformers makes a block-diagonal mask of the positions
             if self.plain_head or not need_logits:
-                return ModelOutput(
-                    self.lm.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state[real_BL], None
-                )
+                return ModelOutput(self.lm.base_model(**inputs).last_hidden_state[0], None)
             with self._captured_hidden() as captured:
-                logits_BLV = self.lm(input_ids=ids_BL, use_cache=False).logits
-        return ModelOutput(captured[0][real_BL], logits_BLV[real_BL][batch.predict_index_C])
+                logits_1CV = self.lm(**inputs, logits_to_keep=batch.predict_index_C).logits
+        return ModelOutput(captured[0][0], logits_1CV[0])
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Matmuls in `compute_dtype`; training and sampling both run in it."""
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
+
+    @contextlib.contextmanager
+    def padded(self) -> Iterator[PreTrainedModel]:
+        """The causal LM for padded batches and `generate`: evaluation mode, transformers' own SDPA, no compilation."""
+        was_training = self.lm.training
+        self.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
+        if self.attention == PACKED:
+            self.lm.config._attn_implementation = "sdpa"
+        try:
+            with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
+                yield self.lm
+        finally:
+            self.lm.config._attn_implementation = self.attention
+            self.lm.train(was_training)
+
+    @contextlib.contextmanager
+    def without_adapters(self) -> Iterator["CarftModel"]:
+        """The model as it was before LoRA."""
+        lm: Any = self.lm
+        lm.disable_adapters()
+        try:
+            yield self
+        finally:
+            lm.enable_adapters()
 
     @contextlib.contextmanager
     def _captured_hidden(self) -> Iterator[list[Tensor]]:
@@ -152,22 +190,83 @@ class CarftModel(nn.Module):
             handle.remove()
 
     @torch.no_grad()
+    def _check_attention(self) -> None:
+        """Raises InputError where packing changes what a sequence's own attention gives, found with a few tokens."""
+        if self.attention != PACKED:
+            return
+        self.plain_head = True
+        embedding: Any = self.lm.get_input_embeddings()
+        vocabulary = int(embedding.weight.shape[0])
+        sequences = [[i % vocabulary for i in range(5)], [i % vocabulary for i in range(3, 10)]]
+        try:
+            found_TD = self(pack(sequences, [[], []], self.device)).hidden_TD
+        except ValueError as error:
+            difference = str(error)
+        else:
+            with self.padded() as lm, self.autocast():
+                expected_TD = torch.cat(
+                    [lm.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0] for ids in sequences]
+                )
+            worst = float((found_TD - expected_TD).abs().max() / expected_TD.abs().max())
+            if worst < (1e-3 if self.compute_dtype == torch.float32 else 0.1):
+                return
+            difference = f"its states differ by {worst:.1e} of the largest"
+        raise InputError(
+            f'model.attention = "packed": {type(self.lm).__name__} cannot run it ({difference}); allowed here: '
+            '"flash_attention_2", "sdpa" or "eager", or model.impl = "reference", which pads'
+        )
+
+    @torch.no_grad()
     def _has_plain_head(self) -> bool:
         """Whether logits are hidden @ weight.T, found by asking the model with a few tokens."""
         head = self.lm.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), Tensor):
             return False
         ids_BL = torch.arange(8, device=self.device)[None] % head.weight.shape[0]
-        with self._captured_hidden() as captured:
-            logits_BLV = self.lm(input_ids=ids_BL, use_cache=False).logits.float()
+        with self.padded() as lm, self._captured_hidden() as captured:
+            logits_BLV = lm(input_ids=ids_BL, use_cache=False).logits.float()
         plain_BLV = captured[0].float() @ head.weight.float().T
         return plain_BLV.shape == logits_BLV.shape and torch.allclose(plain_BLV, logits_BLV, rtol=1e-3, atol=1e-3)
 
+    @torch.no_grad()
+    def hold_frozen_weights_in_compute_dtype(self) -> None:
+        """Linear layers that are not trained in `compute_dtype`: half the memory and no cast per use, the same bits.
+
+        Norms, embeddings and the LM head stay as they are: autocast computes with them in float32.
+        """
+        head = self.lm.get_output_embeddings()
+        for module in self.lm.modules():
+            if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad:
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.to(self.compute_dtype)
+
+    def compile_layers(self) -> None:
+        """torch.compile of every decoder layer."""
+        depth = self.lm.config.get_text_config().num_hidden_layers
+        stacks = [m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if not stacks:
+            raise InputError(f"model.compile: {type(self.lm).__name__} has no list of {depth} layers to compile")
+        for layer in stacks[0]:
+            layer.compile(dynamic=True)
+        self._compiled = True
+
     def save(self, folder: Path) -> None:
-        """Write a plain Hugging Face model folder, with the heads beside it."""
-        self.lm.save_pretrained(folder)
+        """Write a plain Hugging Face model folder, LoRA merged in, with the heads beside it."""
+        if self.has_adapters:
+            _save_merged(self.lm, folder)
+        else:
+            self.lm.save_pretrained(folder)
         if self.heads is not None:
             self.heads.save(folder)
+
+    def save_trained(self, folder: Path) -> None:
+        """What a checkpoint needs: with LoRA the adapters alone (a folder peft reads), else `save`."""
+        if self.has_adapters:
+            self.lm.save_pretrained(folder)
+            assert self.heads is not None
+            self.heads.save(folder)
+        else:
+            self.save(folder)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -205,42 +304,94 @@ def load_lm_config(config: ModelConfig) -> Any:
     return lm_config
 
 
-def load_model(config: Config, path: str, device: torch.device, *, heads: bool) -> CarftModel:
-    """The causal LM at `path` (folder, Hub id, "synthetic") in float32, with its heads (fresh ones if it has none)."""
-    model_config = config.model.model_copy(update={"path": path})
-    lm_config = load_lm_config(model_config)
-    if path == SYNTHETIC:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, "model"))
-            lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation=config.model.attention)
-    else:
-        try:
-            lm = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=lm_config,
-                revision=config.model.revision,
-                dtype=torch.float32,
-                attn_implementation=config.model.attention,
-                use_safetensors=True,
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise InputError(f'model.path = "{path}": weights could not be loaded: {_first_line(error)}') from None
-    lm.to(device).eval()
-    if heads and config.model.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        lm.train()  # transformers checkpoints in training mode only; dropout is zero in the config
+def load_model(
+    config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None
+) -> CarftModel:
+    """The causal LM at `path` (folder, Hub id, "synthetic") in float32, with its heads (fresh ones if it has none).
+
+    With heads it is a policy to train: with LoRA it gets adapters and its own weights are frozen. `trained` is a
+    checkpoint of it; without heads it is a frozen reference.
+    """
+    lora = config.lora if heads and config.lora.rank else None
+    if trained is not None and lora is None:
+        path = str(trained)
+    lm = _load_lm(config, path).to(device).eval()
     carft_heads = None
     if heads:
         size = lm.get_input_embeddings().weight.shape[1]
-        hidden_size = getattr(lm_config.get_text_config(), "hidden_size", size)
+        hidden_size = getattr(lm.config.get_text_config(), "hidden_size", size)
         carft_heads = CarftHeads(hidden_size, config.model.embedding_dim, config.model.value_head, config.seed)
-        if (Path(path) / HEADS_CONFIG).is_file():
-            carft_heads.load(Path(path))
+        saved = Path(path) if trained is None else trained
+        if (saved / HEADS_CONFIG).is_file():
+            carft_heads.load(saved)
         carft_heads.to(device)
     model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype))
     if not heads:
         model.requires_grad_(False)
+    if lora:
+        _add_adapters(lm, lora, config.seed, trained)
+    model.hold_frozen_weights_in_compute_dtype()
+    if heads and config.model.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.train()  # transformers checkpoints in training mode only; dropout is zero in the config
+    if config.model.compile:
+        model.compile_layers()
     return model
+
+
+def _load_lm(config: Config, path: str) -> Any:
+    model_config = config.model.model_copy(update={"path": path})
+    lm_config = load_lm_config(model_config)
+    attention = PACKED if config.model.attention == "packed" else config.model.attention
+    if config.model.impl == "reference" and attention == PACKED:
+        attention = "sdpa"
+    try:
+        if path == SYNTHETIC:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(config.seed, "model"))
+                return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            config=lm_config,
+            revision=config.model.revision,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f'model.path = "{path}": weights could not be loaded: {_first_line(error)}') from None
+
+
+def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) -> None:
+    """LoRA in place: everything else is frozen. Raises InputError for modules the model does not have."""
+    import peft
+
+    targets = lora.target_modules[0] if lora.target_modules == ["all-linear"] else lora.target_modules
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        try:
+            lm.add_adapter(settings)
+        except ValueError as error:
+            raise InputError(f"lora.target_modules = {lora.target_modules}: {_first_line(error)}") from None
+    if trained is not None:
+        loaded: Any = peft.set_peft_model_state_dict(lm, load_file(trained / "adapter_model.safetensors"))
+        if loaded.unexpected_keys:
+            raise InputError(f"{trained}: its adapters are not those of [lora]: {loaded.unexpected_keys[0]} is unknown")
+
+
+def _save_merged(lm: PreTrainedModel, folder: Path) -> None:
+    """The model without adapters, their product added to its weights; the trainer's own stay as they are."""
+    from carft_fast.rollout.weights import SamplerWeights
+
+    with torch.device("meta"):
+        plain = AutoModelForCausalLM.from_config(copy.deepcopy(lm.config), attn_implementation="sdpa")
+    weights = {name: tensor.cpu() for name, tensor in SamplerWeights(lm, torch.float32)}
+    plain.save_pretrained(folder, state_dict=weights)
 
 
 def _check_folder(path: str) -> None:

@@ -196,15 +196,15 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
         self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
         checkpoint = run.store.latest(stage)
-        path, self._step = (str(checkpoint[0]), checkpoint[1]) if checkpoint else (model_path, 0)
+        trained, self._step = checkpoint or (None, 0)
         with run.timer("load"):
-            self.model: CarftModel = load_model(run.config, path, run.device, heads=True)
+            self.model: CarftModel = load_model(run.config, model_path, run.device, heads=True, trained=trained)
             self.optimizer = build_optimizer(self.model, config)
             if checkpoint:
                 load_optimizer(checkpoint[0], self.model, self.optimizer)
         run.metrics.rewind(stage, self._step)
         if checkpoint:
-            run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {path}")
+            run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
         self._current_engine: Callable[[], RolloutEngine] | None = None
 
     def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:

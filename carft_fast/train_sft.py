@@ -2,9 +2,9 @@
 
 import torch
 
-from carft_fast.batch import chunks, derive_seed, epoch_rows, pack
-from carft_fast.losses import sft_loss
+from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.optim import learning_rate, optimizer_step
+from carft_fast.passes import Rows, build_passes
 from carft_fast.run import Run, StageLoop, stage_total_steps
 
 
@@ -14,20 +14,16 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
     rows = run.train_rows
     with StageLoop(run, "sft", config, model_path, stage_total_steps(run.config, "sft", len(rows))) as loop:
         model = loop.model
+        passes = build_passes(run.config, model, config.micro_batch_tokens)
         loop.evaluate_with(lambda: run.sampler(model))
         for step in loop:
             with run.timer("train"):
                 picked = epoch_rows(len(rows), config.batch_size, step, derive_seed(run.config.seed, "sft"))
-                picked.sort(key=lambda row: rows[row].total_length)  # micro-batches of like length: little padding
-                tokens = sum(len(rows[row].completion_ids) for row in picked)
+                batch = Rows([rows[i].prompt_ids for i in picked], [rows[i].completion_ids for i in picked])
+                tokens = sum(batch.lengths)
                 loss_sum = torch.zeros((), device=run.device)
-                for micro in chunks(picked, config.micro_batch_size):
-                    batch = pack(
-                        [rows[row].prompt_ids for row in micro],
-                        [rows[row].completion_ids for row in micro],
-                        run.device,
-                    )
-                    loss = sft_loss(model, model(batch), batch, tokens)
+                for micro in passes.micro_batches(batch):
+                    loss = passes.cross_entropy(model, batch.pick(micro), tokens)
                     loss.backward()
                     loss_sum += loss.detach()
                 lr = learning_rate(step, loop.total_steps, config)

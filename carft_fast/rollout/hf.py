@@ -93,9 +93,7 @@ class HFEngine:
         jobs = [prompt for prompt in prompts for _ in range(sampling.samples_per_prompt)]
         by_length = sorted(range(len(jobs)), key=lambda job: len(jobs[job]))  # little padding within a batch
         results: dict[int, Rollout] = {}
-        was_training = self._model.lm.training
-        self._model.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
-        try:
+        with self._model.padded():
             for start in range(0, len(by_length), self._batch_size):
                 rows = by_length[start : start + self._batch_size]
                 seed = derive_seed(sampling.seed, "generate", start)
@@ -103,8 +101,6 @@ class HFEngine:
                 rollouts = self._generate_batch([jobs[row] for row in rows], sampling, seed, reporter)
                 results.update(zip(rows, rollouts, strict=True))
                 reporter.finish(len(rows))
-        finally:
-            self._model.lm.train(was_training)
         return [results[job] for job in range(len(jobs))]
 
     def _generate_batch(

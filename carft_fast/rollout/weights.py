@@ -36,7 +36,7 @@ class SamplerWeights:
     def __init__(self, lm: nn.Module, dtype: torch.dtype) -> None:
         self.dtype = dtype
         base = base_lm(lm)
-        adapted = _adapted_layers(base) if base is not lm else {}
+        adapted = _adapted_layers(base)
         self._parts: dict[str, _Part] = {}
         for name, tensor in base.state_dict(keep_vars=True).items():
             if _ADAPTER.search(name):

@@ -72,7 +72,7 @@ def _forward(
     weight_VD: Tensor,
     target_T: Tensor,
     advantage_T: Tensor,
-    old_logprob_T: Tensor,
+    old_logprob_T: Tensor | None,
     weight_T: Tensor,
     ref_logprob_T: Tensor | None,
     clip_low: float,
@@ -116,7 +116,7 @@ def _forward(
         logprob_T[rows] = logprob
         d_logprob = policy_terms(
             logprob,
-            old_logprob_T[rows],
+            logprob if old_logprob_T is None else old_logprob_T[rows],
             advantage_T[rows],
             weight,
             stats,
@@ -218,7 +218,7 @@ def linear_policy_loss(
     target_T: Tensor,
     *,
     advantage_T: Tensor,
-    old_logprob_T: Tensor,
+    old_logprob_T: Tensor | None,
     weight_T: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -239,7 +239,8 @@ def linear_policy_loss(
         hidden_TD: float [T, D], the states that predict the targets.
         weight_VD: [V, D] of the LM head, dtype and device of `hidden_TD`.
         target_T: int64 or int32 [T], values in [0, V).
-        advantage_T, old_logprob_T: float [T]; no gradient.
+        advantage_T, old_logprob_T: float [T]; no gradient. `old_logprob_T` None: the policy has not changed since it
+            sampled, its own log-probs are the old ones and every ratio is 1.
         weight_T: float [T], the token's share of the loss; it carries every normaliser; no gradient. For float16 put
             the loss scale here too: gradients are formed in the forward pass, where a later factor comes too late to
             save small ones from underflow.
@@ -269,7 +270,10 @@ def linear_policy_loss(
     check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
     check_like("target_T", target_T, (tokens,), "hidden_TD", hidden_TD)
     check_integer("target_T", target_T)
-    for name, x in (("advantage_T", advantage_T), ("old_logprob_T", old_logprob_T), ("weight_T", weight_T)):
+    per_token = {"advantage_T": advantage_T, "old_logprob_T": old_logprob_T, "weight_T": weight_T}
+    for name, x in per_token.items():
+        if x is None:
+            continue
         check_like(name, x, (tokens,), "hidden_TD", hidden_TD)
         check_float(name, x, 1)
     if ref_logprob_T is not None:
@@ -290,15 +294,17 @@ def linear_policy_loss(
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
     dtype = accumulation_dtype(hidden_TD)
-    advantage_T, old_logprob_T, weight_T = (x.detach().to(dtype) for x in (advantage_T, old_logprob_T, weight_T))
+    advantage, old_logprob, weight = (
+        None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values()
+    )
     differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
     loss, logprob_T, stats, _, _ = _forward(
         hidden_TD,
         weight_VD,
         target_T.contiguous(),
-        advantage_T.contiguous(),
-        old_logprob_T.contiguous(),
-        weight_T.contiguous(),
+        advantage,
+        old_logprob,
+        weight,
         None if ref_logprob_T is None else ref_logprob_T.detach().to(dtype).contiguous(),
         clip_low,
         clip_high,

@@ -167,7 +167,8 @@ def test_max_length_below_every_prompt(cli: Cli, tmp_path: Path, model_folder: P
 
 def test_max_length_above_the_model(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
     path = write(tmp_path / "rows.json", ROWS)
-    words = with_data(model_folder, path, path, data__max_length="100000")
+    wide = {"sft__micro_batch_tokens": "100000", "rl__micro_batch_tokens": "100000"}
+    words = with_data(model_folder, path, path, data__max_length="100000", **wide)
     assert_refused(cli("sft", *words), ["data.max_length = 100000", "positions"])
 
 

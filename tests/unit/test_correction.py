@@ -9,11 +9,12 @@ from carft_fast.batch import pack
 from carft_fast.config import load_config
 from carft_fast.errors import InputError
 from carft_fast.losses import (
+    Normaliser,
     RolloutTargets,
     completion_logprobs,
     correction_weights,
-    ppo_loss,
     sampler_support_logprobs,
+    update_loss,
 )
 from carft_fast.model import CarftModel, load_model
 from carft_fast.rollout.base import SamplingParams
@@ -113,10 +114,11 @@ def test_the_policy_gradient_is_weighted_and_the_value_loss_is_not(model: CarftM
     def gradients(correction: torch.Tensor) -> list[torch.Tensor]:
         model.zero_grad()
         output = model(batch)
-        value = model.value(output.hidden_TD)
+        value = model.value(output.hidden_TD)[batch.predict_index_C].detach()
         old = completion_logprobs(model, output, batch).detach()
-        targets = RolloutTargets(old, value[batch.predict_index_C].detach(), advantage, returns, correction)
-        loss, _, _ = ppo_loss(model, output, value, batch, targets, config, sequences=2, temperature=1.0)
+        targets = RolloutTargets(advantage, old, correction, None, value, returns)
+        weight = Normaliser(2, 5, 99).weights(batch, "sequence")
+        loss, _, _ = update_loss(model, output, batch, targets, config, weight_C=weight, temperature=1.0)
         loss.backward()
         return [p.grad.clone() for p in model.lm.parameters() if p.grad is not None]
 

@@ -93,12 +93,13 @@ def test_embedding_enhanced_partial_reward_of_the_published_code(case: str) -> N
 def test_pack_follows_its_worked_example() -> None:
     packed = pack([[1, 2, 3], [6]], [[4, 5], [7, 8, 9]], torch.device("cpu"))
     assert packed.ids_T.tolist() == list(range(1, 10))
-    assert packed.cu_seqlens.tolist() == [0, 5, 9]
+    assert packed.position_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert packed.segments.cu_q.tolist() == packed.segments.cu_k.tolist() == [0, 5, 9]
     assert packed.completion_cu.tolist() == [0, 2, 5]
     assert packed.read_index_C.tolist() == [3, 4, 6, 7, 8]
     assert packed.predict_index_C.tolist() == [2, 3, 5, 6, 7]
     assert packed.target_C.tolist() == [4, 5, 7, 8, 9]
-    weights = sequence_mean_weights(packed.completion_cu, sequences=4)
+    weights = sequence_mean_weights(packed, sequences=4)
     torch.testing.assert_close(weights, torch.tensor([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12]))
     with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
         pack([[1], []], [[2], [3]], torch.device("cpu"))
@@ -112,11 +113,17 @@ def test_every_epoch_visits_every_row_once() -> None:
     assert stream != [row for step in range(14) for row in epoch_rows(7, 3, step, seed=2)]
 
 
+def logits_of(model: CarftModel, ids_BL: Tensor) -> Tensor:
+    """transformers' own forward with its own attention."""
+    with model.padded() as lm:
+        return lm(ids_BL).logits
+
+
 def alone(model: CarftModel) -> list[Tensor]:
     """Each sequence by itself through transformers: its log-probs."""
     found = []
     for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
-        logits = model.lm(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        logits = logits_of(model, torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
         found.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
     return found
 
@@ -141,6 +148,7 @@ def test_heads_beyond_a_plain_matmul_take_the_logits_path(batch: PackedBatch) ->
         "bos_token_id": 1,
     }
     gemma = transformers.Gemma2Config(**common, head_dim=16, final_logit_softcapping=0.2, initializer_range=0.5)
+    gemma._attn_implementation = "eager"  # its attention has a soft cap too, which "packed" refuses
     granite = transformers.GraniteConfig(**common, logits_scaling=4.0, initializer_range=0.5)
     for lm_config in (gemma, granite):
         torch.manual_seed(0)
@@ -157,13 +165,14 @@ def test_heads_beyond_a_plain_matmul_take_the_logits_path(batch: PackedBatch) ->
 
 
 def test_sft_loss_is_that_of_transformers(model: CarftModel, batch: PackedBatch) -> None:
-    longest = max(batch.lengths)
+    longest = max(batch.segments.q_lengths)
     ids = torch.zeros(len(PROMPTS), longest, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         ids[row, : len(prompt + completion)] = torch.tensor(prompt + completion)
         labels[row, len(prompt) : len(prompt + completion)] = torch.tensor(completion)
-    theirs = model.lm(input_ids=ids, labels=labels).loss
+    with model.padded() as lm:
+        theirs = lm(input_ids=ids, labels=labels).loss
     ours = sft_loss(model, model(batch), batch, total_tokens=len(batch.read_index_C))
     torch.testing.assert_close(ours, theirs)
     weight = model.head_weight_VD
@@ -175,8 +184,9 @@ def test_cot_embedding_reads_the_completion_tokens_themselves(model: CarftModel,
     """Paper eq. 6 by hand, one sequence: states AT the tokens, projected first and pooled after."""
     with torch.no_grad():
         hidden = model(batch).hidden_TD
-        ours = cot_embedding(model, hidden, model.value(hidden), batch)
-        last = model.lm.base_model(torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).last_hidden_state[0]
+        ours = cot_embedding(model, hidden, batch)
+        with model.padded() as lm:
+            last = lm.base_model(torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).last_hidden_state[0]
         states = last[len(PROMPTS[1]) :]
         by_hand = (model.value(states).softmax(0)[:, None] * model.embed(states)).sum(0)
     torch.testing.assert_close(ours[1], by_hand, rtol=1e-4, atol=1e-5)
@@ -193,7 +203,7 @@ def test_a_saved_folder_is_a_plain_model_with_heads_beside_it(
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     again = load_model(config(), str(tmp_path), torch.device("cpu"), heads=True)
     with torch.no_grad():
-        expected = model.lm(batch.ids_T[None]).logits
+        expected = logits_of(model, batch.ids_T[None])
         assert torch.equal(plain(batch.ids_T[None]).logits, expected)
         hidden = model(batch).hidden_TD
         assert torch.equal(again.value(hidden), model.value(hidden))
@@ -222,7 +232,7 @@ def test_sampled_logprobs_are_of_the_distribution_sampled_from(
     for prompt, rollout in zip([p for p in PROMPTS for _ in range(2)], rollouts, strict=True):
         ids = rollout.completion_ids
         with torch.no_grad():
-            logits = model.lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / temperature
+            logits = logits_of(model, torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1] / temperature
         if top_k:
             logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
         if top_p < 1:
@@ -254,7 +264,7 @@ def test_frequencies_follow_the_model(model: CarftModel, engine: HFEngine) -> No
     for rollout in rollouts:
         counts[rollout.completion_ids[0]] += 1
     with torch.no_grad():
-        expected = model.lm(torch.tensor([PROMPTS[0]])).logits[0, -1].softmax(-1)
+        expected = logits_of(model, torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
     error = (counts / draws - expected).abs()
     assert (error <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
 
@@ -269,7 +279,7 @@ def test_greedy_finish_reasons_and_versions(model: CarftModel, engine: HFEngine)
         ids = list(prompt)
         for _ in range(6):
             with torch.no_grad():
-                ids.append(int(model.lm(torch.tensor([ids])).logits[0, -1].argmax()))
+                ids.append(int(logits_of(model, torch.tensor([ids]))[0, -1].argmax()))
             if ids[-1] == eos:
                 break
         assert rollout.completion_ids == ids[len(prompt) :]

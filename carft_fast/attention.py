@@ -1,0 +1,111 @@
+"""Causal attention over packed sequences: each sees itself alone, and there is no pad to compute.
+
+Registered with transformers under `PACKED`. A batch is cut into segments; a segment's queries see its keys, the last
+query all of them. Without sharing, a segment is a whole sequence. With sharing, a prompt is one segment and each of its
+completions another, whose keys are the prompt's followed by its own: the prompt goes through the model once.
+
+On CUDA in half precision one FlashAttention kernel of torch takes all segments; elsewhere torch's SDPA takes them one
+by one, which on a CPU is as fast: its work is linear in the segments, and no [T, T] mask exists.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED = "carft_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Which keys each run of queries sees. T queries, K keys, S segments; `lengths` are the host's copy of the offsets.
+
+    `cu_q`, `cu_k`: int32 [S + 1] on the batch's device. `key_index`: int64 [K], positions of the keys in the packed
+    order; None where the keys are the tokens themselves.
+    """
+
+    cu_q: Tensor
+    cu_k: Tensor
+    key_index: Tensor | None
+    q_lengths: tuple[int, ...]
+    k_lengths: tuple[int, ...]
+
+
+@torch.compiler.disable
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    segments: Segments | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """For transformers: query [1, H, T, d], key and value [1, H_kv, T, d] -> [1, T, H, d].
+
+    Raises ValueError for what it does not compute: a mask, a soft cap, attention sinks, a missing `segments`.
+    """
+    if segments is None:
+        raise ValueError(f"{type(module).__name__} does not hand `segments` on to its attention: it cannot be packed")
+    if attention_mask is not None or softcap or s_aux is not None or dropout:
+        raise ValueError(f"{type(module).__name__} uses a mask, a soft cap, sinks or dropout: it cannot be packed")
+    if segments.key_index is not None:
+        key, value = (x.index_select(2, segments.key_index) for x in (key, value))
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(query, key, value, scaling, sliding_window, segments), None
+    outputs = []
+    parts = (
+        query.split(segments.q_lengths, 2),
+        key.split(segments.k_lengths, 2),
+        value.split(segments.k_lengths, 2),
+    )
+    for q, k, v in zip(*parts, strict=True):
+        mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        outputs.append(
+            scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, segments: Segments
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        segments.cu_q,
+        segments.cu_k,
+        max(segments.q_lengths),
+        max(segments.k_lengths),
+        scale=scaling,
+        window_size=((sliding_window or 0) - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output[None]
+
+
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """bool [queries, keys]; None where it is the plain triangle that SDPA knows by itself."""
+    if queries == keys and (window is None or window >= keys):
+        return None
+    behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+
+
+AttentionInterface.register(PACKED, packed_attention)

@@ -1,0 +1,165 @@
+"""What a step costs: matmul FLOPs and bytes of every phase, for any model. Pure arithmetic; nothing here is measured.
+
+F is a forward pass. A multiply-add is two FLOPs. Attention counts the pairs a causal mask leaves.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """One model's matmuls. Built from the model's own layers, so it holds for any dense architecture."""
+
+    layer_weights: int
+    """Elements of all weight matrices in the decoder layers."""
+    head_weights: int
+    """Elements of the LM head: vocabulary x hidden size."""
+    all_weights: int
+    """Every parameter, tied ones once."""
+    attention_width: int
+    """Layers x query heads x head size."""
+    hidden_size: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, lm: nn.Module) -> "ModelCost":
+        """Of a transformers causal LM; its tensors may be on the meta device."""
+        config: Any = lm.config
+        config = config.get_text_config()
+        head: Any = lm.get_output_embeddings()  # type: ignore[operator]
+        vocabulary, hidden = head.weight.shape
+        linear = [m.weight.numel() for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
+        head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+        return cls(
+            layer_weights=sum(linear),
+            head_weights=head.weight.numel(),
+            all_weights=sum(p.numel() for p in lm.parameters()),
+            attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
+            hidden_size=hidden,
+            layers=config.num_hidden_layers,
+            vocabulary=vocabulary,
+        )
+
+    @classmethod
+    def of_config(cls, config: Any) -> "ModelCost":
+        """Of a transformers config, without memory for its weights."""
+        with torch.device("meta"):
+            return cls.of(AutoModelForCausalLM.from_config(config))
+
+    def layers_flops(self, tokens: float, pairs: float) -> float:
+        """Forward of all layers over `tokens` tokens with `pairs` (query, key) pairs in each head."""
+        return 2 * self.layer_weights * tokens + 4 * self.attention_width * pairs
+
+    def head_flops(self, tokens: float) -> float:
+        """One matmul with the LM head: logits, or either of its two gradients."""
+        return 2 * self.head_weights * tokens
+
+    def sequence_flops(self, prompt: int, completion: int) -> float:
+        """Forward of one packed sequence, the LM head on its completion only."""
+        n = prompt + completion
+        return self.layers_flops(n, causal_pairs(n)) + self.head_flops(completion)
+
+
+def causal_pairs(n: float) -> float:
+    return n * (n + 1) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of matmuls and bytes that have to move through device memory beside them."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, factor: float) -> "Work":
+        return Work(self.flops * factor, self.bytes * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """Rollouts of one step: prompt, completion and annotated-CoT lengths, an entry for each rollout (tokens)."""
+
+    prompts: Sequence[int]
+    completions: Sequence[int]
+    annotated: Sequence[int]
+    epochs: int
+    updates_per_epoch: int = 1
+    decode_batch: int = 64
+    """Sequences the sampler decodes at once."""
+    bytes_per_weight: int = 2
+
+
+def fast_step(cost: ModelCost, shape: StepShape, *, recompute: bool = False) -> dict[str, Work]:
+    """Work of this trainer's step (CARFT), by phase: packed, LM head on completion tokens only, 3 matmuls in the loss.
+
+    `recompute` is model.gradient_checkpointing.
+    """
+    rows = list(zip(shape.prompts, shape.completions, strict=True))
+    tokens, completion_tokens = sum(map(sum, rows)), sum(shape.completions)
+    layers = cost.layers_flops(tokens, sum(causal_pairs(p + c) for p, c in rows))
+    annotated = [p + a for p, a in zip(shape.prompts, shape.annotated, strict=True)]
+    layers_annotated = cost.layers_flops(sum(annotated), sum(map(causal_pairs, annotated)))
+    head = cost.head_flops(completion_tokens)
+    weights = cost.all_weights * shape.bytes_per_weight
+    backward = (4 if recompute else 3) * layers + 3 * head
+    return {
+        "rollout": _decode(cost, shape),
+        "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
+        "update": (Work(backward, 3 * weights) + _optimizer(cost) * shape.updates_per_epoch) * shape.epochs,
+        "sync": Work(0, 2 * weights),
+    }
+
+
+def published_step(cost: ModelCost, shape: StepShape) -> dict[str, Work]:
+    """Work of the published trainers' step: rows padded to the longest prompt and completion, float32 logits of every
+    position in each of three passes and in the update, activations recomputed.
+
+    The logits of a pass are written, read by log-softmax, which writes its result, which is read again; in the update
+    twice that. Its sampler is taken to be as good as ours.
+    """
+    width = max(shape.prompts) + max(shape.completions)
+    width_annotated = max(p + a for p, a in zip(shape.prompts, shape.annotated, strict=True))
+    rows = len(shape.prompts)
+    layers = cost.layers_flops(rows * width, rows * causal_pairs(width))
+    layers_annotated = cost.layers_flops(rows * width_annotated, rows * causal_pairs(width_annotated))
+    logits_bytes = 4.0 * cost.vocabulary * rows
+    weights = cost.all_weights * shape.bytes_per_weight
+    head = cost.head_flops(rows * width)
+    return {
+        "rollout": _decode(cost, shape),
+        "log-probs": Work(
+            2 * (layers + head) + layers_annotated + cost.head_flops(rows * width_annotated),
+            3 * weights + 4 * logits_bytes * 2 * width + logits_bytes * width_annotated,
+        ),
+        "update": (
+            Work(4 * layers + 3 * head, 4 * weights + 8 * logits_bytes * width)
+            + _optimizer(cost) * shape.updates_per_epoch
+        )
+        * shape.epochs,
+        "sync": Work(0, 2 * weights),
+    }
+
+
+def _decode(cost: ModelCost, shape: StepShape) -> Work:
+    """Prefill, then a token at a time: every round reads all weights once for `decode_batch` sequences."""
+    rows = list(zip(shape.prompts, shape.completions, strict=True))
+    tokens = sum(map(sum, rows))
+    flops = cost.layers_flops(tokens, sum(causal_pairs(p + c) for p, c in rows))
+    rounds = max(shape.completions) * -(-len(rows) // shape.decode_batch)
+    weights = (cost.layer_weights + cost.head_weights) * shape.bytes_per_weight
+    return Work(flops + cost.head_flops(sum(shape.completions)), weights * rounds)
+
+
+def _optimizer(cost: ModelCost) -> Work:
+    """AdamW in float32: weight, gradient and two moments read; weight and moments written; the clip reads once more."""
+    return Work(0, 8 * 4 * cost.all_weights)

@@ -1,0 +1,134 @@
+"""The plain path, `model.impl = "reference"`: padded rows, float32 logits of every position, losses in plain torch.
+
+What the published trainers compute, written to be read next to the paper. The fast path has to equal it, and is timed
+against it. B rows, L the longest of them (tokens), V vocabulary, D hidden, E embedding size. A quantity [B, L - 1]
+belongs to tokens 1 to L - 1: column t is that of token t + 1, which the state at t predicts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from carft_fast.config import RlConfig
+from carft_fast.losses import Normaliser, RolloutTargets
+from carft_fast.model import CarftModel
+
+
+class PaddedBatch(NamedTuple):
+    """Rows padded on the right: under causal attention no real token sees a pad, so no attention mask is needed."""
+
+    ids_BL: Tensor
+    completion_BL: Tensor
+    """bool: tokens of the completion."""
+
+    @property
+    def predicted(self) -> Tensor:
+        """bool [B, L - 1]: columns that predict a completion token."""
+        return self.completion_BL[:, 1:]
+
+    def spread(self, per_token_C: Tensor) -> Tensor:
+        """[B, L - 1] with a packed batch's completion tokens in their places, 0 elsewhere."""
+        return torch.zeros_like(self.predicted, dtype=per_token_C.dtype).masked_scatter(self.predicted, per_token_C)
+
+
+class PlainOutput(NamedTuple):
+    hidden_BLD: Tensor
+    logits_BLV: Tensor
+
+
+def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device) -> PaddedBatch:
+    longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
+    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    completion = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+        ids[row, : len(p) + len(c)] = torch.tensor([*p, *c])
+        completion[row, len(p) : len(p) + len(c)] = True
+    return PaddedBatch(ids.to(device), completion.to(device))
+
+
+def forward(model: CarftModel, batch: PaddedBatch) -> PlainOutput:
+    with model.autocast():
+        output = model.lm(input_ids=batch.ids_BL, use_cache=False, output_hidden_states=True)
+    return PlainOutput(output.hidden_states[-1], output.logits.float())
+
+
+def logprobs(output: PlainOutput, batch: PaddedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs [B, L - 1] of the tokens that follow, and the full log-softmax [B, L - 1, V]."""
+    logp_BLV = (output.logits_BLV[:, :-1] / temperature).log_softmax(-1)
+    return logp_BLV.gather(-1, batch.ids_BL[:, 1:, None]).squeeze(-1), logp_BLV
+
+
+def embedding(model: CarftModel, hidden_BLD: Tensor, batch: PaddedBatch) -> Tensor:
+    """z [B, E] of paper eq. 6 as it is printed: every state projected, then averaged with the softmax of the values."""
+    value_BL = model.value(hidden_BLD).masked_fill(~batch.completion_BL, -torch.inf)
+    return (value_BL.softmax(-1)[..., None] * model.embed(hidden_BLD)).sum(1)
+
+
+def sft_loss(model: CarftModel, batch: PaddedBatch, total_tokens: int) -> Tensor:
+    logprob_BL, _ = logprobs(forward(model, batch), batch)
+    return -(logprob_BL * batch.predicted).sum() / total_tokens
+
+
+def update_loss(
+    model: CarftModel,
+    output: PlainOutput,
+    batch: PaddedBatch,
+    targets: RolloutTargets,
+    config: RlConfig,
+    normaliser: Normaliser,
+    live_B: Tensor,
+    temperature: float,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, log-probs [C] (no gradient) and metrics of the same names as `losses.update_loss`.
+
+    `live_B` is False for rows that the fast path leaves out; their metrics do not count here either.
+    """
+    mask_BL = batch.predicted
+    spread = batch.spread
+    logprob_BL, logp_BLV = logprobs(output, batch, temperature)
+    lengths_B1 = mask_BL.sum(1, keepdim=True)
+    per_row = {
+        "sequence": normaliser.sequences * lengths_B1,
+        "token": torch.full_like(lengths_B1, normaliser.tokens),
+        "constant": torch.full_like(lengths_B1, normaliser.sequences * normaliser.max_new_tokens),
+    }
+    weight_BL = (mask_BL & live_B[:, None]) / per_row[config.loss_mean]
+    policy_weight_BL = weight_BL if targets.correction_C is None else weight_BL * spread(targets.correction_C)
+
+    old_BL = logprob_BL.detach() if targets.old_logprob_C is None else spread(targets.old_logprob_C)
+    advantage_BL = spread(targets.advantage_C)
+    log_ratio_BL = (logprob_BL - old_BL) * mask_BL
+    ratio_BL = log_ratio_BL.exp()
+    clipped_BL = ratio_BL.clamp(1 - config.clip_low, 1 + config.clip_high)
+    loss_BL = torch.max(-advantage_BL * ratio_BL, -advantage_BL * clipped_BL)
+    if config.kl_loss_coef:
+        assert targets.ref_logprob_C is not None
+        difference_BL = (spread(targets.ref_logprob_C) - logprob_BL) * mask_BL
+        loss_BL = loss_BL + config.kl_loss_coef * (difference_BL.exp() - difference_BL - 1)
+    policy = (policy_weight_BL * loss_BL).sum()
+
+    counted_BL = policy_weight_BL != 0
+    count = counted_BL.sum().clamp(min=1)
+    with torch.no_grad():
+        entropy_BL = torch.stack([-(logp_LV.exp() * logp_LV).sum(-1) for logp_LV in logp_BLV])
+        outside_BL = (ratio_BL < 1 - config.clip_low) | (ratio_BL > 1 + config.clip_high)
+        metrics = {
+            "clip_fraction": (outside_BL & counted_BL).sum() / count,
+            "approx_kl": ((ratio_BL - 1 - log_ratio_BL) * counted_BL).sum() / count,
+            "entropy": (entropy_BL * counted_BL).sum() / count,
+            "policy_loss": policy.detach(),
+            "policy_tokens": counted_BL.sum(),
+        }
+    loss = policy
+    if targets.old_value_C is not None and targets.return_C is not None:
+        value_BL = model.value(output.hidden_BLD)[:, :-1]
+        old_value_BL, return_BL = spread(targets.old_value_C), spread(targets.return_C)
+        near_BL = value_BL.clamp(old_value_BL - config.value_clip, old_value_BL + config.value_clip)
+        squared_BL = torch.max((value_BL - return_BL).square(), (near_BL - return_BL).square())
+        value = 0.5 * (weight_BL * squared_BL).sum()
+        loss = loss + config.value_coef * value
+        moved_BL = ((value_BL - old_value_BL).abs() > config.value_clip) & mask_BL
+        metrics |= {"value_loss": value.detach(), "value_clip_fraction": moved_BL.sum() / mask_BL.sum()}
+    return loss, logprob_BL.detach()[mask_BL], metrics

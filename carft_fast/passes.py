@@ -1,0 +1,215 @@
+"""How sequences go through the model: packed (the fast path) or padded (`model.impl = "reference"`)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from carft_fast import padded
+from carft_fast.batch import balanced_batches, chunks, pack
+from carft_fast.config import Config
+from carft_fast.flops import ModelCost
+from carft_fast.losses import (
+    Normaliser,
+    RolloutTargets,
+    completion_logprobs,
+    cot_embedding,
+    sampler_support_logprobs,
+    sft_loss,
+    update_loss,
+)
+from carft_fast.model import CarftModel
+
+
+class Rows(NamedTuple):
+    """Sequences as token ids on the host."""
+
+    prompts: Sequence[list[int]]
+    completions: Sequence[list[int]]
+
+    def pick(self, rows: Sequence[int]) -> "Rows":
+        return Rows([self.prompts[i] for i in rows], [self.completions[i] for i in rows])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Completion lengths (tokens)."""
+        return [len(completion) for completion in self.completions]
+
+
+class Want(NamedTuple):
+    """What a look shall find."""
+
+    logprob: bool = False
+    value: bool = False
+    embedding: bool = False
+
+
+class Look(NamedTuple):
+    """No-gradient results of some sequences: per token [C], and z per sequence [B, E]."""
+
+    logprob_C: Tensor | None
+    support_logprob_C: Tensor | None
+    value_C: Tensor | None
+    z_BE: Tensor | None
+
+
+class Loss(NamedTuple):
+    loss: Tensor
+    logprob_C: Tensor
+    """Without gradient."""
+    metrics: dict[str, Tensor]
+    z_BE: Tensor | None
+
+
+class Passes(Protocol):
+    """How sequences go through the model."""
+
+    def micro_batches(self, rows: Rows) -> list[list[int]]:
+        """Indices of the sequences that go through the model together."""
+        ...
+
+    def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
+        """Of the completion tokens, divided by `total_tokens`."""
+        ...
+
+    def look(self, model: CarftModel, rows: Rows, want: Want) -> Look: ...
+
+    def loss(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        targets: RolloutTargets,
+        normaliser: Normaliser,
+        live: Sequence[bool],
+        *,
+        embedding: bool,
+    ) -> Loss:
+        """Rows that are not `live` count for nothing but the normaliser; with `embedding` z comes with gradient."""
+        ...
+
+
+class PackedPasses:
+    """Sequences end to end; micro-batches filled to a token budget and balanced by their FLOPs."""
+
+    def __init__(self, config: Config, micro_batch_tokens: int, cost: ModelCost, *, share_prompts: bool) -> None:
+        self._config, self._cost, self._budget, self._share = config, cost, micro_batch_tokens, share_prompts
+
+    def micro_batches(self, rows: Rows) -> list[list[int]]:
+        units = self._units(rows)
+        lengths = [(len(p), len(c)) for p, c in zip(*rows, strict=True)]
+        tokens = [lengths[unit[0]][0] + sum(lengths[i][1] for i in unit) for unit in units]
+        costs = [sum(self._cost.sequence_flops(*lengths[i]) for i in unit) for unit in units]
+        batches = balanced_batches(tokens, costs, self._budget)
+        return [[i for unit in batch for i in units[unit]] for batch in batches if batch]
+
+    def _units(self, rows: Rows) -> list[list[int]]:
+        """Sequences that share a prompt's forward, as many as fit a micro-batch; else each by itself."""
+        if not self._share:
+            return [[i] for i in range(len(rows.prompts))]
+        units: list[list[int]] = []
+        newest: dict[tuple[int, ...], tuple[list[int], int]] = {}
+        for i, (prompt, completion) in enumerate(zip(*rows, strict=True)):
+            unit, tokens = newest.get(tuple(prompt), ([], self._budget))
+            if tokens + len(completion) > self._budget:
+                unit, tokens = [], len(prompt)
+                units.append(unit)
+            unit.append(i)
+            newest[tuple(prompt)] = unit, tokens + len(completion)
+        return units
+
+    def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
+        batch = pack(*rows, model.device, share_prompts=self._share)
+        return sft_loss(model, model(batch), batch, total_tokens)
+
+    def look(self, model: CarftModel, rows: Rows, want: Want) -> Look:
+        batch, sampling = pack(*rows, model.device, share_prompts=self._share), self._config.rollout
+        output = model(batch, need_logits=want.logprob)
+        logprob_C = support_logprob_C = None
+        if want.logprob:
+            logprob_C = completion_logprobs(model, output, batch, temperature=sampling.temperature)
+            support_logprob_C = sampler_support_logprobs(
+                model,
+                output,
+                batch,
+                logprob_C,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+            )
+        return Look(
+            logprob_C,
+            support_logprob_C,
+            model.value(output.hidden_TD[batch.predict_index_C]) if want.value else None,
+            cot_embedding(model, output.hidden_TD, batch) if want.embedding else None,
+        )
+
+    def loss(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        targets: RolloutTargets,
+        normaliser: Normaliser,
+        live: Sequence[bool],
+        *,
+        embedding: bool,
+    ) -> Loss:
+        assert all(live), "rollouts without a gradient are in no micro-batch"
+        batch, rl = pack(*rows, model.device, share_prompts=self._share), self._config.rl
+        output = model(batch)
+        weight_C = normaliser.weights(batch, rl.loss_mean)
+        temperature = self._config.rollout.temperature
+        found = update_loss(model, output, batch, targets, rl, weight_C=weight_C, temperature=temperature)
+        return Loss(*found, cot_embedding(model, output.hidden_TD, batch) if embedding else None)
+
+
+class PaddedPasses:
+    """Rows in the order drawn, as many as fit the token budget if all were as long as the longest."""
+
+    def __init__(self, config: Config, micro_batch_tokens: int) -> None:
+        self._config, self._budget = config, micro_batch_tokens
+
+    def micro_batches(self, rows: Rows) -> list[list[int]]:
+        longest = max(map(len, rows.prompts)) + max(map(len, rows.completions))
+        return chunks(range(len(rows.prompts)), max(1, self._budget // longest))
+
+    def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
+        return padded.sft_loss(model, padded.pad(*rows, model.device), total_tokens)
+
+    def look(self, model: CarftModel, rows: Rows, want: Want) -> Look:
+        batch = padded.pad(*rows, model.device)
+        output = padded.forward(model, batch)
+        logprob_C = None
+        if want.logprob:
+            logprob_C = padded.logprobs(output, batch, self._config.rollout.temperature)[0][batch.predicted]
+        return Look(
+            logprob_C,
+            logprob_C,
+            model.value(output.hidden_BLD)[:, :-1][batch.predicted] if want.value else None,
+            padded.embedding(model, output.hidden_BLD, batch) if want.embedding else None,
+        )
+
+    def loss(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        targets: RolloutTargets,
+        normaliser: Normaliser,
+        live: Sequence[bool],
+        *,
+        embedding: bool,
+    ) -> Loss:
+        batch, config = padded.pad(*rows, model.device), self._config
+        output = padded.forward(model, batch)
+        live_B = torch.tensor(live, device=model.device)
+        found = padded.update_loss(
+            model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature
+        )
+        return Loss(*found, padded.embedding(model, output.hidden_BLD, batch) if embedding else None)
+
+
+def build_passes(config: Config, model: CarftModel, micro_batch_tokens: int, *, share_prompts: bool = False) -> Passes:
+    """By `model.impl`."""
+    if config.model.impl == "reference":
+        return PaddedPasses(config, micro_batch_tokens)
+    return PackedPasses(config, micro_batch_tokens, ModelCost.of(model.lm), share_prompts=share_prompts)

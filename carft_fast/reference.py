@@ -1,0 +1,45 @@
+"""The frozen reference policy of a step: no copy with LoRA, none at all where no KL term asks for it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from carft_fast.config import Config
+from carft_fast.model import CarftModel, load_model
+
+
+class Reference:
+    """Enter `model()` once a step and use the model inside: an offloaded copy is on the device for that long only."""
+
+    def __init__(self, config: Config, path: str, policy: CarftModel) -> None:
+        """`path`: what stage 2 started from. `policy` serves with its adapters off where it has some."""
+        self._policy = policy
+        self._copy = None if policy.has_adapters else load_model(config, path, policy.device, heads=False)
+        self._device = policy.device
+        self._host: dict[torch.nn.Parameter, torch.Tensor] = {}
+        if self._copy is not None and config.rl.reference_offload:
+            pin = self._device.type == "cuda"
+            self._host = {p: p.data.cpu().pin_memory() if pin else p.data for p in self._copy.parameters()}
+            self._to_host()
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[CarftModel]:
+        if self._copy is None:
+            with self._policy.without_adapters() as policy:
+                yield policy
+            return
+        for parameter, weight in self._host.items():
+            parameter.data = self._to_device(weight)
+        try:
+            yield self._copy
+        finally:
+            self._to_host()
+
+    def _to_device(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._device, non_blocking=True)
+
+    def _to_host(self) -> None:
+        """The weights never change, so nothing is copied back."""
+        for parameter, weight in self._host.items():
+            parameter.data = weight

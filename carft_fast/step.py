@@ -1,0 +1,345 @@
+"""A step's forwards and its update: what to compute, in which micro-batches, and nothing that the method does not read.
+
+Nothing between the first forward and the last optimizer step reads a value back from the device, but two things:
+`Step.live` reads the advantages once where rollouts may be dropped, and `linear_policy_loss` the number of live tokens.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from carft_fast.advantage import Advantages
+from carft_fast.batch import chunks, derive_seed, permutation
+from carft_fast.config import Config
+from carft_fast.losses import Normaliser, RolloutTargets, contrastive_loss, correction_weights
+from carft_fast.model import CarftModel
+from carft_fast.optim import optimizer_step
+from carft_fast.passes import Look, Rows, Want, build_passes
+from carft_fast.reference import Reference
+from carft_fast.rollout.probe import Mismatch
+
+# Means over the tokens that have a weight in the policy loss: correction may take it from some.
+TOKEN_MEANS = ("clip_fraction", "approx_kl", "entropy")
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The sequences of a step in rollout order, the annotated ones beside them, and the sampler's log-probs [C]."""
+
+    rollouts: Rows
+    annotated: Rows
+    sampled_logprob_C: Tensor
+
+
+class MiniBatch(NamedTuple):
+    """One optimizer step: its rollouts, and how those that need a forward are cut into micro-batches."""
+
+    rows: list[int]
+    micro: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a method reads. The rest is not computed."""
+
+    value: bool
+    embedding: bool
+    """z_1 and z_2: for the contrastive term or the partial reward."""
+    contrastive: bool
+    old: bool
+    """Old log-probs by a forward of their own."""
+    reference: bool
+
+    @classmethod
+    def of(cls, config: Config) -> "Needs":
+        rl, rollout = config.rl, config.rollout
+        contrastive = config.contrastive.mode != "none" and config.contrastive.coef > 0
+        one_update = rl.ppo_epochs == 1 and rl.mini_batch_size == rl.batch_size
+        compared = rl.kl_coef > 0 or rollout.correction != "none" or rollout.top_p < 1 or rollout.top_k > 0
+        return cls(
+            value=rl.estimator == "gae",
+            embedding=contrastive or config.reward.partial == "embedding",
+            contrastive=contrastive,
+            old=rl.old_logprobs == "recompute" and (compared or not one_update),
+            reference=rl.kl_coef > 0 or rl.kl_loss_coef > 0,
+        )
+
+
+class Experience(NamedTuple):
+    """What one no-gradient look at a step's rollouts found, in rollout order; absent is what the method does not read.
+
+    N rollouts, C completion tokens, E embedding size.
+    """
+
+    completion_tokens: int
+    completion_cu: Tensor
+    old_logprob_C: Tensor | None
+    support_logprob_C: Tensor | None
+    """The trainer's own log-probs on the support the sampler drew from; without top-p and top-k its plain ones."""
+    ref_logprob_C: Tensor | None
+    old_value_C: Tensor | None
+    z_1_NE: Tensor | None
+    z_2_NE: Tensor | None
+
+    @property
+    def cosine_N(self) -> Tensor | None:
+        if self.z_1_NE is None or self.z_2_NE is None:
+            return None
+        return torch.cosine_similarity(self.z_1_NE, self.z_2_NE)
+
+
+class Step:
+    """Everything a step does with its rollouts but grading them."""
+
+    def __init__(self, config: Config, policy: CarftModel, reference: Reference | None) -> None:
+        """`reference` may be absent where `Needs.of(config).reference` is False."""
+        self._config, self._policy, self._reference = config, policy, reference
+        self.needs = Needs.of(config)
+        assert reference is not None or not self.needs.reference
+        self._padded = config.model.impl == "reference"
+        self._passes = build_passes(config, policy, config.rl.micro_batch_tokens, share_prompts=config.rl.share_prompts)
+
+    def plan(self, samples: Samples, seed: int, live: Sequence[bool] | None = None) -> list[list[MiniBatch]]:
+        """Random mini-batches of every PPO epoch; how they are cut into micro-batches changes no sum.
+
+        Rollouts that are not `live` count in their mini-batch, and the fast path puts them in no micro-batch.
+        """
+        rollouts, rl = samples.rollouts, self._config.rl
+
+        def mini_batch(rows: list[int]) -> MiniBatch:
+            kept = rows if live is None or self._padded else [i for i in rows if live[i]]
+            micro = self._passes.micro_batches(rollouts.pick(kept)) if kept else []
+            return MiniBatch(rows, [[kept[i] for i in batch] for batch in micro])
+
+        return [
+            [
+                mini_batch(rows)
+                for rows in chunks(permutation(len(rollouts.prompts), derive_seed(seed, epoch)), rl.mini_batch_size)
+            ]
+            for epoch in range(rl.ppo_epochs)
+        ]
+
+    @torch.no_grad()
+    def look(self, samples: Samples, first_epoch: Sequence[MiniBatch]) -> Experience:
+        """One pass of policy and reference over the rollouts, one of the policy over the annotated CoTs, as needed.
+
+        It goes by the first PPO epoch's micro-batches, so that epoch's first forward repeats it bit for bit and the
+        ratio starts at exactly 1.
+        """
+        needs, rollouts = self.needs, samples.rollouts
+        micros = [micro for mini in first_epoch for micro in mini.micro]
+        own = ref = Look(None, None, None, None)
+        if needs.old or needs.value or needs.embedding:
+            own = self._sweep(self._policy, rollouts, micros, Want(needs.old, needs.value, needs.embedding))
+        if needs.reference:
+            assert self._reference is not None
+            with self._reference.model() as model:
+                ref = self._sweep(model, rollouts, micros, Want(logprob=True))
+        sampled = self._config.rl.old_logprobs == "sampled"
+        return Experience(
+            sum(rollouts.lengths),
+            torch.tensor([0, *itertools.accumulate(rollouts.lengths)], device=self._policy.device),
+            samples.sampled_logprob_C if sampled else own.logprob_C,
+            own.support_logprob_C,
+            ref.logprob_C,
+            own.value_C,
+            self._annotated_embeddings(samples.annotated) if needs.embedding else None,
+            own.z_BE,
+        )
+
+    def _sweep(self, model: CarftModel, rows: Rows, micros: Sequence[Sequence[int]], want: Want) -> Look:
+        """A look at all rows, a micro-batch at a time; results in the order of the rows."""
+        pieces: list[dict[int, Tensor]] = [{}, {}, {}, {}]
+        for micro in micros:
+            picked = rows.pick(micro)
+            look = self._passes.look(model, picked, want)
+            for found, x, sizes in zip(pieces, look, [*[picked.lengths] * 3, [1] * len(micro)], strict=True):
+                if x is not None:
+                    found.update(zip(micro, x.split(sizes), strict=True))
+        return Look(*(torch.cat([found[i] for i in sorted(found)]) if found else None for found in pieces))
+
+    def _annotated_embeddings(self, annotated: Rows) -> Tensor:
+        """z_1 [N, E] of every rollout's annotated CoT; the samples of one question share it, and its forward."""
+        pairs = [(tuple(prompt), tuple(cot)) for prompt, cot in zip(*annotated, strict=True)]
+        rank = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        unique = annotated.pick([pairs.index(pair) for pair in rank]) if len(rank) < len(pairs) else annotated
+        z_BE = self._sweep(self._policy, unique, self._passes.micro_batches(unique), Want(embedding=True)).z_BE
+        assert z_BE is not None
+        return z_BE if unique is annotated else z_BE[torch.tensor([rank[pair] for pair in pairs], device=z_BE.device)]
+
+    def live(self, samples: Samples, advantages: Advantages) -> list[bool] | None:
+        """Which rollouts have a gradient; None where all may have one. Reads the advantages back, once.
+
+        A rollout without advantage trains nothing where there is no value loss, contrastive term or KL term: in a
+        group whose samples all scored the same nothing is learned from any.
+        """
+        if self.needs.value or self.needs.contrastive or self._config.rl.kl_loss_coef:
+            return None
+        return [bool(a.any()) for a in advantages.advantage_C.cpu().split(samples.rollouts.lengths)]
+
+    def update(
+        self,
+        samples: Samples,
+        plan: Sequence[Sequence[MiniBatch]],
+        experience: Experience,
+        advantages: Advantages,
+        correct: Sequence[bool],
+        live: Sequence[bool] | None,
+        optimizer: torch.optim.Optimizer,
+        lr: float,
+    ) -> dict[str, float]:
+        """The PPO epochs; returns metrics, means over the optimizer steps."""
+        gradient = _Gradient(self, samples, experience, advantages, correct, live)
+        found: dict[str, list[Tensor]] = {}
+        minis = [mini for epoch in plan for mini in epoch]
+        for mini in minis:
+            metrics = gradient.accumulate(mini, unchanged=mini is minis[0])
+            metrics["grad_norm"] = optimizer_step(self._policy, optimizer, lr, self._config.rl.max_grad_norm)
+            for name, value in metrics.items():
+                found.setdefault(name, []).append(value)
+        means = torch.stack([torch.stack(values).double().mean() for values in found.values()])
+        return dict(zip(found, means.tolist(), strict=True)) | gradient.agreement()
+
+
+class _Gradient:
+    """Gradients of one step's mini-batches."""
+
+    def __init__(
+        self,
+        step: Step,
+        samples: Samples,
+        experience: Experience,
+        advantages: Advantages,
+        correct: Sequence[bool],
+        live: Sequence[bool] | None,
+    ) -> None:
+        self._step, self._samples, self._experience, self._correct = step, samples, experience, correct
+        self._config, self._policy, self._passes = step._config, step._policy, step._passes
+        self._lengths = samples.rollouts.lengths
+        self._live = [True] * len(self._lengths) if live is None else live
+        correction_C = None
+        if experience.support_logprob_C is not None:
+            correction_C = correction_weights(
+                experience.support_logprob_C, samples.sampled_logprob_C, self._config.rollout
+            )
+        self._targets = [
+            None if x is None else x.split(self._lengths)
+            for x in RolloutTargets(
+                advantages.advantage_C,
+                experience.old_logprob_C,
+                correction_C,
+                experience.ref_logprob_C,
+                experience.old_value_C,
+                advantages.return_C,
+            )
+        ]
+        self._first: dict[int, Tensor] = {}
+
+    def accumulate(self, mini: MiniBatch, *, unchanged: bool) -> dict[str, Tensor]:
+        """Gradient of one mini-batch; returns its metrics. `unchanged`: the weights are still those of the look."""
+        config = self._config
+        rows, coef = [i for micro in mini.micro for i in micro], config.contrastive.coef
+        normaliser = Normaliser(len(mini.rows), sum(self._lengths[i] for i in mini.rows), config.rollout.max_new_tokens)
+        contrastive, cotangent = torch.zeros((), device=self._policy.device), None
+        metrics = {"loss": contrastive, "policy_loss": contrastive}
+        counted: list[tuple[Tensor, dict[str, Tensor]]] = []
+        wanted = self._step.needs.contrastive and any(self._correct[i] for i in rows)
+        if wanted and len(mini.micro) > 1:
+            contrastive, cotangent = self._contrastive_cotangent(mini.micro, unchanged=unchanged)
+        for micro in mini.micro:
+            picked = self._samples.rollouts.pick(micro)
+            targets = RolloutTargets._make(
+                None if x is None else torch.cat([x[i] for i in micro]) for x in self._targets
+            )
+            live = [self._live[i] for i in micro]
+            loss, logprob_C, parts, z_2 = self._passes.loss(
+                self._policy, picked, targets, normaliser, live, embedding=wanted
+            )
+            parts["loss"] = loss.detach()
+            if z_2 is not None and cotangent is not None:
+                loss = loss + coef * (z_2 * torch.stack([cotangent[i] for i in micro])).sum()
+            elif z_2 is not None:
+                contrastive = self._contrastive_loss(z_2, micro)
+                loss = loss + coef * contrastive
+            loss.backward()
+            counted.append((parts.pop("policy_tokens"), {name: parts.pop(name) for name in TOKEN_MEANS}))
+            if "value_clip_fraction" in parts:
+                parts["value_clip_fraction"] *= sum(picked.lengths) / normaliser.tokens
+            for name, value in parts.items():
+                metrics[name] = metrics.get(name, 0) + value
+            if unchanged:
+                by_row = zip(micro, logprob_C.split(picked.lengths), strict=True)
+                self._first.update((i, found) for i, found in by_row if self._live[i])
+        if any(self._live[i] for i in rows):
+            total = torch.stack([tokens for tokens, _ in counted]).sum().clamp(min=1)
+            for name in TOKEN_MEANS:
+                metrics[name] = torch.stack([tokens * means[name] for tokens, means in counted]).sum() / total
+        if not mini.micro:
+            self._zero_gradient()
+        if self._step.needs.contrastive:
+            metrics["contrastive_loss"] = contrastive.detach()
+            metrics["loss"] = metrics["loss"] + coef * contrastive.detach()
+        return metrics
+
+    def _contrastive_loss(self, z_2: Tensor, rows: Sequence[int]) -> Tensor:
+        z_1_NE = self._experience.z_1_NE
+        assert z_1_NE is not None
+        z_1 = torch.stack([z_1_NE[i] for i in rows])
+        correct = torch.tensor([self._correct[i] for i in rows])
+        if z_1.is_cuda:
+            correct = correct.pin_memory()
+        return contrastive_loss(z_1, z_2, correct.to(z_1.device, non_blocking=True), self._config.contrastive)
+
+    def _contrastive_cotangent(
+        self, micros: Sequence[Sequence[int]], *, unchanged: bool
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """InfoNCE over a mini-batch that does not fit one forward: the loss and its gradient with respect to z_2.
+
+        Every z_2 is found without gradient (for the step's first mini-batch the look has done it), the loss is
+        differentiated down to them, and the micro-batches carry that gradient on: the result of the undivided
+        mini-batch. Source: GradCache.
+        """
+        rows = [i for micro in micros for i in micro]
+        known = self._experience.z_2_NE
+        if unchanged and known is not None:
+            z_2 = torch.stack([known[i] for i in rows])
+        else:
+            with torch.no_grad():
+                want, rollouts = Want(embedding=True), self._samples.rollouts
+                looks = [self._passes.look(self._policy, rollouts.pick(micro), want) for micro in micros]
+                z_2 = torch.cat([look.z_BE for look in looks if look.z_BE is not None])
+        z_2.requires_grad_(True)
+        loss = self._contrastive_loss(z_2, rows)
+        (gradient,) = torch.autograd.grad(loss, z_2)
+        return loss.detach(), dict(zip(rows, gradient, strict=True))
+
+    def _zero_gradient(self) -> None:
+        """A mini-batch without any live rollout: the optimizer still decays its moments, as with a gradient of 0."""
+        for parameter in self._policy.lm.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+
+    def agreement(self) -> dict[str, float]:
+        """How far the first forwards are from the old log-probs, and the trainer from the sampler."""
+        values: dict[str, float] = {}
+        rows = sorted(self._first)
+        if rows and (old := self._targets[1]) is not None:
+            difference_C = torch.cat([self._first[i] for i in rows]) - torch.cat([old[i] for i in rows])
+            values["first_ratio_error"] = float(difference_C.expm1().abs().max())
+        sampled_C, trainer_C = self._samples.sampled_logprob_C, self._experience.support_logprob_C
+        if trainer_C is None and rows:
+            trainer_C = torch.cat([self._first[i] for i in rows])
+            sampled = sampled_C.split(self._lengths)
+            sampled_C = torch.cat([sampled[i] for i in rows])
+        if trainer_C is not None:
+            found = Mismatch.of(trainer_C, sampled_C)
+            values |= {
+                "sampler_diff_mean": found.mean,
+                "sampler_diff_max": found.max,
+                "sampler_diff_material": found.material,
+            }
+        return values
