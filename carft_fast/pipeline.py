@@ -211,6 +211,8 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
 
 
 def method_name(config: Config) -> str:
+    if config.rl.estimator != "gae" and config.contrastive.mode == "none":
+        return config.rl.estimator
     if config.contrastive.mode == "none" and config.reward.partial == "constant":
         return "reft"
     return "carft"
