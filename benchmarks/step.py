@@ -292,9 +292,9 @@ def report(results: dict[str, Any]) -> str:
         "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
         "medians, with their range; `x` is the published trainers' way (`reference, recomputing`) over this. `step`",
         "adds sampling (vLLM and its weight sync for the fast paths, transformers' generate for the reference),",
-        "counted by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path needs,",
-        "over the time of both phases, over the matmul ceiling. Memory: peak of the update above model, optimizer",
-        "state and what the process held. Nothing here ran on a GPU.",
+        "counted by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path",
+        "needs, over the time of both phases, over the matmul ceiling. Memory: peak of the update above model,",
+        "optimizer state and what the process held. Nothing here ran on a GPU.",
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)

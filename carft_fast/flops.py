@@ -25,7 +25,6 @@ class ModelCost:
     attention_width: int
     """Layers x query heads x head size."""
     hidden_size: int
-    layers: int
     vocabulary: int
 
     @classmethod
@@ -43,7 +42,6 @@ class ModelCost:
             all_weights=sum(p.numel() for p in lm.parameters()),
             attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
             hidden_size=hidden,
-            layers=config.num_hidden_layers,
             vocabulary=vocabulary,
         )
 
@@ -97,6 +95,8 @@ class StepShape:
     decode_batch: int = 64
     """Sequences the sampler decodes at once."""
     bytes_per_weight: int = 2
+    shards: int = 1
+    """Devices that share gradients and optimizer state (ZeRO, FSDP)."""
 
 
 def fast_step(cost: ModelCost, shape: StepShape, *, recompute: bool = False) -> dict[str, Work]:
@@ -115,7 +115,7 @@ def fast_step(cost: ModelCost, shape: StepShape, *, recompute: bool = False) -> 
     return {
         "rollout": _decode(cost, shape),
         "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
-        "update": (Work(backward, 3 * weights) + _optimizer(cost) * shape.updates_per_epoch) * shape.epochs,
+        "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs,
         "sync": Work(0, 2 * weights),
     }
 
@@ -141,10 +141,7 @@ def published_step(cost: ModelCost, shape: StepShape) -> dict[str, Work]:
             2 * (layers + head) + layers_annotated + cost.head_flops(rows * width_annotated),
             3 * weights + 4 * logits_bytes * 2 * width + logits_bytes * width_annotated,
         ),
-        "update": (
-            Work(4 * layers + 3 * head, 4 * weights + 8 * logits_bytes * width)
-            + _optimizer(cost) * shape.updates_per_epoch
-        )
+        "update": (Work(4 * layers + 3 * head, 4 * weights + 8 * logits_bytes * width) + _optimizer(cost, shape))
         * shape.epochs,
         "sync": Work(0, 2 * weights),
     }
@@ -160,6 +157,6 @@ def _decode(cost: ModelCost, shape: StepShape) -> Work:
     return Work(flops + cost.head_flops(sum(shape.completions)), weights * rounds)
 
 
-def _optimizer(cost: ModelCost) -> Work:
+def _optimizer(cost: ModelCost, shape: StepShape) -> Work:
     """AdamW in float32: weight, gradient and two moments read; weight and moments written; the clip reads once more."""
-    return Work(0, 8 * 4 * cost.all_weights)
+    return Work(0, 8 * 4 * cost.all_weights * shape.updates_per_epoch / shape.shards)

@@ -2,15 +2,18 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from carft_fast.advantage import group_advantages, ppo_advantages
 from carft_fast.batch import derive_seed
 from carft_fast.config import RlConfig
+from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.losses import contrastive_loss
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
@@ -272,6 +275,31 @@ def test_the_first_contrastive_gradient_costs_no_forward() -> None:
     update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
     first, second = (len(epoch[0].micro) for epoch in parts.plan)
     assert forwards == [True] * first + [False] * second + [True] * second
+
+
+def test_the_cost_model_counts_what_a_step_computes() -> None:
+    """Against torch's counter over a real step. It sees neither attention nor the LM head inside our operators."""
+    case = random_case(21, "mixed")
+    parts = take_apart(quick_config("rl.micro_batch_tokens=2000"), case)
+    rollouts, annotated = case.samples.rollouts, case.samples.annotated
+    shape = StepShape(
+        [len(p) for p in rollouts.prompts], rollouts.lengths, annotated.lengths, epochs=2, bytes_per_weight=4
+    )
+    layers_alone = replace(ModelCost.of(parts.policy.lm), attention_width=0, head_weights=0)
+    work = fast_step(layers_alone, shape)
+    width, embedding = parts.policy.heads.proj.weight.shape[::-1]
+
+    def heads(values: int, embeddings: int) -> int:
+        return 2 * values * (width * embedding + embedding) + 2 * embeddings * width * embedding
+
+    tokens, annotated_tokens = sum(rollouts.lengths), sum(annotated.lengths)
+    with FlopCounterMode(display=False) as counter:
+        parts.step.look(case.samples, parts.plan[0])
+    assert counter.get_total_flops() == work["log-probs"].flops + heads(2 * tokens + annotated_tokens, 24)
+    with FlopCounterMode(display=False) as counter:
+        update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
+    # z_2 for the loss; nothing asks for a gradient twice
+    assert counter.get_total_flops() == work["update"].flops + 2 * 3 * heads(2 * tokens, 12)
 
 
 @contextmanager

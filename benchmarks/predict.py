@@ -1,0 +1,109 @@
+"""Predicted step times on GPUs nobody here has run: cost model times the paper's recipes. Part of `make bench-step`.
+
+Arithmetic, not measurement; says so at the top of what it writes, benchmarks/results/step_predicted.md.
+"""
+
+from typing import Any
+
+import transformers
+
+from benchmarks.ops import RESULTS
+from carft_fast.flops import ModelCost, StepShape, Work, fast_step, published_step
+
+GPUS = {"A100-80GB": (312e12, 2.04e12), "H100-SXM": (989e12, 3.35e12), "B200": (2250e12, 8.0e12)}
+"""Dense bfloat16 FLOP/s and memory bytes/s, from the vendor's data sheets."""
+MATMUL_SHARE, MEMORY_SHARE = 0.4, 0.8
+RANKS, GLOBAL_BATCH = 8, 64
+MODELS: dict[str, Any] = {
+    "CodeLlama-7B": transformers.LlamaConfig(
+        hidden_size=4096,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        intermediate_size=11008,
+        vocab_size=32016,
+    ),
+    "Qwen2.5-7B-Instruct": transformers.Qwen2Config(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+        vocab_size=152064,
+    ),
+}
+LENGTHS = {
+    "SVAMP": ([32, 36, 39, 43, 46, 49, 54, 65], [82, 94, 100, 108, 115, 124, 139, 167]),
+    "GSM8K": ([42, 50, 55, 61, 68, 75, 85, 106], [49, 62, 73, 84, 97, 113, 132, 173]),
+}
+"""Prompt and annotated-CoT tokens at eight evenly spaced quantiles of the training sets, by SmolLM2's tokenizer."""
+
+
+def shape_of(task: str) -> StepShape:
+    """One GPU's eight rollouts. Prompts and completions are paired out of order, as they come."""
+    prompts, completions = LENGTHS[task]
+    completions = completions[::3] + completions[1::3] + completions[2::3]
+    return StepShape(prompts, completions, completions, epochs=2, shards=RANKS)
+
+
+def seconds(work: Work, gpu: str) -> float:
+    flops, bytes_per_second = GPUS[gpu]
+    return max(work.flops / (flops * MATMUL_SHARE), work.bytes / (bytes_per_second * MEMORY_SHARE))
+
+
+def report() -> str:
+    lines = [
+        "# Predicted step times (a prediction: none of this was run)",
+        "",
+        f"CARFT, {GLOBAL_BATCH} rollouts a step on {RANKS} GPUs, two PPO epochs, bfloat16, milliseconds a step.",
+        "`fast` is this trainer without activation recomputation, `published` the published code's step by the same",
+        "arithmetic.",
+        "",
+        "| model | data | GPU | rollout | log-probs fast / published | update fast / published "
+        "| step fast / published | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, config in MODELS.items():
+        cost = ModelCost.of_config(config)
+        for task in LENGTHS:
+            both = fast_step(cost, shape_of(task)), published_step(cost, shape_of(task))
+            for gpu in GPUS:
+                ours, theirs = ({phase: 1e3 * seconds(work, gpu) for phase, work in step.items()} for step in both)
+                total = sum(ours.values()), sum(theirs.values())
+                lines.append(
+                    f"| {name} | {task} | {gpu} | {ours['rollout']:.0f} | {ours['log-probs']:.0f} / "
+                    f"{theirs['log-probs']:.0f} | {ours['update']:.0f} / {theirs['update']:.0f} | {total[0]:.0f} / "
+                    f"{total[1]:.0f} | {total[1] / total[0]:.2f} |"
+                )
+    lines += [
+        "",
+        "## Assumptions",
+        "",
+        "| quantity | assumed |",
+        "| --- | --- |",
+        f"| a phase's time | the larger of FLOPs / ({MATMUL_SHARE:.0%} of the peak) and bytes / ({MEMORY_SHARE:.0%} of "
+        "the bandwidth) |",
+        *(
+            f"| {gpu} | {flops / 1e12:.0f} TFLOP/s dense bfloat16, {rate / 1e12:.2f} TB/s |"
+            for gpu, (flops, rate) in GPUS.items()
+        ),
+        f"| rollouts of one GPU | {GLOBAL_BATCH // RANKS}; lengths at eight quantiles of the training set, counted by "
+        "SmolLM2's tokenizer; GSM8K with its own CoTs, not the paper's; completions as long as annotations |",
+        *(f"| {task} | prompts {p}, completions {c} tokens |" for task, (p, c) in LENGTHS.items()),
+        "| sampling | the same sampler on both sides, a replica a GPU: every decoded token reads all weights once |",
+        "| published step | rows padded to longest prompt + longest completion; LM head on every position of every "
+        "pass; logits in float32, written and read by cast and log-softmax; activations recomputed |",
+        "| left out, on both sides | communication, launch overhead, loading, the published code's Python loops and "
+        "garbage collection |",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    text = report()
+    (RESULTS / "step_predicted.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
