@@ -44,7 +44,7 @@ def linear_policy_loss_reference(
     target_T: Tensor,
     *,
     advantage_T: Tensor,
-    old_logprob_T: Tensor,
+    old_logprob_T: Tensor | None,
     weight_T: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
@@ -57,7 +57,7 @@ def linear_policy_loss_reference(
     logits_TV = hidden_TD @ weight_VD.T
     logp_TV = (logits_TV.to(accumulation_dtype(hidden_TD)) / temperature).log_softmax(-1)
     logprob_T = logp_TV.gather(1, target_T.long()[:, None])[:, 0]
-    ratio_T = (logprob_T - old_logprob_T).exp()
+    ratio_T = (logprob_T - (logprob_T.detach() if old_logprob_T is None else old_logprob_T)).exp()
     loss_T = torch.max(-advantage_T * ratio_T, -advantage_T * ratio_T.clamp(1 - clip_low, 1 + clip_high))
     if ref_logprob_T is not None:
         difference_T = ref_logprob_T - logprob_T

@@ -160,11 +160,21 @@ def policy_inputs(seed: int, tokens: int, vocabulary: int) -> dict[str, Any]:
     kl_coef=st.sampled_from([0.0, 0.1]),
     entropy_coef=st.sampled_from([0.0, 0.05]),
     temperature=st.sampled_from([0.7, 1.0]),
+    on_policy=st.booleans(),
 )
 def test_linear_policy_loss(
-    seed: int, tokens: int, vocabulary: int, chunk: int | None, kl_coef: float, entropy_coef: float, temperature: float
+    seed: int,
+    tokens: int,
+    vocabulary: int,
+    chunk: int | None,
+    kl_coef: float,
+    entropy_coef: float,
+    temperature: float,
+    on_policy: bool,
 ) -> None:
     inputs = policy_inputs(seed, tokens, vocabulary)
+    if on_policy:
+        inputs["old_logprob_T"] = None
     inputs["weight_T"][::3] = 0
     inputs["advantage_T"][1::3] = 0
     hidden, weight = inputs.pop("hidden_TD"), inputs.pop("weight_VD")
@@ -185,6 +195,23 @@ def test_linear_policy_loss(
     torch.testing.assert_close(fused(hidden, weight), reference(hidden, weight), rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(gradients(fused, hidden, weight), gradients(reference, hidden, weight), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_without_old_logprobs_every_ratio_is_one(impl: Any) -> None:
+    inputs = {
+        name: x.float() if x.is_floating_point() else x for name, x in policy_inputs(0, TOKENS, VOCABULARY).items()
+    }
+    leaves = [inputs.pop(name) for name in ("hidden_TD", "weight_VD")]
+    _, own, _ = ck.linear_policy_loss(*leaves, **inputs, impl=impl)
+
+    def loss(old: Tensor | None) -> Callable[..., Tensor]:
+        return lambda h, w: ck.linear_policy_loss(h, w, **(inputs | {"old_logprob_T": old}), impl=impl)[0]
+
+    for ours, expected in zip(gradients(loss(None), *leaves), gradients(loss(own), *leaves), strict=True):
+        assert torch.equal(ours, expected)
+    _, _, metrics = ck.linear_policy_loss(*leaves, **(inputs | {"old_logprob_T": None}), impl=impl)
+    assert (float(metrics["clip_fraction"]), float(metrics["approx_kl"])) == (0.0, 0.0)
 
 
 def test_linear_policy_loss_metrics() -> None:
