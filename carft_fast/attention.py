@@ -55,7 +55,10 @@ def packed_attention(
     Raises ValueError for what it does not compute: a mask, a soft cap, attention sinks, a missing `segments`.
     """
     if segments is None:
-        raise ValueError(f"{type(module).__name__} does not hand `segments` on to its attention: it cannot be packed")
+        raise ValueError(
+            f"{type(module).__name__} got no `segments`: its model does not hand them on, or was called by itself, "
+            "not through CarftModel (CarftModel.padded() is for plain batches)"
+        )
     if attention_mask is not None or softcap or s_aux is not None or dropout:
         raise ValueError(f"{type(module).__name__} uses a mask, a soft cap, sinks or dropout: it cannot be packed")
     if segments.key_index is not None:

@@ -1,6 +1,7 @@
 """Models, prompts and the check that completions are a model's own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -29,12 +30,22 @@ def perturb(model: CarftModel, seed: int) -> None:
             parameter.mul_(1.1).add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
+def reference_logits(lm: Any, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    """[completion tokens, V] of transformers' forward with its own attention."""
+    packed = lm.config._attn_implementation
+    lm.config._attn_implementation = "sdpa"
+    try:
+        with torch.no_grad():
+            return lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    finally:
+        lm.config._attn_implementation = packed
+
+
 def reference_logprobs(
     lm: torch.nn.Module, prompt: Sequence[int], ids: Sequence[int], sampling: SamplingParams
 ) -> torch.Tensor:
     """Log-probs of a completion from transformers' forward, of the distribution sampled from. In float64."""
-    with torch.no_grad():
-        logits = lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].double()
+    logits = reference_logits(lm, prompt, ids).double()
     if sampling.temperature > 0:
         logits = logits / sampling.temperature
         if sampling.top_k:
@@ -65,9 +76,7 @@ def assert_samples_of(
         got = torch.tensor(rollout.sampled_logprobs, dtype=torch.float64)
         torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
         if sampling.temperature == 0:
-            with torch.no_grad():
-                best = lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].argmax(-1)
-            assert ids == best.tolist()
+            assert ids == reference_logits(lm, prompt, ids).argmax(-1).tolist()
         stopped = EOS in ids
         assert ids.index(EOS) == len(ids) - 1 if stopped else len(ids) == sampling.max_new_tokens
         assert rollout.finish_reason == ("stop" if stopped else "length")

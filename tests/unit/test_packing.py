@@ -1,5 +1,6 @@
 """Packed attention and micro-batches, against each sequence alone, token by token."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from carft_fast.attention import PACKED, packed_attention
 from carft_fast.batch import PackedBatch, balanced_batches, pack
 from carft_fast.config import load_config
 from carft_fast.errors import InputError
-from carft_fast.flops import ModelCost, causal_pairs
+from carft_fast.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
 from carft_fast.model import CarftModel, load_model
 
 CPU = torch.device("cpu")
@@ -236,3 +237,27 @@ def test_predicted_flops_are_those_torch_counts(name: str) -> None:
     pairs = sum(causal_pairs(n) for n in lengths)
     assert ours == cost.layers_flops(sum(lengths), pairs) + cost.head_flops(completion_tokens)
     assert ModelCost.of_config(MODELS[name]) == cost
+
+
+def test_the_published_step_without_padding_costs_recomputation_and_prompt_logits() -> None:
+    """Rows of one length: what is left of the difference is known by hand."""
+    cost = ModelCost.of_config(MODELS["llama"])
+    shape = StepShape([10] * 4, [20] * 4, [20] * 4, epochs=2, updates_per_epoch=3)
+    ours, published = fast_step(cost, shape), published_step(cost, shape)
+    layers = 4 * cost.layers_flops(30, causal_pairs(30))
+    assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * cost.head_flops(4 * 10))
+    assert published["log-probs"].flops - ours["log-probs"].flops == cost.head_flops(2 * 4 * 10 + 4 * 30)
+    assert fast_step(cost, shape, recompute=True)["update"].flops - ours["update"].flops == 2 * layers
+    assert published["rollout"] == ours["rollout"]
+    # AdamW moves 32 bytes a parameter and update, whatever the path; the rest of `bytes` are weights and logits
+    one = fast_step(cost, replace(shape, updates_per_epoch=1))["update"].bytes
+    assert ours["update"].bytes - one == 2 * 2 * 32 * cost.all_weights
+    padded = published_step(cost, replace(shape, completions=[5, 5, 5, 20]))["update"].flops
+    assert padded == published["update"].flops
+
+
+def test_the_committed_prediction_is_the_cost_models() -> None:
+    from benchmarks.predict import RESULTS, report
+
+    assert report() == (RESULTS / "step_predicted.md").read_text()
+    assert report().startswith("# Predicted step times (a prediction: none of this was run)")
