@@ -50,8 +50,8 @@ PUBLISHED = "reference, recomputing"
 CASES: dict[str, list[str]] = {
     "quickstart": ["rl.batch_size=64", "rl.micro_batch_tokens=2048"],
     "SmolLM2-135M": [
-        "rl.batch_size=16",
-        "rl.mini_batch_size=16",
+        "rl.batch_size=8",  # what the paper's setting gives each of its 8 GPUs
+        "rl.mini_batch_size=8",
         "rl.micro_batch_tokens=1024",
         "rollout.max_new_tokens=144",
         "data.max_length=512",
@@ -97,12 +97,12 @@ class Prepared:
     def look(self) -> None:
         self.experience: Experience = self.step.look(self.samples, self.plan[0])
 
-    def update(self) -> dict[str, float]:
+    def update(self, epochs: int | None = None) -> dict[str, float]:
         score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config)
         advantages = estimate_advantages(score_N, self.experience, self.config)
         correct = [g.correct for g in self.grades]
         return self.step.update(
-            self.samples, self.plan, self.experience, advantages, correct, None, self.optimizer, lr=0.0
+            self.samples, self.plan[:epochs], self.experience, advantages, correct, None, self.optimizer, lr=0.0
         )
 
 
@@ -130,24 +130,30 @@ def resident_kb(name: str) -> int:
 
 def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
     prepared = make()
-    prepared.update()  # gradients are freed by the step, moments stay, imports are done
+    prepared.update(epochs=1)  # gradients are freed by the step, moments stay, imports are done
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before counts as there already
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kb("VmRSS")
-    prepared.update()
+    prepared.update(epochs=1)
     pipe.send((resident_kb("VmHWM") - before) / 1024)
 
 
-def peak_mb(make: Callable[[], Prepared]) -> float:
+def peaks_mb(makers: dict[str, Callable[[], Prepared]]) -> dict[str, float]:
+    """Of one update each, in processes side by side."""
     context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_peak_in_child, args=(make, sender))
-    child.start()
-    child.join()
-    if not receiver.poll():
-        raise RuntimeError(f"the process that measures memory ended with code {child.exitcode}")
-    return float(receiver.recv())
+    children = {}
+    for name, make in makers.items():
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_peak_in_child, args=(make, sender))
+        child.start()
+        children[name] = child, receiver
+    for child, _ in children.values():
+        child.join()
+    for name, (child, receiver) in children.items():
+        if not receiver.poll():
+            raise RuntimeError(f"{name}: the process that measures memory ended with code {child.exitcode}")
+    return {name: round(float(receiver.recv()), 1) for name, (_, receiver) in children.items()}
 
 
 def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
@@ -176,9 +182,10 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
         return Prepared(case_config(name, model, data, *PATHS[path]), model_path, inputs, decoded)
 
     # memory first, in children of a process that has not yet run a parallel region
-    peaks = {path: peak_mb(partial(make, path)) for path in PATHS}
+    peaks = peaks_mb({path: partial(make, path) for path in PATHS})
+    print(name, peaks, flush=True)
     prepared = {path: make(path) for path in PATHS}
-    losses = {path: p.update()["loss"] for path, p in prepared.items()}  # also warms up
+    losses = {path: p.update(epochs=1)["loss"] for path, p in prepared.items()}  # also warms up
     for path, loss in losses.items():
         if abs(loss - losses["fast"]) > 1e-4 * max(1.0, abs(loss)):
             raise RuntimeError(f"{name}: {path} has loss {loss}, fast {losses['fast']}: not timed")
@@ -215,7 +222,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
                 "samples_per_second": round(len(rows) / step, 3),
                 "completion_tokens_per_second": round(tokens / step, 1),
                 "utilisation": round(useful / sum(median.values()) / ceiling, 4),
-                "update_peak_extra_mb": round(peaks[path], 1),
+                "update_peak_extra_mb": peaks[path],
             }
         )
     return {
@@ -273,12 +280,13 @@ def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
         transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(path)
         build_tokenizer().save_pretrained(path)
         row: dict[str, float] = {"vocabulary": vocabulary, "head_mb": round(vocabulary * 64 * 4 / 2**20, 1)}
+        makers: dict[str, Callable[[], Prepared]] = {}
         for impl in ("fast", "reference"):
             options = ["rl.batch_size=32", "rl.mini_batch_size=32", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=1"]
             config = load_config(str(QUICKSTART_CONFIG), [f"model.path={path}", f"model.impl={impl}", *options])
-            generator = torch.Generator().manual_seed(0)
-            inputs = random_inputs(32, 32, vocabulary, generator)
-            row[impl] = round(peak_mb(partial(Prepared, config, str(path), inputs, ["answer is: 1"] * 32)), 1)
+            inputs = random_inputs(32, 32, vocabulary, torch.Generator().manual_seed(0))
+            makers[impl] = partial(Prepared, config, str(path), inputs, ["answer is: 1"] * 32)
+        row |= peaks_mb(makers)
         result.append(row)
         print(row, flush=True)
     return result
