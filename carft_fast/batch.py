@@ -41,15 +41,10 @@ class PackedBatch:
     completion_cu: Tensor
     read_index_C: Tensor
     predict_index_C: Tensor
-    completion_lengths: tuple[int, ...]
 
     @property
     def target_C(self) -> Tensor:
         return self.ids_T[self.read_index_C]
-
-    def split(self, per_token_C: Tensor) -> tuple[Tensor, ...]:
-        """What belongs to each sequence; asks the device nothing."""
-        return per_token_C.split(self.completion_lengths)
 
 
 def pack(
@@ -96,7 +91,7 @@ def pack(
             start = lay([*prompt, *completion]) + len(prompt)
             predict += range(start - 1, start + len(completion) - 1)
         read += range(start, start + len(completion))
-    lengths = tuple(len(completion) for completion in completions)
+    lengths = [len(completion) for completion in completions]
     columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths)]
     shipped = _to_device([*columns, keys] if shared_at else columns, device)
     return PackedBatch(
@@ -112,7 +107,6 @@ def pack(
         completion_cu=shipped[4],
         read_index_C=shipped[2],
         predict_index_C=shipped[3],
-        completion_lengths=lengths,
     )
 
 

@@ -347,6 +347,11 @@ class Config(Section):
                     f'rl.kl_coef = {rl.kl_coef:g} is a per-token reward, which rl.estimator = "{rl.estimator}" does '
                     "not have: set it to 0, and rl.kl_loss_coef for a KL term in the loss"
                 )
+        if self.model.impl == "reference" and (self.rollout.top_p < 1 or self.rollout.top_k):
+            raise ValueError(
+                f'model.impl = "reference" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} and '
+                f"{self.rollout.top_k}: the plain path does not cut its distribution to the sampler's"
+            )
         if rl.old_logprobs == "sampled" and (self.rollout.top_p < 1 or self.rollout.top_k):
             raise ValueError(
                 f'rl.old_logprobs = "sampled" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} '

@@ -165,7 +165,8 @@ def update_loss(
             difference_C = targets.ref_logprob_C - logprob_C
             k3_C = difference_C.exp() - difference_C - 1
             policy = policy + config.kl_loss_coef * (policy_weight_C * k3_C).sum()
-        metrics = {**metrics, "entropy": entropy_C.detach().mean()}
+        counted_C = policy_weight_C != 0
+        metrics = {**metrics, "entropy": (entropy_C.detach() * counted_C).sum() / counted_C.sum().clamp(min=1)}
     else:
         policy, logprob_C, metrics = linear_policy_loss(
             hidden_CD.to(model.compute_dtype),

@@ -140,6 +140,9 @@ def test_the_estimator_needs_what_it_compares(tiny_run: list[str]) -> None:
     assert "needs rollout.top_p = 1 and top_k = 0, these are 0.9 and 0" in refused(
         "rl.old_logprobs=sampled", "rollout.top_p=0.9"
     )
+    assert 'model.impl = "reference" needs rollout.top_p = 1 and top_k = 0, these are 1 and 5' in refused(
+        "model.impl=reference", "rollout.top_k=5"
+    )
     assert 'rollout.correction = "masked" needs rl.old_logprobs = "recompute"' in refused(
         "rl.old_logprobs=sampled", "rollout.correction=masked"
     )

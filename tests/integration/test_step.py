@@ -18,7 +18,7 @@ from carft_fast.losses import contrastive_loss
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
 from carft_fast.step import Needs
-from carft_fast.train_rl import score_rollouts
+from carft_fast.train_rl import estimate_advantages, score_rollouts
 from carft_kernels import set_index_checks
 
 from .stepcase import METHODS, Case, gradients, quick_config, random_case, take_apart, update
@@ -100,6 +100,22 @@ def test_fast_equals_plain_in_every_variant_of_the_loss(options: list[str]) -> N
     )
 
 
+def test_a_head_with_logits_gives_what_the_fused_one_gives() -> None:
+    """The path of heads that are more than a matmul, on one that is not; with a KL term and tokens masked away."""
+    options = ['rollout.correction="masked"', "rollout.correction_cap=1.5", "rl.kl_loss_coef=0.2", "rl.ppo_epochs=1"]
+    case = random_case(6, "mixed")
+
+    def found(plain_head: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+        parts = take_apart(quick_config(*options, "rl.micro_batch_tokens=170"), case)
+        parts.policy.plain_head = plain_head
+        metrics = update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
+        return {name: p.detach() for name, p in parts.policy.named_parameters()}, metrics
+
+    expected = found(True)
+    assert_same(found(False), expected)
+    assert expected[1]["sampler_diff_max"] > 0.5, "nothing was masked"
+
+
 @pytest.mark.parametrize("method", [METHODS["dr_grpo"], METHODS["dr_grpo"] + GRPO_LOSS], ids=["dr_grpo", "grpo"])
 def test_fast_equals_plain_for_groups(method: list[str]) -> None:
     """Several updates; in one group all samples score the same, and the fast path leaves it out."""
@@ -146,15 +162,7 @@ def test_twenty_updates_stay_on_the_plain_path() -> None:
             plan = parts.step.plan(case.samples, number)
             experience = parts.step.look(case.samples, plan[0])
             score_N = score_rollouts(case.grades, experience.cosine_N, config)
-            assert experience.old_value_C is not None
-            advantages = ppo_advantages(
-                score_N,
-                experience.old_logprob_C,
-                experience.ref_logprob_C,
-                experience.old_value_C,
-                experience.completion_cu,
-                config.rl,
-            )
+            advantages = estimate_advantages(score_N, experience, config)
             now = parts._replace(plan=plan, experience=experience, advantages=advantages)
             curves[impl].append(update(now, case, optimizer, lr=3e-4))
     losses = [point["loss"] for point in curves["fast"]]
