@@ -2,9 +2,9 @@
 
 Paths: "fast" is the default, "fast, recomputing" adds activation checkpointing; "reference" is the plain path
 (`model.impl = "reference"`: padded, float32 logits of every position), "reference, recomputing" adds checkpointing:
-what the published trainers do. Repeats are interleaved. Before anything is timed, every path's loss is compared with
-the fast one's. Memory: resident memory at its highest in the update, above what was there when it began (model and
-optimizer state are), in a process of its own. Writes benchmarks/results/step_cpu.{json,md}.
+what the published trainers do, though they pad further. Repeats are interleaved. Before anything is timed, every
+path's loss is compared with the fast one's. Memory: resident memory at its highest in the update, above what was there
+when it began (model and optimizer state are), in a process of its own. Writes benchmarks/results/step_cpu.{json,md}.
 """
 
 import argparse
@@ -298,7 +298,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         "CARFT, two PPO epochs, float32, the same rollouts on every path. `log-probs`: the no-gradient pass (old",
         "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
-        "medians, with their range; `x` is the published trainers' way (`reference, recomputing`) over this. `step`",
+        "medians, with their range; `x` is the published trainers' way (`reference, recomputing`; they pad further:",
+        "to the longest prompt plus the longest completion, not to a micro-batch's longest row) over this. `step`",
         "adds sampling (vLLM and its weight sync for the fast paths, transformers' generate for the reference),",
         "counted by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path",
         "needs, over the time of both phases, over the matmul ceiling. Memory: peak of the update above model,",

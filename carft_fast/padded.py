@@ -1,7 +1,10 @@
 """The plain path, `model.impl = "reference"`: padded rows, float32 logits of every position, losses in plain torch.
 
-What the published trainers compute, written to be read next to the paper. The fast path has to equal it, and is timed
-against it. B rows, L the longest of them (tokens), V vocabulary, D hidden, E embedding size. A quantity [B, L - 1]
+What the published trainers compute, less some of their padding (they pad to the longest prompt plus the longest
+completion of a device's rows, this to the longest row of a micro-batch), written to be read next to the paper. The
+fast path has to equal it, and is timed against it.
+
+B rows, L the longest of them (tokens), V vocabulary, D hidden, E embedding size. A quantity [B, L - 1]
 belongs to tokens 1 to L - 1: column t is that of token t + 1, which the state at t predicts.
 """
 

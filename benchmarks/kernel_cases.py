@@ -1,0 +1,363 @@
+"""The kernels in every configuration that ships, and the chips they are compiled for; read by `kernels_aot`."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from carft_kernels import _matmul_kernels as matmul
+from carft_kernels import _row_kernels as rows
+from carft_kernels.gae import SEQUENCE_CONFIG, WHITEN_CONFIG, gae_kernel, kl_shaped_reward_kernel, whiten_kernel
+from carft_kernels.lcs import lcs_table_kernel, lcs_walk_kernel, table_config
+from carft_kernels.masked_infonce import NORM_CONFIG, infonce_gradient_kernel, inverse_norm_kernel
+from carft_kernels.policy_loss import value_kernel
+from carft_kernels.value_pool import (
+    WEIGHT_CONFIG,
+    backward_config,
+    forward_config,
+    value_pool_bwd_kernel,
+    value_pool_fwd_kernel,
+    value_pool_weight_kernel,
+)
+
+TOKENS, WIDTH, ALIGNED, ODD = 32_768, 3_584, 152_064, 151_643  # Qwen2.5-7B: padded vocabulary, and its tokens
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+HALF = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Per SM and clock: dense half-precision FLOP, lanes of the other pipes; vendor's peak figures."""
+
+    name: str
+    sms: int
+    clock: float
+    flop: int
+    fma: int
+    memory: float  # bytes a second
+    shared_limit: int
+    capability: tuple[int, int]
+    mufu: int = 16
+    alu: int = 64
+
+
+CHIPS = {
+    80: Chip("A100", 108, 1.410e9, 2048, 64, 2.039e12, 163 << 10, (8, 0)),
+    90: Chip("H100", 132, 1.830e9, 4096, 128, 3.35e12, 227 << 10, (9, 0)),
+    100: Chip("B200", 148, 1.850e9, 8192, 128, 8.0e12, 227 << 10, (10, 0)),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel in one configuration. Arguments are types ("*bf16", "i32"), constants or None (absent)."""
+
+    kernel: Any
+    label: str
+    kind: str  # "streaming", "matmul" or "small"
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+    unaligned: tuple[str, ...] = ()  # integers not divisible by 16
+    grid: int = 1
+    loop_bytes: float = 0  # what one program loads in its loops
+    floor_bytes: float = 0
+    flop: float = 0
+    elements: float = 0  # of one program, for MUFU per element
+    tensor_rate: float = 1.0  # of the half-precision peak
+    depth: int = 0  # of the matrix product
+
+
+def row_cases() -> list[Case]:
+    cases = []
+    for dtype, entropy, vocabulary in itertools.product((*HALF, torch.float32), (False, True), (ALIGNED, ODD)):
+        cases.append(row_forward_case(dtype, entropy, vocabulary))
+        outputs = [(dtype, False)]
+        if dtype == torch.float32:  # the linear operators' float32 logits
+            outputs = [(out, compact) for out in (*HALF, dtype) for compact in (False, True)]
+        cases += [row_backward_case(dtype, out, compact, entropy, vocabulary) for out, compact in outputs]
+    return cases
+
+
+def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int) -> Case:
+    return Case(
+        rows.logprob_fwd_kernel,
+        f"{NAMES[dtype]}{', entropy' * entropy}, V={vocabulary}",
+        "streaming",
+        {
+            "logits": f"*{NAMES[dtype]}",
+            "target": "*i64",
+            **dict.fromkeys(("logprob", "entropy", "row_top", "log_total"), "*fp32"),
+            "vocabulary": "i32",
+            "stride": "i32",
+            "scale": "fp32",
+            "ENTROPY": entropy,
+        },
+        rows.row_config(dtype),
+        ("vocabulary", "stride") if vocabulary == ODD else (),
+        grid=TOKENS,
+        loop_bytes=vocabulary * dtype.itemsize,
+        floor_bytes=TOKENS * vocabulary * dtype.itemsize,
+        elements=vocabulary,
+    )
+
+
+def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entropy: bool, vocabulary: int) -> Case:
+    unaligned: tuple[str, ...] = ()
+    if vocabulary == ODD:
+        # the scratch of the linear operators has padded rows, whatever the vocabulary
+        padded = compact or out != dtype
+        unaligned = ("vocabulary",) if padded else ("vocabulary", "stride", "out_stride")
+    return Case(
+        rows.logprob_bwd_kernel,
+        f"{NAMES[dtype]} -> {NAMES[out]}{', compact' * compact}{', entropy' * entropy}, V={vocabulary}",
+        "streaming",
+        {
+            "logits": f"*{NAMES[dtype]}",
+            "out": f"*{NAMES[out]}",
+            "row_index": "*i64" if compact else None,
+            "target": "*i64",
+            **dict.fromkeys(("row_top", "log_total", "d_logprob", "entropy"), "*fp32"),
+            "d_entropy": "*fp32" if entropy else None,
+            **dict.fromkeys(("vocabulary", "stride", "out_stride"), "i32"),
+            **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
+            "COMPACT": compact,
+            "ENTROPY": entropy,
+        },
+        rows.row_config(dtype, group=8),
+        unaligned,
+        grid=TOKENS,
+        loop_bytes=vocabulary * dtype.itemsize,
+        floor_bytes=TOKENS * vocabulary * (dtype.itemsize + out.itemsize),
+        elements=vocabulary,
+    )
+
+
+def matmul_cases(cc: int) -> list[Case]:
+    cases = []
+    for dtype in (*HALF, torch.float32):
+        engine = dtype in HALF and CHIPS[cc].capability[0] in (9, 10)
+        for tma in (False, True) if engine else (False,):
+            cases += lm_head_cases(cc, dtype, tma) + similarity_cases(cc, dtype, tma)
+    return cases
+
+
+def matmul_case(
+    cc: int, kernel: Any, label: str, dtype: torch.dtype, tma: bool, plain: bool, size: tuple[int, int, int], **own: Any
+) -> Case:
+    config = matmul.tile_config(CHIPS[cc].capability, dtype, tma=tma, plain=plain)
+    (n, m, k), name = size, NAMES[dtype]
+    matrix = {
+        operand: f"tensordesc<{name}[{block},{config.block_k}]>" if config.tma else f"*{name}"
+        for operand, block in (("a", config.block_n), ("b", config.block_m))
+    }
+    sizes = dict.fromkeys(("n", "m", "k", "stride_a", "stride_b"), "i32")
+    return Case(
+        kernel,
+        f"{label}, {name}{', TMA' * tma}, M={m}",
+        "matmul",
+        matrix | sizes | {"scale": "fp32"} | own,
+        config.launch(dtype),
+        unaligned=("n", "m") if m % 16 else (),
+        grid=math.ceil(n / config.block_n) * math.ceil(m / config.block_m),
+        flop=2.0 * n * m * k * (3 if dtype == torch.float32 else 1),
+        tensor_rate=0.5 if dtype == torch.float32 else 1.0,
+        depth=k,
+    )
+
+
+STATISTICS = dict.fromkeys(("top", "total", "spread", "target_logit"), "*fp32")
+
+
+def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
+    cases = []
+    for vocabulary, entropy, bias in itertools.product((ALIGNED, ODD), (False, True), (False, True)):
+        own = {
+            "bias": f"*{NAMES[dtype]}" if bias else None,
+            "target": "*i64",
+            "NORMS": False,
+            "BIAS": bias,
+            "MASK": 0,
+            "ENTROPY": entropy,
+            **dict.fromkeys(("row_factor", "column_factor", "mask")),
+        }
+        label = f"LM head{', entropy' * entropy}{', bias' * bias}"
+        size = (TOKENS, vocabulary, WIDTH)
+        cases.append(matmul_case(cc, matmul.matmul_lse_kernel, label, dtype, tma, not bias, size, **STATISTICS, **own))
+    return cases
+
+
+def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
+    cases = []
+    out = "*fp32" if dtype == torch.float16 else f"*{NAMES[dtype]}"
+    for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
+        own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
+        forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
+        backward = {
+            **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
+            **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
+            "positive": "*i64",
+            "out": out,
+            "stride_out": "i32",
+        }
+        for kernel, more in ((matmul.matmul_lse_kernel, forward), (infonce_gradient_kernel, backward)):
+            size = (65_536, candidates, 4_096)
+            cases.append(matmul_case(cc, kernel, f"similarity, mask {mask}", dtype, tma, False, size, **own, **more))
+    return cases
+
+
+def other_cases() -> list[Case]:
+    cases = []
+    sequences, length = 64, 512
+    tokens = sequences * length
+    for dtype in (*HALF, torch.float32):
+        name, size = NAMES[dtype], dtype.itemsize
+        forward = forward_config(dtype)
+        slices = math.ceil(WIDTH / forward["BLOCK_D"])
+        cases.append(
+            Case(
+                value_pool_fwd_kernel,
+                f"{name}, D={WIDTH}",
+                "streaming",
+                {
+                    "hidden": f"*{name}",
+                    "weight": "*fp32",
+                    "cu_seqlens": "*i64",
+                    "pooled": "*fp32",
+                    "width": "i32",
+                    "stride": "i32",
+                },
+                forward,
+                grid=sequences * slices,
+                loop_bytes=length * forward["BLOCK_D"] * size,
+                floor_bytes=tokens * WIDTH * size,
+            )
+        )
+        for width in (256, 1024, WIDTH, 8192):
+            cases.append(
+                Case(
+                    value_pool_bwd_kernel,
+                    f"{name}, D={width}",
+                    "streaming",
+                    {
+                        "hidden": f"*{name}",
+                        "weight": "*fp32",
+                        "d_pooled": "*fp32",
+                        "pooled": "*fp32",
+                        "cu_seqlens": "*i64",
+                        "d_hidden": f"*{name}",
+                        "d_value": "*fp32",
+                        "width": "i32",
+                        "stride": "i32",
+                    },
+                    backward_config(width),
+                    grid=sequences,
+                    loop_bytes=length * backward_config(width)["BLOCK_D"] * size,
+                    floor_bytes=2 * tokens * width * size,
+                )
+            )
+        cases.append(
+            Case(
+                inverse_norm_kernel,
+                name,
+                "small",
+                {"x": f"*{name}", "out": "*fp32", "n": "i32", "width": "i32", "stride": "i32", "eps": "fp32"},
+                NORM_CONFIG,
+            )
+        )
+    vector = "*fp32"
+    for masked in (False, True):
+        mask = "*u8" if masked else None
+        cases += [
+            Case(
+                value_pool_weight_kernel,
+                f"masked={masked}",
+                "small",
+                {"value": vector, "mask": mask, "cu_seqlens": "*i64", "weight": vector, "MASKED": masked},
+                WEIGHT_CONFIG,
+            ),
+            Case(
+                whiten_kernel,
+                f"masked={masked}",
+                "small",
+                {"x": vector, "mask": mask, "out": vector, "tokens": "i32", "eps": "fp32", "MASKED": masked},
+                WHITEN_CONFIG,
+            ),
+        ]
+    cases += [
+        Case(
+            gae_kernel,
+            "",
+            "small",
+            dict.fromkeys(("reward", "value", "advantage", "return_"), vector)
+            | {"cu_seqlens": "*i64", "gamma": "fp32", "decay": "fp32"},
+            SEQUENCE_CONFIG,
+        ),
+        Case(
+            kl_shaped_reward_kernel,
+            "",
+            "small",
+            dict.fromkeys(("score", "old_logprob", "ref_logprob", "reward"), vector)
+            | {"cu_seqlens": "*i64", "kl_coef": "fp32"},
+            SEQUENCE_CONFIG,
+        ),
+        Case(
+            value_kernel,
+            "",
+            "small",
+            dict.fromkeys(("value", "old_value", "return_", "weight", "d_value", "stats"), vector)
+            | {"tokens": "i32", "clip": "fp32"},
+            rows.TOKEN_CONFIG,
+        ),
+        Case(
+            lcs_walk_kernel,
+            "",
+            "small",
+            dict.fromkeys(("a", "a_cu", "b", "b_cu", "steps_offset"), "*i64")
+            | {"steps": "*i8", "first": "i32", "mask_a": "*u8", "mask_b": "*u8"},
+            {"num_warps": 1},
+        ),
+    ]
+    for ref, entropy in ((False, False), (False, True), (True, True)):
+        cases.append(
+            Case(
+                rows.policy_kernel,
+                f"ref={ref} entropy={entropy}",
+                "small",
+                dict.fromkeys(("logprob", "old_logprob", "advantage", "weight", "d_logprob", "stats"), vector)
+                | {"ref_logprob": vector if ref else None, "entropy": vector if entropy else None}
+                | {"tokens": "i32", "HAS_REF": ref, "HAS_ENTROPY": entropy}
+                | dict.fromkeys(("clip_low", "clip_high", "kl_coef", "entropy_coef"), "fp32"),
+                rows.TOKEN_CONFIG,
+            )
+        )
+    for entropy in (False, True):
+        cases.append(
+            Case(
+                matmul.combine_kernel,
+                f"entropy={entropy}",
+                "small",
+                dict.fromkeys(("top", "total", "spread", "target_logit", "logprob", "entropy"), vector)
+                | {"row_top": vector, "log_total": vector, "n": "i32", "blocks": "i32", "scale": "fp32"}
+                | {"target_limit": "fp32", "logprob_limit": "fp32", "ENTROPY": entropy},
+                matmul.COMBINE_CONFIG,
+                ("blocks",),
+            )
+        )
+    for longest in (1, 512, 1024, 4096, 8192):
+        cases.append(
+            Case(
+                lcs_table_kernel,
+                f"up to {longest} tokens",
+                "small",
+                dict.fromkeys(("a", "a_cu", "b", "b_cu", "steps_offset"), "*i64") | {"steps": "*i8", "first": "i32"},
+                table_config(longest),
+            )
+        )
+    return cases
+
+
+def all_cases() -> list[tuple[Case, int]]:
+    shared = [*row_cases(), *other_cases()]
+    return [(case, cc) for cc in CHIPS for case in [*shared, *matmul_cases(cc)]]
