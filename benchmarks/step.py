@@ -1,8 +1,9 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
 Paths: "fast" is the default, "fast, recomputing" adds activation checkpointing; "reference" is the plain path
-(`model.impl = "reference"`: padded, float32 logits of every position), "reference, recomputing" adds checkpointing:
-what the published trainers do, though they pad further. Repeats are interleaved. Before anything is timed, every
+(`model.impl = "reference"`: all rows of a device at once, padded to the longest prompt plus the longest completion,
+float32 logits of every position), "reference, recomputing" adds checkpointing: what the published trainers do. Repeats
+are interleaved. Before anything is timed, every
 path's loss is compared with the fast one's. Memory: resident memory at its highest in the update, above what was there
 when it began (model and optimizer state are), in a process of its own. Writes benchmarks/results/step_cpu.{json,md}.
 """
@@ -40,11 +41,12 @@ from carft_fast.run import versions
 from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
 
+DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
 PATHS: dict[str, list[str]] = {
     "fast": [],
     "fast, recomputing": ["model.gradient_checkpointing=true"],
-    "reference": ["model.impl=reference"],
-    "reference, recomputing": ["model.impl=reference", "model.gradient_checkpointing=true"],
+    "reference": ["model.impl=reference", DEVICE_AT_ONCE],
+    "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, "model.gradient_checkpointing=true"],
 }
 PUBLISHED = "reference, recomputing"
 CASES: dict[str, list[str]] = {
@@ -53,7 +55,7 @@ CASES: dict[str, list[str]] = {
         "rl.batch_size=8",  # what the paper's setting gives each of its 8 GPUs
         "rl.mini_batch_size=8",
         "rl.micro_batch_tokens=1024",
-        "rollout.max_new_tokens=144",
+        "rollout.max_new_tokens=256",
         "data.max_length=512",
     ],
 }
@@ -298,8 +300,8 @@ def report(results: dict[str, Any]) -> str:
         "",
         "CARFT, two PPO epochs, float32, the same rollouts on every path. `log-probs`: the no-gradient pass (old",
         "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
-        "medians, with their range; `x` is the published trainers' way (`reference, recomputing`; they pad further:",
-        "to the longest prompt plus the longest completion, not to a micro-batch's longest row) over this. `step`",
+        "medians, with their range; `x` is the published trainers' way (`reference, recomputing`: a device's rows at",
+        "once, padded to the longest prompt plus the longest completion) over this. `step`",
         "adds sampling (vLLM and its weight sync for the fast paths, transformers' generate for the reference),",
         "counted by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path",
         "needs, over the time of both phases, over the matmul ceiling. Memory: peak of the update above model,",

@@ -71,6 +71,12 @@ class CheckpointStore:
         path, state = max(found, key=lambda item: item[1]["step"])
         return path, int(state["step"])
 
+    def best(self, stage: str) -> Path | None:
+        """The best evaluated checkpoint, where it is one of this stage."""
+        link = self._folder / "best"
+        target = self._folder / os.readlink(link) if link.is_symlink() else None
+        return target if target is not None and target.name.startswith(f"{stage}-") else None
+
     def clean(self) -> None:
         """Remove what a killed write left behind."""
         for path in self._folder.parent.rglob(f"{TEMPORARY}*"):

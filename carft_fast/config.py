@@ -39,8 +39,8 @@ class ModelConfig(Section):
     transformers' own: "flash_attention_2" (extra `flash`, NVIDIA GPU), and for models that "packed" refuses
     "flex_attention", "sdpa" or "eager" with a block-diagonal mask, quadratic in a micro-batch's tokens."""
     impl: Literal["fast", "reference"] = "fast"
-    """"fast": packed sequences, fused losses. "reference": every batch padded to its longest row, all its logits in
-    float32; what the published trainers compute, kept to compare with."""
+    """"fast": packed sequences, fused losses. "reference": every batch padded to its longest prompt and completion, all its
+    logits in float32; what the published trainers compute, kept to compare with."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about one third more time."""
     compile: bool = False
@@ -174,8 +174,12 @@ class RewardConfig(Section):
 
 
 class ContrastiveConfig(Section):
-    mode: Literal["positive", "none"] = "positive"
-    """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "none": no such loss (ReFT)."""
+    mode: Literal["positive", "negative", "both", "none"] = "positive"
+    """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have in
+    common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": half of each; "none" (ReFT)."""
+    gradient: Literal["full", "local", "published"] = "full"
+    """What carries gradient: "full" every candidate, as in the paper; "local" those of the own process, the others' are
+    constants (with one process the same); "published" none, and the positive loss is summed over all rollouts."""
     coef: float = Field(1e-3, ge=0)
     """Weight of the contrastive loss (c). Source: paper, 1e-3, flat between 5e-4 and 1.5e-3."""
     temperature: float = Field(0.2, gt=0)
@@ -291,6 +295,28 @@ class RolloutConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    action: Literal["off", "stop", "rollback"] = "off"
+    """What a collapse leads to: "stop" ends the stage there, "rollback" goes on from the best evaluated checkpoint with a
+    lower learning rate. Each event is logged with its cause."""
+    window: int = Field(5, ge=1)
+    """Steps that the watched figures are averaged over."""
+    reward_drop: float = Field(0.5, gt=0, le=1)
+    """Collapse: the mean reward is this share below its best mean."""
+    extractable_drop: float = Field(0.5, gt=0, le=1)
+    """Collapse: the share of answers that can be extracted is this share below its best mean."""
+    entropy_min: float | None = Field(None, ge=0)
+    """Collapse: mean entropy (nats per token) below this; not watched when absent."""
+    entropy_max: float | None = Field(None, gt=0)
+    """Collapse: mean entropy (nats per token) above this; not watched when absent."""
+    kl_max: float | None = Field(None, gt=0)
+    """Collapse: mean log-prob difference to the reference (nats per token) above this; not watched when absent."""
+    lr_factor: float = Field(0.5, gt=0, lt=1)
+    """Each rollback multiplies the learning rate by this."""
+    max_rollbacks: int = Field(2, ge=1)
+    """After as many rollbacks the next collapse stops the stage."""
+
+
 class OutputConfig(Section):
     name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     """The run is written to runs/<name> unless --output-dir says otherwise."""
@@ -311,6 +337,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     contrastive: ContrastiveConfig = ContrastiveConfig()
     rollout: RolloutConfig = RolloutConfig()
+    guard: GuardConfig = GuardConfig()
     output: OutputConfig = OutputConfig()
 
     @model_validator(mode="after")
@@ -366,6 +393,10 @@ class Config(Section):
             raise ValueError(
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} must be below data.max_length = "
                 f"{self.data.max_length}: the prompt needs room"
+            )
+        if self.guard.action == "rollback" and self.rollout.async_depth:
+            raise ValueError(
+                'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'
             )
         if (SYNTHETIC in (self.data.train, self.data.eval)) != (self.data.train == self.data.eval == SYNTHETIC):
             raise ValueError('data.train and data.eval must both be "synthetic" or neither')

@@ -1,5 +1,6 @@
 """The loss terms of both stages, each a call or two of carft_kernels. Pure. Suffixes as in `batch`; E: embedding."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -195,26 +196,94 @@ def update_loss(
     return loss, logprob_C.detach(), metrics
 
 
-def cot_embedding(model: CarftModel, hidden_TD: Tensor, batch: PackedBatch) -> Tensor:
-    """z [B, E] of paper eq. 6: states AT the completion tokens, weighted by the softmax of their values, projected."""
-    hidden_CD = hidden_TD[batch.read_index_C]
-    pooled_BD, _ = value_pool(hidden_CD, model.value(hidden_CD), batch.completion_cu)
-    return model.embed(pooled_BD)
+def cot_embeddings(
+    model: CarftModel, hidden_TD: Tensor, batch: PackedBatch, parts: Sequence[Tensor] | None = None
+) -> Tensor:
+    """z [B, P, E] of paper eq. 6: states AT the completion tokens, weighted by the softmax of their values, projected.
 
-
-def contrastive_loss(z_1_BE: Tensor, z_2_BE: Tensor, correct_B: Tensor, config: ContrastiveConfig) -> Tensor:
-    """Masked InfoNCE of paper eq. 7: mean over correct rollouts, candidates are all rollouts; 0 when none is correct.
-
-    Gradient flows through every candidate, as in the paper; the published code's candidates carry none.
+    `parts`: for each sequence bool [P, its completion tokens], what is pooled; all of them (P = 1) when None. The z of
+    an empty part means nothing.
     """
-    loss, _ = masked_infonce(
-        z_1_BE,
-        z_2_BE,
-        row_mask_N=correct_B,
+    hidden_CD = hidden_TD[batch.read_index_C]
+    value_C = model.value(hidden_CD)
+    masks = [None] if parts is None else torch.cat(list(parts), 1)
+    pooled = [value_pool(hidden_CD, value_C, batch.completion_cu, mask_T=mask)[0] for mask in masks]
+    return model.embed(torch.stack(pooled, 1))
+
+
+class ContrastTargets(NamedTuple):
+    """What the contrastive loss needs to know of B rollouts beside their own embeddings; no gradient.
+
+    The last three are the negative signal's: z of the annotated tokens that the rollout has in common with it, whether
+    a rollout is wrong and has such tokens, and whether it is wrong and has tokens beyond them.
+    """
+
+    z_1_BE: Tensor
+    correct_B: Tensor
+    common_BE: Tensor | None = None
+    has_common_B: Tensor | None = None
+    has_excluded_B: Tensor | None = None
+
+
+def contrastive_loss(z_2_BPE: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
+    """The signals of `contrastive.mode`; z_2 holds the rollouts' embeddings: whole, and for the negative signal common
+    and excluded part. Rollouts that a signal is not about leave it alone; 0 where it is about none.
+    """
+    losses = []
+    if config.mode in ("positive", "both"):
+        losses.append(positive_signal(z_2_BPE[:, 0], targets, config))
+    if config.mode in ("negative", "both"):
+        losses.append(negative_signal(z_2_BPE[:, 1], z_2_BPE[:, 2], targets, config))
+    return torch.stack(losses).mean()
+
+
+def positive_signal(z_2_BE: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
+    """Masked InfoNCE of paper eq. 7: a correct rollout's annotated CoT is drawn to it, away from all other rollouts.
+
+    Mean over the correct rollouts; every candidate carries gradient. With `gradient` "published" candidates carry none
+    and the loss is the SUM over all rollouts, wrong ones too, as soon as one is correct: the published code's training.
+    """
+    z_1_BE, correct_B = targets.z_1_BE, targets.correct_B
+    if config.gradient != "published":
+        return masked_infonce(
+            z_1_BE,
+            z_2_BE,
+            row_mask_N=correct_B,
+            temperature=config.temperature,
+            positive_clamp=config.positive_clamp,
+        )[0]
+    _, row_loss_B = masked_infonce(
+        z_1_BE, z_2_BE.detach(), temperature=config.temperature, positive_clamp=config.positive_clamp
+    )
+    cosine_B = torch.cosine_similarity(z_1_BE, z_2_BE).clamp(max=config.positive_clamp)
+    pull_B = (cosine_B.detach() - cosine_B) / config.temperature  # 0, with the numerator's gradient
+    return (row_loss_B + pull_B).sum() * correct_B.any()
+
+
+def negative_signal(
+    common_BE: Tensor, excluded_BE: Tensor, targets: ContrastTargets, config: ContrastiveConfig
+) -> Tensor:
+    """Paper eq. 8: what a wrong rollout has in common with its annotated CoT is drawn to the same tokens there, away from
+    what wrong rollouts have beyond.
+
+    Mean over wrong rollouts with a common part; the negatives are the excluded parts of all wrong rollouts. With
+    `gradient` "published" the negatives carry none.
+    """
+    assert targets.common_BE is not None
+    assert targets.has_common_B is not None
+    assert targets.has_excluded_B is not None
+    n = len(common_BE)
+    if config.gradient == "published":
+        excluded_BE = excluded_BE.detach()
+    own_BB = torch.eye(n, dtype=torch.bool, device=common_BE.device)
+    return masked_infonce(
+        common_BE,
+        torch.cat([targets.common_BE, excluded_BE]),
+        row_mask_N=targets.has_common_B,
+        candidate_mask=torch.cat([own_BB, targets.has_excluded_B.expand(n, n)], 1),
         temperature=config.temperature,
         positive_clamp=config.positive_clamp,
-    )
-    return loss
+    )[0]
 
 
 def _head_inputs(model: CarftModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:

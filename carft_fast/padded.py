@@ -1,11 +1,10 @@
 """The plain path, `model.impl = "reference"`: padded rows, float32 logits of every position, losses in plain torch.
 
-What the published trainers compute, less some of their padding (they pad to the longest prompt plus the longest
-completion of a device's rows, this to the longest row of a micro-batch), written to be read next to the paper. The
-fast path has to equal it, and is timed against it.
+What the published trainers compute, rows as wide as theirs (the longest prompt plus the longest completion of a
+micro-batch), written to be read next to the paper. The fast path has to equal it, and is timed against it.
 
-B rows, L the longest of them (tokens), V vocabulary, D hidden, E embedding size. A quantity [B, L - 1]
-belongs to tokens 1 to L - 1: column t is that of token t + 1, which the state at t predicts.
+B rows, L their width (tokens), V vocabulary, D hidden, E embedding size, P parts of a completion. A quantity
+[B, L - 1] belongs to tokens 1 to L - 1: column t is that of token t + 1, which the state at t predicts.
 """
 
 from collections.abc import Sequence
@@ -42,8 +41,8 @@ class PlainOutput(NamedTuple):
 
 
 def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device) -> PaddedBatch:
-    longest = max(len(p) + len(c) for p, c in zip(prompts, completions, strict=True))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    width = max(map(len, prompts)) + max(map(len, completions))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)
     completion = torch.zeros_like(ids, dtype=torch.bool)
     for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         ids[row, : len(p) + len(c)] = torch.tensor([*p, *c])
@@ -63,10 +62,21 @@ def logprobs(output: PlainOutput, batch: PaddedBatch, temperature: float = 1.0) 
     return logp_BLV.gather(-1, batch.ids_BL[:, 1:, None]).squeeze(-1), logp_BLV
 
 
-def embedding(model: CarftModel, hidden_BLD: Tensor, batch: PaddedBatch) -> Tensor:
-    """z [B, E] of paper eq. 6 as it is printed: every state projected, then averaged with the softmax of the values."""
-    value_BL = model.value(hidden_BLD).masked_fill(~batch.completion_BL, -torch.inf)
-    return (value_BL.softmax(-1)[..., None] * model.embed(hidden_BLD)).sum(1)
+def embedding(
+    model: CarftModel, hidden_BLD: Tensor, batch: PaddedBatch, parts: Sequence[Tensor] | None = None
+) -> Tensor:
+    """z [B, P, E] of paper eq. 6 as it is printed: every state projected, then averaged with the softmax of the values.
+
+    `parts`: for each row bool [P, its completion tokens], what the average is over; all of them when None. The z of an
+    empty part means nothing.
+    """
+    part_BPL = batch.completion_BL[:, None]
+    if parts is not None:
+        part_BPL = torch.zeros_like(part_BPL.expand(-1, len(parts[0]), -1))
+        for row, part_PC in enumerate(parts):
+            part_BPL[row, :, batch.completion_BL[row]] = part_PC
+    value_BPL = model.value(hidden_BLD)[:, None].masked_fill(~part_BPL, torch.finfo(torch.float32).min)
+    return value_BPL.softmax(-1) @ model.embed(hidden_BLD)
 
 
 def sft_loss(model: CarftModel, batch: PaddedBatch, total_tokens: int) -> Tensor:

@@ -1,20 +1,20 @@
 """How sequences go through the model: packed (the fast path) or padded (`model.impl = "reference"`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from carft_fast import padded
-from carft_fast.batch import balanced_batches, chunks, pack
+from carft_fast.batch import PackedBatch, balanced_batches, chunks, pack
 from carft_fast.config import Config
 from carft_fast.flops import ModelCost
 from carft_fast.losses import (
     Normaliser,
     RolloutTargets,
     completion_logprobs,
-    cot_embedding,
+    cot_embeddings,
     sampler_support_logprobs,
     sft_loss,
     update_loss,
@@ -27,9 +27,24 @@ class Rows(NamedTuple):
 
     prompts: Sequence[list[int]]
     completions: Sequence[list[int]]
+    parts: Sequence[Tensor] | None = None
+    """bool [P, completion tokens] on the device, for each sequence: what each of its P embeddings is pooled over. One
+    embedding of the whole completion when None."""
 
     def pick(self, rows: Sequence[int]) -> "Rows":
-        return Rows([self.prompts[i] for i in rows], [self.completions[i] for i in rows])
+        parts = None if self.parts is None else [self.parts[i] for i in rows]
+        return Rows([self.prompts[i] for i in rows], [self.completions[i] for i in rows], parts)
+
+    @property
+    def pairs(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Prompt and completion of every sequence."""
+        return zip(self.prompts, self.completions, strict=True)
+
+    def pack(self, device: torch.device, *, share_prompts: bool) -> PackedBatch:
+        return pack(self.prompts, self.completions, device, share_prompts=share_prompts)
+
+    def pad(self, device: torch.device) -> padded.PaddedBatch:
+        return padded.pad(self.prompts, self.completions, device)
 
     @property
     def lengths(self) -> list[int]:
@@ -46,12 +61,12 @@ class Want(NamedTuple):
 
 
 class Look(NamedTuple):
-    """No-gradient results of some sequences: per token [C], and z per sequence [B, E]."""
+    """No-gradient results of some sequences: per token [C], and z [B, P, E] per sequence and part."""
 
     logprob_C: Tensor | None
     support_logprob_C: Tensor | None
     value_C: Tensor | None
-    z_BE: Tensor | None
+    z_BPE: Tensor | None
 
 
 class Loss(NamedTuple):
@@ -59,7 +74,7 @@ class Loss(NamedTuple):
     logprob_C: Tensor
     """Without gradient."""
     metrics: dict[str, Tensor]
-    z_BE: Tensor | None
+    z_BPE: Tensor | None
 
 
 class Passes(Protocol):
@@ -97,7 +112,7 @@ class PackedPasses:
 
     def micro_batches(self, rows: Rows) -> list[list[int]]:
         units = self._units(rows)
-        lengths = [(len(p), len(c)) for p, c in zip(*rows, strict=True)]
+        lengths = [(len(p), len(c)) for p, c in rows.pairs]
         tokens = [lengths[unit[0]][0] + sum(lengths[i][1] for i in unit) for unit in units]
         costs = [sum(self._cost.sequence_flops(*lengths[i]) for i in unit) for unit in units]
         batches = balanced_batches(tokens, costs, self._budget)
@@ -109,7 +124,7 @@ class PackedPasses:
             return [[i] for i in range(len(rows.prompts))]
         units: list[list[int]] = []
         newest: dict[tuple[int, ...], tuple[list[int], int]] = {}
-        for i, (prompt, completion) in enumerate(zip(*rows, strict=True)):
+        for i, (prompt, completion) in enumerate(rows.pairs):
             unit, tokens = newest.get(tuple(prompt), ([], self._budget))
             if tokens + len(completion) > self._budget:
                 unit, tokens = [], len(prompt)
@@ -119,11 +134,11 @@ class PackedPasses:
         return units
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
-        batch = pack(*rows, model.device, share_prompts=self._share)
+        batch = rows.pack(model.device, share_prompts=self._share)
         return sft_loss(model, model(batch), batch, total_tokens)
 
     def look(self, model: CarftModel, rows: Rows, want: Want) -> Look:
-        batch, sampling = pack(*rows, model.device, share_prompts=self._share), self._config.rollout
+        batch, sampling = rows.pack(model.device, share_prompts=self._share), self._config.rollout
         output = model(batch, need_logits=want.logprob)
         logprob_C = support_logprob_C = None
         if want.logprob:
@@ -141,7 +156,7 @@ class PackedPasses:
             logprob_C,
             support_logprob_C,
             model.value(output.hidden_TD[batch.predict_index_C]) if want.value else None,
-            cot_embedding(model, output.hidden_TD, batch) if want.embedding else None,
+            cot_embeddings(model, output.hidden_TD, batch, rows.parts) if want.embedding else None,
         )
 
     def loss(
@@ -155,16 +170,16 @@ class PackedPasses:
         embedding: bool,
     ) -> Loss:
         assert all(live), "rollouts without a gradient are in no micro-batch"
-        batch, rl = pack(*rows, model.device, share_prompts=self._share), self._config.rl
+        batch, rl = rows.pack(model.device, share_prompts=self._share), self._config.rl
         output = model(batch)
         weight_C = normaliser.weights(batch, rl.loss_mean)
         temperature = self._config.rollout.temperature
         found = update_loss(model, output, batch, targets, rl, weight_C=weight_C, temperature=temperature)
-        return Loss(*found, cot_embedding(model, output.hidden_TD, batch) if embedding else None)
+        return Loss(*found, cot_embeddings(model, output.hidden_TD, batch, rows.parts) if embedding else None)
 
 
 class PaddedPasses:
-    """Rows in the order drawn, as many as fit the token budget if all were as long as the longest."""
+    """Rows in the order drawn, as many as fit the token budget, pads included."""
 
     def __init__(self, config: Config, micro_batch_tokens: int) -> None:
         self._config, self._budget = config, micro_batch_tokens
@@ -174,10 +189,10 @@ class PaddedPasses:
         return chunks(range(len(rows.prompts)), max(1, self._budget // longest))
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
-        return padded.sft_loss(model, padded.pad(*rows, model.device), total_tokens)
+        return padded.sft_loss(model, rows.pad(model.device), total_tokens)
 
     def look(self, model: CarftModel, rows: Rows, want: Want) -> Look:
-        batch = padded.pad(*rows, model.device)
+        batch = rows.pad(model.device)
         output = padded.forward(model, batch)
         logprob_C = None
         if want.logprob:
@@ -186,7 +201,7 @@ class PaddedPasses:
             logprob_C,
             logprob_C,
             model.value(output.hidden_BLD)[:, :-1][batch.predicted] if want.value else None,
-            padded.embedding(model, output.hidden_BLD, batch) if want.embedding else None,
+            padded.embedding(model, output.hidden_BLD, batch, rows.parts) if want.embedding else None,
         )
 
     def loss(
@@ -199,13 +214,13 @@ class PaddedPasses:
         *,
         embedding: bool,
     ) -> Loss:
-        batch, config = padded.pad(*rows, model.device), self._config
+        batch, config = rows.pad(model.device), self._config
         output = padded.forward(model, batch)
         live_B = torch.tensor(live, device=model.device)
         found = padded.update_loss(
             model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature
         )
-        return Loss(*found, padded.embedding(model, output.hidden_BLD, batch) if embedding else None)
+        return Loss(*found, padded.embedding(model, output.hidden_BLD, batch, rows.parts) if embedding else None)
 
 
 def build_passes(config: Config, model: CarftModel, micro_batch_tokens: int, *, share_prompts: bool = False) -> Passes:

@@ -20,6 +20,7 @@ from carft_fast.console import Console, Tracker
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.files import write_text
+from carft_fast.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import build_optimizer
@@ -195,6 +196,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
 
     def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
         self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
+        self._model_path = model_path
         checkpoint = run.store.latest(stage)
         trained, self._step = checkpoint or (None, 0)
         with run.timer("load"):
@@ -203,6 +205,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             if checkpoint:
                 load_optimizer(checkpoint[0], self.model, self.optimizer)
         run.metrics.rewind(stage, self._step)
+        self._ends_at = stopped_at(run.metrics.records)
         if checkpoint:
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
         self._current_engine: Callable[[], RolloutEngine] | None = None
@@ -220,7 +223,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 if best or self._due(self._config.save_every):
                     self._save(best=best)
                 run.stop.check()
-                if self._step == self.total_steps:
+                if self._step in (self.total_steps, self._ends_at):
                     return
                 yield self._step
                 self._step += 1
@@ -234,7 +237,39 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
 
     def _due(self, every: int | None) -> bool:
-        return self._step > 0 and (self._step == self.total_steps or bool(every and self._step % every == 0))
+        last = self._step in (self.total_steps, self._ends_at)
+        return self._step > 0 and (last or bool(every and self._step % every == 0))
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor of the scheduled learning rate: lower after every rollback."""
+        return self._run.config.guard.lr_factor ** rollbacks(self._run.metrics.records)
+
+    def guard_against_collapse(self) -> bool:
+        """After a step's record: end the stage or go back if the run has collapsed; True if the weights changed.
+
+        Going back takes weights and optimizer of the best evaluated checkpoint (before any: those the stage began with);
+        the count of steps goes on.
+        """
+        run, config, done = self._run, self._run.config.guard, self._step + 1
+        cause = None if config.action == "off" else find_collapse(run.metrics.records, config)
+        if cause is None:
+            return False
+        stop = config.action == "stop" or rollbacks(run.metrics.records) >= config.max_rollbacks
+        best = None if stop else run.store.best(self._stage)
+        event = {"action": "stop" if stop else "rollback", "cause": cause}
+        if stop:
+            self._ends_at = done
+        else:
+            event["to"] = str(best or self._model_path)
+            restored = load_model(run.config, self._model_path, run.device, heads=True, trained=best)
+            self.model.load_state_dict(restored.state_dict())
+            self.optimizer.state.clear()
+            if best:
+                load_optimizer(best, self.model, self.optimizer)
+        run.metrics.log(self._stage, "guard", done, event, {})
+        run.console.log(f"{self._stage} step {done}: collapse, {cause}: {event['action']} {event.get('to', '')}")
+        return not stop
 
     def _evaluate_if_due(self) -> bool:
         """True when the step was evaluated now and is the stage's best so far."""

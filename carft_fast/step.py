@@ -15,12 +15,13 @@ from torch import Tensor
 from carft_fast.advantage import Advantages
 from carft_fast.batch import chunks, derive_seed, permutation
 from carft_fast.config import Config
-from carft_fast.losses import Normaliser, RolloutTargets, contrastive_loss, correction_weights
+from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.model import CarftModel
 from carft_fast.optim import optimizer_step
 from carft_fast.passes import Look, Rows, Want, build_passes
 from carft_fast.reference import Reference
 from carft_fast.rollout.probe import Mismatch
+from carft_kernels import lcs_mask
 
 # Means over the tokens that have a weight in the policy loss: correction may take it from some.
 TOKEN_MEANS = ("clip_fraction", "approx_kl", "entropy")
@@ -33,6 +34,25 @@ class Samples:
     rollouts: Rows
     annotated: Rows
     sampled_logprob_C: Tensor
+
+
+def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[Rows, Rows]:
+    """Both with their parts: a rollout's are the whole, the tokens of a longest common subsequence of its completion and
+    the annotated CoT, and the other tokens; an annotated CoT's are the whole and the same common tokens there.
+
+    Completions only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
+    """
+
+    def packed(rows: Rows) -> tuple[Tensor, Tensor]:
+        ids = torch.tensor([token for completion in rows.completions for token in completion], device=device)
+        return ids, torch.tensor([0, *itertools.accumulate(rows.lengths)], device=device)
+
+    in_annotated, in_rollout = lcs_mask(*packed(annotated), *packed(rollouts))
+    common = in_rollout.split(rollouts.lengths)
+    return (
+        rollouts._replace(parts=[torch.stack([torch.ones_like(c), c, ~c]) for c in common]),
+        annotated._replace(parts=[torch.stack([torch.ones_like(c), c]) for c in in_annotated.split(annotated.lengths)]),
+    )
 
 
 class MiniBatch(NamedTuple):
@@ -50,6 +70,8 @@ class Needs:
     embedding: bool
     """z_1 and z_2: for the contrastive term or the partial reward."""
     contrastive: bool
+    negative: bool
+    """The tokens that rollouts and annotated CoTs have in common, and their embeddings."""
     old: bool
     """Old log-probs by a forward of their own."""
     reference: bool
@@ -64,6 +86,7 @@ class Needs:
             value=rl.estimator == "gae",
             embedding=contrastive or config.reward.partial == "embedding",
             contrastive=contrastive,
+            negative=contrastive and config.contrastive.mode in ("negative", "both"),
             old=rl.old_logprobs == "recompute" and (compared or not one_update),
             reference=rl.kl_coef > 0 or rl.kl_loss_coef > 0,
         )
@@ -72,7 +95,8 @@ class Needs:
 class Experience(NamedTuple):
     """What one no-gradient look at a step's rollouts found, in rollout order; absent is what the method does not read.
 
-    N rollouts, C completion tokens, E embedding size.
+    N rollouts, C completion tokens, E embedding size, P parts: the whole completion, and for the negative signal what it
+    has in common with the annotated CoT and what it has beyond.
     """
 
     completion_tokens: int
@@ -83,13 +107,15 @@ class Experience(NamedTuple):
     ref_logprob_C: Tensor | None
     old_value_C: Tensor | None
     z_1_NE: Tensor | None
-    z_2_NE: Tensor | None
+    common_NE: Tensor | None
+    """z of the annotated tokens that a rollout has in common with it."""
+    z_2_NPE: Tensor | None
 
     @property
     def cosine_N(self) -> Tensor | None:
-        if self.z_1_NE is None or self.z_2_NE is None:
+        if self.z_1_NE is None or self.z_2_NPE is None:
             return None
-        return torch.cosine_similarity(self.z_1_NE, self.z_2_NE)
+        return torch.cosine_similarity(self.z_1_NE, self.z_2_NPE[:, 0])
 
 
 class Step:
@@ -140,6 +166,7 @@ class Step:
             with self._reference.model() as model:
                 ref = self._sweep(model, rollouts, micros, Want(logprob=True))
         sampled = self._config.rl.old_logprobs == "sampled"
+        z_1_NE, common_NE = self._annotated_embeddings(samples.annotated) if needs.embedding else (None, None)
         return Experience(
             sum(rollouts.lengths),
             torch.tensor([0, *itertools.accumulate(rollouts.lengths)], device=self._policy.device),
@@ -147,8 +174,9 @@ class Step:
             own.support_logprob_C,
             ref.logprob_C,
             own.value_C,
-            self._annotated_embeddings(samples.annotated) if needs.embedding else None,
-            own.z_BE,
+            z_1_NE,
+            common_NE,
+            own.z_BPE,
         )
 
     def _sweep(self, model: CarftModel, rows: Rows, micros: Sequence[Sequence[int]], want: Want) -> Look:
@@ -162,14 +190,29 @@ class Step:
                     found.update(zip(micro, x.split(sizes), strict=True))
         return Look(*(torch.cat([found[i] for i in sorted(found)]) if found else None for found in pieces))
 
-    def _annotated_embeddings(self, annotated: Rows) -> Tensor:
-        """z_1 [N, E] of every rollout's annotated CoT; the samples of one question share it, and its forward."""
-        pairs = [(tuple(prompt), tuple(cot)) for prompt, cot in zip(*annotated, strict=True)]
-        rank = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-        unique = annotated.pick([pairs.index(pair) for pair in rank]) if len(rank) < len(pairs) else annotated
-        z_BE = self._sweep(self._policy, unique, self._passes.micro_batches(unique), Want(embedding=True)).z_BE
-        assert z_BE is not None
-        return z_BE if unique is annotated else z_BE[torch.tensor([rank[pair] for pair in pairs], device=z_BE.device)]
+    def _annotated_embeddings(self, annotated: Rows) -> tuple[Tensor, Tensor | None]:
+        """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it.
+
+        The samples of one question share its forward; each has its own common part.
+        """
+        samples: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for i, (prompt, cot) in enumerate(annotated.pairs):
+            samples.setdefault((tuple(prompt), tuple(cot)), []).append(i)
+        unique = annotated.pick([members[0] for members in samples.values()])
+        if annotated.parts is not None:
+            most = max(map(len, samples.values()))
+            parts = []
+            for members in samples.values():
+                common = [annotated.parts[i][1:] for i in members]
+                padding = [torch.zeros_like(common[0])] * (most - len(members))
+                parts.append(torch.cat([annotated.parts[members[0]][:1], *common, *padding]))
+            unique = unique._replace(parts=parts)
+        z_BPE = self._sweep(self._policy, unique, self._passes.micro_batches(unique), Want(embedding=True)).z_BPE
+        assert z_BPE is not None
+        places = {i: (row, k) for row, members in enumerate(samples.values()) for k, i in enumerate(members)}
+        index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
+        z_1_NE = z_BPE[index_2N[0], 0]
+        return z_1_NE, None if annotated.parts is None else z_BPE[index_2N[0], 1 + index_2N[1]]
 
     def live(self, samples: Samples, advantages: Advantages) -> list[bool] | None:
         """Which rollouts have a gradient; None where all may have one. Reads the advantages back, once.
@@ -247,7 +290,7 @@ class _Gradient:
         contrastive, cotangent = torch.zeros((), device=self._policy.device), None
         metrics = {"loss": contrastive, "policy_loss": contrastive}
         counted: list[tuple[Tensor, dict[str, Tensor]]] = []
-        wanted = self._step.needs.contrastive and any(self._correct[i] for i in rows)
+        wanted = self._step.needs.contrastive and any(map(self._has_signal, rows))
         if wanted and len(mini.micro) > 1:
             contrastive, cotangent = self._contrastive_cotangent(mini.micro, unchanged=unchanged)
         for micro in mini.micro:
@@ -256,14 +299,14 @@ class _Gradient:
                 None if x is None else torch.cat([x[i] for i in micro]) for x in self._targets
             )
             live = [self._live[i] for i in micro]
-            loss, logprob_C, parts, z_2 = self._passes.loss(
+            loss, logprob_C, parts, z_2_BPE = self._passes.loss(
                 self._policy, picked, targets, normaliser, live, embedding=wanted
             )
             parts["loss"] = loss.detach()
-            if z_2 is not None and cotangent is not None:
-                loss = loss + coef * (z_2 * torch.stack([cotangent[i] for i in micro])).sum()
-            elif z_2 is not None:
-                contrastive = self._contrastive_loss(z_2, micro)
+            if z_2_BPE is not None and cotangent is not None:
+                loss = loss + coef * (z_2_BPE * torch.stack([cotangent[i] for i in micro])).sum()
+            elif z_2_BPE is not None:
+                contrastive = self._contrastive_loss(z_2_BPE, micro)
                 loss = loss + coef * contrastive
             loss.backward()
             counted.append((parts.pop("policy_tokens"), {name: parts.pop(name) for name in TOKEN_MEANS}))
@@ -285,14 +328,26 @@ class _Gradient:
             metrics["loss"] = metrics["loss"] + coef * contrastive.detach()
         return metrics
 
-    def _contrastive_loss(self, z_2: Tensor, rows: Sequence[int]) -> Tensor:
-        z_1_NE = self._experience.z_1_NE
+    def _has_signal(self, row: int) -> bool:
+        """Whether a contrastive signal is about this rollout."""
+        mode = self._config.contrastive.mode
+        return mode == "both" or self._correct[row] == (mode == "positive")
+
+    def _contrastive_loss(self, z_2_BPE: Tensor, rows: Sequence[int]) -> Tensor:
+        z_1_NE, common_NE = self._experience.z_1_NE, self._experience.common_NE
         assert z_1_NE is not None
-        z_1 = torch.stack([z_1_NE[i] for i in rows])
-        correct = torch.tensor([self._correct[i] for i in rows])
-        if z_1.is_cuda:
-            correct = correct.pin_memory()
-        return contrastive_loss(z_1, z_2, correct.to(z_1.device, non_blocking=True), self._config.contrastive)
+        z_1_BE = torch.stack([z_1_NE[i] for i in rows])
+        correct_B = torch.tensor([self._correct[i] for i in rows])
+        if z_1_BE.is_cuda:
+            correct_B = correct_B.pin_memory()
+        targets = ContrastTargets(z_1_BE, correct_B.to(z_1_BE.device, non_blocking=True))
+        if common_NE is not None:
+            parts = self._samples.rollouts.parts
+            assert parts is not None
+            has_BP = torch.stack([parts[i].any(1) for i in rows]) & ~targets.correct_B[:, None]
+            common_BE = torch.stack([common_NE[i] for i in rows])
+            targets = targets._replace(common_BE=common_BE, has_common_B=has_BP[:, 1], has_excluded_B=has_BP[:, 2])
+        return contrastive_loss(z_2_BPE, targets, self._config.contrastive)
 
     def _contrastive_cotangent(
         self, micros: Sequence[Sequence[int]], *, unchanged: bool
@@ -304,17 +359,17 @@ class _Gradient:
         mini-batch. Source: GradCache.
         """
         rows = [i for micro in micros for i in micro]
-        known = self._experience.z_2_NE
+        known = self._experience.z_2_NPE
         if unchanged and known is not None:
-            z_2 = torch.stack([known[i] for i in rows])
+            z_2_BPE = torch.stack([known[i] for i in rows])
         else:
             with torch.no_grad():
                 want, rollouts = Want(embedding=True), self._samples.rollouts
                 looks = [self._passes.look(self._policy, rollouts.pick(micro), want) for micro in micros]
-                z_2 = torch.cat([look.z_BE for look in looks if look.z_BE is not None])
-        z_2.requires_grad_(True)
-        loss = self._contrastive_loss(z_2, rows)
-        (gradient,) = torch.autograd.grad(loss, z_2)
+                z_2_BPE = torch.cat([look.z_BPE for look in looks if look.z_BPE is not None])
+        z_2_BPE.requires_grad_(True)
+        loss = self._contrastive_loss(z_2_BPE, rows)
+        (gradient,) = torch.autograd.grad(loss, z_2_BPE)
         return loss.detach(), dict(zip(rows, gradient, strict=True))
 
     def _zero_gradient(self) -> None:

@@ -23,7 +23,7 @@ from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.probe import check_agreement, sampled_logprobs
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.run import Run, StageLoop, stage_total_steps
-from carft_fast.step import Experience, Needs, Rows, Samples, Step
+from carft_fast.step import Experience, Needs, Rows, Samples, Step, mark_common
 
 
 def train_rl(run: Run, model_path: str) -> StageLoop:
@@ -63,7 +63,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 completions = [run.prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
                 grades = grade_all(completions, rows, run.config)
             with timer("forward"):
-                samples = as_samples(rows, rollouts, run.device)
+                samples = as_samples(rows, rollouts, run.device, common_parts=work.needs.negative)
                 plan = work.plan(samples, seed)
                 experience = work.look(samples, plan[0])
                 score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
@@ -72,7 +72,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 if live is not None and not all(live):
                     plan = work.plan(samples, seed, live)
             with timer("update"):
-                lr = learning_rate(step, loop.total_steps, config)
+                lr = learning_rate(step, loop.total_steps, config) * loop.lr_scale
                 correct = [g.correct for g in grades]
                 update_metrics = work.update(samples, plan, experience, advantages, correct, live, loop.optimizer, lr)
             with timer("sync"):
@@ -87,6 +87,9 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 f"rl-{step + 1:06d}",
                 describe_samples(run.config, rows, rollouts, completions, grades, score_N),
             )
+            if loop.guard_against_collapse():
+                with timer("sync"):
+                    stream.sync(policy)
     return loop
 
 
@@ -112,13 +115,16 @@ def grade_all(completions: Sequence[str], rows: Sequence[EncodedExample], config
     ]
 
 
-def as_samples(rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device) -> Samples:
+def as_samples(
+    rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device, *, common_parts: bool = False
+) -> Samples:
+    """`common_parts`: with the tokens that rollout and annotated CoT have in common, for the negative signal."""
     prompts = [row.prompt_ids for row in rows]
-    return Samples(
-        Rows(prompts, [rollout.completion_ids for rollout in rollouts]),
-        Rows(prompts, [row.completion_ids for row in rows]),
-        sampled_logprobs(rollouts, device),
-    )
+    sampled = Rows(prompts, [rollout.completion_ids for rollout in rollouts])
+    annotated = Rows(prompts, [row.completion_ids for row in rows])
+    if common_parts:
+        sampled, annotated = mark_common(sampled, annotated, device)
+    return Samples(sampled, annotated, sampled_logprobs(rollouts, device))
 
 
 def score_rollouts(

@@ -1,11 +1,15 @@
 """Shared fixtures: the reference material beside the repository, and a run small enough for a test."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # index ranges are checked on every device, a GPU's too
@@ -15,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+GOLDEN = SHARED / "golden" / "visible"
 
 # The quickstart's task and model, cut to seconds: every phase runs, with more than one mini- and micro-batch.
 TINY_RUN = [
@@ -55,3 +60,34 @@ def shared_data() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+class Golden:
+    """One topic: `cases()` yields (name, parameters, arrays)."""
+
+    def __init__(self, topic: str) -> None:
+        self._arrays = load_file(GOLDEN / f"{topic}.safetensors")
+        self._cases = json.loads((GOLDEN / "manifest.json").read_text())["topics"][topic]["cases"]
+
+    def cases(self, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
+        for name, case in self._cases.items():
+            if name.startswith(prefix):
+                arrays = {key: self._arrays[f"{name}/{key}"] for key in case["arrays"]}
+                yield name, case["params"], arrays
+
+
+@pytest.fixture(scope="session")
+def golden() -> type[Golden]:
+    """Inputs, outputs and gradients of the published code."""
+    if not GOLDEN.is_dir():
+        pytest.skip(f"reference vectors {GOLDEN} do not exist")
+    return Golden
+
+
+def assert_golden(actual: Tensor, expected: Tensor, *, loose: bool = False, name: str = "") -> None:
+    """The tolerances of the manifest; `loose` is its float32 rule for gradients and low-temperature similarities."""
+    if expected.dtype == torch.float64:
+        rtol, atol = 1e-9, 1e-11
+    else:
+        rtol, atol = (1e-4 if loose else 1e-5), 1e-6
+    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")

@@ -11,13 +11,15 @@ from carft_fast.config import Config, load_config
 from carft_fast.model import CarftModel, load_model
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
-from carft_fast.step import Experience, MiniBatch, Rows, Samples, Step
+from carft_fast.step import Experience, MiniBatch, Rows, Samples, Step, mark_common
 from carft_fast.train_rl import estimate_advantages, score_rollouts
 
 CPU = torch.device("cpu")
 VOCABULARY = 97
 METHODS: dict[str, list[str]] = {
     "carft": [],
+    "carft_negative": ["contrastive.mode=negative"],
+    "carft_both": ["contrastive.mode=both"],
     "reft": ['contrastive.mode="none"', 'reward.partial="constant"'],
     "dr_grpo": [
         'contrastive.mode="none"',
@@ -69,6 +71,7 @@ def random_case(seed: int, verdicts: str, *, prompts: int = 12, per_prompt: int 
 class Parts(NamedTuple):
     policy: CarftModel
     step: Step
+    samples: Samples
     plan: list[list[MiniBatch]]
     experience: Experience
     score_N: Tensor
@@ -89,21 +92,23 @@ def take_apart(config: Config, case: Case, *, device: torch.device = CPU) -> Par
     """Everything up to the update, by the trainer's own calls. The reference is the untouched initial model."""
     policy = spread_out(load_model(config, "synthetic", device, heads=True))
     step = Step(config, policy, Reference(config, "synthetic", policy))
-    seed = derive_seed(0, "case")
-    plan = step.plan(case.samples, seed)
-    experience = step.look(case.samples, plan[0])
+    seed, samples = derive_seed(0, "case"), case.samples
+    if step.needs.negative:
+        samples = Samples(*mark_common(samples.rollouts, samples.annotated, device), samples.sampled_logprob_C)
+    plan = step.plan(samples, seed)
+    experience = step.look(samples, plan[0])
     score_N = score_rollouts(case.grades, experience.cosine_N, config)
     advantages = estimate_advantages(score_N, experience, config)
-    live = step.live(case.samples, advantages)
+    live = step.live(samples, advantages)
     if live is not None and not all(live):
-        plan = step.plan(case.samples, seed, live)
-    return Parts(policy, step, plan, experience, score_N, advantages, live)
+        plan = step.plan(samples, seed, live)
+    return Parts(policy, step, samples, plan, experience, score_N, advantages, live)
 
 
 def update(parts: Parts, case: Case, optimizer: torch.optim.Optimizer, lr: float = 1.0) -> dict[str, float]:
     correct = [g.correct for g in case.grades]
     p = parts
-    return p.step.update(case.samples, p.plan, p.experience, p.advantages, correct, p.live, optimizer, lr)
+    return p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, optimizer, lr)
 
 
 class _Recorder(torch.optim.SGD):

@@ -14,7 +14,7 @@ from carft_fast.advantage import group_advantages, ppo_advantages
 from carft_fast.batch import derive_seed
 from carft_fast.config import RlConfig
 from carft_fast.flops import ModelCost, StepShape, fast_step
-from carft_fast.losses import contrastive_loss
+from carft_fast.losses import ContrastTargets, contrastive_loss
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
 from carft_fast.step import Needs
@@ -61,7 +61,7 @@ def case_of(method: str, seed: int, verdicts: str = "mixed") -> Case:
 @pytest.mark.parametrize("method", METHODS)
 def test_fast_equals_plain(method: str, verdicts: str) -> None:
     """One update: loss, every metric, every parameter's gradient; random odd lengths, single-token completions."""
-    options = [*METHODS[method], "rl.ppo_epochs=1"] + ["contrastive.coef=0.3"] * (method == "carft")
+    options = [*METHODS[method], "rl.ppo_epochs=1"] + ["contrastive.coef=0.3"] * method.startswith("carft")
     for seed, budget in ((1, 170), (2, 1000)):
         case = case_of(method, seed, verdicts)
         both = [
@@ -85,6 +85,7 @@ def test_fast_equals_plain(method: str, verdicts: str) -> None:
         ['rollout.correction="masked"', "rollout.correction_cap=1.5", "rollout.correction_floor=0.6"],
         ["rl.old_logprobs=sampled"],
         ["model.value_head=separate"],
+        ["contrastive.mode=both", "contrastive.gradient=published"],
         ["rl.kl_coef=0.0"],
     ],
     ids=" ".join,
@@ -163,7 +164,7 @@ def test_twenty_updates_stay_on_the_plain_path() -> None:
             experience = parts.step.look(case.samples, plan[0])
             score_N = score_rollouts(case.grades, experience.cosine_N, config)
             advantages = estimate_advantages(score_N, experience, config)
-            now = parts._replace(plan=plan, experience=experience, advantages=advantages)
+            now = parts._replace(samples=case.samples, plan=plan, experience=experience, advantages=advantages)
             curves[impl].append(update(now, case, optimizer, lr=3e-4))
     losses = [point["loss"] for point in curves["fast"]]
     assert max(losses) > 2 * min(losses), "a flat curve compares nothing"
@@ -232,11 +233,11 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
     seen: list[int] = []
     look = parts.step._passes.look
     monkeypatch.setattr(parts.step._passes, "look", lambda *a: (seen.append(len(a[1].prompts)), look(*a))[1])
-    z_1 = parts.step._annotated_embeddings(case.samples.annotated)
+    z_1, _ = parts.step._annotated_embeddings(case.samples.annotated)
     assert sum(seen) == 3
     torch.testing.assert_close(z_1, parts.experience.z_1_NE)
     for row in range(12):
-        alone = take_apart(config, case).step._annotated_embeddings(case.samples.annotated.pick([row]))
+        alone, _ = take_apart(config, case).step._annotated_embeddings(case.samples.annotated.pick([row]))
         torch.testing.assert_close(z_1[row], alone[0], rtol=1e-5, atol=1e-6)
 
 
@@ -246,8 +247,8 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
 def test_forwards_that_nobody_reads_are_not_made() -> None:
     """Counted in the layers: tokens forwarded without gradient, per method."""
     case = random_case(12, "mixed", prompts=3, per_prompt=4)
-    rollout_tokens = sum(len(p) + len(c) for p, c in zip(*case.samples.rollouts, strict=True))
-    annotated_tokens = sum(len(p) + len(c) for p, c in list(zip(*case.samples.annotated, strict=True))[::4])
+    rollout_tokens = sum(len(p) + len(c) for p, c in case.samples.rollouts.pairs)
+    annotated_tokens = sum(len(p) + len(c) for p, c in list(case.samples.annotated.pairs)[::4])
 
     def forwarded(*options: str) -> tuple[int, int]:
         """Tokens through policy and reference in `look`."""
@@ -462,7 +463,9 @@ def test_group_advantages_by_hand() -> None:
 
 
 def test_needs_follow_the_config() -> None:
-    assert Needs.of(quick_config()) == Needs(value=True, embedding=True, contrastive=True, old=True, reference=True)
+    all_but_negative = Needs(value=True, embedding=True, contrastive=True, negative=False, old=True, reference=True)
+    assert Needs.of(quick_config()) == all_but_negative
+    assert Needs.of(quick_config(*METHODS["carft_both"])).negative
     assert Needs.of(quick_config("contrastive.coef=0.0")).embedding, "the partial reward reads the cosine"
     assert not Needs.of(quick_config(*METHODS["reft"])).embedding
 
@@ -486,7 +489,7 @@ def test_descending_the_contrastive_loss_draws_correct_rollouts_to_their_annotat
     optimizer = torch.optim.SGD([z_2], lr=5.0)
     for _ in range(30):
         optimizer.zero_grad()
-        contrastive_loss(z_1, z_2, correct, config).backward()
+        contrastive_loss(z_2[:, None], ContrastTargets(z_1, correct), config).backward()
         optimizer.step()
     after = torch.cosine_similarity(z_1, z_2).detach()
     assert (after[correct] > before[correct] + 0.2).all()

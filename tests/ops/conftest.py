@@ -1,48 +1,12 @@
-"""The reference vectors beside the repository: inputs, outputs and gradients of the published code."""
+"""What the operators' tests measure with."""
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
-
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible"
-
-
-class Golden:
-    """One topic: `cases()` yields (name, parameters, arrays)."""
-
-    def __init__(self, topic: str) -> None:
-        self._arrays = load_file(GOLDEN / f"{topic}.safetensors")
-        self._cases = json.loads((GOLDEN / "manifest.json").read_text())["topics"][topic]["cases"]
-
-    def cases(self, prefix: str = "") -> Iterator[tuple[str, dict[str, Any], dict[str, Tensor]]]:
-        for name, case in self._cases.items():
-            if name.startswith(prefix):
-                arrays = {key: self._arrays[f"{name}/{key}"] for key in case["arrays"]}
-                yield name, case["params"], arrays
-
-
-@pytest.fixture(scope="session")
-def golden() -> type[Golden]:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"reference vectors {GOLDEN} do not exist")
-    return Golden
-
-
-def assert_golden(actual: Tensor, expected: Tensor, *, loose: bool = False, name: str = "") -> None:
-    """The tolerances of the manifest; `loose` is its float32 rule for gradients and low-temperature similarities."""
-    if expected.dtype == torch.float64:
-        rtol, atol = 1e-9, 1e-11
-    else:
-        rtol, atol = (1e-4 if loose else 1e-5), 1e-6
-    torch.testing.assert_close(actual.to(expected.dtype), expected, rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}")
 
 
 class LargestTensor(TorchDispatchMode):

@@ -18,7 +18,7 @@ from carft_kernels import (
     whiten,
 )
 
-from .conftest import assert_golden
+from ..conftest import assert_golden
 
 Rows = list[tuple[int, int]]
 

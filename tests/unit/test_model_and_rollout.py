@@ -12,7 +12,7 @@ from torch import Tensor
 
 from carft_fast.batch import PackedBatch, chunks, epoch_rows, pack, sequence_mean_weights
 from carft_fast.config import Config, load_config
-from carft_fast.losses import completion_logprobs, cot_embedding, sft_loss
+from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
 from carft_fast.reward import Grade
 from carft_fast.rollout import SamplingParams
@@ -184,7 +184,7 @@ def test_cot_embedding_reads_the_completion_tokens_themselves(model: CarftModel,
     """Paper eq. 6 by hand, one sequence: states AT the tokens, projected first and pooled after."""
     with torch.no_grad():
         hidden = model(batch).hidden_TD
-        ours = cot_embedding(model, hidden, batch)
+        ours = cot_embeddings(model, hidden, batch)[:, 0]
         with model.padded() as lm:
             last = lm.base_model(torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).last_hidden_state[0]
         states = last[len(PROMPTS[1]) :]
