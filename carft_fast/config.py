@@ -39,8 +39,8 @@ class ModelConfig(Section):
     transformers' own: "flash_attention_2" (extra `flash`, NVIDIA GPU), and for models that "packed" refuses
     "flex_attention", "sdpa" or "eager" with a block-diagonal mask, quadratic in a micro-batch's tokens."""
     impl: Literal["fast", "reference"] = "fast"
-    """"fast": packed sequences, fused losses. "reference": every batch padded to its longest prompt and completion, all its
-    logits in float32; what the published trainers compute, kept to compare with."""
+    """"fast": packed sequences, fused losses. "reference": every batch padded to its longest prompt and completion,
+    all its logits in float32; what the published trainers compute, kept to compare with."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about one third more time."""
     compile: bool = False
@@ -175,8 +175,9 @@ class RewardConfig(Section):
 
 class ContrastiveConfig(Section):
     mode: Literal["positive", "negative", "both", "none"] = "positive"
-    """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have in
-    common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": half of each; "none" (ReFT)."""
+    """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have
+    in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": half of each; "none": no
+    such loss (ReFT)."""
     gradient: Literal["full", "local", "published"] = "full"
     """What carries gradient: "full" every candidate, as in the paper; "local" those of the own process, the others' are
     constants (with one process the same); "published" none, and the positive loss is summed over all rollouts."""
@@ -297,8 +298,8 @@ class RolloutConfig(Section):
 
 class GuardConfig(Section):
     action: Literal["off", "stop", "rollback"] = "off"
-    """What a collapse leads to: "stop" ends the stage there, "rollback" goes on from the best evaluated checkpoint with a
-    lower learning rate. Each event is logged with its cause."""
+    """What a collapse leads to: "stop" ends the stage there, "rollback" goes on from the best evaluated checkpoint with
+    a lower learning rate. Each event is logged with its cause."""
     window: int = Field(5, ge=1)
     """Steps that the watched figures are averaged over."""
     reward_drop: float = Field(0.5, gt=0, le=1)

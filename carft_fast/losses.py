@@ -263,8 +263,8 @@ def positive_signal(z_2_BE: Tensor, targets: ContrastTargets, config: Contrastiv
 def negative_signal(
     common_BE: Tensor, excluded_BE: Tensor, targets: ContrastTargets, config: ContrastiveConfig
 ) -> Tensor:
-    """Paper eq. 8: what a wrong rollout has in common with its annotated CoT is drawn to the same tokens there, away from
-    what wrong rollouts have beyond.
+    """Paper eq. 8: what a wrong rollout has in common with its annotated CoT is drawn to the same tokens there, away
+    from what wrong rollouts have beyond.
 
     Mean over wrong rollouts with a common part; the negatives are the excluded parts of all wrong rollouts. With
     `gradient` "published" the negatives carry none.

@@ -18,7 +18,7 @@ METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
     "policy_loss": "clipped policy loss with its KL term, divided as rl.loss_mean says",
     "value_loss": "clipped value loss, before value_coef",
-    "contrastive_loss": "masked InfoNCE over the correct rollouts, before its coefficient; 0 when none is correct"
+    "contrastive_loss": "loss of contrastive.mode's signals, before its coefficient; 0 where no rollout is concerned"
     " (absent without the term)",
     "cosine": "mean cos(z_1, z_2) of annotated and sampled CoT embedding, at rollout time"
     " (absent where neither loss nor reward reads it)",
@@ -50,6 +50,9 @@ METRICS: dict[str, str] = {
     "correct": "evaluation rows answered correctly",
     "rows": "evaluation rows",
     "accuracy_ci95": "Wilson 95% interval of accuracy [low, high]",
+    "action": "what the collapse guard did: stop or rollback",
+    "cause": "why: the figure, its value and the bound",
+    "to": "the checkpoint a rollback went on from",
     "step_by_step": "share of evaluation answers with more than one equation",
 }
 PHASES: dict[str, str] = {
@@ -86,7 +89,7 @@ class PhaseTimer:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run. Records: stage, kind ("train" or "eval"), step (steps done), values."""
+    """metrics.jsonl and TensorBoard of one run. Records: stage, kind ("train", "eval" or "guard"), step (steps done), values."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"

@@ -248,8 +248,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def guard_against_collapse(self) -> bool:
         """After a step's record: end the stage or go back if the run has collapsed; True if the weights changed.
 
-        Going back takes weights and optimizer of the best evaluated checkpoint (before any: those the stage began with);
-        the count of steps goes on.
+        Going back takes weights and optimizer of the best evaluated checkpoint (before any: those the stage began
+        with); the count of steps goes on.
         """
         run, config, done = self._run, self._run.config.guard, self._step + 1
         cause = None if config.action == "off" else find_collapse(run.metrics.records, config)

@@ -37,8 +37,8 @@ class Samples:
 
 
 def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[Rows, Rows]:
-    """Both with their parts: a rollout's are the whole, the tokens of a longest common subsequence of its completion and
-    the annotated CoT, and the other tokens; an annotated CoT's are the whole and the same common tokens there.
+    """Both with their parts: a rollout's are the whole, the tokens of a longest common subsequence of its completion
+    and the annotated CoT, and the other tokens; an annotated CoT's are the whole and the same common tokens there.
 
     Completions only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
     """
@@ -95,8 +95,8 @@ class Needs:
 class Experience(NamedTuple):
     """What one no-gradient look at a step's rollouts found, in rollout order; absent is what the method does not read.
 
-    N rollouts, C completion tokens, E embedding size, P parts: the whole completion, and for the negative signal what it
-    has in common with the annotated CoT and what it has beyond.
+    N rollouts, C completion tokens, E embedding size, P parts: the whole completion, and for the negative signal what
+    it has in common with the annotated CoT and what it has beyond.
     """
 
     completion_tokens: int

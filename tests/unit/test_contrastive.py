@@ -101,6 +101,8 @@ def test_both_signals_are_their_mean() -> None:
 
 def test_published_negatives_carry_no_gradient() -> None:
     z_2, targets = random_targets(4)
+    wrong = torch.arange(7) < 3
+    targets = targets._replace(has_common_B=wrong, has_excluded_B=wrong)
     common, excluded = z_2.detach()[:, 1].requires_grad_(), z_2.detach()[:, 2].requires_grad_()
     full = negative_signal(common, excluded, targets, settings(mode="negative"))
     published = negative_signal(common, excluded, targets, settings(mode="negative", gradient="published"))
