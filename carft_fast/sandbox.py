@@ -31,7 +31,7 @@ LONGEST_ERROR = 300  # characters
 _SERVER = Path(__file__).with_name("sandbox_server.py")
 _INTERPRETER_OPTIONS = ("-s", "-S", "-P", "-B")
 # All of a server's environment: no user's, and the same order of sets, hence the same outcome, in every process.
-_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "TZ": "UTC0"}
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONCOERCECLOCALE": "0", "TZ": "UTC0"}
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 10.0  # a server that is that late with its own limit is gone
 _MOST_LOSSES = 8  # servers lost in a row
@@ -57,8 +57,8 @@ class ProgramPool:
     """Runs programs on `workers` fork servers; a context manager. Threads may share it: they take turns.
 
     A program has `cpu_seconds` of processor time and `wall_seconds` in all, `memory_mb` MiB of address space (the
-    interpreter's 30 or so included) and returns at most `output_bytes`. The same text gives the same outcome whatever ran
-    before or beside it, limits apart: random is seeded, and every program starts from the same memory.
+    interpreter's own included) and returns at most `output_bytes`. The same text gives the same outcome whatever ran
+    before or beside it, limits and clocks apart: random is seeded, and every program starts from the same memory.
     """
 
     def __init__(
@@ -228,8 +228,8 @@ class _Worker:
             found = self.receive()
             if found != wanted:
                 raise SandboxError(
-                    f"the sandbox does not hold on this machine: asked for {wanted}, got {found} (is seccomp in the kernel,"
-                    " and is there memory enough?)"
+                    f"the sandbox does not hold on this machine: asked for {wanted}, got {found}"
+                    " (is seccomp in the kernel, and is there memory enough?)"
                 )
 
     def send(self, text: bytes) -> None:

@@ -251,10 +251,9 @@ def prepare_interpreter() -> None:
     for name in ("ascii", "latin-1", "utf-8", "utf-16", "unicode-escape"):
         codecs.lookup(name)
     time.tzset()
-    random.seed(0)
     warnings.simplefilter("ignore")
     linecache.updatecache = lambda *_: []  # sources of traceback lines are files
-    sys.stdin = sys.__stdin__ = io.StringIO()
+    sys.stdin = sys.__stdin__ = io.StringIO()  # type: ignore[misc, assignment]
     sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = Discard()  # type: ignore[misc, assignment]
     # What is not imported by now does not exist: an ordinary ModuleNotFoundError instead of a forbidden call.
     sys.meta_path[:] = [importlib.machinery.BuiltinImporter, importlib.machinery.FrozenImporter]
@@ -304,6 +303,7 @@ def run_program(channel: socket.socket, write_end: int, server: int, options: di
     check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
     if os.getppid() != server:
         os._exit(1)
+    random.seed(0)  # a fork has seeded it from the kernel
     os.dup2(write_end, RESULT)
     limit(resource.RLIMIT_NPROC, 0)
     limit(resource.RLIMIT_CPU, math.ceil(options["cpu_seconds"]) + 1)  # the timer is finer; this is its second

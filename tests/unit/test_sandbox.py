@@ -27,7 +27,7 @@ from carft_fast.sandbox import Outcome, ProgramPool, SandboxError, read_result
 INNOCENT = "def solution():\n    return 6 * 7"
 FORBIDDEN = Outcome(None, "killed: forbidden system call")
 SECRET = "a-secret-of-the-trainer"
-CPU_SECONDS, WORKERS = 0.3, 2
+CPU_SECONDS, WORKERS = 0.2, 2
 WHOLE = ("system calls", "resource limits", "namespaces", "empty root", "unprivileged user")
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGCONT)
 
@@ -68,15 +68,18 @@ ATTACKS = {
         "kept = []\nwhile True:\n    try:\n        while True: kept.append(bytearray(1 << 20))\n"
         "    except MemoryError: pass"
     ),
-    "memory, mapped": "return libc.mmap(None, 1 << 40, 3, 0x22, -1, 0) != -1 and 1 / 0",
     "memory, shared file": "return os.memfd_create('x')",
     "huge power": "return 9**9**9",
     "huge integer": "return 10**4000",
     "huge integer as text": "return str(10**6000)",
     "deep recursion": "def f(): return f()\nreturn f()",
-    "deep recursion, no limit": "sys.setrecursionlimit(1 << 30)\nclass A:\n    def __repr__(self): return repr(self)\nreturn repr(A())",
+    "deep recursion, no limit": (
+        "sys.setrecursionlimit(1 << 30)\nclass A:\n    def __repr__(self): return repr(self)\nreturn repr(A())"
+    ),
     "nested source": "return eval('(' * 5000 + ')' * 5000)",
-    "nested evaluation": "code = '1'\nfor _ in range(3): code = f'eval({code!r})'\nreturn eval('open(\"SECRET_FILE\").read()')",
+    "nested evaluation": (
+        "code = 'open(\"SECRET_FILE\")'\nfor _ in range(3): code = f'eval({code!r})'\nreturn eval(code).read()"
+    ),
     # files
     "read secret": "return open('SECRET_FILE').read()",
     "read secret, os.open": "return os.read(os.open('SECRET_FILE', 0), 100).decode()",
@@ -142,8 +145,8 @@ ATTACKS = {
         "import antigravity"
     ),
     "metaclass": (
-        "class M(type):\n    def __instancecheck__(c, o): return True\n    def __getattribute__(c, n): raise SystemExit\n"
-        "class A(metaclass=M): pass\nreturn A()"
+        "class M(type):\n    def __instancecheck__(c, o): return True\n"
+        "    def __getattribute__(c, n): raise SystemExit\nclass A(metaclass=M): pass\nreturn A()"
     ),
     "class that lies": (
         "class A:\n    @property\n    def __class__(self): return float\n    def __float__(self): os.fork()\nreturn A()"
@@ -173,14 +176,15 @@ HARMLESS: dict[str, tuple[str, object]] = {
     "del": ("class A:\n    def __del__(self): open('CANARY', 'w')\nA()\nreturn 5", 5.0),
     "equal to all": ("class F(float):\n    def __eq__(self, other): return True\nreturn F(5)", 5.0),
     "float that lies": ("class F(float):\n    def __float__(self): return 6.0\nreturn F(5)", 6.0),
-    "harness patched": ("sys._getframe(1).f_globals['pack'] = lambda value: b'b\\1'\nreturn 5", True),
+    "harness patched": ("sys._getframe(1).f_globals['struct'].pack = lambda *_: bytes(8)\nreturn 5", 0.0),
     "builtins patched": ("import builtins\nbuiltins.isinstance = lambda *_: True\nreturn 1", True),
     "SystemExit caught": ("try: sys.exit(1)\nexcept SystemExit: return 5", 5.0),
-    "environment": ("return ' '.join(sorted(os.environ))", "PYTHONHASHSEED PYTHONUTF8 TZ"),
+    "environment": ("return ' '.join(sorted(os.environ))", "PYTHONCOERCECLOCALE PYTHONHASHSEED PYTHONUTF8 TZ"),
     "objects": (
         "import gc\nreturn any('SEC' + 'RET_TEXT' in str(o) for o in gc.get_objects() if isinstance(o, str))",
         False,
     ),
+    "memory, mapped": ("return libc.mmap(None, ctypes.c_size_t(1 << 40), 3, 0x22, -1, 0)", -1.0),
     "input": ("try: input()\nexcept EOFError: return 5", 5.0),
 }
 PREFIX = "import ctypes, itertools, os, re, signal, sys\nlibc = ctypes.CDLL(None)\n\ndef solution():\n"
@@ -390,6 +394,7 @@ def test_wall_clock_ends_what_processor_time_does_not() -> None:
 @pytest.mark.parametrize("victim", ["launcher", "server"])
 def test_a_killed_server_costs_one_outcome(victim: str) -> None:
     """The program in flight scores an error; the others do not notice."""
+    others = processes()
     with ProgramPool(2, cpu_seconds=5) as pool:
         launcher = pool._workers[0]._process.pid
         target = launcher if victim == "launcher" else children(launcher)[0]
@@ -399,14 +404,15 @@ def test_a_killed_server_costs_one_outcome(victim: str) -> None:
         assert killer.wait() == 0
         assert found == [Outcome(None, "the server of this program ended"), *[Outcome(42.0, None)] * 50]
         assert pool.run([INNOCENT] * 4) == [Outcome(42.0, None)] * 4
-    assert wait_for(lambda: not processes())
+    assert wait_for(lambda: not processes() - others)
 
 
 def test_a_server_killed_between_runs_costs_nothing() -> None:
+    others = processes()
     with ProgramPool(1) as pool:
         pool._workers[0]._process.kill()
         pool._workers[0]._process.wait()
-        assert wait_for(lambda: not processes())
+        assert wait_for(lambda: not processes() - others)
         assert pool.run([INNOCENT] * 2) == [Outcome(42.0, None)] * 2
 
 
@@ -461,6 +467,7 @@ def test_closed_pool_refuses() -> None:
 
 def test_a_kernel_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A server whose filter is not installed gives the forbidden program its answer, and is not used."""
+    others = processes()
     source = Path(sandbox._SERVER).read_text()
     install = "check(libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(FILTER), 0, 0))"
     assert install in source
@@ -469,7 +476,7 @@ def test_a_kernel_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sandbox, "_SERVER", server)
     with pytest.raises(SandboxError, match="does not hold on this machine"):
         ProgramPool(1)
-    assert wait_for(lambda: not processes())
+    assert wait_for(lambda: not processes() - others)
 
 
 def test_bad_settings_and_machines(monkeypatch: pytest.MonkeyPatch) -> None:
