@@ -1,8 +1,9 @@
 """Programs a second that the sandbox runs: SVAMP's annotated ones, on two workers.
 
-`python -m benchmarks.sandbox --data svamp_python_sdp.json`. The whole file is one batch, `--repeats` times after a first
-one that is not counted. The baseline is a fresh interpreter for each program (`python -I -S`, two at a time, no sandbox
-at all), on a part of them. Every value is compared with the row's answer. Writes benchmarks/results/sandbox_cpu.{json,md}.
+`python -m benchmarks.sandbox --data svamp_python_sdp.json`. The whole file is one batch, `--repeats` times after one
+that is not counted. The baseline is a fresh interpreter for each program (`python -I -S`, two at a time, no sandbox at
+all), on a part of them. Every value is compared with the row's answer.
+Writes benchmarks/results/sandbox_cpu.{json,md}.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Sandboxed programs on the CPU",
         "",
-        f"The annotated programs of SVAMP ({result['programs']}) on {WORKERS} workers in one batch, after one not counted;",
+        f"The annotated programs of SVAMP ({result['programs']}) on {WORKERS} workers, after one uncounted run;",
         f"median of the repeats and their range. {result['right']} return their row's answer within {TOLERANCE:g}.",
         f"`fresh interpreter`: `python -I -S` for each of {BASELINE_PROGRAMS} of them, two at a time, no sandbox.",
         f"Lines of defence: {', '.join(result['defences'])}.",
