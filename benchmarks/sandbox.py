@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     rows = json.loads(Path(arguments.data).read_text())
+    load = os.getloadavg()[0]
     rates, right, defences = in_the_pool(rows, arguments.repeats)
     result = {
         "programs": len(rows),
@@ -98,7 +99,7 @@ def main() -> None:
         "fresh interpreter": in_fresh_interpreters(rows[:BASELINE_PROGRAMS], arguments.repeats),
         "machine": (
             f"processor {platform.machine()}, cores {os.cpu_count()}, linux {platform.release().split('-')[0]}, "
-            f"repeats {arguments.repeats}, python {platform.python_version()}, commit {commit()}"
+            f"load before {load:.1f}, repeats {arguments.repeats}, python {platform.python_version()}, commit {commit()}"
         ),
     }
     RESULTS.mkdir(exist_ok=True)
