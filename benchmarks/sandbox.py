@@ -99,7 +99,8 @@ def main() -> None:
         "fresh interpreter": in_fresh_interpreters(rows[:BASELINE_PROGRAMS], arguments.repeats),
         "machine": (
             f"processor {platform.machine()}, cores {os.cpu_count()}, linux {platform.release().split('-')[0]}, "
-            f"load before {load:.1f}, repeats {arguments.repeats}, python {platform.python_version()}, commit {commit()}"
+            f"load before {load:.1f}, repeats {arguments.repeats}, python {platform.python_version()}, "
+            f"commit {commit()}"
         ),
     }
     RESULTS.mkdir(exist_ok=True)
