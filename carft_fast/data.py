@@ -84,7 +84,12 @@ def load_examples(
 
 
 def _to_example(
-    row: Any, number: int, names: Mapping[str, str], answer_type: AnswerType | None, require_cot: bool, report: LoadReport
+    row: Any,
+    number: int,
+    names: Mapping[str, str],
+    answer_type: AnswerType | None,
+    require_cot: bool,
+    report: LoadReport,
 ) -> Example | None:
     where = f"row {number}"
     if not isinstance(row, dict):

@@ -55,9 +55,7 @@ def prepare(
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
-    prompt_format = PromptFormat(
-        tokenizer, config.data.template, program=config.reward.answer_type == "program"
-    )
+    prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
     check_engine(config, lm_config, device.type)

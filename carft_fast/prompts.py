@@ -36,7 +36,8 @@ class PromptFormat:
 
     "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published template; "chat": the tokenizer's chat
     template with the question as the user's message. The completion is `{CoT}\\nTherefore, the answer is: {answer}`
-    and EOS in both, and the CoT alone where it is a `program`, whose answer is what it returns. Prompt and completion are tokenised apart, so that training sees the boundary sampling sees.
+    and EOS in both, and the CoT alone where it is a `program`, whose answer is what it returns. Prompt and completion
+    are tokenised apart, so that training sees the boundary sampling sees.
     """
 
     def __init__(self, tokenizer: Any, template: str = "carft", *, program: bool = False) -> None:
