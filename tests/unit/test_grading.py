@@ -49,7 +49,7 @@ def test_the_function_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_latex_survives_what_never_ends() -> None:
-    """The second needs more time than the universe has; the third would be right after a restart only."""
+    """The second does not end; the third is graded after a restart."""
     answers = [r"\frac{1}{2}", "9^{9^{9^9}}", "x^2+2x+1", "I do not know", "7"]
     grades = graded(
         [f"so \\boxed{{{answer}}}" for answer in answers],
