@@ -154,7 +154,7 @@ def _program(text: str) -> str | None:
         text = parts[1]
     elif len(parts) > 1:  # a fence that was opened and not closed
         text = parts[-1]
-    if len(parts) > 1 and re.match(r"[ \t]*(?:python3?|py)?[ \t]*\n", text):
+    if len(parts) > 1 and re.match(r"[ \t]{0,9}(?:python3?|py)?[ \t]{0,9}\n", text):
         text = text.split("\n", 1)[1]
     text = text.strip()
     return text if text and len(text) <= _LONGEST_PROGRAM else None

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carft_fast.reward import base_score, compare_latex, embedding_partial_score, extract_answer, grade, parse_target
+from carft_fast.reward import (
+    AnswerType,
+    base_score,
+    compare_latex,
+    embedding_partial_score,
+    extract_answer,
+    grade,
+    parse_target,
+)
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible" / "reward.json"
 PROMPT = "Question:\nTom has 5746 apples, how many? v\nAnswer reasoning:\n"
@@ -289,3 +297,15 @@ def test_a_megabyte_reads_as_its_beginning_does(unit: str) -> None:
 
     assert read(1_000_000) == read(10_000)
     assert read(1_000_000)[1] == 7
+
+
+@pytest.mark.parametrize(
+    "unit", ["```", "``` \t", " ", "\\boxed{", "{", "}", "$", "the ", "\\text{", "Answer reasoning:\n"]
+)
+@pytest.mark.parametrize("answer_type", ["numeric", "choice", "latex", "program"])
+def test_a_megabyte_of_any_type(answer_type: AnswerType, unit: str) -> None:
+    """A quadratic reader would need 10^12 operations."""
+    long = unit * (1_000_000 // len(unit))
+    for text in (long, f"```{long}x", f"\nTherefore, the answer is: {long}x", f"\\boxed{{{long}"):
+        found = extract_answer(text, answer_type=answer_type)
+        assert found is None or len(str(found)) <= 65536
