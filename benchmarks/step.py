@@ -31,6 +31,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config, load_config
 from carft_fast.console import Console
 from carft_fast.flops import ModelCost, StepShape, fast_step
+from carft_fast.grading import Grader
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import build_optimizer
 from carft_fast.pipeline import prepare
@@ -92,7 +93,7 @@ class Prepared:
         self.optimizer = build_optimizer(self.policy, config.rl)
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
         self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
-        self.grades = grade_all(decoded, inputs.rows, config)
+        self.grades = grade_all(decoded, inputs.rows, Grader(config.reward))
         # the learning rate is 0, so that every repeat starts from the same weights
         self.look()
 

@@ -11,6 +11,7 @@ TRAIN_EXTRA = (
     "safetensors",
     "datasets",
     "matplotlib",
+    "math_verify",
     "tensorboard",
 )
 

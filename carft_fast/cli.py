@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from carft_fast.config import Config, load_config, to_toml, value_origins
-from carft_fast.errors import EngineError, InputError
+from carft_fast.errors import EngineError, InputError, RewardError
 from carft_fast.signals import Stopped
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def run_cli() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except EngineError as error:
+    except (EngineError, RewardError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:

@@ -165,12 +165,44 @@ class RlConfig(StageConfig):
 
 
 class RewardConfig(Section):
-    answer_type: Literal["numeric", "choice"] = "numeric"
-    """"numeric": equal within tolerance; "choice": the same letter, case ignored."""
+    answer_type: Literal["numeric", "choice", "latex", "program"] = "numeric"
+    """"numeric": equal within tolerance; "choice": the same letter, case ignored; "latex": the same mathematics, by
+    math-verify; "program": the completion is Python, and what its solution() returns is compared as "numeric"."""
+    fn: str = ""
+    """Own reward "package.module:function": (completions, examples) -> scores, in place of the answer type's; see
+    docs/rewards.md. Needs partial = "constant"."""
     tolerance: float = Field(1e-2, ge=0)
     """Largest |answer - target| that counts as correct. Source: published code, 1e-2."""
     partial: Literal["embedding", "constant"] = "embedding"
-    """Score of a wrong but extractable answer: "embedding" 0.2 + 0.1 cos(z_1, z_2) (CARFT), "constant" 0.1 (ReFT)."""
+    """Score of a wrong but extractable answer: "embedding" partial_base + partial_scale * cos(z_1, z_2) (CARFT),
+    "constant" partial_constant (ReFT)."""
+    partial_constant: float = Field(0.1, ge=0, le=1)
+    """Score of "constant". Source: ReFT, 0.1."""
+    partial_base: float = Field(0.2, ge=0, le=1)
+    """Middle of the scores of "embedding". Source: published code, 0.2."""
+    partial_scale: float = Field(0.1, ge=0, le=1)
+    """Their distance to the middle at cosine 1 and -1. Source: published code, 0.1."""
+    latex_cpu_s: float = Field(2.0, ge=0.1, le=60)
+    """Processor time a LaTeX comparison may take (seconds); one that takes longer counts as no answer."""
+    program_workers: int = Field(2, ge=1, le=256)
+    """Processes that run programs at once."""
+    program_cpu_s: float = Field(2.0, ge=0.1, le=600)
+    """Processor time a program may take (seconds)."""
+    program_memory_mb: int = Field(256, ge=64, le=65536)
+    """Memory a program may take (MiB)."""
+
+    @model_validator(mode="after")
+    def _possible_scores(self) -> "RewardConfig":
+        if self.fn and self.partial != "constant":
+            raise ValueError(
+                f'fn = "{self.fn}" needs partial = "constant": its scores are taken as they are, no cosine is added'
+            )
+        if not self.partial_scale <= self.partial_base <= 1 - self.partial_scale:
+            raise ValueError(
+                f"partial_base = {self.partial_base:g} and partial_scale = {self.partial_scale:g} let a wrong answer "
+                "score below 0 or above 1: partial_base +- partial_scale must be within 0 to 1"
+            )
+        return self
 
 
 class ContrastiveConfig(Section):

@@ -54,7 +54,7 @@ def load_examples(
     format: DataFormat = "auto",
     fields: Mapping[str, str] | None = None,
     split: str = "train",
-    answer_type: AnswerType = "numeric",
+    answer_type: AnswerType | None = "numeric",
     require_cot: bool,
     limit: int | None = None,
 ) -> tuple[list[Example], LoadReport]:
@@ -63,6 +63,7 @@ def load_examples(
     Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
     reasoning, then `#### 72`; calculator marks `<<...>>` are removed), "jsonl" (own `fields`), "hub" (`datasets`, own
     `fields` or recognised ones), "auto" (by what is there). `limit` keeps that many usable rows from the top.
+    Answers must be targets of `answer_type`; None takes any text.
 
     Raises InputError for a source that cannot be read, or without one usable row.
     """
@@ -83,7 +84,12 @@ def load_examples(
 
 
 def _to_example(
-    row: Any, number: int, names: Mapping[str, str], answer_type: AnswerType, require_cot: bool, report: LoadReport
+    row: Any,
+    number: int,
+    names: Mapping[str, str],
+    answer_type: AnswerType | None,
+    require_cot: bool,
+    report: LoadReport,
 ) -> Example | None:
     where = f"row {number}"
     if not isinstance(row, dict):
@@ -107,7 +113,8 @@ def _to_example(
         report.reject("no annotated reasoning", where, question)
     else:
         try:
-            parse_target(answer, answer_type=answer_type)
+            if answer_type is not None:
+                parse_target(answer, answer_type=answer_type)
         except ValueError as error:
             report.reject("unparsable answer", where, str(error))
             return None

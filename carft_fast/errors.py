@@ -8,6 +8,13 @@ class InputError(ValueError):
     """
 
 
+class RewardError(RuntimeError):
+    """Rewards cannot be computed: a user's function returned something else than scores, or a grader died.
+
+    The command line prints the message alone and exits with 1; --resume goes on from the last checkpoint.
+    """
+
+
 class EngineError(RuntimeError):
     """The sampler cannot go on: not started, out of memory, dead, or with other weights than the trainer's.
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from carft_fast.config import Config
+from carft_fast.grading import Grader
 from carft_fast.prompts import EncodedExample, PromptFormat
-from carft_fast.reward import grade
 from carft_fast.rollout import RolloutEngine, SamplingParams
 from carft_fast.synthetic import is_step_by_step
 
@@ -44,17 +44,16 @@ def evaluate(
     rows: Sequence[EncodedExample],
     prompt_format: PromptFormat,
     config: Config,
+    grader: Grader,
     on_progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
     """Answer every row greedily, up to rollout.max_new_tokens."""
     sampling = SamplingParams(max_new_tokens=config.rollout.max_new_tokens, temperature=0)
     rollouts = engine.generate([row.prompt_ids for row in rows], sampling, on_progress=on_progress)
     samples: list[dict[str, Any]] = []
-    for row, rollout in zip(rows, rollouts, strict=True):
-        text = prompt_format.decode(rollout.completion_ids)
-        result = grade(
-            text, row.example.answer, answer_type=config.reward.answer_type, tolerance=config.reward.tolerance
-        )
+    completions = [prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
+    grades = grader.grade(completions, [row.example for row in rows])
+    for row, rollout, text, result in zip(rows, rollouts, completions, grades, strict=True):
         samples.append(
             {
                 "item_id": row.example.item_id,
@@ -73,7 +72,7 @@ def evaluate(
         "correct": correct,
         "rows": n,
         "accuracy_ci95": list(wilson_interval(correct, n)),
-        "extractable": sum(sample["extracted"] is not None for sample in samples) / n,
+        "extractable": sum(result.extractable for result in grades) / n,
         "completion_length": sum(sample["tokens"] for sample in samples) / n,
         "truncated": sum(sample["truncated"] for sample in samples) / n,
         "step_by_step": sum(is_step_by_step(sample["completion"]) for sample in samples) / n,

@@ -89,7 +89,7 @@ class PhaseTimer:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run. Records: stage, kind ("train", "eval" or "guard"), step (steps done), values."""
+    """metrics.jsonl and TensorBoard of one run. Records: stage, kind ("train", "eval", "guard"), step (done), values."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "metrics.jsonl"

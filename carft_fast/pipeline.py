@@ -16,6 +16,7 @@ from carft_fast.data import LoadReport, load_examples
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult
 from carft_fast.files import write_folder, write_text
+from carft_fast.grading import Grader
 from carft_fast.model import check_heads, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.report import write_report
@@ -48,12 +49,13 @@ def prepare(
     """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError."""
     if write:
         check_run_folder(folder, config, stages, resume=resume)
+    grader = Grader(config.reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
-    prompt_format = PromptFormat(tokenizer, config.data.template)
+    prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
     check_engine(config, lm_config, device.type)
@@ -77,7 +79,7 @@ def prepare(
 
     train_rows = encode(train, reports[0], require_cot=True) if stages else []
     eval_rows = encode(held_out, reports[-1], require_cot=False)
-    run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest())
+    run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest(), grader)
     return Prepared(run, reports)
 
 
@@ -102,7 +104,7 @@ def _load_data(config: Config, *, with_train: bool) -> tuple[list[Example], list
     common: dict[str, Any] = {
         "format": data.format,
         "fields": data.fields or None,
-        "answer_type": config.reward.answer_type,
+        "answer_type": None if config.reward.fn else config.reward.answer_type,
     }
     train, reports = [], []
     if with_train:

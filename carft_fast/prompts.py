@@ -36,14 +36,16 @@ class PromptFormat:
 
     "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published template; "chat": the tokenizer's chat
     template with the question as the user's message. The completion is `{CoT}\\nTherefore, the answer is: {answer}`
-    and EOS in both. Prompt and completion are tokenised apart, so that training sees the boundary sampling sees.
+    and EOS in both, and the CoT alone where it is a `program`, whose answer is what it returns. Prompt and completion
+    are tokenised apart, so that training sees the boundary sampling sees.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "carft") -> None:
+    def __init__(self, tokenizer: Any, template: str = "carft", *, program: bool = False) -> None:
         if template == "chat" and not tokenizer.chat_template:
             raise InputError('data.template = "chat": the tokenizer has no chat template; allowed here: "carft"')
         self._tokenizer = tokenizer
         self._template = template
+        self._program = program
 
     def prompt_text(self, question: str) -> str:
         if self._template == "carft":
@@ -59,7 +61,7 @@ class PromptFormat:
         return ids[:-1] if special and ids[-1:] == [self._tokenizer.eos_token_id] else ids
 
     def completion_text(self, cot: str, answer: str) -> str:
-        return f"{cot}{ANSWER_TRIGGER}{answer}"
+        return cot if self._program else f"{cot}{ANSWER_TRIGGER}{answer}"
 
     def completion_ids(self, cot: str, answer: str) -> list[int]:
         text = self.completion_text(cot, answer)

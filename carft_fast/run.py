@@ -20,6 +20,7 @@ from carft_fast.console import Console, Tracker
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.files import write_text
+from carft_fast.grading import Grader
 from carft_fast.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
@@ -58,6 +59,7 @@ class Run:
     device: torch.device
     console: Console
     stop: StopRequest
+    grader: Grader
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def __post_init__(self) -> None:
@@ -132,16 +134,19 @@ class Run:
         return self._engine
 
     def close(self) -> None:
-        """End the sampler and the metrics files; what is on disk is whole without it."""
+        """End the sampler, the grader's processes and the metrics files; what is on disk is whole without it."""
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+        self.grader.close()
         self.metrics.close()
 
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""
         with self.timer("evaluate"), self.console.track(description, len(self.eval_rows), "rows") as tracker:
-            return evaluate(engine, self.eval_rows, self.prompt_format, self.config, self.on_progress(tracker))
+            return evaluate(
+                engine, self.eval_rows, self.prompt_format, self.config, self.grader, self.on_progress(tracker)
+            )
 
     def evaluate(self, engine: RolloutEngine, stage: str, step: int) -> EvalResult:
         """Evaluate, log the record, write the completions to samples/<stage>-eval-<step>.jsonl."""

@@ -13,12 +13,13 @@ from torch import Tensor
 from carft_fast.advantage import Advantages, group_advantages, ppo_advantages
 from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.config import Config
+from carft_fast.grading import Grader
 from carft_fast.losses import explained_variance
 from carft_fast.model import CarftModel
 from carft_fast.optim import learning_rate
 from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
-from carft_fast.reward import Grade, base_score, embedding_partial_score, grade
+from carft_fast.reward import Grade, base_score, embedding_partial_score
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.probe import check_agreement, sampled_logprobs
 from carft_fast.rollout.stream import RolloutStream
@@ -61,7 +62,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 rollouts, staleness = stream.take(step, run.on_progress(tracker))
             with timer("reward"):
                 completions = [run.prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
-                grades = grade_all(completions, rows, run.config)
+                grades = grade_all(completions, rows, run.grader)
             with timer("forward"):
                 samples = as_samples(rows, rollouts, run.device, common_parts=work.needs.negative)
                 plan = work.plan(samples, seed)
@@ -107,12 +108,8 @@ def probe(run: Run, engine: RolloutEngine, policy: CarftModel) -> None:
     )
 
 
-def grade_all(completions: Sequence[str], rows: Sequence[EncodedExample], config: Config) -> list[Grade]:
-    rule = config.reward
-    return [
-        grade(text, row.example.answer, answer_type=rule.answer_type, tolerance=rule.tolerance)
-        for text, row in zip(completions, rows, strict=True)
-    ]
+def grade_all(completions: Sequence[str], rows: Sequence[EncodedExample], grader: Grader) -> list[Grade]:
+    return grader.grade(completions, [row.example for row in rows])
 
 
 def as_samples(
@@ -130,13 +127,14 @@ def as_samples(
 def score_rollouts(
     grades: Sequence[Grade], cosine_N: Tensor | None, config: Config, device: torch.device | None = None
 ) -> Tensor:
-    """Terminal scores float32 [N]: 1 correct, 0 nothing to extract, between them 0.1 or 0.2 + 0.1 cos(z_1, z_2)."""
-    score_N = torch.tensor([base_score(g) for g in grades], dtype=torch.float32, device=device)
-    if config.reward.partial == "constant":
+    """Terminal scores float32 [N]: 1 correct, 0 nothing to extract, between them as `reward.partial` says."""
+    rule = config.reward
+    score_N = torch.tensor([base_score(g, rule.partial_constant) for g in grades], dtype=torch.float32, device=device)
+    if rule.partial == "constant":
         return score_N
     assert cosine_N is not None
     partial_N = torch.tensor([g.extractable and not g.correct for g in grades], device=device)
-    return torch.where(partial_N, embedding_partial_score(cosine_N), score_N)
+    return torch.where(partial_N, embedding_partial_score(cosine_N, rule.partial_base, rule.partial_scale), score_N)
 
 
 def estimate_advantages(score_N: Tensor, experience: Experience, config: Config) -> Advantages:

@@ -1,13 +1,23 @@
 """Answers against the published code's own table, against a person's reading, and against hostile text."""
 
 import json
+from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carft_fast.reward import base_score, embedding_partial_score, extract_answer, grade, parse_target
+from carft_fast.reward import (
+    AnswerType,
+    base_score,
+    compare_latex,
+    embedding_partial_score,
+    extract_answer,
+    grade,
+    parse_target,
+)
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible" / "reward.json"
 PROMPT = "Question:\nTom has 5746 apples, how many? v\nAnswer reasoning:\n"
@@ -30,6 +40,7 @@ NUMERIC_DIFFERENCES: dict[tuple[str, str], float | str] = {
     (_LEAD + "<5>", "5"): 1.0,
     (_LEAD + "5!", "5"): 1.0,
     (_LEAD + "1/2", "5"): 0.1,
+    (_LEAD + "½", "5"): 0.1,
     (_LEAD + "50%", "5"): 0.1,
     # the trigger without its space, newline, colon or capital is still the trigger (published: 0)
     ("Some reasoning v.\nTherefore, the answer is:4204", "4204"): 1.0,
@@ -52,15 +63,17 @@ NUMERIC_DIFFERENCES: dict[tuple[str, str], float | str] = {
     (_LEAD + "5", "nan"): BAD,
     (_LEAD + "5", "inf"): BAD,
     (_LEAD + "3", "3_0"): BAD,
+    # two numbers, in a target as in an answer (published: 12)
+    (_LEAD + "12", "1,2"): BAD,
     (_LEAD + "6", "１６"): BAD,
     # a currency sign in the target (published: crashes)
     (_LEAD + "5", "$5"): 1.0,
 }
 # mathqa-numeric crashes on commas in a target as well
-MATHQA_NUMERIC_DIFFERENCES = NUMERIC_DIFFERENCES | {
+MATHQA_NUMERIC_DIFFERENCES = {
+    **{case: score for case, score in NUMERIC_DIFFERENCES.items() if case != (_LEAD + "12", "1,2")},
     (_LEAD + "776546", "776,546"): 1.0,
     (_LEAD + "1234", "1,234"): 1.0,
-    (_LEAD + "12", "1,2"): 1.0,
 }
 CHOICE_DIFFERENCES: dict[tuple[str, str], float | str] = {
     # brackets and full stops around the letter (published: 0.1)
@@ -171,11 +184,105 @@ def test_scores() -> None:
     assert embedding_partial_score(1.0) == pytest.approx(0.3)
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.text(), st.sampled_from(["", "\nTherefore, the answer is: ", "\nAnswer reasoning:\n"]), st.text())
+TEXT = st.one_of(
+    st.text(),
+    st.text(st.characters(codec=None)),  # surrogates and null bytes as well
+    st.text("0123456789.,/-−+eEx×^*⁵½ $%()={}\\\n\u200fabfrc"),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    TEXT,
+    st.sampled_from(["", "\nTherefore, the answer is: ", "\nAnswer reasoning:\n", "\\boxed{", "```python\n"]),
+    TEXT,
+)
 def test_never_raises(before: str, trigger: str, after: str) -> None:
-    for answer_type in ("numeric", "choice"):
-        grade(before + trigger + after, "5" if answer_type == "numeric" else "a", answer_type=answer_type)
+    grade(before + trigger + after, "5", answer_type="numeric")
+    grade(before + trigger + after, "a", answer_type="choice")
+    for answer_type in ("latex", "program"):
+        found = extract_answer(before + trigger + after, answer_type=answer_type)
+        assert found is None or (isinstance(found, str) and found.strip())
+
+
+WRITTEN: list[Callable[[float], str]] = [
+    repr,
+    lambda x: f"{x:,}",
+    lambda x: f"{x:e}",
+    lambda x: f"${x}",
+    lambda x: f"{x} kg",
+    lambda x: f"**{x}**.",
+    lambda x: f"({x})",
+    lambda x: f"y = {x}",
+    lambda x: f"\\boxed{{{x}}}",
+    lambda x: f"{x}".replace("-", "−"),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(WRITTEN))
+def test_a_formatted_number_is_read_back(value: float, write: Callable[[float], str]) -> None:
+    read = extract_answer(f"so\nTherefore, the answer is: {write(value)}", answer_type="numeric")
+    assert read == pytest.approx(value, rel=1e-6, abs=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.decimals(-1000, 1000, places=3), st.decimals(-1000, 1000, places=3))
+def test_numeric_equality_is_symmetric(one: Decimal, other: Decimal) -> None:
+    def correct(answer: Decimal, target: Decimal) -> bool:
+        text = f"\nTherefore, the answer is: {answer}"
+        return grade(text, str(target), answer_type="numeric", tolerance=50).correct
+
+    assert correct(one, other) == correct(other, one)
+    assert correct(one, one)
+
+
+@pytest.mark.parametrize("text", ["1/2", "-$5", "1,234.5", "50%", "3 1/2", "3e5", "3 x 10^5", "½", "−5", "5 kg"])
+def test_target_and_answer_are_read_by_one_rule(text: str) -> None:
+    read = extract_answer(f"\nTherefore, the answer is: {text}", answer_type="numeric")
+    assert read is not None
+    assert parse_target(text, answer_type="numeric") == read
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "verdict"),
+    [
+        ("0.5", r"\frac12", "same"),
+        ("3 1/2", r"\frac{7}{2}", "same"),
+        ("x^2 + 2x + 1", "(x+1)^2", "same"),
+        (r"\sqrt{8}", r"2\sqrt{2}", "same"),
+        ("5 apples", "5", "same"),
+        ("[0,1)", "(0,1)", "different"),
+        ("0.33", r"\frac13", "different"),
+        ("I do not know", "3", "unreadable"),
+        ("inf", "3", "unreadable"),
+        ("\\", "3", "unreadable"),
+    ],
+)
+def test_latex_is_compared_as_mathematics(answer: str, target: str, verdict: str) -> None:
+    assert compare_latex(answer, str(parse_target(target, answer_type="latex"))) == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        (r"so \boxed{\frac{1}{2}} is it.", r"\frac{1}{2}"),
+        ("Therefore, the answer is: $x^2$.", "x^2"),
+        ("Therefore, the answer is: the number $n$ is $3$", "3"),
+        ("Therefore, the answer is: \\[\n x \n\\]", "x"),
+        (r"\boxed{1} no. Therefore, the answer is: \boxed{2}", "2"),
+        ("nothing", None),
+        (r"\boxed{1", None),
+    ],
+)
+def test_latex_source(text: str, source: str | None) -> None:
+    assert extract_answer(text, answer_type="latex") == source
+
+
+@pytest.mark.parametrize("around", ["{}", "```python\n{}\n```", "So:\n```\n{}\n```\nDone.", "a\nAnswer reasoning:\n{}"])
+def test_program_source(around: str) -> None:
+    program = "def solution():\n    return 5"
+    assert extract_answer(around.format(program), answer_type="program") == program
 
 
 @pytest.mark.parametrize(
@@ -190,3 +297,15 @@ def test_a_megabyte_reads_as_its_beginning_does(unit: str) -> None:
 
     assert read(1_000_000) == read(10_000)
     assert read(1_000_000)[1] == 7
+
+
+@pytest.mark.parametrize(
+    "unit", ["```", "``` \t", " ", "\\boxed{", "{", "}", "$", "the ", "\\text{", "Answer reasoning:\n"]
+)
+@pytest.mark.parametrize("answer_type", ["numeric", "choice", "latex", "program"])
+def test_a_megabyte_of_any_type(answer_type: AnswerType, unit: str) -> None:
+    """A quadratic reader would need 10^12 operations."""
+    long = unit * (1_000_000 // len(unit))
+    for text in (long, f"```{long}x", f"\nTherefore, the answer is: {long}x", f"\\boxed{{{long}"):
+        found = extract_answer(text, answer_type=answer_type)
+        assert found is None or len(str(found)) <= 65536

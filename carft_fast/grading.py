@@ -1,0 +1,215 @@
+"""Completions to grades, for every kind of reward: the I/O around reward.py (processes, the user's own function)."""
+
+import importlib
+import json
+import math
+import numbers
+import os
+import select
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from carft_fast.config import RewardConfig
+from carft_fast.errors import InputError, RewardError
+from carft_fast.reward import Grade, LatexVerdict, compare, extract_answer, grade, parse_target, read_number
+from carft_fast.types import Example
+
+if TYPE_CHECKING:
+    from carft_fast.sandbox import ProgramPool
+
+RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
+_WALL_PER_CPU = 10  # a comparison gets its processor time within this many times as long, on a busy machine too
+_START_SECONDS = 120.0
+
+
+class Grader(AbstractContextManager["Grader"]):
+    """Grades completions as `reward` says; a run has one. Processes start when they are first needed.
+
+    Raises InputError at once for a `reward.fn` that cannot be imported.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._config = config
+        self._function = load_function(config.fn) if config.fn else None
+        self._latex: LatexChecker | None = None
+        self._programs: ProgramPool | None = None
+
+    def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+        """One grade for each completion. Raises RewardError for a user function that does not return scores."""
+        rule = self._config
+        if self._function is not None:
+            scores = self._function(list(completions), list(examples))
+            return [
+                Grade(score >= 1, None, score) for score in check_scores(scores, len(completions), rule.fn, examples)
+            ]
+        pairs = list(zip(completions, (example.answer for example in examples), strict=True))
+        if rule.answer_type == "latex":
+            return self._grade_latex(pairs)
+        if rule.answer_type == "program":
+            return self._grade_programs(pairs)
+        return [grade(text, answer, answer_type=rule.answer_type, tolerance=rule.tolerance) for text, answer in pairs]
+
+    def _grade_latex(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        if self._latex is None:
+            self._latex = LatexChecker(self._config.latex_cpu_s)
+        grades = []
+        for text, answer in pairs:
+            found = extract_answer(text, answer_type="latex")
+            if found is None:
+                grades.append(Grade(False, None))
+                continue
+            verdict = self._latex.compare(str(found), str(parse_target(answer, answer_type="latex")))
+            grades.append(Grade(verdict == "same", None if verdict == "unreadable" else found))
+        return grades
+
+    def _grade_programs(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        rule = self._config
+        if self._programs is None:
+            from carft_fast.sandbox import ProgramPool
+
+            self._programs = ProgramPool(
+                rule.program_workers, cpu_seconds=rule.program_cpu_s, memory_mb=rule.program_memory_mb
+            )
+        programs = [extract_answer(text, answer_type="program") for text, _ in pairs]
+        outcomes = iter(self._programs.run([str(program) for program in programs if program is not None]))
+        found = [None if program is None else _as_number(next(outcomes).value) for program in programs]
+        return [
+            compare(value, answer, answer_type="numeric", tolerance=rule.tolerance)
+            for value, (_, answer) in zip(found, pairs, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the processes; the next `grade` would start them again."""
+        if self._latex is not None:
+            self._latex.close()
+            self._latex = None
+        if self._programs is not None:
+            self._programs.close()
+            self._programs = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_number(value: float | str | bool | None) -> float | None:
+    """What a program returned; text counts if it is a number, True and False do not."""
+    if isinstance(value, str):
+        return read_number(value)
+    if value is None or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def load_function(name: str) -> RewardFunction:
+    """Import "pkg.mod:fn"; the working folder counts as a place for modules. Raises InputError."""
+    module_name, separator, attribute = name.partition(":")
+    if not (separator and module_name and attribute):
+        raise InputError(f'reward.fn = "{name}": expected "package.module:function"')
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name + ".").startswith(error.name + "."):
+            raise InputError(
+                f'reward.fn = "{name}": there is no module {error.name} (looked in the working folder and sys.path)'
+            ) from None
+        raise InputError(f'reward.fn = "{name}": importing {module_name} failed: {error}') from error
+    except Exception as error:  # whatever a user's module does when imported
+        raise InputError(f'reward.fn = "{name}": importing {module_name} failed: {error!r}') from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise InputError(f'reward.fn = "{name}": {module_name} has no {attribute}')
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(f'reward.fn = "{name}": {attribute} is {type(found).__name__}, not a function')
+    return found
+
+
+def check_scores(scores: Any, expected: int, name: str, examples: Sequence[Example]) -> list[float]:
+    """The scores as floats. Raises RewardError naming function, row and value."""
+    if hasattr(scores, "tolist"):
+        scores = scores.tolist()  # numpy and torch
+    if not isinstance(scores, Sequence) or isinstance(scores, str):
+        raise RewardError(f'reward.fn = "{name}" returned {type(scores).__name__}, not a list of scores')
+    if len(scores) != expected:
+        raise RewardError(f'reward.fn = "{name}" returned {len(scores)} scores for {expected} completions')
+    checked = []
+    for row, (score, example) in enumerate(zip(scores, examples, strict=True)):
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            raise RewardError(
+                f'reward.fn = "{name}": score {row} (item {example.item_id}) is {score!r}, not a finite number'
+            )
+        checked.append(float(score))
+    return checked
+
+
+class LatexChecker:
+    """Compares LaTeX in a process of its own (`latex_worker`): processor time and memory are limited there."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compare(self, answer: str, target: str) -> LatexVerdict:
+        """ "unreadable" as well for what goes over the limits."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([answer, target]).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise RewardError("the process that compares LaTeX ended between two comparisons") from None
+        match self._reply(process, self._cpu_seconds * _WALL_PER_CPU):
+            case "same":
+                return "same"
+            case "different":
+                return "different"
+            case "":
+                self.close()
+        return "unreadable"
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        package = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        with tempfile.TemporaryFile() as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "carft_fast.latex_worker", str(self._cpu_seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is the run's to handle
+            )
+            if self._reply(self._process, _START_SECONDS) != "ready":
+                self.close()
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip().splitlines()
+                raise RewardError(f"the process that compares LaTeX did not start: {said[-1] if said else 'no reply'}")
+        return self._process
+
+    @staticmethod
+    def _reply(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+        """Its next line; empty when it ended or took too long."""
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        return process.stdout.readline().decode().strip() if ready else ""
+
+    def close(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.communicate()
+        self._process = None

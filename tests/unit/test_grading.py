@@ -1,0 +1,113 @@
+"""One grader for every kind of reward, against answers worked out by hand; the guide's own tables and example."""
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from carft_fast.config import RewardConfig
+from carft_fast.errors import InputError, RewardError
+from carft_fast.grading import Grader
+from carft_fast.reward import Grade, extract_answer
+from carft_fast.types import Example
+
+GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+LEAD = "so.\nTherefore, the answer is: "
+
+
+def graded(completions: Sequence[str], answers: Sequence[str], **config: Any) -> list[Grade]:
+    examples = [Example(f"r{i}", "q", "", answer) for i, answer in enumerate(answers)]
+    with Grader(RewardConfig(**config)) as grader:
+        return grader.grade(completions, examples)
+
+
+def test_every_row_of_the_guide() -> None:
+    rows = re.findall(r"^\| (numeric|choice|latex) \| `(.+)` \| (.+) \|$", GUIDE, re.MULTILINE)
+    assert len(rows) > 20
+    for answer_type, text, read in rows:
+        found = extract_answer(LEAD + text, answer_type=answer_type)
+        expected = None if read == "nothing" else float(read) if answer_type == "numeric" else read
+        assert found == expected, text
+
+
+def test_the_function_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    grades = graded(
+        ["it is 5", "no", "x" * 200 + " 5"], ["5", "7", "5"], fn="my_rewards:short_and_right", partial="constant"
+    )
+    assert [(g.score, g.correct, g.extractable) for g in grades] == [
+        (1.0, True, True),
+        (0.0, False, False),
+        (0.5, False, True),
+    ]
+
+
+def test_latex_survives_what_never_ends() -> None:
+    """The second does not end; the third is graded after a restart."""
+    answers = [r"\frac{1}{2}", "9^{9^{9^9}}", "x^2+2x+1", "I do not know", "7"]
+    grades = graded(
+        [f"so \\boxed{{{answer}}}" for answer in answers],
+        ["0.5", "7", "(x+1)^2", "3", "8"],
+        answer_type="latex",
+        latex_cpu_s=1.0,
+    )
+    assert [g.correct for g in grades] == [True, False, True, False, False]
+    assert [g.extractable for g in grades] == [True, False, True, False, True]
+
+
+def test_programs() -> None:
+    def returning(value: str) -> str:
+        return f"def solution():\n    return {value}"
+
+    programs = [returning("2 + 3"), f"```python\n{returning('6')}\n```", returning("'5'"), returning("True")]
+    programs += [returning("None"), returning("1 / 0"), "no program", ""]
+    grades = graded(programs, ["5"] * 8, answer_type="program")
+    assert [g.correct for g in grades] == [True, False, True, False, False, False, False, False]
+    assert [g.extracted for g in grades] == [5.0, 6.0, 5.0, None, None, None, None, None]
+
+
+def fn(result: Any) -> str:
+    module = type(sys)("rewards_under_test")
+    module.f = lambda completions, examples: result  # type: ignore[attr-defined]
+    module.constant = 5  # type: ignore[attr-defined]
+    sys.modules[module.__name__] = module
+    return "rewards_under_test:f"
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1.0], "returned 1 scores for 2 completions"),
+        ([1.0, float("nan")], r"score 1 \(item r1\) is nan"),
+        ([float("inf"), 0], r"score 0 \(item r0\) is inf"),
+        ([0.0, None], r"score 1 \(item r1\) is None"),
+        (["a", 0.0], r"score 0 \(item r0\) is 'a'"),
+        (None, "returned NoneType"),
+        ("12", "returned str"),
+    ],
+)
+def test_what_a_function_may_not_return(result: Any, message: str) -> None:
+    with pytest.raises(RewardError, match=rf'reward.fn = "rewards_under_test:f".*{message}'):
+        graded(["a", "b"], ["1", "2"], fn=fn(result), partial="constant")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module_here:f", "no module no_such_module_here"),
+        ("carft_fast.nothing:f", "no module carft_fast.nothing"),
+        ("rewards_under_test:g", "has no g"),
+        ("rewards_under_test:constant", "constant is int, not a function"),
+        ("rewards_under_test", 'expected "package.module:function"'),
+    ],
+)
+def test_functions_that_cannot_be_imported(name: str, message: str) -> None:
+    fn(None)
+    with pytest.raises(InputError, match=message):
+        Grader(RewardConfig(fn=name, partial="constant"))
