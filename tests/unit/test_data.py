@@ -60,6 +60,47 @@ def test_own_jsonl_with_a_field_mapping(tmp_path: Path) -> None:
     assert load_examples(path, fields=fields, require_cot=True)[0][0].item_id == "1"  # the row's number
 
 
+@pytest.mark.parametrize("format", ["gsm8k", "auto"])
+def test_calculator_marks_can_be_kept(tmp_path: Path, format: Any) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [GSM8K_ROW])
+    examples, _ = load_examples(path, format=format, calculator_marks="keep", require_cot=True)
+    assert examples[0].cots == ("48/2 = <<48/2=24>>24.\n24+48 = $<<24+48=72>>72.",)
+
+
+def test_several_annotations_in_a_row(tmp_path: Path) -> None:
+    several = {**ROW, "answer_cot": ["Add.", " ", "Count.", "Add. "]}
+    bad = {**ROW, "answer_cot": ["Add.", {"text": "Count."}]}
+    none = {**ROW, "answer_cot": ["", " "]}
+    examples, report = load_examples(write_json(tmp_path / "a.json", [several, bad, none]), require_cot=True)
+    assert examples == [Example("r1", "What is 1 + 1?", ("Add.", "Count."), "2")]
+    assert report.rejected == {
+        'cot is neither text nor number (field "answer_cot")': 1,
+        "no annotated reasoning": 1,
+    }
+
+
+def test_rows_of_a_question_are_merged_where_asked(tmp_path: Path) -> None:
+    rows = [
+        ROW,
+        {**ROW, "item_id": "r2", "question": "Other?"},
+        {**ROW, "item_id": "r3", "answer_cot": "Count.", "answer_value": "2.0"},
+        {**ROW, "item_id": "r4", "answer_value": "3"},
+        {**ROW, "item_id": "r5"},
+    ]
+    path = write_json(tmp_path / "a.json", rows)
+    assert len(load_examples(path, require_cot=True)[0]) == 5
+    examples, report = load_examples(path, merge_questions=True, require_cot=True)
+    assert examples == [
+        Example("r1", "What is 1 + 1?", ("Add.", "Count."), "2"),
+        Example("r2", "Other?", ("Add.",), "2"),
+        Example("r4", "What is 1 + 1?", ("Add.",), "3"),
+    ]
+    assert (report.rows_read, report.rows_used, report.rows_merged) == (5, 3, 2)
+    assert "2 merged into an earlier row" in report.summary()
+    limited, _ = load_examples(path, merge_questions=True, require_cot=True, limit=1)
+    assert limited == examples[:1], "the annotations of later rows belong to the rows that are kept"
+
+
 def test_hub_reads_a_dataset_folder_offline(tmp_path: Path) -> None:
     folder = tmp_path / "dataset"
     folder.mkdir()
