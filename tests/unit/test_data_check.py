@@ -107,7 +107,7 @@ def test_unreadable_input_is_bad_input(tmp_path: Path) -> None:
 
 
 def test_svamp_as_published(shared_data: Callable[[str], Path]) -> None:
-    """Two annotations whose own words contradict the target, read by eye: svamp_929 and svamp_2000."""
+    """Figures recorded once: a change in reading or grading shows here."""
     check = check_data(
         str(shared_data("svamp_nl.json")), load_config(None), None, str(shared_data("svamp_test_set.json"))
     )
