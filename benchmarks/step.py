@@ -265,7 +265,7 @@ def random_inputs(n: int, length: int, vocabulary: int, generator: torch.Generat
     def ids() -> list[int]:
         return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
 
-    rows = [EncodedExample(Example(str(i), "", "", "1"), ids(), ids()) for i in range(n)]
+    rows = [EncodedExample(Example(str(i), "", (), "1"), ids(), (ids(),)) for i in range(n)]
     return Inputs(rows, [Rollout(ids(), [-4.0] * length, "stop", 0) for _ in range(n)])
 
 

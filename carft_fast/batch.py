@@ -170,13 +170,14 @@ def permutation(n: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Rows of step `step` when every epoch visits each of n rows once in its own order; a step may span epochs."""
+def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[tuple[int, int]]:
+    """(row, epoch) of step `step` when every epoch visits each of n rows once in its own order; a step may span
+    epochs."""
     first, last = step * batch_size, (step + 1) * batch_size
     orders = {
         epoch: permutation(n, derive_seed(seed, "epoch", epoch)) for epoch in range(first // n, (last - 1) // n + 1)
     }
-    return [orders[k // n][k % n] for k in range(first, last)]
+    return [(orders[k // n][k % n], k // n) for k in range(first, last)]
 
 
 def chunks(rows: Sequence[int], size: int) -> list[list[int]]:

@@ -1,12 +1,13 @@
 """The commands. torch, transformers and the trainer load inside them, so that --help and a typo answer at once."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carft_fast.config import Config, load_config, to_toml, value_origins
+from carft_fast.config import SYNTHETIC, Config, load_config, to_toml, value_origins
 from carft_fast.errors import EngineError, InputError, RewardError
 from carft_fast.signals import Stopped
 
@@ -22,6 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+data_app = typer.Typer(help="Look at data before a run is spent on it.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file; see `carft-fast config`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
@@ -74,7 +78,9 @@ def evaluate(
     dry_run: DryRun = False,
     output_dir: OutputDir = None,
 ) -> None:
-    """Greedy accuracy of model.path on data.eval; with --output-dir, completions and figures are written there."""
+    """Greedy accuracy of model.path on data.eval, and maj@k and pass@k with eval.samples; with --output-dir,
+    completions and figures are written there.
+    """
     from carft_fast.pipeline import describe_plan, evaluate_only
 
     prepared, console = _prepare(load_config(config, overrides or ()), (), False, output_dir, write=bool(output_dir))
@@ -87,6 +93,36 @@ def evaluate(
     if output_dir:
         prepared.run.write_result(result)
     console.log(result.describe())
+
+
+@data_app.command("check")
+def check_data_file(
+    file: Annotated[str, typer.Argument(help="File, folder or Hub id, read as data.train would be.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    against: Annotated[
+        str | None, typer.Option(help="Test set whose questions should not be in FILE; data.eval if not given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Rows that can be used, lengths, wrong or repeated annotations, questions of the test set. Loads no model."""
+    from carft_fast.console import Console
+    from carft_fast.data_check import check_data, check_table
+
+    resolved = load_config(config, overrides or ())
+    held_out = resolved.data.eval if resolved.data.eval not in ("", SYNTHETIC, file) else None
+    tokenizer = None
+    if resolved.model.path:
+        from carft_fast.model import load_tokenizer
+        from carft_fast.prompts import check_tokenizer
+
+        tokenizer = load_tokenizer(resolved.model)
+        check_tokenizer(tokenizer)
+    check = check_data(file, resolved, tokenizer, against or held_out)
+    if as_json:
+        typer.echo(json.dumps(check.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        Console().show(check_table(check))
 
 
 @app.command()

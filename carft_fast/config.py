@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -68,7 +68,14 @@ class DataConfig(Section):
     format: Literal["auto", "reft", "gsm8k", "jsonl", "hub"] = "auto"
     """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
     fields: dict[str, str] = {}
-    """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file."""
+    """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file. A cot may be a
+    list of texts: every epoch uses another one."""
+    calculator_marks: Literal["strip", "keep"] = "strip"
+    """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
+    there is none here, so they are taken out of its annotations; "keep" teaches them."""
+    merge_questions: bool = False
+    """Make one training row of those with the same question and answer, with all their annotations: a question then
+    counts once an epoch. Off, as in ReFT, whose data has every annotation in a row of its own."""
     train_split: str = "train"
     """Split of a Hub dataset used for training."""
     eval_split: str = "test"
@@ -221,6 +228,30 @@ class ContrastiveConfig(Section):
     """The positive's cosine is clamped here in the numerator, which ends the pull. Source: published code, 0.9."""
 
 
+class EvalConfig(Section):
+    samples: int = Field(0, ge=0, le=10_000)
+    """Completions that `carft-fast eval` samples per question for maj@k and pass@k; 0 and 1: greedy accuracy alone.
+    Evaluation during training is always greedy."""
+    k: list[Annotated[int, Field(ge=1)]] = []
+    """The k of pass@k: chance that one of k samples is correct, unbiased (Chen et al. 2021); empty: 1 and `samples`."""
+    maj_k: list[Annotated[int, Field(ge=1)]] = []
+    """The k of maj@k: the answer most of the first k samples give (Wang et al. 2023); empty: `samples`."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature of those samples; 1 is the distribution that RL trains."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling mass of those samples; 1 is off."""
+    max_new_tokens: int | None = Field(None, ge=1)
+    """Longest completion in evaluation, greedy and sampled, in training too (tokens); rollout.max_new_tokens when
+    absent."""
+
+    @model_validator(mode="after")
+    def _possible_k(self) -> "EvalConfig":
+        for name, values in (("k", self.k), ("maj_k", self.maj_k)):
+            if values and max(values) > self.samples:
+                raise ValueError(f"{name} = {values}: at most samples = {self.samples}")
+        return self
+
+
 class RolloutConfig(Section):
     engine: Literal["hf", "vllm", "vllm-server"] = "hf"
     """What samples: "hf" transformers' generate, "vllm" an engine in this process, "vllm-server" vLLM servers."""
@@ -371,7 +402,12 @@ class Config(Section):
     contrastive: ContrastiveConfig = ContrastiveConfig()
     rollout: RolloutConfig = RolloutConfig()
     guard: GuardConfig = GuardConfig()
+    eval: EvalConfig = EvalConfig()
     output: OutputConfig = OutputConfig()
+
+    @property
+    def eval_max_new_tokens(self) -> int:
+        return self.eval.max_new_tokens or self.rollout.max_new_tokens
 
     @model_validator(mode="after")
     def _possible_combination(self) -> "Config":
@@ -430,6 +466,20 @@ class Config(Section):
         if self.guard.action == "rollback" and self.rollout.async_depth:
             raise ValueError(
                 'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'
+            )
+        if self.eval_max_new_tokens >= self.data.max_length:
+            raise ValueError(
+                f"eval.max_new_tokens = {self.eval_max_new_tokens} must be below data.max_length = "
+                f"{self.data.max_length}: the prompt needs room"
+            )
+        if self.rollout.engine != "hf" and not 0.01 <= self.eval.temperature <= 2:
+            raise ValueError(
+                f'eval.temperature = {self.eval.temperature:g} needs rollout.engine = "hf": vLLM takes 0.01 to 2'
+            )
+        if self.rollout.engine == "vllm-server" and self.eval.samples > self.rollout.batch_size:
+            raise ValueError(
+                f"eval.samples = {self.eval.samples} must be at most rollout.batch_size = {self.rollout.batch_size}: a "
+                "vLLM server takes a prompt's samples together"
             )
         if (SYNTHETIC in (self.data.train, self.data.eval)) != (self.data.train == self.data.eval == SYNTHETIC):
             raise ValueError('data.train and data.eval must both be "synthetic" or neither')

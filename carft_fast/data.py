@@ -4,15 +4,16 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from carft_fast.errors import InputError
-from carft_fast.reward import AnswerType, parse_target
+from carft_fast.reward import Answer, AnswerType, parse_target
 from carft_fast.types import Example
 
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
+CalculatorMarks = Literal["strip", "keep"]
 FIELDS = ("question", "cot", "answer", "item_id")
 REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_value", "item_id": "item_id"}
 GSM8K_FIELDS = {"question": "question", "cot": "answer", "answer": "answer"}
@@ -28,6 +29,10 @@ class LoadReport:
     source: str
     rows_read: int = 0
     rows_used: int = 0
+    rows_merged: int = 0
+    """Rows whose annotations went to an earlier row of the same question and answer."""
+    annotations_left_out: int = 0
+    """Annotations too long to be used, of rows that have others."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Rows left out, by reason."""
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -42,6 +47,10 @@ class LoadReport:
 
     def summary(self) -> str:
         lines = [f"{self.source}: {self.rows_used} of {self.rows_read} rows used"]
+        if self.rows_merged:
+            lines.append(f"  {self.rows_merged} merged into an earlier row of the same question and answer")
+        if self.annotations_left_out:
+            lines.append(f"  {self.annotations_left_out} annotations too long; their rows have others")
         for reason, count in self.rejected.most_common():
             lines.append(f"  {count} left out: {reason}")
             lines += [f"    {example}" for example in self.examples[reason]]
@@ -55,14 +64,18 @@ def load_examples(
     fields: Mapping[str, str] | None = None,
     split: str = "train",
     answer_type: AnswerType | None = "numeric",
+    calculator_marks: CalculatorMarks = "strip",
+    merge_questions: bool = False,
     require_cot: bool,
     limit: int | None = None,
 ) -> tuple[list[Example], LoadReport]:
     """Read a source and keep the rows that can be used.
 
     Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
-    reasoning, then `#### 72`; calculator marks `<<...>>` are removed), "jsonl" (own `fields`), "hub" (`datasets`, own
-    `fields` or recognised ones), "auto" (by what is there). `limit` keeps that many usable rows from the top.
+    reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" (own `fields`), "hub"
+    (`datasets`, own `fields` or recognised ones), "auto" (by what is there). An annotation may be a list of texts.
+    `merge_questions` makes one example of rows with the same question and answer. `limit` keeps that many usable
+    examples from the top.
     Answers must be targets of `answer_type`; None takes any text.
 
     Raises InputError for a source that cannot be read, or without one usable row.
@@ -71,16 +84,32 @@ def load_examples(
     report = LoadReport(path)
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
-        if limit is not None and len(examples) == limit:
+        if limit is not None and len(examples) == limit and not merge_questions:
             break
         report.rows_read += 1
-        example = _to_example(row, number, names, answer_type, require_cot, report)
+        example = _to_example(row, number, names, answer_type, calculator_marks, require_cot, report)
         if example is not None:
             examples.append(example)
+    if merge_questions:
+        merged = _merge(examples, answer_type)
+        report.rows_merged = len(examples) - len(merged)
+        examples = merged[:limit]
     report.rows_used = len(examples)
     if not examples:
         raise InputError(f"no usable row in {report.summary()}" if report.rows_read else f"{path}: no rows")
     return examples, report
+
+
+def _merge(examples: Iterable[Example], answer_type: AnswerType | None) -> list[Example]:
+    """One example a question and answer, where its first row was, with the distinct annotations of all."""
+    groups: dict[tuple[str, Answer], list[Example]] = {}
+    for example in examples:
+        answer = example.answer if answer_type is None else parse_target(example.answer, answer_type=answer_type)
+        groups.setdefault((example.question, answer), []).append(example)
+    return [
+        replace(group[0], cots=tuple(dict.fromkeys(cot for example in group for cot in example.cots)))
+        for group in groups.values()
+    ]
 
 
 def _to_example(
@@ -88,6 +117,7 @@ def _to_example(
     number: int,
     names: Mapping[str, str],
     answer_type: AnswerType | None,
+    calculator_marks: CalculatorMarks,
     require_cot: bool,
     report: LoadReport,
 ) -> Example | None:
@@ -97,19 +127,23 @@ def _to_example(
         return None
     values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
     where += f" ({values['item_id']})" if "item_id" in values else ""
+    texts: dict[str, list[str]] = {name: [] for name in FIELDS}
     for name, value in values.items():
-        if not isinstance(value, (str, int, float)):
+        parts = value if name == "cot" and isinstance(value, list) else [value]
+        if not all(isinstance(part, (str, int, float)) for part in parts):
             report.reject(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
             return None
-    question, answer, cot = (str(values.get(name, "")).strip() for name in ("question", "answer", "cot"))
-    if names.get("cot") == names["answer"] or (not cot and "####" in answer):
+        texts[name] = [text for part in parts if (text := str(part).strip())]
+    question, answer = ("".join(texts[name]) for name in ("question", "answer"))
+    cots = texts["cot"]
+    if names.get("cot") == names["answer"] or (not cots and "####" in answer):
         cot, _, answer = (part.strip() for part in answer.rpartition("####"))
-        cot = _CALCULATOR_MARK.sub("", cot)
+        cots = [_CALCULATOR_MARK.sub("", cot) if calculator_marks == "strip" else cot] if cot else []
     if not question:
         report.reject(f'no question (field "{names["question"]}")', where)
     elif not answer:
         report.reject(f'no answer (field "{names["answer"]}")', where, question)
-    elif require_cot and not cot:
+    elif require_cot and not cots:
         report.reject("no annotated reasoning", where, question)
     else:
         try:
@@ -118,7 +152,7 @@ def _to_example(
         except ValueError as error:
             report.reject("unparsable answer", where, str(error))
             return None
-        return Example(str(values.get("item_id", number)), question, cot, answer)
+        return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer)
     return None
 
 

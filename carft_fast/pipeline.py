@@ -14,7 +14,7 @@ from carft_fast.config import SYNTHETIC, Config
 from carft_fast.console import Console
 from carft_fast.data import LoadReport, load_examples
 from carft_fast.errors import InputError
-from carft_fast.evaluate import EvalResult
+from carft_fast.evaluate import EvalResult, add_samples
 from carft_fast.files import write_folder, write_text
 from carft_fast.grading import Grader
 from carft_fast.model import check_heads, load_lm_config, load_model, load_tokenizer, resolve_device
@@ -65,20 +65,24 @@ def prepare(
         raise InputError('data.eval is not set: give a file, a Hub id or "synthetic"')
     train, held_out, reports = _load_data(config, with_train=bool(stages))
 
-    def encode(examples: list[Example], report: LoadReport, *, require_cot: bool) -> list[EncodedExample]:
+    def encode(
+        examples: list[Example], report: LoadReport, *, require_cot: bool, max_new_tokens: int
+    ) -> list[EncodedExample]:
         with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
             return encode_examples(
                 examples,
                 prompt_format,
                 max_length=config.data.max_length,
-                max_prompt_length=config.data.max_length - config.rollout.max_new_tokens,
+                max_prompt_length=config.data.max_length - max_new_tokens,
                 report=report,
                 require_cot=require_cot,
                 on_row=tracker.advance,
             )
 
-    train_rows = encode(train, reports[0], require_cot=True) if stages else []
-    eval_rows = encode(held_out, reports[-1], require_cot=False)
+    train_rows: list[EncodedExample] = []
+    if stages:
+        train_rows = encode(train, reports[0], require_cot=True, max_new_tokens=config.rollout.max_new_tokens)
+    eval_rows = encode(held_out, reports[-1], require_cot=False, max_new_tokens=config.eval_max_new_tokens)
     run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest(), grader)
     return Prepared(run, reports)
 
@@ -105,11 +109,17 @@ def _load_data(config: Config, *, with_train: bool) -> tuple[list[Example], list
         "format": data.format,
         "fields": data.fields or None,
         "answer_type": None if config.reward.fn else config.reward.answer_type,
+        "calculator_marks": data.calculator_marks,
     }
     train, reports = [], []
     if with_train:
         train, report = load_examples(
-            data.train, split=data.train_split, require_cot=True, limit=data.train_rows, **common
+            data.train,
+            split=data.train_split,
+            require_cot=True,
+            limit=data.train_rows,
+            merge_questions=data.merge_questions,
+            **common,
         )
         reports.append(report)
     held_out, report = load_examples(
@@ -128,7 +138,8 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
         stage_config = run.config.sft if stage == "sft" else run.config.rl
         steps = stage_total_steps(run.config, stage, len(run.train_rows))
         table.add_row(stage, f"{steps} steps of {stage_config.batch_size} sequences, lr {stage_config.lr:g}")
-    table.add_row("evaluation", f"{len(run.eval_rows)} rows")
+    samples = f", {run.config.eval.samples} samples each" * (not stages and run.config.eval.samples > 1)
+    table.add_row("evaluation", f"{len(run.eval_rows)} rows{samples}")
     rollout = run.config.rollout
     servers = f", {len(rollout.servers or rollout.server_devices) or 1} server(s)" * (rollout.engine == "vllm-server")
     table.add_row("sampling", f"{rollout.engine}{servers}, at most {rollout.max_new_tokens} tokens")
@@ -173,14 +184,22 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
 
 
 def evaluate_only(prepared: Prepared) -> EvalResult:
-    """Greedy evaluation of the model as it is; writes nothing."""
+    """Evaluation of the model as it is, greedy and with eval.samples; writes nothing."""
     run = prepared.run
     run.stop.install()
     for report in prepared.reports:
         run.console.log(report.summary())
     model = load_model(run.config, run.config.model.path, run.device, heads=False)
     with closing(run):
-        return run.answer(run.sampler(model), "eval")
+        engine = run.sampler(model)
+        result = run.answer(engine, "eval")
+        samples = run.config.eval.samples
+        if samples <= 1:
+            return result
+        with run.console.track("eval samples", samples * len(run.eval_rows), "completions") as tracker:
+            return add_samples(
+                result, engine, run.eval_rows, run.prompt_format, run.config, run.grader, run.on_progress(tracker)
+            )
 
 
 def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From questions to token ids: the prompt, and the completion a model is taught."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from carft_fast.data import LoadReport
@@ -12,15 +12,22 @@ from carft_fast.types import Example
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """An example with its token ids; `completion_ids` ends with EOS and is empty when there is no annotated CoT."""
+    """An example with its token ids: the prompt's, and a completion for each annotated CoT, ending with EOS."""
 
     example: Example
     prompt_ids: list[int]
-    completion_ids: list[int]
+    completions: tuple[list[int], ...]
 
     @property
-    def total_length(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
+    def completion_ids(self) -> list[int]:
+        """The completion to learn from, the first of several; empty when there is no annotated CoT."""
+        return self.completions[0] if self.completions else []
+
+    def turn(self, turn: int) -> "EncodedExample":
+        """The same with one completion alone; successive turns go round all of them."""
+        if len(self.completions) <= 1:
+            return self
+        return replace(self, completions=(self.completions[turn % len(self.completions)],))
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -82,24 +89,25 @@ def encode_examples(
     on_row: Callable[[], None] | None = None,
 ) -> list[EncodedExample]:
     """Tokenise; rows with a prompt over `max_prompt_length`, or prompt + annotated completion over `max_length`, are
-    counted in `report` and left out. Raises InputError when none is left."""
+    counted in `report` and left out; of several annotations those that fit are kept. Raises InputError when no row is
+    left."""
     encoded: list[EncodedExample] = []
     totals: list[int] = []
     for example in examples:
         prompt_ids = prompt_format.prompt_ids(example.question)
-        completion_ids = prompt_format.completion_ids(example.cot, example.answer) if require_cot else []
+        cots = example.cots if require_cot else ()
+        completions = [prompt_format.completion_ids(cot, example.answer) for cot in cots]
         if on_row is not None:
             on_row()
-        row = EncodedExample(example, prompt_ids, completion_ids)
-        totals.append(row.total_length)
-        if len(prompt_ids) > max_prompt_length:
-            reason = f"prompt longer than {max_prompt_length} tokens (data.max_length - rollout.max_new_tokens)"
-        elif row.total_length > max_length:
-            reason = f"prompt and annotated completion longer than data.max_length = {max_length} tokens"
-        else:
-            encoded.append(row)
+        limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
+        shortest = min(map(len, completions), default=0)
+        totals.append(len(prompt_ids) + shortest)
+        if reason := too_long(len(prompt_ids), shortest, **limits):
+            report.reject(reason, example.item_id, f"{len(prompt_ids)} + {shortest} tokens")
             continue
-        report.reject(reason, example.item_id, f"{len(prompt_ids)} + {len(completion_ids)} tokens")
+        fitting = tuple(ids for ids in completions if not too_long(len(prompt_ids), len(ids), **limits))
+        report.annotations_left_out += len(completions) - len(fitting)
+        encoded.append(EncodedExample(example, prompt_ids, fitting))
     report.rows_used = len(encoded)
     if not encoded:
         raise InputError(
@@ -107,3 +115,12 @@ def encode_examples(
             f"{report.summary()}"
         )
     return encoded
+
+
+def too_long(prompt_tokens: int, completion_tokens: int, *, max_length: int, max_prompt_length: int) -> str | None:
+    """Why a prompt with this completion is left out; None when it fits."""
+    if prompt_tokens > max_prompt_length:
+        return f"prompt longer than {max_prompt_length} tokens (data.max_length less the longest completion)"
+    if prompt_tokens + completion_tokens > max_length:
+        return f"prompt and annotated completion longer than data.max_length = {max_length} tokens"
+    return None

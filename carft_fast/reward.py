@@ -285,6 +285,13 @@ def compare(found: Answer | None, target: str, *, answer_type: AnswerType, toler
     return Grade(found is not None and found == wanted, found)
 
 
+def same_answer(a: Answer | None, b: Answer | None, tolerance: float) -> bool:
+    """Whether two extracted answers are one: numbers within `tolerance`, anything else when equal."""
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= tolerance
+    return a is not None and a == b
+
+
 def base_score(result: Grade, partial_score: float = 0.1) -> float:
     """Terminal score: 1 correct, `partial_score` wrong but extractable, 0 nothing extractable. Source: ReFT.
 

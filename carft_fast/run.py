@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
@@ -318,3 +319,13 @@ def stage_total_steps(config: Config, stage: str, rows: int) -> int:
     if isinstance(stage_config, SftConfig):
         return total_steps(stage_config, rows, stage_config.batch_size)
     return total_steps(stage_config, rows, config.rl.batch_size // config.rollout.samples_per_prompt)
+
+
+def picked_rows(run: Run, stage: str, count: int, step: int) -> list[EncodedExample]:
+    """Training rows of a step: every row once an epoch, in an order of the seed's, with another of its annotations in
+    every epoch."""
+    seed = derive_seed(run.config.seed, stage)
+    return [
+        run.train_rows[row].turn(derive_seed(seed, "annotation", row) + epoch)
+        for row, epoch in epoch_rows(len(run.train_rows), count, step, seed)
+    ]

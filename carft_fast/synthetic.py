@@ -64,7 +64,7 @@ def _make_problem(rng: random.Random, item_id: str) -> Example:
     return Example(
         item_id=item_id,
         question=" ".join([*sentences, f"How many {item} does {name} have now?"]),
-        cot=f"{terms} = {value}." if terse else " ".join(equations),
+        cots=(f"{terms} = {value}." if terse else " ".join(equations),),
         answer=str(value),
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.advantage import Advantages, group_advantages, ppo_advantages
-from carft_fast.batch import derive_seed, epoch_rows
+from carft_fast.batch import derive_seed
 from carft_fast.config import Config
 from carft_fast.grading import Grader
 from carft_fast.losses import explained_variance
@@ -23,7 +23,7 @@ from carft_fast.reward import Grade, base_score, embedding_partial_score
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.probe import check_agreement, sampled_logprobs
 from carft_fast.rollout.stream import RolloutStream
-from carft_fast.run import Run, StageLoop, stage_total_steps
+from carft_fast.run import Run, StageLoop, picked_rows, stage_total_steps
 from carft_fast.step import Experience, Needs, Rows, Samples, Step, mark_common
 
 
@@ -35,7 +35,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
     total_steps = stage_total_steps(run.config, "rl", len(run.train_rows))
 
     def request(step: int) -> tuple[list[list[int]], SamplingParams]:
-        return [run.train_rows[row].prompt_ids for row in picked_rows(run, prompts_per_step, step)], SamplingParams(
+        return [row.prompt_ids for row in picked_rows(run, "rl", prompts_per_step, step)], SamplingParams(
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
@@ -55,8 +55,8 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
         stream = stack.enter_context(RolloutStream(engine, request, total_steps, sampling, run.stop.check))
         for step in loop:
             seed = derive_seed(run.config.seed, "rl", step)
-            picked = picked_rows(run, prompts_per_step, step)
-            rows = [run.train_rows[row] for row in picked for _ in range(sampling.samples_per_prompt)]
+            picked = picked_rows(run, "rl", prompts_per_step, step)
+            rows = [row for row in picked for _ in range(sampling.samples_per_prompt)]
 
             with timer("rollout"), run.console.track("rollout", len(rows), "completions") as tracker:
                 rollouts, staleness = stream.take(step, run.on_progress(tracker))
@@ -92,11 +92,6 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 with timer("sync"):
                     stream.sync(policy)
     return loop
-
-
-def picked_rows(run: Run, prompts_per_step: int, step: int) -> list[int]:
-    """Training rows of a step: every row once an epoch, in an order of the seed's."""
-    return epoch_rows(len(run.train_rows), prompts_per_step, step, derive_seed(run.config.seed, "rl"))
 
 
 def probe(run: Run, engine: RolloutEngine, policy: CarftModel) -> None:

@@ -2,24 +2,23 @@
 
 import torch
 
-from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.optim import learning_rate, optimizer_step
 from carft_fast.passes import Rows, build_passes
-from carft_fast.run import Run, StageLoop, stage_total_steps
+from carft_fast.run import Run, StageLoop, picked_rows, stage_total_steps
 
 
 def train_sft(run: Run, model_path: str) -> StageLoop:
     """Run stage 1 to its end; returns its loop, which holds the model."""
     config = run.config.sft
-    rows = run.train_rows
-    with StageLoop(run, "sft", config, model_path, stage_total_steps(run.config, "sft", len(rows))) as loop:
+    total_steps = stage_total_steps(run.config, "sft", len(run.train_rows))
+    with StageLoop(run, "sft", config, model_path, total_steps) as loop:
         model = loop.model
         passes = build_passes(run.config, model, config.micro_batch_tokens)
         loop.evaluate_with(lambda: run.sampler(model))
         for step in loop:
             with run.timer("train"):
-                picked = epoch_rows(len(rows), config.batch_size, step, derive_seed(run.config.seed, "sft"))
-                batch = Rows([rows[i].prompt_ids for i in picked], [rows[i].completion_ids for i in picked])
+                picked = picked_rows(run, "sft", config.batch_size, step)
+                batch = Rows([row.prompt_ids for row in picked], [row.completion_ids for row in picked])
                 tokens = sum(batch.lengths)
                 loss_sum = torch.zeros((), device=run.device)
                 for micro in passes.micro_batches(batch):

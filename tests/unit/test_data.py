@@ -37,7 +37,10 @@ def refusal(path: str, **options: Any) -> str:
 def test_reft(tmp_path: Path, format: Any) -> None:
     path = write_json(tmp_path / "a.json", [ROW, {**ROW, "item_id": "r2", "answer_value": 3.5}])
     examples, report = load_examples(path, format=format, require_cot=True)
-    assert examples == [Example("r1", "What is 1 + 1?", "Add.", "2"), Example("r2", "What is 1 + 1?", "Add.", "3.5")]
+    assert examples == [
+        Example("r1", "What is 1 + 1?", ("Add.",), "2"),
+        Example("r2", "What is 1 + 1?", ("Add.",), "3.5"),
+    ]
     assert (report.source, report.rows_read, report.rows_used, report.rejected) == (path, 2, 2, {})
 
 
@@ -45,16 +48,57 @@ def test_reft(tmp_path: Path, format: Any) -> None:
 def test_gsm8k(tmp_path: Path, format: Any) -> None:
     path = write_lines(tmp_path / "a.jsonl", [GSM8K_ROW])
     examples, _ = load_examples(path, format=format, require_cot=True)
-    assert examples == [Example("1", "How many?", "48/2 = 24.\n24+48 = $72.", "1,072")]
+    assert examples == [Example("1", "How many?", ("48/2 = 24.\n24+48 = $72.",), "1,072")]
 
 
 def test_own_jsonl_with_a_field_mapping(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"q": "Two?", "why": "Because.", "a": 2, "key": 17}])
     fields = {"question": "q", "cot": "why", "answer": "a", "item_id": "key"}
     examples, _ = load_examples(path, format="jsonl", fields=fields, require_cot=True)
-    assert examples == [Example("17", "Two?", "Because.", "2")]
+    assert examples == [Example("17", "Two?", ("Because.",), "2")]
     del fields["item_id"]
     assert load_examples(path, fields=fields, require_cot=True)[0][0].item_id == "1"  # the row's number
+
+
+@pytest.mark.parametrize("format", ["gsm8k", "auto"])
+def test_calculator_marks_can_be_kept(tmp_path: Path, format: Any) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [GSM8K_ROW])
+    examples, _ = load_examples(path, format=format, calculator_marks="keep", require_cot=True)
+    assert examples[0].cots == ("48/2 = <<48/2=24>>24.\n24+48 = $<<24+48=72>>72.",)
+
+
+def test_several_annotations_in_a_row(tmp_path: Path) -> None:
+    several = {**ROW, "answer_cot": ["Add.", " ", "Count.", "Add. "]}
+    bad = {**ROW, "answer_cot": ["Add.", {"text": "Count."}]}
+    none = {**ROW, "answer_cot": ["", " "]}
+    examples, report = load_examples(write_json(tmp_path / "a.json", [several, bad, none]), require_cot=True)
+    assert examples == [Example("r1", "What is 1 + 1?", ("Add.", "Count."), "2")]
+    assert report.rejected == {
+        'cot is neither text nor number (field "answer_cot")': 1,
+        "no annotated reasoning": 1,
+    }
+
+
+def test_rows_of_a_question_are_merged_where_asked(tmp_path: Path) -> None:
+    rows = [
+        ROW,
+        {**ROW, "item_id": "r2", "question": "Other?"},
+        {**ROW, "item_id": "r3", "answer_cot": "Count.", "answer_value": "2.0"},
+        {**ROW, "item_id": "r4", "answer_value": "3"},
+        {**ROW, "item_id": "r5"},
+    ]
+    path = write_json(tmp_path / "a.json", rows)
+    assert len(load_examples(path, require_cot=True)[0]) == 5
+    examples, report = load_examples(path, merge_questions=True, require_cot=True)
+    assert examples == [
+        Example("r1", "What is 1 + 1?", ("Add.", "Count."), "2"),
+        Example("r2", "Other?", ("Add.",), "2"),
+        Example("r4", "What is 1 + 1?", ("Add.",), "3"),
+    ]
+    assert (report.rows_read, report.rows_used, report.rows_merged) == (5, 3, 2)
+    assert "2 merged into an earlier row" in report.summary()
+    limited, _ = load_examples(path, merge_questions=True, require_cot=True, limit=1)
+    assert limited == examples[:1], "the annotations of later rows belong to the rows that are kept"
 
 
 def test_hub_reads_a_dataset_folder_offline(tmp_path: Path) -> None:
@@ -64,7 +108,7 @@ def test_hub_reads_a_dataset_folder_offline(tmp_path: Path) -> None:
     write_lines(folder / "test.jsonl", [{**GSM8K_ROW, "question": "Held out?"}])
     for format in ("hub", "auto"):
         train, report = load_examples(str(folder), format=format, require_cot=True)
-        assert train == [Example(number, "How many?", "48/2 = 24.\n24+48 = $72.", "1,072") for number in ("1", "2")]
+        assert train == [Example(number, "How many?", ("48/2 = 24.\n24+48 = $72.",), "1,072") for number in ("1", "2")]
         assert report.rows_read == 2
     test, _ = load_examples(str(folder), split="test", require_cot=True)
     assert [example.question for example in test] == ["Held out?"]
@@ -77,7 +121,7 @@ def test_hub_with_a_field_mapping(tmp_path: Path) -> None:
     write_lines(folder / "train.jsonl", [{"q": "Two?", "why": "Because.", "a": 2}])
     fields = {"question": "q", "cot": "why", "answer": "a"}
     examples, _ = load_examples(str(folder), fields=fields, require_cot=True)
-    assert examples == [Example("1", "Two?", "Because.", "2")]
+    assert examples == [Example("1", "Two?", ("Because.",), "2")]
 
 
 def test_hub_failure_keeps_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +179,7 @@ def test_answer_type_decides_what_is_parsable(tmp_path: Path) -> None:
 
 def test_reasoning_is_only_required_where_asked(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [{k: v for k, v in ROW.items() if k != "answer_cot"}])
-    assert load_examples(path, require_cot=False)[0][0].cot == ""
+    assert load_examples(path, require_cot=False)[0][0].cots == ()
     assert "1 left out: no annotated reasoning" in refusal(path, require_cot=True)
 
 
@@ -214,7 +258,7 @@ def test_a_mapped_field_no_row_has_names_those_there_are(tmp_path: Path, name: s
 def test_a_mapped_reasoning_field_may_be_missing_from_a_test_set(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"question": "Two?", "answer": "2"}])
     examples, _ = load_examples(path, fields={"cot": "why"}, require_cot=False)
-    assert examples == [Example("1", "Two?", "", "2")]
+    assert examples == [Example("1", "Two?", (), "2")]
 
 
 def test_unknown_name_in_the_mapping(tmp_path: Path) -> None:
@@ -228,7 +272,7 @@ def test_a_first_row_without_a_field_does_not_speak_for_the_others(tmp_path: Pat
     full = {"question": "Two?", "answer": "2", "item_id": "x"}
     path = write_lines(tmp_path / "a.jsonl", [{"question": "One?"}, full])
     examples, report = load_examples(path, require_cot=False)
-    assert examples == [Example("x", "Two?", "", "2")]
+    assert examples == [Example("x", "Two?", (), "2")]
     assert report.rejected == {'no answer (field "answer")': 1}
 
 
@@ -255,13 +299,13 @@ def test_real_sets_are_read_whole(
 ) -> None:
     examples, report = load_examples(str(shared_data(name)), answer_type=answer_type, require_cot=require_cot)
     assert (len(examples), report.rows_read, report.rejected) == (rows, rows, {})
-    assert not any("<<" in example.cot or "####" in example.cot for example in examples)
-    assert all(bool(example.cot) == require_cot for example in examples)
+    assert not any("<<" in cot or "####" in cot for example in examples for cot in example.cots)
+    assert all(len(example.cots) == require_cot for example in examples)
 
 
 def test_first_gsm8k_row_in_full(shared_data: Callable[[str], Path]) -> None:
     example = load_examples(str(shared_data("gsm8k_train.jsonl")), require_cot=True, limit=1)[0][0]
-    assert example.cot == (
+    assert example.cots[0] == (
         "Natalia sold 48/2 = 24 clips in May.\nNatalia sold 48+24 = 72 clips altogether in April and May."
     )
     assert example.answer == "72"

@@ -106,11 +106,12 @@ def test_pack_follows_its_worked_example() -> None:
 
 
 def test_every_epoch_visits_every_row_once() -> None:
-    stream = [row for step in range(14) for row in epoch_rows(7, 3, step, seed=1)]
-    epochs = chunks(stream, 7)
+    drawn = [pair for step in range(14) for pair in epoch_rows(7, 3, step, seed=1)]
+    assert [epoch for _, epoch in drawn] == [k // 7 for k in range(42)]
+    epochs = chunks([row for row, _ in drawn], 7)
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert stream != [row for step in range(14) for row in epoch_rows(7, 3, step, seed=2)]
+    assert drawn != [pair for step in range(14) for pair in epoch_rows(7, 3, step, seed=2)]
 
 
 def logits_of(model: CarftModel, ids_BL: Tensor) -> Tensor:

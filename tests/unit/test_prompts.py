@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from carft_fast.data import LoadReport
 from carft_fast.errors import InputError
-from carft_fast.prompts import PromptFormat, check_tokenizer, encode_examples
+from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.types import Example
 
 CHAT = (
@@ -93,7 +93,7 @@ def test_decode_leaves_out_special_tokens_only() -> None:
     assert fmt.decode([BOS, *fmt.completion_ids("a , b . 3 != 4", "2")]) == text
 
 
-EXAMPLES = [Example(f"r{n}", "q" * n, "c" * 10, "2") for n in (1, 20, 40)]
+EXAMPLES = [Example(f"r{n}", "q" * n, ("c" * 10,), "2") for n in (1, 20, 40)]
 PROMPT = len("Question:\n\nAnswer reasoning:\n")
 COMPLETION = len("c" * 10 + "\nTherefore, the answer is: 2") + 1
 
@@ -112,7 +112,6 @@ def encode(
     )
     assert report.rows_used == len(rows)
     for row in rows:
-        assert row.total_length == len(row.prompt_ids) + len(row.completion_ids)
         assert bool(row.completion_ids) == require_cot
     return [row.example.item_id for row in rows], report
 
@@ -146,3 +145,27 @@ def test_nothing_left_names_the_limit_and_the_lengths() -> None:
     shortest, longest = PROMPT + 1 + COMPLETION, PROMPT + 40 + COMPLETION
     assert f"{shortest} to {longest} tokens" in str(error.value)
     assert "data.max_length = 5" in str(error.value)
+
+
+def test_of_several_annotations_those_that_fit_are_kept() -> None:
+    example = Example("r", "q", ("c" * 50, "c" * 10, "d" * 10), "2")
+    report = LoadReport("set", 1, 1)
+    fmt = PromptFormat(byte_tokenizer())
+    (row,) = encode_examples(
+        [example],
+        fmt,
+        max_length=PROMPT + 1 + COMPLETION,
+        max_prompt_length=10_000,
+        report=report,
+        require_cot=True,
+    )
+    assert row.completions == (fmt.completion_ids("c" * 10, "2"), fmt.completion_ids("d" * 10, "2"))
+    assert (report.annotations_left_out, report.rejected) == (1, {})
+    assert "1 annotations too long" in report.summary()
+
+
+def test_turns_go_round_the_annotations() -> None:
+    row = EncodedExample(Example("r", "q", ("a", "b", "c"), "2"), [1], ([2], [3], [4]))
+    assert [row.turn(turn).completions for turn in range(2, 7)] == [([4],), ([2],), ([3],), ([4],), ([2],)]
+    assert row.turn(4).completion_ids == [3]
+    assert EncodedExample(Example("r", "q", (), "2"), [1], ()).turn(5).completion_ids == []

@@ -29,11 +29,11 @@ def test_every_problem_is_right_and_within_its_bounds(seed: int) -> None:
         assert len(seen) == 4
         assert all(0 <= value <= 20 for value in seen)
         assert example.answer == str(value)
-        for left, right in re.findall(r"([\d +-]+) = (\d+)", example.cot):
+        for left, right in re.findall(r"([\d +-]+) = (\d+)", example.cots[0]):
             assert eval(left) == int(right)
-        assert is_step_by_step(example.cot) == (example.cot.count("=") == 3)
-        assert example.cot.count("=") in (1, 3)
-    terse = sum(not is_step_by_step(example.cot) for example in train) / len(train)
+        assert is_step_by_step(example.cots[0]) == (example.cots[0].count("=") == 3)
+        assert example.cots[0].count("=") in (1, 3)
+    terse = sum(not is_step_by_step(example.cots[0]) for example in train) / len(train)
     assert 0.57 < terse < 0.63
 
 
@@ -51,8 +51,8 @@ def test_tokenizer_round_trip_after_save_and_load(tmp_path: Path) -> None:
         for text, ids in (
             (prompt_format.prompt_text(example.question), prompt_format.prompt_ids(example.question)),
             (
-                prompt_format.completion_text(example.cot, example.answer),
-                prompt_format.completion_ids(example.cot, example.answer),
+                prompt_format.completion_text(example.cots[0], example.answer),
+                prompt_format.completion_ids(example.cots[0], example.answer),
             ),
         ):
             assert tokenizer.unk_token_id not in ids

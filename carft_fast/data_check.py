@@ -1,0 +1,207 @@
+"""What `carft-fast data check` looks for in a source, before a run is spent on it. Loads no model, nor torch itself."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from carft_fast.config import Config
+from carft_fast.data import load_examples
+from carft_fast.prompts import PromptFormat, too_long
+from carft_fast.reward import extract_answer, parse_target, same_answer
+from carft_fast.types import Example
+
+SHOWN = 3
+
+
+@dataclass
+class Finding:
+    """How many rows have something, and the first of them."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, example: Example, text: str) -> None:
+        self.count += 1
+        if len(self.examples) < SHOWN:
+            self.examples.append(f"{example.item_id}: {text[:80]}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    min: int
+    median: int
+    p95: int
+    max: int
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> "Lengths | None":
+        """Nearest-rank quantiles; None of nothing."""
+        ranked = sorted(values)
+        if not ranked:
+            return None
+        return cls(*(ranked[max(math.ceil(q * len(ranked)) - 1, 0)] for q in (0, 0.5, 0.95, 1)))
+
+
+@dataclass
+class Check:
+    """Figures of one source; counts are of rows unless the name says annotations."""
+
+    source: str
+    against: str | None
+    unit: str
+    rows_read: int
+    rows_used: int
+    rows_merged: int
+    annotations: int
+    left_out: dict[str, Finding]
+    lengths: dict[str, Lengths | None]
+    limits: dict[str, int]
+    not_annotated: Finding = field(default_factory=Finding)
+    too_long: dict[str, Finding] = field(default_factory=dict)
+    annotations_over_max_new_tokens: Finding | None = None
+    annotations_with_an_answer: int = 0
+    annotations_with_another_answer: Finding = field(default_factory=Finding)
+    repeated_with_the_same_answer: Finding = field(default_factory=Finding)
+    repeated_with_another_answer: Finding = field(default_factory=Finding)
+    in_test_set: Finding | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_data(path: str, config: Config, tokenizer: Any | None, against: str | None) -> Check:
+    """Read a source as training would, all of it, and look at every row.
+
+    Without a tokenizer lengths are in characters, which no limit can be held against. `against` is a test set whose
+    questions should not be in `path`. Raises InputError for a source that cannot be read or has no usable row.
+    """
+    data, rule = config.data, config.reward
+    common: dict[str, Any] = {
+        "format": data.format,
+        "fields": data.fields or None,
+        "answer_type": rule.answer_type,
+        "calculator_marks": data.calculator_marks,
+        "require_cot": False,
+    }
+    examples, report = load_examples(path, split=data.train_split, merge_questions=data.merge_questions, **common)
+    tested = load_examples(against, split=data.eval_split, **common)[0] if against else []
+
+    form = PromptFormat(tokenizer, data.template if tokenizer is not None else "carft")
+    prompts: list[int] = []
+    completions: list[list[int]] = []
+    for example in examples:
+        if tokenizer is None:
+            prompts.append(len(form.prompt_text(example.question)))
+            completions.append([len(form.completion_text(cot, example.answer)) for cot in example.cots])
+        else:
+            prompts.append(len(form.prompt_ids(example.question)))
+            completions.append([len(form.completion_ids(cot, example.answer)) for cot in example.cots])
+    totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
+    limits = {"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens}
+    check = Check(
+        source=path,
+        against=against,
+        unit="tokens" if tokenizer is not None else "characters",
+        rows_read=report.rows_read,
+        rows_used=report.rows_used,
+        rows_merged=report.rows_merged,
+        annotations=len(totals),
+        left_out={reason: Finding(count, report.examples[reason]) for reason, count in report.rejected.most_common()},
+        lengths={
+            "prompt": Lengths.of(prompts),
+            "annotated completion": Lengths.of(n for row in completions for n in row),
+            "prompt and completion": Lengths.of(totals),
+        },
+        limits=limits,
+    )
+    if tokenizer is not None:
+        _look_at_limits(check, examples, prompts, completions)
+    for example in examples:
+        if not example.cots:
+            check.not_annotated.add(example, example.question)
+        target = parse_target(example.answer, answer_type=rule.answer_type)
+        for cot in example.cots:
+            stated = extract_answer(cot, answer_type=rule.answer_type)
+            check.annotations_with_an_answer += stated is not None
+            if stated is not None and not same_answer(stated, target, rule.tolerance):
+                check.annotations_with_another_answer.add(example, f"says {stated}, the target is {target}")
+    _look_for_repeats(check, examples, config)
+    if against:
+        check.in_test_set = Finding()
+        known = {normalised(example.question) for example in tested}
+        for example in examples:
+            if normalised(example.question) in known:
+                check.in_test_set.add(example, example.question)
+    return check
+
+
+def normalised(question: str) -> str:
+    """Questions that differ only in case and white space are one."""
+    return " ".join(question.casefold().split())
+
+
+def _look_at_limits(
+    check: Check, examples: Sequence[Example], prompts: Sequence[int], completions: Sequence[Sequence[int]]
+) -> None:
+    longest, max_new_tokens = check.limits["max_length"], check.limits["max_new_tokens"]
+    check.annotations_over_max_new_tokens = Finding()
+    for example, prompt, row in zip(examples, prompts, completions, strict=True):
+        reason = too_long(prompt, min(row, default=0), max_length=longest, max_prompt_length=longest - max_new_tokens)
+        if reason:
+            check.too_long.setdefault(reason, Finding()).add(example, f"{prompt} + {min(row, default=0)} tokens")
+        for completion in row:
+            if completion > max_new_tokens:
+                check.annotations_over_max_new_tokens.add(example, f"{completion} tokens")
+
+
+def _look_for_repeats(check: Check, examples: Sequence[Example], config: Config) -> None:
+    seen: dict[str, list[Any]] = {}
+    for example in examples:
+        answer = parse_target(example.answer, answer_type=config.reward.answer_type)
+        earlier = seen.setdefault(normalised(example.question), [])
+        if any(same_answer(answer, other, config.reward.tolerance) for other in earlier):
+            check.repeated_with_the_same_answer.add(example, example.question)
+        elif earlier:
+            check.repeated_with_another_answer.add(example, f"{answer}, before {earlier[0]}: {example.question}")
+        earlier.append(answer)
+
+
+def check_table(check: Check) -> Table:
+    """For a person to read; lengths first, then what is wrong with how many rows, and the first of them."""
+    table = Table("", "", "first of them", title=f"{check.source}: {check.rows_used} of {check.rows_read} rows usable")
+
+    def add(name: str, finding: Finding | None) -> None:
+        if finding is None:
+            table.add_row(name, "not checked", "")
+        else:
+            table.add_row(name, f"{finding.count:,}", "\n".join(finding.examples))
+
+    for name, lengths in check.lengths.items():
+        if lengths is not None:
+            text = f"{lengths.min} / {lengths.median} / {lengths.p95} / {lengths.max}"
+            table.add_row(f"{name}, {check.unit}", text, "min / median / 95% / max")
+    table.add_section()
+    table.add_row("annotations", f"{check.annotations:,}", "")
+    if check.rows_merged:
+        table.add_row("rows merged into an earlier one", f"{check.rows_merged:,}", "")
+    for reason, finding in check.left_out.items():
+        add(f"left out: {reason}", finding)
+    add("rows without annotation", check.not_annotated)
+    if check.unit == "tokens":
+        for reason, finding in check.too_long.items():
+            add(f"left out: {reason}", finding)
+        if not check.too_long:
+            table.add_row(f"left out as too long for data.max_length = {check.limits['max_length']}", "0", "")
+        name = f"annotations over rollout.max_new_tokens = {check.limits['max_new_tokens']}"
+        add(f"{name} (a rollout as long is cut)", check.annotations_over_max_new_tokens)
+    else:
+        table.add_row("too long, or cut", "not checked", "limits are in tokens: set model.path")
+    table.add_row("annotations that state an answer", f"{check.annotations_with_an_answer:,}", "")
+    add("  another one than the target", check.annotations_with_another_answer)
+    add("question again, same answer", check.repeated_with_the_same_answer)
+    add("question again, another answer", check.repeated_with_another_answer)
+    add(f"question also in {check.against or 'a test set (--against)'}", check.in_test_set)
+    return table
