@@ -361,8 +361,8 @@ class RolloutConfig(Section):
 
 class GuardConfig(Section):
     action: Literal["off", "stop", "rollback"] = "off"
-    """What a collapse leads to: "stop" ends the stage there, "rollback" goes on from the best evaluated checkpoint with
-    a lower learning rate. Each event is logged with its cause."""
+    """What a collapse leads to: "stop" ends the stage there, "rollback" goes on from the best evaluated checkpoint (the
+    stage's start where none was better) with a lower learning rate. Each event is logged with its cause."""
     window: int = Field(5, ge=1)
     """Steps that the watched figures are averaged over."""
     reward_drop: float = Field(0.5, gt=0, le=1)

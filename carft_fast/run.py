@@ -242,6 +242,14 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             path = self._save()
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
 
+    def _best_checkpoint(self) -> Path | None:
+        """None where no evaluated step was better than the stage's start."""
+        accuracy = {record["step"]: record["accuracy"] for record in self._run.metrics.find(self._stage, "eval")}
+        start = accuracy.pop(0, None)
+        if start is None:  # the stage began with the weights SFT ended with
+            start = max(self._run.metrics.find("sft", "eval"), key=lambda record: record["step"])["accuracy"]
+        return self._run.store.best(self._stage) if max(accuracy.values(), default=-1.0) > start else None
+
     def _due(self, every: int | None) -> bool:
         last = self._step in (self.total_steps, self._ends_at)
         return self._step > 0 and (last or bool(every and self._step % every == 0))
@@ -254,15 +262,15 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def guard_against_collapse(self) -> bool:
         """After a step's record: end the stage or go back if the run has collapsed; True if the weights changed.
 
-        Going back takes weights and optimizer of the best evaluated checkpoint (before any: those the stage began
-        with); the count of steps goes on.
+        Going back takes weights and optimizer of the best evaluated checkpoint, or those the stage began with where
+        none was better; the count of steps goes on.
         """
         run, config, done = self._run, self._run.config.guard, self._step + 1
         cause = None if config.action == "off" else find_collapse(run.metrics.records, config)
         if cause is None:
             return False
         stop = config.action == "stop" or rollbacks(run.metrics.records) >= config.max_rollbacks
-        best = None if stop else run.store.best(self._stage)
+        best = self._best_checkpoint()
         event = {"action": "stop" if stop else "rollback", "cause": cause}
         if stop:
             self._ends_at = done

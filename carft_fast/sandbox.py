@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from carft_fast.errors import InputError
+from carft_fast.errors import InputError, RewardError
 
 PROGRAM_BYTES = 64 * 1024
 MACHINES = ("x86_64", "aarch64")
@@ -49,7 +49,7 @@ class Outcome(NamedTuple):
     """Why there is no value, on one line; a program can write anything here."""
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RewardError):
     """Programs cannot be run safely here, or their servers keep ending. The message says why."""
 
 

@@ -67,7 +67,7 @@ def test_a_run_on_programs(
     config = tiny_config(tiny_run, *FEW, *options)
     run = prepare(config, tmp_path / "look", Console(), stages=("sft", "rl")).run
     taught = [run.prompt_format.decode(row.completion_ids) for row in run.train_rows]
-    assert taught == [row.example.cot for row in run.train_rows], "the program alone"
+    assert taught == [row.example.cots[0] for row in run.train_rows], "the program alone"
     with run.grader:
         assert all(grade.correct for grade in run.grader.grade(taught, [row.example for row in run.train_rows]))
     run_pipeline(tmp_path / "run", config)
