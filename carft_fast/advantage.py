@@ -39,17 +39,17 @@ def ppo_advantages(
 
 
 def group_advantages(
-    score_B: Tensor, completion_cu: Tensor, completion_tokens: int, *, samples_per_prompt: int, standardise: bool
+    score_B: Tensor, completion_cu: Tensor, completion_tokens: int, *, samples_per_prompt: int, std_eps: float | None
 ) -> Advantages:
     """Score against the other samples of the question, the same for every token of a rollout.
 
-    `standardise` False: score - mean (Dr.GRPO, Liu et al. 2025). True: (score - mean) / (standard deviation + 1e-4),
-    the unbiased deviation (GRPO, Shao et al. 2024). A group's samples stand side by side.
+    `std_eps` None: score - mean (Dr.GRPO, Liu et al. 2025). Else (score - mean) / (standard deviation + std_eps), the
+    unbiased deviation (GRPO, Shao et al. 2024). A group's samples stand side by side.
     """
     group_GK = score_B.view(-1, samples_per_prompt)
     advantage_GK = group_GK - group_GK.mean(1, keepdim=True)
-    if standardise:
-        advantage_GK = advantage_GK / (group_GK.std(1, keepdim=True) + 1e-4)
+    if std_eps is not None:
+        advantage_GK = advantage_GK / (group_GK.std(1, keepdim=True) + std_eps)
     # samples of one score: their mean may be off by a rounding, and they have no advantage
     advantage_GK = advantage_GK.masked_fill((group_GK == group_GK[:, :1]).all(1, keepdim=True), 0.0)
     advantage_C = advantage_GK.flatten().repeat_interleave(completion_cu.diff(), output_size=completion_tokens)

@@ -143,7 +143,7 @@ class RlConfig(StageConfig):
     """GAE lambda. The published config has 0.95 (used); the paper prints 1."""
     estimator: Literal["gae", "dr_grpo", "grpo"] = "gae"
     """Advantages: "gae" from the value head (PPO, ReFT, CARFT); without one, from the scores of a question's samples,
-    "dr_grpo" score - mean, "grpo" (score - mean) / (standard deviation + 1e-4)."""
+    "dr_grpo" score - mean, "grpo" (score - mean) / (standard deviation + group_std_eps)."""
     loss_mean: Literal["sequence", "token", "constant"] = "sequence"
     """What the token losses of a mini-batch are divided by: "sequence" each completion's length, then their number
     (PPO, GRPO); "token" all its completion tokens; "constant" number of completions times max_new_tokens (Dr.GRPO)."""
@@ -167,6 +167,8 @@ class RlConfig(StageConfig):
     """New values are clipped to within this of the old ones in the value loss. Source: published code, 0.2."""
     value_coef: float = Field(5.0, ge=0)
     """Weight of the value loss (alpha). Source: paper, 5."""
+    group_std_eps: float = Field(1e-4, gt=0)
+    """Added to a group's standard deviation where "grpo" divides by it. Source: TRL, 1e-4."""
     whiten_advantages: bool = True
     """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
 

@@ -1,13 +1,14 @@
 """The loss terms of both stages, each a call or two of carft_kernels. Pure. Suffixes as in `batch`; E: embedding."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from carft_fast.batch import PackedBatch, sequence_mean_weights
 from carft_fast.config import ContrastiveConfig, RlConfig, RolloutConfig
+from carft_fast.distributed import gather_rows, global_sum
 from carft_fast.model import CarftModel, ModelOutput
 from carft_kernels import (
     linear_logprob,
@@ -242,22 +243,22 @@ def positive_signal(z_2_BE: Tensor, targets: ContrastTargets, config: Contrastiv
 
     Mean over the correct rollouts; every candidate carries gradient. With `gradient` "published" candidates carry none
     and the loss is the SUM over all rollouts, wrong ones too, as soon as one is correct: the published code's training.
+    Candidates and counts are those of all processes; the processes' losses add up to the whole.
     """
     z_1_BE, correct_B = targets.z_1_BE, targets.correct_B
+    candidate_ME, start = gather_rows(z_2_BE, _GATHERED[config.gradient])
+    settings: dict[str, Any] = {
+        "positive_N": torch.arange(start, start + len(z_1_BE), device=z_1_BE.device),
+        "temperature": config.temperature,
+        "positive_clamp": config.positive_clamp,
+    }
     if config.gradient != "published":
-        return masked_infonce(
-            z_1_BE,
-            z_2_BE,
-            row_mask_N=correct_B,
-            temperature=config.temperature,
-            positive_clamp=config.positive_clamp,
-        )[0]
-    _, row_loss_B = masked_infonce(
-        z_1_BE, z_2_BE.detach(), temperature=config.temperature, positive_clamp=config.positive_clamp
-    )
+        loss, _ = masked_infonce(z_1_BE, candidate_ME, row_mask_N=correct_B, **settings)
+        return _share(loss, correct_B)
+    _, row_loss_B = masked_infonce(z_1_BE, candidate_ME, **settings)
     cosine_B = torch.cosine_similarity(z_1_BE, z_2_BE).clamp(max=config.positive_clamp)
     pull_B = (cosine_B.detach() - cosine_B) / config.temperature  # 0, with the numerator's gradient
-    return (row_loss_B + pull_B).sum() * correct_B.any()
+    return (row_loss_B + pull_B).sum() * (global_sum(correct_B.sum()) > 0)
 
 
 def negative_signal(
@@ -266,24 +267,34 @@ def negative_signal(
     """Paper eq. 8: what a wrong rollout has in common with its annotated CoT is drawn to the same tokens there, away
     from what wrong rollouts have beyond.
 
-    Mean over wrong rollouts with a common part; the negatives are the excluded parts of all wrong rollouts. With
-    `gradient` "published" the negatives carry none.
+    Mean over wrong rollouts with a common part; the negatives are the excluded parts of all wrong rollouts, of all
+    processes. With `gradient` "published" the negatives carry none. The processes' losses add up to the whole.
     """
     assert targets.common_BE is not None
     assert targets.has_common_B is not None
     assert targets.has_excluded_B is not None
     n = len(common_BE)
-    if config.gradient == "published":
-        excluded_BE = excluded_BE.detach()
+    negative_ME, _ = gather_rows(excluded_BE, _GATHERED[config.gradient])
+    is_negative_M, _ = gather_rows(targets.has_excluded_B, "none")
     own_BB = torch.eye(n, dtype=torch.bool, device=common_BE.device)
-    return masked_infonce(
+    loss, _ = masked_infonce(
         common_BE,
-        torch.cat([targets.common_BE, excluded_BE]),
+        torch.cat([targets.common_BE, negative_ME]),
         row_mask_N=targets.has_common_B,
-        candidate_mask=torch.cat([own_BB, targets.has_excluded_B.expand(n, n)], 1),
+        candidate_mask=torch.cat([own_BB, is_negative_M.expand(n, -1)], 1),
         temperature=config.temperature,
         positive_clamp=config.positive_clamp,
-    )[0]
+    )
+    return _share(loss, targets.has_common_B)
+
+
+_GATHERED: dict[str, Any] = {"full": "full", "local": "local", "published": "none"}
+
+
+def _share(mean: Tensor, counted_B: Tensor) -> Tensor:
+    """A mean over the rows that count here -> this process's part of the mean over those of all processes."""
+    count = counted_B.sum()
+    return mean * (count / global_sum(count).clamp(min=1))
 
 
 def _head_inputs(model: CarftModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:

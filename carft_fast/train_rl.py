@@ -149,7 +149,7 @@ def estimate_advantages(score_N: Tensor, experience: Experience, config: Config)
         experience.completion_cu,
         experience.completion_tokens,
         samples_per_prompt=config.rollout.samples_per_prompt,
-        standardise=config.rl.estimator == "grpo",
+        std_eps=config.rl.group_std_eps if config.rl.estimator == "grpo" else None,
     )
 
 

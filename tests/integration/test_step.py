@@ -454,10 +454,10 @@ def test_the_score_falls_on_the_last_token_truncated_or_not() -> None:
 
 def test_group_advantages_by_hand() -> None:
     score, cu = torch.tensor([1.0, 0.0, 0.5, 0.1, 0.1, 0.1]), torch.tensor([0, 2, 3, 5, 6, 7, 9])
-    found = group_advantages(score, cu, 9, samples_per_prompt=3, standardise=False)
+    found = group_advantages(score, cu, 9, samples_per_prompt=3, std_eps=None)
     torch.testing.assert_close(found.advantage_C, torch.tensor([0.5, 0.5, -0.5, 0.0, 0.0, 0, 0, 0, 0]))
     assert found.return_C is None
-    found = group_advantages(score, cu, 9, samples_per_prompt=3, standardise=True)
+    found = group_advantages(score, cu, 9, samples_per_prompt=3, std_eps=1e-4)
     torch.testing.assert_close(found.advantage_C[:3], torch.tensor([0.5, 0.5, -0.5]) / 0.5001)
     assert not found.advantage_C[5:].any(), "0.1 three times is no spread, whatever the mean rounds to"
 
