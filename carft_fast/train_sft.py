@@ -18,7 +18,8 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
         loop.evaluate_with(lambda: run.sampler(model))
         for step in loop:
             with run.timer("train"):
-                picked = epoch_rows(len(rows), config.batch_size, step, derive_seed(run.config.seed, "sft"))
+                at = config.first_step + step
+                picked = epoch_rows(len(rows), config.batch_size, at, derive_seed(run.config.seed, "sft"))
                 batch = Rows([rows[i].prompt_ids for i in picked], [rows[i].completion_ids for i in picked])
                 tokens = sum(batch.lengths)
                 loss_sum = torch.zeros((), device=run.device)
