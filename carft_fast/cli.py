@@ -9,6 +9,7 @@ import typer
 
 from carft_fast.config import SYNTHETIC, Config, load_config, to_toml, value_origins
 from carft_fast.errors import EngineError, InputError, RewardError
+from carft_fast.methods import METHODS, load_method_config
 from carft_fast.signals import Stopped
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[str | None, typer.Option("--config", help="TOML file; see `carft-fast config`.")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="section.key=value; may be repeated.")]
+Method = Annotated[
+    str | None, typer.Option("--method", help=f"Sets what defines a method, before --set: {', '.join(METHODS)}.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Run folder; runs/<output.name> if not given.")]
@@ -37,13 +41,16 @@ OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Run folder;
 @app.command()
 def quickstart(
     config: ConfigFile = None,
+    method: Method = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     output_dir: OutputDir = None,
 ) -> None:
     """SFT, then RL, evaluation and report in one run: on a generated task, or on --config's model and data."""
-    resolved = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
+    if method == "sft":
+        raise InputError('--method sft: that is continued SFT in place of RL; give it to "carft-fast rl"')
+    resolved = _load(config or str(QUICKSTART_CONFIG), method, overrides)
     _train(resolved, ("sft", "rl"), dry_run, resume, output_dir)
 
 
@@ -62,13 +69,46 @@ def sft(
 @app.command()
 def rl(
     config: ConfigFile = None,
+    method: Method = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     output_dir: OutputDir = None,
 ) -> None:
-    """Stage 2: reinforced fine-tuning of model.path, usually the folder stage 1 wrote."""
-    _train(load_config(config, overrides or ()), ("rl",), dry_run, resume, output_dir)
+    """Stage 2: reinforced fine-tuning of model.path, usually the folder stage 1 wrote; --method sft: more SFT."""
+    stage = "sft" if method == "sft" else "rl"
+    _train(_load(config, method, overrides), (stage,), dry_run, resume, output_dir)
+
+
+@app.command()
+def compare(
+    config: ConfigFile = None,
+    methods: Annotated[str | None, typer.Option(help="Names with commas between; see docs/compare.md.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Such as 0,1,2; the config's seed if not given.")] = None,
+    vary: Annotated[
+        list[str] | None, typer.Option(help="section.key=value,value: every method with each; may be repeated.")
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    resume: Resume = False,
+    output_dir: Annotated[str | None, typer.Option(help="Folder; runs/<output.name>-compare if not given.")] = None,
+) -> None:
+    """Methods from one SFT checkpoint per seed, at equal samples and at equal time, with a report."""
+    base = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
+    from carft_fast.compare import DEFAULT_METHODS, parse_methods, parse_seeds
+    from carft_fast.compare import compare as run_comparison
+    from carft_fast.console import Console
+
+    run_comparison(
+        base,
+        parse_methods(methods) if methods else DEFAULT_METHODS,
+        parse_seeds(seeds) if seeds else [base.seed],
+        vary or (),
+        Path(output_dir) if output_dir else Path("runs") / f"{base.output.name}-compare",
+        Console(),
+        resume=resume,
+        dry_run=dry_run,
+    )
 
 
 @app.command("eval")
@@ -83,7 +123,8 @@ def evaluate(
     """
     from carft_fast.pipeline import describe_plan, evaluate_only
 
-    prepared, console = _prepare(load_config(config, overrides or ()), (), False, output_dir, write=bool(output_dir))
+    resolved = load_config(config, overrides or ())
+    prepared, console = _prepare(resolved, (), False, output_dir, write=bool(output_dir), dry_run=dry_run)
     if dry_run:
         console.show(describe_plan(prepared, ()))
         return
@@ -139,27 +180,37 @@ def serve(
 
 
 @app.command("config")
-def show_config(config: ConfigFile = None, overrides: Overrides = None) -> None:
+def show_config(config: ConfigFile = None, method: Method = None, overrides: Overrides = None) -> None:
     """Print the resolved config as TOML, every field with its meaning and where its value comes from."""
-    resolved = load_config(config, overrides or ())
-    typer.echo(to_toml(resolved, origins=value_origins(config, overrides or ())), nl=False)
+    resolved, preset = load_method_config(config, overrides or (), method)
+    typer.echo(to_toml(resolved, origins=value_origins(config, overrides or (), preset)), nl=False)
+
+
+def _load(config: str | None, method: str | None, overrides: list[str] | None) -> Config:
+    return load_method_config(config, overrides or (), method)[0]
 
 
 def _prepare(
-    config: Config, stages: tuple[str, ...], resume: bool, output_dir: str | None, *, write: bool = True
+    config: Config,
+    stages: tuple[str, ...],
+    resume: bool,
+    output_dir: str | None,
+    *,
+    write: bool = True,
+    dry_run: bool = False,
 ) -> "tuple[Prepared, Console]":
     from carft_fast.console import Console
     from carft_fast.pipeline import prepare
 
     console = Console()
     folder = Path(output_dir) if output_dir else Path("runs") / config.output.name
-    return prepare(config, folder, console, stages=stages, resume=resume, write=write), console
+    return prepare(config, folder, console, stages=stages, resume=resume, write=write, dry_run=dry_run), console
 
 
 def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool, output_dir: str | None) -> None:
     from carft_fast.pipeline import describe_plan, train
 
-    prepared, console = _prepare(config, stages, resume, output_dir)
+    prepared, console = _prepare(config, stages, resume, output_dir, dry_run=dry_run)
     if dry_run:
         console.show(describe_plan(prepared, stages))
         return

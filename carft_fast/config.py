@@ -7,7 +7,7 @@ arXiv 2508.15868, "published code" the repository of its authors; where they dif
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,6 +126,8 @@ class StageConfig(Section):
 class SftConfig(StageConfig):
     batch_size: int = Field(64, ge=1)
     """Sequences per optimizer step. Source: paper, global batch 64."""
+    first_step: int = Field(0, ge=0)
+    """Steps that an earlier SFT of this model has done: the order of the rows goes on behind them."""
 
 
 class RlConfig(StageConfig):
@@ -488,8 +490,9 @@ class Config(Section):
         return self
 
 
-def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
-    """Resolve a config from a TOML file (none: the defaults) and `section.key=value` overrides, in that order.
+def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None) -> Config:
+    """Resolve a config from a TOML file (none: the defaults), the fields a method fixes (dotted key -> value) and
+    `section.key=value` overrides, in that order.
 
     Raises InputError naming the key, the value seen and what is allowed.
     """
@@ -503,12 +506,33 @@ def load_config(path: str | None, overrides: Sequence[str] = ()) -> Config:
             raise InputError(f"--config {path}: cannot be read: {error}") from None
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"--config {path}: not valid TOML: {error}") from None
+    _put_all(tree, preset or {})
     for override in overrides:
         _apply_override(tree, override)
+    return _validated(tree)
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values (dotted key -> value), checked as a whole. Raises InputError like `load_config`."""
+    tree = config.model_dump()
+    _put_all(tree, values)
+    return _validated(tree)
+
+
+def _validated(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -554,8 +578,10 @@ def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
     return section.model_fields
 
 
-def value_origins(path: str | None, overrides: Sequence[str] = ()) -> dict[str, str]:
-    """Where each value that is not a default comes from: dotted key -> file name or "--set"."""
+def value_origins(
+    path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Where each value that is not a default comes from: dotted key -> file name, "--method" or "--set"."""
 
     def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
         for name, value in tree.items():
@@ -564,6 +590,7 @@ def value_origins(path: str | None, overrides: Sequence[str] = ()) -> dict[str, 
                 yield from leaves(value, f"{prefix}{name}.")
 
     origins = dict.fromkeys(leaves(tomllib.loads(Path(path).read_text(encoding="utf-8"))), str(path)) if path else {}
+    origins |= dict.fromkeys(preset or {}, "--method")
     return origins | {override.partition("=")[0].strip(): "--set" for override in overrides}
 
 

@@ -26,6 +26,9 @@ class ModelCost:
     """Layers x query heads x head size."""
     hidden_size: int
     vocabulary: int
+    layers: int
+    linear_width: int
+    """Inputs and outputs of all linear layers in the decoder layers, summed: elements per token."""
 
     @classmethod
     def of(cls, lm: nn.Module) -> "ModelCost":
@@ -34,15 +37,17 @@ class ModelCost:
         config = config.get_text_config()
         head: Any = lm.get_output_embeddings()  # type: ignore[operator]
         vocabulary, hidden = head.weight.shape
-        linear = [m.weight.numel() for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
+        linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
         head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         return cls(
-            layer_weights=sum(linear),
+            layer_weights=sum(m.weight.numel() for m in linear),
             head_weights=head.weight.numel(),
             all_weights=sum(p.numel() for p in lm.parameters()),
             attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
             hidden_size=hidden,
             vocabulary=vocabulary,
+            layers=config.num_hidden_layers,
+            linear_width=sum(m.in_features + m.out_features for m in linear),
         )
 
     @classmethod

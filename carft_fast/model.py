@@ -405,7 +405,11 @@ def _check_folder(path: str) -> None:
         raise InputError(f'model.path = "{path}": the folder has no config.json, so it is not a Hugging Face model')
     if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise InputError(f'model.path = "{path}": the folder has no tokenizer (tokenizer.json)')
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+
+
+def check_weights(path: str) -> None:
+    """Raises InputError for a local folder without safetensors; a dry run does not need them."""
+    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise InputError(f'model.path = "{path}": no *.safetensors weights (pickled weights can run code: not loaded)')
 
 

@@ -16,8 +16,12 @@ from carft_fast.data import LoadReport, load_examples
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult, add_samples
 from carft_fast.files import write_folder, write_text
+from carft_fast.flops import ModelCost
 from carft_fast.grading import Grader
-from carft_fast.model import check_heads, load_lm_config, load_model, load_tokenizer, resolve_device
+from carft_fast.memory import estimate_memory
+from carft_fast.methods import method_name
+from carft_fast.model import check_heads, check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
+from carft_fast.optim import learning_rate
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.report import write_report
 from carft_fast.rollout import check_engine
@@ -35,6 +39,7 @@ class Prepared:
 
     run: Run
     reports: list[LoadReport]
+    lm_config: Any
 
 
 def prepare(
@@ -45,14 +50,20 @@ def prepare(
     stages: Sequence[str],
     resume: bool = False,
     write: bool = True,
+    dry_run: bool = False,
 ) -> Prepared:
-    """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError."""
+    """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError.
+
+    A dry run needs no weights: a folder with config and tokenizer will do.
+    """
     if write:
         check_run_folder(folder, config, stages, resume=resume)
     grader = Grader(config.reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
+    if not dry_run:
+        check_weights(config.model.path)
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
     prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
@@ -84,7 +95,7 @@ def prepare(
         train_rows = encode(train, reports[0], require_cot=True, max_new_tokens=config.rollout.max_new_tokens)
     eval_rows = encode(held_out, reports[-1], require_cot=False, max_new_tokens=config.eval_max_new_tokens)
     run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest(), grader)
-    return Prepared(run, reports)
+    return Prepared(run, reports, lm_config)
 
 
 def _check_max_length(config: Config, lm_config: Any) -> None:
@@ -135,9 +146,7 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
     for report in prepared.reports:
         table.add_row("data", report.summary())
     for stage in stages:
-        stage_config = run.config.sft if stage == "sft" else run.config.rl
-        steps = stage_total_steps(run.config, stage, len(run.train_rows))
-        table.add_row(stage, f"{steps} steps of {stage_config.batch_size} sequences, lr {stage_config.lr:g}")
+        table.add_row(stage, describe_schedule(run.config, stage, len(run.train_rows)))
     samples = f", {run.config.eval.samples} samples each" * (not stages and run.config.eval.samples > 1)
     table.add_row("evaluation", f"{len(run.eval_rows)} rows{samples}")
     rollout = run.config.rollout
@@ -145,7 +154,27 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
     table.add_row("sampling", f"{rollout.engine}{servers}, at most {rollout.max_new_tokens} tokens")
     table.add_row("device", f"{run.device}, {run.config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
+    if stages:
+        table.add_section()
+        cost = ModelCost.of_config(prepared.lm_config)
+        memory = estimate_memory(run.config, cost, prepared.lm_config, "rl" if "rl" in stages else "sft")
+        table.add_row("memory, an estimate", f"of the trainer on one device; {cost.all_weights:,} weights")
+        for what, (size, formula) in memory.items():
+            table.add_row(f"  {what}", f"{size / 2**30:.1f} GiB = {formula}")
     return table
+
+
+def describe_schedule(config: Config, stage: str, rows: int) -> str:
+    """Steps, epochs and learning rates of a stage over `rows` training rows."""
+    stage_config = config.sft if stage == "sft" else config.rl
+    steps, batch = stage_total_steps(config, stage, rows), stage_config.batch_size
+    per_prompt = 1 if stage == "sft" else config.rollout.samples_per_prompt
+    rates = [learning_rate(step, steps, stage_config) for step in (0, steps // 2, steps - 1)]
+    text = f"{steps} steps of {batch} sequences, {steps * batch / per_prompt / rows:.2f} epochs of {rows} rows"
+    if stage == "rl":
+        updates = config.rl.ppo_epochs * -(-batch // config.rl.mini_batch_size)
+        text = f"{method_name(config)}: {text}, {per_prompt} per question, {updates} optimizer steps each"
+    return text + "; lr {:g} at the start, {:g} half-way, {:g} at the end".format(*rates)
 
 
 def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
@@ -229,14 +258,6 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         "example": _before_and_after(run, after_sft, last),
         "versions": versions(),
     }
-
-
-def method_name(config: Config) -> str:
-    if config.rl.estimator != "gae" and config.contrastive.mode == "none":
-        return config.rl.estimator
-    if config.contrastive.mode == "none" and config.reward.partial == "constant":
-        return "reft"
-    return "carft"
 
 
 def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:

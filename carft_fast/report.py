@@ -56,13 +56,18 @@ def _draw_curves(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:
                     axes.plot(*zip(*sampled, strict=True), label="rollouts", alpha=0.5, linewidth=1.2)
                 axes.set_ylim(0, 1)
                 axes.legend(frameon=False, fontsize=8)
-            axes.set_xlabel(f"{stage.upper()} step")
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
+            tidy(axes, f"{stage.upper()} step")
         figure.suptitle(textwrap.fill(f"{title}: {METRICS[name]}", 90), fontsize=9)
         figure.savefig(folder / f"{name}.png", dpi=110)
         written.append(f"{name}.png")
     return written
+
+
+def tidy(axes: Any, x_label: str) -> None:
+    """The look of every curve."""
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_seconds(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,7 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
         loop.evaluate_with(lambda: run.sampler(model))
         for step in loop:
             with run.timer("train"):
-                picked = picked_rows(run, "sft", config.batch_size, step)
+                picked = picked_rows(run, "sft", config.batch_size, config.first_step + step)
                 batch = Rows([row.prompt_ids for row in picked], [row.completion_ids for row in picked])
                 tokens = sum(batch.lengths)
                 loss_sum = torch.zeros((), device=run.device)

@@ -1,0 +1,278 @@
+"""A comparison of methods: per seed one SFT checkpoint, from it one run per method, then the report.
+
+Every run is an ordinary run in a folder of its own, so a killed comparison goes on where it was. Runs share this
+process: a first run pays for what is compiled once, and the SFT run is first.
+"""
+
+import gc
+import itertools
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from carft_fast.compare_report import write_comparison
+from carft_fast.compare_stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
+from carft_fast.config import Config, replaced
+from carft_fast.console import Console
+from carft_fast.errors import InputError
+from carft_fast.methods import METHODS, check_method, continued_sft, preset
+from carft_fast.pipeline import describe_schedule, prepare, train
+from carft_fast.run import CONFIG_FILE, stage_total_steps
+from carft_fast.signals import StopRequest
+
+COMPARED = (*METHODS, SFT_TIME)
+DEFAULT_METHODS = (SFT, SFT_TIME, "reft", "grpo", "dr_grpo", "carft")
+START = "start"
+VARIABLE = ("rl", "sft", "reward", "contrastive", "rollout", "lora")
+"""Sections that may differ between runs from one checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method with the values of --vary that it reads."""
+
+    method: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return " ".join([self.method, *(f"{key}={_short(value)}" for key, value in self.values.items())])
+
+    @property
+    def is_sft(self) -> bool:
+        return self.method in (SFT, SFT_TIME)
+
+    @property
+    def stage(self) -> str:
+        return "sft" if self.is_sft else "rl"
+
+    def folder_name(self, seed: int) -> str:
+        return re.sub(r"[^A-Za-z0-9._=+-]", "-", self.label) + f"-seed{seed}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_methods(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        check_method(name, COMPARED)
+    return names
+
+
+def parse_seeds(text: str) -> list[int]:
+    try:
+        seeds = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds {text}: expected whole numbers such as 0,1,2") from None
+    if len(set(seeds)) < len(seeds):
+        raise InputError(f"--seeds {text}: a seed is there twice")
+    return seeds
+
+
+def parse_vary(text: str) -> tuple[str, list[Any]]:
+    """`rl.lr=2e-4,6e-4` -> key and values, read as TOML; bare words are strings."""
+    key, separator, listed = (part.strip() for part in text.partition("="))
+    if not separator or not listed or "." not in key:
+        raise InputError(f"--vary {text}: expected section.key=value,value, for instance rl.lr=2e-4,6e-4")
+    if key.partition(".")[0] not in VARIABLE:
+        raise InputError(
+            f"--vary {text}: {key} is the same for all runs from one checkpoint; allowed: the sections "
+            f"{', '.join(VARIABLE)}"
+        )
+    try:
+        return key, tomllib.loads(f"values = [{listed}]")["values"]
+    except tomllib.TOMLDecodeError:
+        return key, [word.strip() for word in listed.split(",")]
+
+
+def expand(methods: Sequence[str], varied: Mapping[str, Sequence[Any]], base: Config) -> list[Variant]:
+    """Every method with every combination of the varied fields that it reads and does not fix itself.
+
+    Continued SFT reads sft and lora, RL methods all but sft. Continued SFT for equal time comes last: how long it runs
+    depends on the others.
+    """
+    found: dict[str, Variant] = {}
+    for method in sorted(methods, key=lambda name: name == SFT_TIME):
+        fixed = continued_sft(base) if method in (SFT, SFT_TIME) else METHODS[method]
+        reads = ("sft", "lora") if method in (SFT, SFT_TIME) else tuple(set(VARIABLE) - {"sft"})
+        keys = [key for key in varied if key.partition(".")[0] in reads and key not in fixed]
+        for values in itertools.product(*(varied[key] for key in keys)):
+            variant = Variant(method, dict(zip(keys, values, strict=True)))
+            found[variant.label] = variant
+    return list(found.values())
+
+
+class Comparison:
+    def __init__(
+        self,
+        base: Config,
+        methods: Sequence[str],
+        seeds: Sequence[int],
+        varied: Mapping[str, Sequence[Any]],
+        folder: Path,
+        console: Console,
+        *,
+        resume: bool,
+        dry_run: bool = False,
+    ) -> None:
+        """Check everything that can be checked before the first run. Raises InputError."""
+        if base.rl.eval_every is None:
+            raise InputError(
+                "rl.eval_every is not set: a comparison needs evaluations on the way, such as every 10 steps"
+            )
+        if not resume and folder.is_dir() and any(folder.iterdir()):
+            raise InputError(f"--output-dir {folder}: not empty; add --resume to go on with that comparison")
+        if resume and not folder.is_dir():
+            raise InputError(f"--resume: {folder} does not exist")
+        self.base, self.seeds, self.folder, self._console = base, seeds, folder.resolve(), console
+        self.variants = expand(methods, varied, base)
+        self._stop = StopRequest()
+        checked = prepare(
+            self._start_config(seeds[0]),
+            self._start_folder(seeds[0]),
+            console,
+            stages=("sft",),
+            write=not resume,
+            dry_run=dry_run,
+        )
+        self._rows = len(checked.run.train_rows)
+        self._eval_rows = len(checked.run.eval_rows)
+        self._device = checked.run.device
+        for variant in self.variants:
+            self.config(variant, seeds[0])
+
+    def _start_config(self, seed: int) -> Config:
+        return replaced(self.base, {"seed": seed})
+
+    def _start_folder(self, seed: int) -> Path:
+        return self.folder / f"{START}-seed{seed}"
+
+    def config(self, variant: Variant, seed: int, sft_steps: int | None = None) -> Config:
+        """What a variant runs: as many steps as the base config's RL, of as many samples.
+
+        `sft_steps` are those of continued SFT for equal time.
+        """
+        values = variant.values | {"seed": seed, "model.path": str(self._start_folder(seed) / "sft")}
+        if variant.is_sft:
+            done = stage_total_steps(self.base, "sft", self._rows)
+            config = replaced(self.base, values | {"sft.max_steps": done, "rl.max_steps": self._rl_steps(self.base)})
+            more = continued_sft(config)
+            return replaced(config, more | ({"sft.max_steps": sft_steps} if sft_steps else {}))
+        if "rl.epochs" in values:
+            values = {"rl.max_steps": None} | values
+        config = replaced(self.base, preset(variant.method, self.base) | values)
+        return replaced(config, {"rl.max_steps": self._rl_steps(config)})
+
+    def _rl_steps(self, config: Config) -> int:
+        """As with the base config's samples per question: a method with more takes fewer questions, not more steps."""
+        per_prompt = {"rollout.samples_per_prompt": self.base.rollout.samples_per_prompt}
+        return stage_total_steps(
+            config.model_copy(update={"rollout": self.base.rollout.model_copy(update=per_prompt)}), "rl", self._rows
+        )
+
+    def plan(self) -> Table:
+        table = Table("run, for each seed", "", title="dry run: nothing was written")
+        table.add_row(START, describe_schedule(self._start_config(self.seeds[0]), "sft", self._rows))
+        for variant in self.variants:
+            text = describe_schedule(self.config(variant, self.seeds[0]), variant.stage, self._rows)
+            if variant.method == SFT_TIME:
+                text = "as many SFT steps as fit the time of the seed's fastest RL run"
+            table.add_row(variant.label, text)
+        table.add_row("seeds", ", ".join(map(str, self.seeds)))
+        table.add_row("evaluation", f"{self._eval_rows} rows")
+        table.add_row("output", str(self.folder))
+        return table
+
+    def run(self) -> list[Trajectory]:
+        """Every run that is not finished yet; the report is written after each seed."""
+        runs: list[Trajectory] = []
+        for seed in self.seeds:
+            start = self._start_folder(seed)
+            self._train(self._start_config(seed), start, "sft")
+            of_seed: list[Trajectory] = []
+            for variant in self.variants:
+                steps = self._sft_steps(of_seed, start) if variant.method == SFT_TIME else None
+                config = self.config(variant, seed, steps)
+                folder = self.folder / variant.folder_name(seed)
+                self._train(config, folder, variant.stage)
+                of_seed.append(
+                    trajectory(
+                        read_records(folder),
+                        label=variant.label,
+                        method=variant.method,
+                        seed=seed,
+                        samples_per_step=config.sft.batch_size if variant.is_sft else config.rl.batch_size,
+                    )
+                )
+            runs += of_seed
+            write_comparison(self.folder, runs, self.base, self._describe(), self._device)
+        return runs
+
+    def _train(self, config: Config, folder: Path, stage: str) -> None:
+        going_on = (folder / CONFIG_FILE).is_file()
+        if not going_on:  # a kill may have fallen before the run's first file
+            shutil.rmtree(folder, ignore_errors=True)
+        self._console.log(f"{folder.name}: {'going on' if going_on else 'begins'}")
+        prepared = prepare(config, folder, Console(), stages=(stage,), resume=going_on)
+        self._stop.check()  # asked for while no run was there to stop
+        self._stop = prepared.run.stop
+        train(prepared, (stage,), resume=going_on)
+        self._stop.check()
+        del prepared
+        gc.collect()
+        torch.compiler.reset()  # else its limit of recompilations would be shared by all runs
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _sft_steps(self, runs: Sequence[Trajectory], start: Path) -> int:
+        """SFT steps that take as long as the fastest RL run, at the checkpoint run's own seconds per step."""
+        steps = [record for record in read_records(start) if record["kind"] == "train"]
+        seconds = sum(r["seconds"].get(phase, 0.0) for r in steps for phase in TRAINING_PHASES)
+        return max(1, round(limits(runs).seconds / (seconds / len(steps)))) if runs else len(steps)
+
+    def _describe(self) -> list[str]:
+        """One line for each run of a seed."""
+        start = f"`{START}`: {describe_schedule(self._start_config(self.seeds[0]), 'sft', self._rows)}"
+        lines = []
+        for variant in self.variants:
+            if variant.method == SFT_TIME:
+                lines.append(f"`{variant.label}`: SFT continued for the training time of the seed's fastest RL run")
+            else:
+                schedule = describe_schedule(self.config(variant, self.seeds[0]), variant.stage, self._rows)
+                lines.append(f"`{variant.label}`: {schedule}")
+        return [start, *lines]
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def compare(
+    base: Config,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    varied: Iterable[str],
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool,
+    dry_run: bool,
+) -> None:
+    """`carft-fast compare`."""
+    parsed = dict(parse_vary(text) for text in varied)
+    comparison = Comparison(base, methods, seeds, parsed, folder, console, resume=resume, dry_run=dry_run)
+    if dry_run:
+        console.show(comparison.plan())
+        return
+    comparison.run()
+    console.log(f"report: {folder / 'compare.md'}")

@@ -1,0 +1,261 @@
+"""The statistics of a comparison, from metrics records to a summary per method. Pure; see docs/compare.md."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from carft_fast.evaluate import wilson_interval
+from carft_fast.metrics import PHASES
+
+NOT_TRAINING = ("load", "evaluate", "checkpoint")
+TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in NOT_TRAINING)
+TRAINING_MEANS = ("reward", "kl", "entropy")
+"""Training metrics given at each evaluation as their mean over the steps since the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One evaluation of a run, and what the run had cost until then."""
+
+    step: int
+    samples: int
+    """Rollouts, or annotated rows, trained on so far."""
+    seconds: float
+    """Training seconds so far: every phase but loading, evaluating and saving."""
+    correct: int
+    rows: int
+    extractable: float
+    completion_length: float
+    reward: float | None = None
+    kl: float | None = None
+    entropy: float | None = None
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """One run of a comparison: a method, or a variant of one, from one seed's checkpoint."""
+
+    label: str
+    method: str
+    seed: int
+    evaluations: Sequence[Evaluation]
+
+    @property
+    def final(self) -> Evaluation:
+        return self.evaluations[-1]
+
+    @property
+    def best(self) -> float:
+        """Best accuracy, the start included."""
+        return max(e.accuracy for e in self.evaluations)
+
+    @property
+    def worst_drop(self) -> float:
+        """Best accuracy minus the lowest accuracy after it (0 when nothing is lower)."""
+        first_best = next(i for i, e in enumerate(self.evaluations) if e.accuracy == self.best)
+        return self.best - min(e.accuracy for e in self.evaluations[first_best:])
+
+    @property
+    def collapsed(self) -> bool:
+        """Final accuracy below half of the best, or extractable answers below half of their share at the start."""
+        return self.final.accuracy < self.best / 2 or self.final.extractable < self.evaluations[0].extractable / 2
+
+    def at_samples(self, samples: int) -> Evaluation:
+        """The last evaluation at which at most `samples` had been trained on."""
+        return [e for e in self.evaluations if e.samples <= samples][-1]
+
+    def at_seconds(self, seconds: float) -> Evaluation:
+        """The last evaluation before `seconds` of training had passed."""
+        return [e for e in self.evaluations if e.seconds <= seconds][-1]
+
+    def first_reaching(self, accuracy: float) -> Evaluation | None:
+        return next((e for e in self.evaluations if e.accuracy >= accuracy), None)
+
+
+def trajectory(
+    records: Iterable[dict[str, Any]], *, label: str, method: str, seed: int, samples_per_step: int
+) -> Trajectory:
+    """From the records of a run with one stage, in the order of metrics.jsonl."""
+    seconds, evaluations, since = 0.0, [], list[dict[str, Any]]()
+    for record in records:
+        seconds += sum(value for phase, value in record["seconds"].items() if phase not in NOT_TRAINING)
+        if record["kind"] == "train":
+            since.append(record)
+        if record["kind"] != "eval":
+            continue
+        means = {
+            name: statistics.fmean(values)
+            for name in TRAINING_MEANS
+            if (values := [r[name] for r in since if name in r])
+        }
+        since = []
+        evaluations.append(
+            Evaluation(
+                step=record["step"],
+                samples=record["step"] * samples_per_step,
+                seconds=seconds,
+                correct=record["correct"],
+                rows=record["rows"],
+                extractable=record["extractable"],
+                completion_length=record["completion_length"],
+                **means,
+            )
+        )
+    return Trajectory(label, method, seed, evaluations)
+
+
+class Spread(NamedTuple):
+    """Over seeds. `sd` is the sample standard deviation (divided by n - 1), absent for one seed."""
+
+    mean: float
+    sd: float | None
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        return cls(statistics.fmean(values), sd, min(values), max(values))
+
+
+class Accuracy(NamedTuple):
+    """Accuracy of one method at some point of its runs: spread over seeds, interval of the pooled rows."""
+
+    spread: Spread
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, evaluations: Sequence[Evaluation]) -> "Accuracy":
+        correct, rows = sum(e.correct for e in evaluations), sum(e.rows for e in evaluations)
+        return cls(Spread.of([e.accuracy for e in evaluations]), wilson_interval(correct, rows))
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSummary:
+    """One method (or variant) over its seeds."""
+
+    label: str
+    method: str
+    seeds: int
+    samples: float
+    """Trained on, mean over seeds."""
+    seconds: Spread
+    samples_per_second: float
+    final: Accuracy
+    equal_samples: Accuracy
+    equal_time: Accuracy
+    best: Spread
+    worst_drop: float
+    """The largest over seeds."""
+    collapsed: int
+    """Seeds whose run collapsed."""
+    extractable: float
+    reward: float | None
+    kl: float | None
+    entropy: float | None
+    completion_length: float
+    reached: int | None
+    """Seeds in which the accuracy of continued SFT was reached; None without continued SFT."""
+    samples_to_reach: float | None
+    """Mean over the seeds that reached it."""
+    seconds_to_reach: float | None
+
+
+SFT, SFT_TIME = "sft", "sft_time"
+"""Continued SFT over as many rows as RL has rollouts, and for as long as the fastest RL run takes."""
+
+
+class Limits(NamedTuple):
+    """Of one seed: where all methods are compared."""
+
+    samples: int
+    """The fewest samples that a method was trained on, continued SFT for equal time left out."""
+    seconds: float
+    """Training seconds of the fastest RL run; of the fastest run where there is no RL."""
+    target: float | None
+    """Best accuracy of continued SFT."""
+
+
+def limits(runs: Sequence[Trajectory]) -> Limits:
+    reinforced = [t for t in runs if t.method not in (SFT, SFT_TIME)]
+    counted = [t for t in runs if t.method != SFT_TIME] or runs
+    continued = [t.best for t in runs if t.method == SFT] or [t.best for t in runs if t.method == SFT_TIME]
+    return Limits(
+        samples=min(t.final.samples for t in counted),
+        seconds=min(t.final.seconds for t in reinforced or runs),
+        target=max(continued, default=None),
+    )
+
+
+def summarise(runs: Sequence[Trajectory]) -> list[MethodSummary]:
+    """One summary per label, in the order of their first appearance. Every seed is compared within itself."""
+    by_seed = {seed: limits([t for t in runs if t.seed == seed]) for seed in {t.seed for t in runs}}
+    labels = dict.fromkeys(t.label for t in runs)
+    return [_summary([t for t in runs if t.label == label], by_seed) for label in labels]
+
+
+def _summary(runs: Sequence[Trajectory], by_seed: dict[int, Limits]) -> MethodSummary:
+    finals = [t.final for t in runs]
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return statistics.fmean(known) if known else None
+
+    def at_equal_time(run: Trajectory) -> Evaluation:
+        """Continued SFT for equal time was cut to that time as predicted, so its end counts."""
+        return run.final if run.method == SFT_TIME else run.at_seconds(by_seed[run.seed].seconds)
+
+    targets = [by_seed[t.seed].target for t in runs]
+    reached = [
+        found
+        for run, target in zip(runs, targets, strict=True)
+        if target is not None and (found := run.first_reaching(target)) is not None
+    ]
+    total_seconds = sum(e.seconds for e in finals)
+    return MethodSummary(
+        label=runs[0].label,
+        method=runs[0].method,
+        seeds=len(runs),
+        samples=statistics.fmean(e.samples for e in finals),
+        seconds=Spread.of([e.seconds for e in finals]),
+        samples_per_second=sum(e.samples for e in finals) / total_seconds if total_seconds else math.nan,
+        final=Accuracy.of(finals),
+        equal_samples=Accuracy.of([t.at_samples(by_seed[t.seed].samples) for t in runs]),
+        equal_time=Accuracy.of([at_equal_time(t) for t in runs]),
+        best=Spread.of([t.best for t in runs]),
+        worst_drop=max(t.worst_drop for t in runs),
+        collapsed=sum(t.collapsed for t in runs),
+        extractable=statistics.fmean(e.extractable for e in finals),
+        reward=mean(e.reward for e in finals),
+        kl=mean(e.kl for e in finals),
+        entropy=mean(e.entropy for e in finals),
+        completion_length=statistics.fmean(e.completion_length for e in finals),
+        reached=None if None in targets else len(reached),
+        samples_to_reach=mean(e.samples for e in reached),
+        seconds_to_reach=mean(e.seconds for e in reached),
+    )
+
+
+def verdict(accuracies: dict[str, Accuracy]) -> str:
+    """Which label has the best mean accuracy, and which cannot be told apart from it: overlapping 95% intervals."""
+    best = max(accuracies, key=lambda label: accuracies[label].spread.mean)
+    low, high = accuracies[best].ci95
+    others = {label: found for label, found in accuracies.items() if label != best}
+    alike = [label for label, found in others.items() if found.ci95[1] >= low and found.ci95[0] <= high]
+    apart = [label for label in others if label not in alike]
+    sentences = [f"Highest mean: {best}, {accuracies[best].spread.mean:.1%}."]
+    if alike:
+        sentences.append(f"It cannot be told apart from {_listed(alike)}: the intervals overlap.")
+    if apart:
+        sentences.append(f"The intervals of {_listed(apart)} lie below its own.")
+    return " ".join(sentences)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]

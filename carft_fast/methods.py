@@ -1,0 +1,85 @@
+"""Methods as configuration: the fields that define each one, and nothing else.
+
+What a method leaves open (learning rate, KL coefficient of PPO, batch, epochs) is the base config's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from carft_fast.config import Config, iter_fields, load_config
+from carft_fast.errors import InputError
+
+GROUP_SIZE = 4
+"""Completions per question of the group methods where the base config has 1."""
+
+_PPO = {"rl.estimator": "gae", "rl.loss_mean": "sequence", "rl.kl_loss_coef": 0.0}
+_CARFT = _PPO | {"reward.partial": "embedding"}
+_GROUP = {"rl.kl_coef": 0.0, "contrastive.mode": "none", "reward.partial": "constant"}
+
+METHODS: dict[str, dict[str, Any]] = {
+    # more SFT in place of RL: what it runs depends on how long the RL methods would, see `continued_sft`
+    "sft": {},
+    "reft": _PPO | {"contrastive.mode": "none", "reward.partial": "constant"},
+    # KL coefficient: Shao et al. 2024
+    "grpo": _GROUP | {"rl.estimator": "grpo", "rl.loss_mean": "sequence", "rl.kl_loss_coef": 0.04},
+    "dr_grpo": _GROUP | {"rl.estimator": "dr_grpo", "rl.loss_mean": "constant", "rl.kl_loss_coef": 0.0},
+    "carft": _CARFT | {"contrastive.mode": "positive"},
+    "carft_negative": _CARFT | {"contrastive.mode": "negative"},
+    "carft_both": _CARFT | {"contrastive.mode": "both"},
+}
+"""Name -> dotted key -> value."""
+
+
+def check_method(name: str, allowed: Sequence[str] = tuple(METHODS)) -> None:
+    if name not in allowed:
+        raise InputError(f'method "{name}": unknown; allowed: {", ".join(allowed)}')
+
+
+def preset(name: str, base: Config) -> dict[str, Any]:
+    """What method `name` sets on top of `base`: dotted key -> value."""
+    check_method(name)
+    if name == "sft":
+        return continued_sft(base)
+    values = dict(METHODS[name])
+    if values["rl.estimator"] != "gae" and base.rollout.samples_per_prompt == 1:
+        values["rollout.samples_per_prompt"] = GROUP_SIZE
+    return values
+
+
+def continued_sft(base: Config) -> dict[str, Any]:
+    """As many annotated rows as RL with `base` would sample rollouts, in SFT's own batches, behind the rows that
+    sft.max_steps has seen; evaluated and saved as often as RL is, counted in rows."""
+    sft, rl = base.sft, base.rl
+
+    def steps(rl_steps: int) -> int:
+        return -(-rl_steps * rl.batch_size // sft.batch_size)
+
+    return {
+        "sft.max_steps": steps(rl.max_steps) if rl.max_steps else None,
+        "sft.epochs": rl.epochs * base.rollout.samples_per_prompt,
+        "sft.first_step": sft.first_step + (sft.max_steps or 0),
+        "sft.eval_every": steps(rl.eval_every) if rl.eval_every else None,
+        "sft.save_every": steps(rl.save_every) if rl.save_every else None,
+    }
+
+
+def load_method_config(path: str | None, overrides: Sequence[str], name: str | None) -> tuple[Config, dict[str, Any]]:
+    """The config of --config, --method and --set, applied in that order, and what the method set."""
+    if name is None:
+        return load_config(path, overrides), {}
+    check_method(name)
+    # a --set may make sense with the method alone; but how long RL runs, which continued SFT asks, it may well say
+    base = load_config(path, overrides if name == "sft" else ())
+    values = preset(name, base)
+    return load_config(path, overrides, values), values
+
+
+def method_name(config: Config) -> str:
+    """The RL method whose preset the config holds, the one that fixes most if there are several; "custom" if none."""
+    found = {key: value for key, _, value in iter_fields(config)}
+    matching = {
+        name: len(values)
+        for name, values in METHODS.items()
+        if values and all(found.get(key) == value for key, value in values.items())
+    }
+    return max(matching, key=matching.__getitem__, default="custom")
