@@ -175,10 +175,7 @@ class Comparison:
 
     def _rl_steps(self, config: Config) -> int:
         """As with the base config's samples per question: a method with more takes fewer questions, not more steps."""
-        per_prompt = {"rollout.samples_per_prompt": self.base.rollout.samples_per_prompt}
-        return stage_total_steps(
-            config.model_copy(update={"rollout": self.base.rollout.model_copy(update=per_prompt)}), "rl", self._rows
-        )
+        return stage_total_steps(config.model_copy(update={"rollout": self.base.rollout}), "rl", self._rows)
 
     def plan(self) -> Table:
         table = Table("run, for each seed", "", title="dry run: nothing was written")
@@ -195,6 +192,7 @@ class Comparison:
 
     def run(self) -> list[Trajectory]:
         """Every run that is not finished yet; the report is written after each seed."""
+        self._stop.install()
         runs: list[Trajectory] = []
         for seed in self.seeds:
             start = self._start_folder(seed)
@@ -224,8 +222,8 @@ class Comparison:
             shutil.rmtree(folder, ignore_errors=True)
         self._console.log(f"{folder.name}: {'going on' if going_on else 'begins'}")
         prepared = prepare(config, folder, Console(), stages=(stage,), resume=going_on)
-        self._stop.check()  # asked for while no run was there to stop
-        self._stop = prepared.run.stop
+        prepared.run.stop = self._stop  # also for what is asked between two runs
+        self._stop.check()
         train(prepared, (stage,), resume=going_on)
         self._stop.check()
         del prepared

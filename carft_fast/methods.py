@@ -6,7 +6,7 @@ What a method leaves open (learning rate, KL coefficient of PPO, batch, epochs) 
 from collections.abc import Sequence
 from typing import Any
 
-from carft_fast.config import Config, iter_fields, load_config
+from carft_fast.config import Config, load_config
 from carft_fast.errors import InputError
 
 GROUP_SIZE = 4
@@ -75,11 +75,6 @@ def load_method_config(path: str | None, overrides: Sequence[str], name: str | N
 
 
 def method_name(config: Config) -> str:
-    """The RL method whose preset the config holds, the one that fixes most if there are several; "custom" if none."""
-    found = {key: value for key, _, value in iter_fields(config)}
-    matching = {
-        name: len(values)
-        for name, values in METHODS.items()
-        if values and all(found.get(key) == value for key, value in values.items())
-    }
-    return max(matching, key=matching.__getitem__, default="custom")
+    """The RL method with the config's estimator and contrastive signal; "custom" if there is none."""
+    found = {"rl.estimator": config.rl.estimator, "contrastive.mode": config.contrastive.mode}
+    return next((name for name, values in METHODS.items() if found.items() <= values.items()), "custom")
