@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step kernels-aot kernels-sanitize kernels-mutate smollm2 clean
+.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step bench-sandbox kernels-aot kernels-sanitize kernels-mutate smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench       write the benchmark report"
 	@echo "make bench-rollout  compare the sampling engines"
 	@echo "make bench-step  compare the fast training step with the plain one"
+	@echo "make bench-sandbox SVAMP=FILE  programs a second in the sandbox"
 	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
 	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
 	@echo "make kernels-mutate    break the kernels and count what the tests notice"
@@ -67,6 +68,10 @@ bench-step: sampler
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step \
 		$(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP)) $(ARGS)
 	$(BIN)/python -m benchmarks.predict
+
+# On ReFT's programs for SVAMP: make bench-sandbox SVAMP=path/to/svamp_python_sdp.json
+bench-sandbox: setup
+	$(BIN)/python -m benchmarks.sandbox --data $(SVAMP)
 
 models/smollm2: | setup
 	$(BIN)/python scripts/fetch_smollm2.py $@

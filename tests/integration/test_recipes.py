@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import transformers
 from rich.console import Console as RichConsole
 
+from benchmarks import predict
 from carft_fast.config import load_config
 from carft_fast.console import Console
 from carft_fast.errors import InputError
@@ -15,25 +15,7 @@ from carft_fast.pipeline import describe_plan, prepare
 from carft_fast.synthetic import build_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "paper").glob("*.toml"))
-MODELS = {
-    "codellama_7b": transformers.LlamaConfig(
-        vocab_size=32016,
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        max_position_embeddings=16384,
-    ),
-    "qwen2.5_7b": transformers.Qwen2Config(
-        vocab_size=152064,
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        max_position_embeddings=32768,
-    ),
-}
+MODELS = {"codellama_7b": predict.MODELS["CodeLlama-7B"], "qwen2.5_7b": predict.MODELS["Qwen2.5-7B-Instruct"]}
 WEIGHTS = {"codellama_7b": 6_738_546_688, "qwen2.5_7b": 7_615_616_512}  # as the model cards say
 DATA = {"svamp": ("svamp_nl.json", "svamp_test_set.json"), "gsm8k": ("gsm8k_train.jsonl", "gsm8k_test_set.json")}
 

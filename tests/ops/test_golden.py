@@ -112,30 +112,68 @@ def test_the_published_loss_is_a_sum_over_all_rows(golden: Any) -> None:
     assert float(loss) == pytest.approx(1.3613, abs=1e-4)
 
 
-def test_pooling_and_similarity_of_the_negative_signal(golden: Any) -> None:
-    """Masks as stored: pooled embeddings, similarities, row losses and the masked mean of the negative part."""
-    checked = 0
+@pytest.mark.parametrize("version", ["v8", "v9"])
+def test_negative_signal_as_published(golden: Any, version: str) -> None:
+    """Masks as stored, the published code's defects inside: embeddings, row losses, both reductions, all gradients.
+
+    v9 is half of it and half of the positive signal.
+    """
+    checked = gradients = 0
     for name, params, a in golden("cl_neg").cases():
-        if "vpreds" not in a or params["version"] != "v9":
+        if params["version"] != version:
             continue
-        z_1, _ = pool_padded(a["base_hidden"], a["base_value"], a["base_diff_mask"])
-        z_2, _ = pool_padded(a["pred_hidden"], a["vpreds"], a["model_common_mask"])
-        z_3, _ = pool_padded(a["pred_hidden"], a["vpreds"], a["model_diff_mask"])
-        for ours, mask, key in (
-            (z_1, "base_diff_mask", "z_1"),
-            (z_2, "model_common_mask", "z_2"),
-            (z_3, "model_diff_mask", "z_3"),
-        ):
+        hidden, value = a["pred_hidden"].clone().requires_grad_(), a["vpreds"].clone().requires_grad_()
+        z_2, _ = pool_padded(hidden, value, a["model_common_mask"])
+        z_3, _ = pool_padded(hidden, value, a["model_diff_mask"])
+        for ours, mask, key in ((z_2, "model_common_mask", "z_2"), (z_3, "model_diff_mask", "z_3")):
             filled = a[mask].any(1)
             assert_golden(ours[filled], a[key][filled], name=f"{name} {key}")
-        candidates = torch.cat([a["z_2"], a["z_3"]])
-        _, denominator = masked_infonce(a["z_2"], candidates, temperature=params["tau"], positive_clamp=1.0)
-        cosine = torch.cosine_similarity(a["z_1"], a["z_2"])
-        row_loss = denominator + (1.0 - cosine.clamp(max=0.9)) / params["tau"]
-        rows = a["neg_row_mask"]
-        assert_golden(row_loss[rows], a["row_loss_neg"][rows], loose=True, name=name)
-        checked += int(rows.sum())
-    assert checked > 0, "no row applies"
+        rows, tau = a["neg_row_mask"], params["tau"]
+        full = bool(a["model_common_mask"].any(1).all() and a["model_diff_mask"].any(1).all())
+        for gather in ("constgather", "diffgather"):
+            negatives = z_3.detach() if gather == "constgather" else z_3
+            if not full:  # the published code pools an empty part over the whole row: its embeddings as stored
+                z_2, negatives = a["z_2"], a["z_3"]
+            _, denominator = masked_infonce(z_2, torch.cat([z_2, negatives]), temperature=tau, positive_clamp=1.0)
+            cosine = torch.cosine_similarity(a["z_1"], z_2)
+            row_loss = denominator + (1.0 - cosine.clamp(max=0.9)) / tau
+            assert_golden(row_loss, a["row_loss_neg"], loose=True, name=name)
+            mean = torch.where(rows, row_loss, 0.0).sum() / rows.sum().clamp(min=1)
+            assert_golden(mean, a["loss_neg_masked_mean"], loose=True, name=name)
+            checked += 1
+            if not full:
+                continue
+            losses = {"broadcast": row_loss.sum() * bool(rows.any()), "masked_mean": mean}
+            if version == "v9":
+                for reduction, loss in _positive_part(hidden, value, a, params, gather).items():
+                    losses[reduction] = (losses[reduction] + loss) / 2
+                assert_golden(losses["broadcast"], a["loss_official"], loose=True, name=name)
+                assert_golden(losses["masked_mean"], a["loss_masked_mean"], loose=True, name=name)
+            for reduction, loss in losses.items():
+                found = torch.autograd.grad(loss, (value, hidden), retain_graph=True)
+                for key, gradient in zip(("vpreds", "pred_hidden"), found, strict=True):
+                    expected = a.get(f"grad_{key}_{reduction}_{gather}")
+                    if expected is not None:
+                        assert_golden(gradient, expected, loose=True, name=f"{name} {key} {reduction} {gather}")
+                        gradients += 1
+    assert checked >= 8, "too few vectors apply"
+    assert gradients >= 6, "too few gradients apply"
+
+
+def _positive_part(
+    hidden: Tensor, value: Tensor, a: dict[str, Tensor], params: dict[str, Any], gather: str
+) -> dict[str, Tensor]:
+    ids, tau = a["model_ids"], params["tau"]
+    completion = (torch.arange(ids.shape[1]) >= params["prompt_len"]) & (ids != params["pad_id"])
+    z_2, _ = pool_padded(hidden, value, completion)
+    assert_golden(z_2, a["z_2_pos"])
+    candidates = z_2.detach() if gather == "constgather" else z_2
+    _, denominator = masked_infonce(a["z_1_pos"], candidates, temperature=tau, positive_clamp=1.0)
+    cosine, constant = (torch.cosine_similarity(a["z_1_pos"], x) for x in (z_2, candidates))
+    row_loss = denominator + (constant - cosine.clamp(max=0.9)) / tau
+    rows = a["pos_row_mask"]
+    mean = torch.where(rows, row_loss, 0.0).sum() / rows.sum().clamp(min=1)
+    return {"broadcast": row_loss.sum() * bool(rows.any()), "masked_mean": mean}
 
 
 def completion_rows(mask_BL: Tensor, prompt_length: int) -> Rows:
