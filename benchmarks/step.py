@@ -106,7 +106,7 @@ class Prepared:
         correct = [g.correct for g in self.grades]
         return self.step.update(
             self.samples, self.plan[:epochs], self.experience, advantages, correct, None, self.optimizer, lr=0.0
-        )
+        ).metrics
 
 
 def sampled(engine: RolloutEngine, config: Config, rows: list[EncodedExample]) -> tuple[list[Rollout], float]:

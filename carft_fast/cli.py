@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from carft_fast.config import SYNTHETIC, Config, load_config, to_toml, value_origins
-from carft_fast.errors import EngineError, InputError, RewardError
+from carft_fast.errors import EngineError, InputError, RewardError, TrainingError
 from carft_fast.methods import METHODS, load_method_config
 from carft_fast.signals import Stopped
 
@@ -226,7 +226,7 @@ def run_cli() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (EngineError, RewardError) as error:
+    except (EngineError, RewardError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:

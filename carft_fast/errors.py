@@ -21,3 +21,10 @@ class EngineError(RuntimeError):
     The message says what to do. The command line prints it alone and exits with 1; --resume goes on from the last
     checkpoint.
     """
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: its gradients stopped being finite.
+
+    The command line prints the message alone and exits with 1; --resume goes on from the last checkpoint.
+    """

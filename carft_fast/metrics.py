@@ -45,6 +45,7 @@ METRICS: dict[str, str] = {
     "truncated": "share of completions cut at the length limit",
     "completion_tokens": "completion tokens trained on in this step, counted once",
     "grad_norm": "global gradient norm before clipping, mean over the optimizer steps",
+    "skipped_updates": "optimizer steps that were not applied because loss or gradient was not finite",
     "lr": "learning rate of the step",
     "accuracy": "greedy accuracy on the evaluation rows",
     "correct": "evaluation rows answered correctly",

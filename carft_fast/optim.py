@@ -1,6 +1,7 @@
 """AdamW and its learning rate, a function of the step."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -31,12 +32,20 @@ def learning_rate(step: int, total_steps: int, config: StageConfig) -> float:
 
 
 def optimizer_step(
-    model: CarftModel, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float
-) -> torch.Tensor:
-    """Clip, step, clear; returns the gradient norm before clipping (a tensor: no device sync)."""
+    model: CarftModel, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, loss: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clip, step, clear; returns the gradient norm before clipping, and 1 where it or `loss` is not finite, else 0.
+
+    In that case the fused optimizer leaves weights, moments and its count of steps as they are. Both are tensors: the
+    host does not wait for the device.
+    """
     for group in optimizer.param_groups:
         group["lr"] = lr
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    skipped = (~(norm.isfinite() & loss.isfinite())).float()
+    if optimizer.defaults.get("fused"):
+        fused: Any = optimizer
+        fused.found_inf = skipped
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, skipped

@@ -18,7 +18,7 @@ from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
-from carft_fast.errors import InputError
+from carft_fast.errors import InputError, TrainingError
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.files import write_text
 from carft_fast.grading import Grader
@@ -241,6 +241,26 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         if isinstance(error, Stopped):
             path = self._save()
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
+
+    def report_skipped(self, rows: list[dict[str, Any]]) -> None:
+        """After a step's record, when its loss or gradient was not finite: keep the rows it came from.
+
+        Raises TrainingError after `max_skipped_steps` such steps in a row.
+        """
+        run, done, most = self._run, self._step + 1, self._config.max_skipped_steps
+        name = f"{self._stage}-nonfinite-{done:06d}"
+        run.write_samples(name, rows)
+        run.console.log(
+            f"{self._stage} step {done}: a loss or gradient was not finite: not applied; its rows: {name}.jsonl"
+        )
+        recent = run.metrics.find(self._stage, "train")[-most:]
+        if len(recent) == most and all(record["skipped_updates"] for record in recent):
+            raise TrainingError(
+                f"{self._stage} step {done}: a loss or gradient was not finite in each of the last {most} steps "
+                f"({self._stage}.max_skipped_steps). The rows are in "
+                f"{run.folder / 'samples'}/{self._stage}-nonfinite-*.jsonl; "
+                "a lower learning rate, float32 or shorter rows may help. --resume goes on from the last checkpoint"
+            )
 
     def _best_checkpoint(self) -> Path | None:
         """None where no evaluated step was better than the stage's start."""

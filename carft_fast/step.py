@@ -118,6 +118,13 @@ class Experience(NamedTuple):
         return torch.cosine_similarity(self.z_1_NE, self.z_2_NPE[:, 0])
 
 
+class Update(NamedTuple):
+    metrics: dict[str, float]
+    """Means over the optimizer steps; `skipped_updates` is their number that was left out."""
+    skipped_rows: list[int]
+    """Rollouts of the optimizer steps that were left out."""
+
+
 class Step:
     """Everything a step does with its rollouts but grading them."""
 
@@ -234,18 +241,23 @@ class Step:
         live: Sequence[bool] | None,
         optimizer: torch.optim.Optimizer,
         lr: float,
-    ) -> dict[str, float]:
-        """The PPO epochs; returns metrics, means over the optimizer steps."""
+    ) -> Update:
+        """The PPO epochs. An optimizer step whose loss or gradient is not finite is left out."""
         gradient = _Gradient(self, samples, experience, advantages, correct, live)
         found: dict[str, list[Tensor]] = {}
+        skipped: list[Tensor] = []
         minis = [mini for epoch in plan for mini in epoch]
         for mini in minis:
             metrics = gradient.accumulate(mini, unchanged=mini is minis[0])
-            metrics["grad_norm"] = optimizer_step(self._policy, optimizer, lr, self._config.rl.max_grad_norm)
-            for name, value in metrics.items():
+            norm, left_out = optimizer_step(self._policy, optimizer, lr, self._config.rl.max_grad_norm, metrics["loss"])
+            skipped.append(left_out)
+            for name, value in (metrics | {"grad_norm": norm}).items():
                 found.setdefault(name, []).append(value)
-        means = torch.stack([torch.stack(values).double().mean() for values in found.values()])
-        return dict(zip(found, means.tolist(), strict=True)) | gradient.agreement()
+        means = [torch.stack(values).double().mean() for values in found.values()]
+        numbers: list[float] = torch.stack([*means, *(x.double() for x in skipped)]).tolist()
+        left_out_minis = [mini for mini, flag in zip(minis, numbers[len(found) :], strict=True) if flag]
+        result = dict(zip(found, numbers, strict=False)) | {"skipped_updates": len(left_out_minis)}
+        return Update(result | gradient.agreement(), sorted({i for mini in left_out_minis for i in mini.rows}))
 
 
 class _Gradient:

@@ -75,19 +75,19 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
             with timer("update"):
                 lr = learning_rate(step, loop.total_steps, config) * loop.lr_scale
                 correct = [g.correct for g in grades]
-                update_metrics = work.update(samples, plan, experience, advantages, correct, live, loop.optimizer, lr)
+                updated = work.update(samples, plan, experience, advantages, correct, live, loop.optimizer, lr)
             with timer("sync"):
                 stream.sync(policy)
                 if sampling.probe_every and (step + 1) % sampling.probe_every == 0:
                     probe(run, engine, policy)
 
-            values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | update_metrics
+            values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | updated.metrics
             values |= {"lr": lr, "staleness": staleness}
             run.metrics.log("rl", "train", step + 1, values, timer.flush())
-            run.write_samples(
-                f"rl-{step + 1:06d}",
-                describe_samples(run.config, rows, rollouts, completions, grades, score_N),
-            )
+            described = describe_samples(rows, rollouts, completions, grades, score_N)
+            run.write_samples(f"rl-{step + 1:06d}", described[: run.config.output.samples_per_step])
+            if updated.skipped_rows:
+                loop.report_skipped([described[i] for i in updated.skipped_rows])
             if loop.guard_against_collapse():
                 with timer("sync"):
                     stream.sync(policy)
@@ -184,7 +184,6 @@ def rollout_metrics(
 
 
 def describe_samples(
-    config: Config,
     rows: Sequence[EncodedExample],
     rollouts: Sequence[Rollout],
     completions: Sequence[str],
@@ -203,4 +202,4 @@ def describe_samples(
             "weight_version": rollout.weight_version,
         }
         for row, rollout, text, result, score in zip(rows, rollouts, completions, grades, score_N.tolist(), strict=True)
-    ][: config.output.samples_per_step]
+    ]

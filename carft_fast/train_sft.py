@@ -26,12 +26,16 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
                     loss.backward()
                     loss_sum += loss.detach()
                 lr = learning_rate(step, loop.total_steps, config)
-                norm = optimizer_step(model, loop.optimizer, lr, config.max_grad_norm)
+                norm, skipped = optimizer_step(model, loop.optimizer, lr, config.max_grad_norm, loss_sum)
                 values = {
                     "loss": float(loss_sum),
                     "lr": lr,
                     "grad_norm": float(norm),
                     "completion_tokens": tokens,
+                    "skipped_updates": int(skipped),
                 }
             run.metrics.log("sft", "train", step + 1, values, run.timer.flush())
+            if values["skipped_updates"]:
+                examples = (row.example for row in picked)
+                loop.report_skipped([{"item_id": e.item_id, "question": e.question, "cots": e.cots} for e in examples])
     return loop

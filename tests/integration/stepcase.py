@@ -108,7 +108,7 @@ def take_apart(config: Config, case: Case, *, device: torch.device = CPU) -> Par
 def update(parts: Parts, case: Case, optimizer: torch.optim.Optimizer, lr: float = 1.0) -> dict[str, float]:
     correct = [g.correct for g in case.grades]
     p = parts
-    return p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, optimizer, lr)
+    return p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, optimizer, lr).metrics
 
 
 class _Recorder(torch.optim.SGD):
