@@ -118,7 +118,8 @@ class StageConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Global gradient norm is clipped to this."""
     max_skipped_steps: int = Field(3, ge=1)
-    """An update whose loss or gradient is not finite is not applied; after as many steps in a row with one the run ends."""
+    """An update whose loss or gradient is not finite is not applied; after so many steps in a row with one the run
+    ends."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations; the stage's end is always evaluated."""
     save_every: int | None = Field(None, ge=1)
