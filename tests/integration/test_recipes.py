@@ -16,7 +16,7 @@ from carft_fast.synthetic import build_tokenizer
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "paper").glob("*.toml"))
 MODELS = {"codellama_7b": predict.MODELS["CodeLlama-7B"], "qwen2.5_7b": predict.MODELS["Qwen2.5-7B-Instruct"]}
-WEIGHTS = {"codellama_7b": 6_738_546_688, "qwen2.5_7b": 7_615_616_512}  # counted by hand from the sizes, biases and norms included
+WEIGHTS = {"codellama_7b": 6_738_546_688, "qwen2.5_7b": 7_615_616_512}  # by hand, from the sizes
 DATA = {"svamp": ("svamp_nl.json", "svamp_test_set.json"), "gsm8k": ("gsm8k_train.jsonl", "gsm8k_test_set.json")}
 
 
