@@ -34,6 +34,7 @@ from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.grading import Grader
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import build_optimizer
+from carft_fast.parallel import Learner
 from carft_fast.pipeline import prepare
 from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
@@ -89,8 +90,8 @@ class Prepared:
     def __init__(self, config: Config, model_path: str, inputs: Inputs, decoded: list[str]) -> None:
         self.config = config
         self.policy: CarftModel = load_model(config, model_path, torch.device("cpu"), heads=True)
-        self.step = Step(config, self.policy, Reference(config, model_path, self.policy))
-        self.optimizer = build_optimizer(self.policy, config.rl)
+        learner = Learner(self.policy, build_optimizer(self.policy, config.rl))
+        self.step = Step(config, learner, Reference(config, model_path, self.policy))
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
         self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
         self.grades = grade_all(decoded, inputs.rows, Grader(config.reward))
@@ -105,7 +106,7 @@ class Prepared:
         advantages = estimate_advantages(score_N, self.experience, self.config)
         correct = [g.correct for g in self.grades]
         return self.step.update(
-            self.samples, self.plan[:epochs], self.experience, advantages, correct, None, self.optimizer, lr=0.0
+            self.samples, self.plan[:epochs], self.experience, advantages, correct, None, lr=0.0
         ).metrics
 
 

@@ -3,6 +3,7 @@
 import sys
 
 TRAIN_EXTRA = (
+    "accelerate",
     "typer",
     "rich",
     "pydantic",

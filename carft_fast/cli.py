@@ -1,6 +1,7 @@
 """The commands. torch, transformers and the trainer load inside them, so that --help and a typo answer at once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,6 +95,8 @@ def compare(
     output_dir: Annotated[str | None, typer.Option(help="Folder; runs/<output.name>-compare if not given.")] = None,
 ) -> None:
     """Methods from one SFT checkpoint per seed, at equal samples and at equal time, with a report."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
     base = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
     from carft_fast.compare import DEFAULT_METHODS, parse_methods, parse_seeds
     from carft_fast.compare import compare as run_comparison
@@ -121,6 +124,7 @@ def evaluate(
     """Greedy accuracy of model.path on data.eval, and maj@k and pass@k with eval.samples; with --output-dir,
     completions and figures are written there.
     """
+    from carft_fast.distributed import is_main
     from carft_fast.pipeline import describe_plan, evaluate_only
 
     resolved = load_config(config, overrides or ())
@@ -131,7 +135,7 @@ def evaluate(
     if output_dir:
         prepared.run.open((), resume=False)
     result = evaluate_only(prepared)
-    if output_dir:
+    if output_dir and is_main():
         prepared.run.write_result(result)
     console.log(result.describe())
 
@@ -200,8 +204,11 @@ def _prepare(
     dry_run: bool = False,
 ) -> "tuple[Prepared, Console]":
     from carft_fast.console import Console
+    from carft_fast.distributed import join
+    from carft_fast.model import resolve_device
     from carft_fast.pipeline import prepare
 
+    join(resolve_device(config.model.device).type, config.distributed.timeout_s)
     console = Console()
     folder = Path(output_dir) if output_dir else Path("runs") / config.output.name
     return prepare(config, folder, console, stages=stages, resume=resume, write=write, dry_run=dry_run), console
@@ -221,13 +228,14 @@ def run_cli() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input (nothing written), 130 or 143 stopped by Ctrl-C or SIGTERM after
     saving.
     """
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
         app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{rank}error: {error}", file=sys.stderr)
         sys.exit(2)
     except (EngineError, RewardError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{rank}error: {error}", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)

@@ -388,6 +388,16 @@ class GuardConfig(Section):
     """After as many rollbacks the next collapse stops the stage."""
 
 
+class DistributedConfig(Section):
+    """Over the processes that `torchrun` or `accelerate launch` starts; without them none of it matters."""
+
+    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = "auto"
+    """How model and optimizer are divided: "ddp" not at all, "fsdp2" weights, gradients and moments, "zero2" gradients
+    and moments, "zero3" all (DeepSpeed, extra `deepspeed`). "auto": what accelerate's config says, else "ddp"."""
+    timeout_s: float = Field(1800.0, ge=10)
+    """Seconds a process waits for the others before the job ends. Longer than any one rollout, grading or save."""
+
+
 class OutputConfig(Section):
     name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
     """The run is written to runs/<name> unless --output-dir says otherwise."""
@@ -410,6 +420,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
+    distributed: DistributedConfig = DistributedConfig()
     output: OutputConfig = OutputConfig()
 
     @property
@@ -638,10 +649,10 @@ def _toml_value(value: Any) -> str:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Keys whose values differ, as `key: theirs -> ours`."""
+    """Keys whose values differ, as `key: theirs -> ours`; how the work is divided is none of them."""
     theirs_by_key = {key: value for key, _, value in iter_fields(theirs)}
     return [
-        f"{key}: {theirs_by_key[key]!r} -> {value!r}"
+        f"{key}: {theirs_by_key.get(key)!r} -> {value!r}"
         for key, _, value in iter_fields(ours)
-        if theirs_by_key[key] != value
+        if theirs_by_key.get(key) != value and not key.startswith("distributed.")
     ]

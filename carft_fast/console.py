@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from carft_fast.distributed import is_main
+
 PLAIN_LINE_SECONDS = 5.0
 
 
@@ -66,9 +68,10 @@ class Tracker:
 
 class Console:
     def __init__(self, rich: RichConsole | None = None) -> None:
-        self._rich = rich or RichConsole(highlight=False, soft_wrap=True)
+        """Of several processes only the main one says anything."""
+        self._rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not is_main())
         self._log_path: Path | None = None
-        self.is_terminal = self._rich.is_terminal
+        self.is_terminal = self._rich.is_terminal and is_main()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -111,7 +114,7 @@ class Console:
                 self.progress.stop()
 
     def _append(self, message: str) -> None:
-        if self._log_path is not None:
+        if self._log_path is not None and is_main():
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
             with self._log_path.open("a", encoding="utf-8") as file:
                 file.write(f"{stamp}  {message}\n")

@@ -1,14 +1,112 @@
-"""Rows of all processes, with or without the others' gradient. Without a process group there is one process."""
+"""What the processes of a run share. Without a process group there is one process, and nothing here communicates.
 
-from typing import Any, Literal
+Every process knows the whole step: prompts are a function of (seed, step), completions and grades are exchanged, and
+what the forwards find is gathered. So whitening, metrics and every decision are computed from the same numbers by
+all, and only forwards, backwards and sampling are divided.
+"""
+
+import datetime
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process writes what a run writes once."""
+    return rank() == 0
+
+
+def join(device_type: str, timeout_s: float) -> None:
+    """Join the processes that `torchrun` or `accelerate launch` started; a process started alone stays alone.
+
+    Tensors on the CPU go by gloo, those on GPUs by NCCL. A collective that waits longer than `timeout_s` fails.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+        return
+    backend = "gloo"
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def leave() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def each_rank(work: Callable[[], T]) -> list[T]:
+    """What `work` returned on every process, in rank order, on every process. A failure on any is raised on all."""
+    if world_size() == 1:
+        return [work()]
+    outcome: tuple[T | None, BaseException | None]
+    try:
+        outcome = work(), None
+    except Exception as error:
+        outcome = None, error
+    outcomes: list[Any] = [None] * world_size()
+    dist.all_gather_object(outcomes, outcome)
+    return [_result(*found) for found in outcomes]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What `work` returned on the main process, which alone runs it, on every process; so is its failure."""
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [(None, None)]
+    if is_main():
+        try:
+            outcome = [(work(), None)]
+        except Exception as error:
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome)
+    return _result(*outcome[0])
+
+
+def _result(value: Any, error: BaseException | None) -> Any:
+    if error is not None:
+        raise error
+    return value
+
+
+def own_share(n: int) -> slice:
+    """This process's neighbours among n items; shares differ by one at most."""
+    size, me = world_size(), rank()
+    return slice(n * me // size, n * (me + 1) // size)
+
+
+def own_turns(items: Sequence[T]) -> Sequence[T]:
+    """This process's items when they are dealt out in turn."""
+    return items[rank() :: world_size()]
+
+
+def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[int, Tensor]:
+    """Every row's tensor from all processes. `dealt` are groups of rows that the processes took in turn, `own` the
+    results for this process's groups end to end (maybe none), sizes[row] a row's entries: so no size has to be asked.
+    """
+    size = world_size()
+    by_rank = [[i for group in dealt[r::size] for i in group] for r in range(size)]
+    counts = [sum(sizes[i] for i in rows) for rows in by_rank]
+    pieces = [own] if size == 1 else _all_rows(own, counts).split(counts)
+    return {
+        i: x
+        for rows, piece in zip(by_rank, pieces, strict=True)
+        for i, x in zip(rows, piece.split([sizes[i] for i in rows]), strict=True)
+    }
 
 
 def gather_rows(x_BE: Tensor, gradient: Literal["full", "local", "none"]) -> tuple[Tensor, int]:
@@ -39,6 +137,13 @@ def global_sum(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def global_max(x: int) -> int:
+    largest = torch.tensor(x)
+    if world_size() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def _all_rows(x_BE: Tensor, sizes: list[int]) -> Tensor:

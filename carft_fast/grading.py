@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from carft_fast.config import RewardConfig
+from carft_fast.distributed import each_rank, own_share
 from carft_fast.errors import InputError, RewardError
 from carft_fast.reward import Grade, LatexVerdict, compare, extract_answer, grade, parse_target, read_number
 from carft_fast.types import Example
@@ -41,7 +42,15 @@ class Grader(AbstractContextManager["Grader"]):
         self._programs: ProgramPool | None = None
 
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
-        """One grade for each completion. Raises RewardError for a user function that does not return scores."""
+        """One grade for each completion. Raises RewardError for a user function that does not return scores.
+
+        Several processes are given the same and share the work; a `reward.fn` sees a process's share.
+        """
+        own = own_share(len(completions))
+        shares = each_rank(lambda: self._grade(completions[own], examples[own]))
+        return [grade for share in shares for grade in share]
+
+    def _grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         rule = self._config
         if self._function is not None:
             scores = self._function(list(completions), list(examples))

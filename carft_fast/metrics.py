@@ -92,7 +92,9 @@ class PhaseTimer:
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one run. Records: stage, kind (train, eval or guard), step (done), values."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, write: bool = True) -> None:
+        """`write` False: only `records`, for the processes that keep up with the one that writes."""
+        self._write = write
         self._path = folder / "metrics.jsonl"
         self._tensorboard = folder / "tensorboard"
         self._writers: dict[str, Any] = {}
@@ -107,7 +109,8 @@ class MetricsLog:
     def rewind(self, stage: str, step: int) -> None:
         """Take back what this stage logged after `step`: those steps are run, and counted, again."""
         self.records = [r for r in self.records if r["stage"] != stage or r["step"] <= step]
-        write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.records))
+        if self._write:
+            write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def log(
         self, stage: str, kind: str, step: int, values: Mapping[str, Any], seconds: Mapping[str, float]
@@ -116,9 +119,11 @@ class MetricsLog:
         assert not unknown, f"undocumented metrics: {sorted(unknown)}"
         record = {"stage": stage, "kind": kind, "step": step, **values}
         record["seconds"] = {phase: round(value, 4) for phase, value in seconds.items()}
+        self.records.append(record)
+        if not self._write:
+            return record
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        self.records.append(record)
         writer = self._writer(stage, step)
         for name, value in values.items():
             if isinstance(value, int | float):

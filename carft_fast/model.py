@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,8 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from carft_fast.attention import PACKED
 from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
+from carft_fast.distributed import is_main, world_size
 from carft_fast.errors import InputError
 from carft_fast.synthetic import build_model_config, build_tokenizer
+
+T = TypeVar("T")
 
 HEADS_WEIGHTS = "carft_heads.safetensors"
 HEADS_CONFIG = "carft_heads.json"
@@ -59,11 +62,9 @@ class CarftHeads(nn.Module):
         """CoT embeddings [B, E] from pooled hidden states [B, D]: pool first, project after (the weights sum to 1)."""
         return self.proj(pooled_BD.float())
 
-    def save(self, folder: Path) -> None:
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()},
-            folder / HEADS_WEIGHTS,
-        )
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        weights = self.state_dict() if weights is None else weights
+        save_file({name: p.detach().cpu().contiguous() for name, p in weights.items()}, folder / HEADS_WEIGHTS)
         (folder / HEADS_CONFIG).write_text(json.dumps(self.description, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
@@ -87,6 +88,13 @@ def base_lm(lm: nn.Module) -> nn.Module:
     return lm if unwrap is None else unwrap()
 
 
+class Gathered(NamedTuple):
+    """Whole weights in host memory, LoRA merged in, by the names of plain modules."""
+
+    lm: dict[str, Tensor]
+    heads: dict[str, Tensor]
+
+
 class ModelOutput(NamedTuple):
     hidden_TD: Tensor
     logits_CV: Tensor | None
@@ -103,6 +111,7 @@ class CarftModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.attention: str = lm.config._attn_implementation
         self._compiled = False
+        self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
         self._check_attention()
         self.plain_head = self._has_plain_head()
         if not self.plain_head:
@@ -111,6 +120,14 @@ class CarftModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.lm.device
+
+    def run(self, work: "Callable[[CarftModel], T]") -> T:
+        """work(self) with the weights it needs in place. Processes that share weights have to call it together."""
+        return work(self) if self._outer is None else self._outer(work)
+
+    def run_through(self, outer: nn.Module) -> None:
+        """From now on `run` goes through the module that brings this model's weights together."""
+        self._outer = outer.__call__
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -240,24 +257,52 @@ class CarftModel(nn.Module):
                 for parameter in module.parameters():
                     parameter.data = parameter.data.to(self.compute_dtype)
 
-    def compile_layers(self) -> None:
-        """torch.compile of every decoder layer."""
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers. Raises InputError for a model that does not keep them in a list."""
         depth = self.lm.config.get_text_config().num_hidden_layers
         stacks = [m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if not stacks:
-            raise InputError(f"model.compile: {type(self.lm).__name__} has no list of {depth} layers to compile")
-        for layer in stacks[0]:
+            raise InputError(
+                f"{type(self.lm).__name__} has no list of {depth} layers, which model.compile and fsdp2 need"
+            )
+        return stacks[0]
+
+    def compile_layers(self) -> None:
+        """torch.compile of every decoder layer."""
+        for layer in self.layers():
             layer.compile(dynamic=True)
         self._compiled = True
 
-    def save(self, folder: Path) -> None:
+    @property
+    def divided(self) -> bool:
+        """Whether processes may share its weights."""
+        return self._outer is not None
+
+    def gather(self) -> "Gathered | None":
+        """What the main process needs to `save` where weights are divided or LoRA is to be merged in, else None.
+
+        Processes that share weights call it together; the others' result holds no tensors.
+        """
+        if not (self.divided or self.has_adapters):
+            return None
+        from carft_fast.rollout.weights import SamplerWeights
+
+        def on_host(module: nn.Module) -> dict[str, Tensor]:
+            return {name: x.to("cpu", copy=True) for name, x in SamplerWeights(module, torch.float32) if is_main()}
+
+        return Gathered(on_host(self.lm), {} if self.heads is None else on_host(self.heads))
+
+    def save(self, folder: Path, gathered: "Gathered | None" = None) -> None:
         """Write a plain Hugging Face model folder, LoRA merged in, with the heads beside it."""
-        if self.has_adapters:
-            _save_merged(self.lm, folder)
-        else:
+        gathered = gathered or self.gather()
+        if gathered is None:
             self.lm.save_pretrained(folder)
+        else:
+            with torch.device("meta"):
+                plain = AutoModelForCausalLM.from_config(copy.deepcopy(self.lm.config), attn_implementation="sdpa")
+            plain.save_pretrained(folder, state_dict=gathered.lm)
         if self.heads is not None:
-            self.heads.save(folder)
+            self.heads.save(folder, None if gathered is None else gathered.heads)
 
     def save_trained(self, folder: Path) -> None:
         """What a checkpoint needs: with LoRA the adapters alone (a folder peft reads), else `save`."""
@@ -271,9 +316,11 @@ class CarftModel(nn.Module):
 
 def resolve_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError('model.device = "cuda": torch sees no GPU; allowed here: "auto", "cpu"')
+    if (name, world_size() > 1) == ("cuda", True):
+        return torch.device("cuda", torch.cuda.current_device())
     return torch.device(name)
 
 
@@ -382,16 +429,6 @@ def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) ->
         loaded: Any = peft.set_peft_model_state_dict(lm, load_file(trained / "adapter_model.safetensors"))
         if loaded.unexpected_keys:
             raise InputError(f"{trained}: its adapters are not those of [lora]: {loaded.unexpected_keys[0]} is unknown")
-
-
-def _save_merged(lm: PreTrainedModel, folder: Path) -> None:
-    """The model without adapters, their product added to its weights; the trainer's own stay as they are."""
-    from carft_fast.rollout.weights import SamplerWeights
-
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(copy.deepcopy(lm.config), attn_implementation="sdpa")
-    weights = {name: tensor.cpu() for name, tensor in SamplerWeights(lm, torch.float32)}
-    plain.save_pretrained(folder, state_dict=weights)
 
 
 def _check_folder(path: str) -> None:

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from carft_fast.config import StageConfig
 from carft_fast.model import CarftModel
@@ -31,17 +32,23 @@ def learning_rate(step: int, total_steps: int, config: StageConfig) -> float:
     return config.lr * (config.lr_final_ratio + (1 - config.lr_final_ratio) * share)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def optimizer_step(
     model: CarftModel, optimizer: torch.optim.Optimizer, lr: float, max_grad_norm: float, loss: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Clip, step, clear; returns the gradient norm before clipping, and 1 where it or `loss` is not finite, else 0.
 
     In that case the fused optimizer leaves weights, moments and its count of steps as they are. Both are tensors: the
-    host does not wait for the device.
+    host does not wait for the device. Weights may be FSDP2's shards.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    set_learning_rate(optimizer, lr)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
     skipped = (~(norm.isfinite() & loss.isfinite())).float()
     if optimizer.defaults.get("fused"):
         fused: Any = optimizer

@@ -51,6 +51,11 @@ class Rows(NamedTuple):
         """Completion lengths (tokens)."""
         return [len(completion) for completion in self.completions]
 
+    @property
+    def shortest(self) -> int:
+        """What a process without rows of its own computes, for nothing: what processes do together needs them all."""
+        return min(range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + len(self.completions[i]))
+
 
 class Want(NamedTuple):
     """What a look shall find."""
@@ -80,8 +85,9 @@ class Loss(NamedTuple):
 class Passes(Protocol):
     """How sequences go through the model."""
 
-    def micro_batches(self, rows: Rows) -> list[list[int]]:
-        """Indices of the sequences that go through the model together."""
+    def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
+        """Indices of the sequences that go through the model together. Their number is a multiple of `multiple_of`:
+        processes take them in turn, and all have as many; some may be empty."""
         ...
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
@@ -110,13 +116,15 @@ class PackedPasses:
     def __init__(self, config: Config, micro_batch_tokens: int, cost: ModelCost, *, share_prompts: bool) -> None:
         self._config, self._cost, self._budget, self._share = config, cost, micro_batch_tokens, share_prompts
 
-    def micro_batches(self, rows: Rows) -> list[list[int]]:
+    def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
         units = self._units(rows)
         lengths = [(len(p), len(c)) for p, c in rows.pairs]
         tokens = [lengths[unit[0]][0] + sum(lengths[i][1] for i in unit) for unit in units]
         costs = [sum(self._cost.sequence_flops(*lengths[i]) for i in unit) for unit in units]
-        batches = balanced_batches(tokens, costs, self._budget)
-        return [[i for unit in batch for i in units[unit]] for batch in batches if batch]
+        batches = balanced_batches(tokens, costs, self._budget, multiple_of=multiple_of)
+        if multiple_of == 1:
+            batches = [batch for batch in batches if batch]
+        return [[i for unit in batch for i in units[unit]] for batch in batches]
 
     def _units(self, rows: Rows) -> list[list[int]]:
         """Sequences that share a prompt's forward, as many as fit a micro-batch; else each by itself."""
@@ -184,9 +192,11 @@ class PaddedPasses:
     def __init__(self, config: Config, micro_batch_tokens: int) -> None:
         self._config, self._budget = config, micro_batch_tokens
 
-    def micro_batches(self, rows: Rows) -> list[list[int]]:
-        longest = max(map(len, rows.prompts)) + max(map(len, rows.completions))
-        return chunks(range(len(rows.prompts)), max(1, self._budget // longest))
+    def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
+        longest = max(map(len, rows.prompts), default=1) + max(map(len, rows.completions), default=1)
+        size = min(max(1, self._budget // longest), max(1, -(-len(rows.prompts) // multiple_of)))
+        batches = chunks(range(len(rows.prompts)), size)
+        return [*batches, *([] for _ in range(-len(batches) % multiple_of))]
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
         return padded.sft_loss(model, rows.pad(model.device), total_tokens)

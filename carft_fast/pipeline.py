@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from carft_fast.config import SYNTHETIC, Config
 from carft_fast.console import Console
 from carft_fast.data import LoadReport, load_examples
+from carft_fast.distributed import on_main, world_size
 from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult, add_samples
 from carft_fast.files import write_folder, write_text
@@ -57,7 +58,7 @@ def prepare(
     A dry run needs no weights: a folder with config and tokenizer will do.
     """
     if write:
-        check_run_folder(folder, config, stages, resume=resume)
+        on_main(lambda: check_run_folder(folder, config, stages, resume=resume))
     grader = Grader(config.reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
@@ -94,7 +95,8 @@ def prepare(
     if stages:
         train_rows = encode(train, reports[0], require_cot=True, max_new_tokens=config.rollout.max_new_tokens)
     eval_rows = encode(held_out, reports[-1], require_cot=False, max_new_tokens=config.eval_max_new_tokens)
-    run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, StopRequest(), grader)
+    stop = StopRequest(several=world_size() > 1)
+    run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, stop, grader)
     return Prepared(run, reports, lm_config)
 
 
@@ -181,9 +183,9 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
     run = prepared.run
     summary_path = run.folder / SUMMARY_FILE
-    if resume and summary_path.is_file():
+    if resume and (finished := on_main(lambda: _read_summary(summary_path))):
         run.console.log(f"{run.folder}: this run is finished")
-        return json.loads(summary_path.read_text())
+        return finished
     run.stop.install()
     run.open(stages, resume=resume)
     for report in prepared.reports:
@@ -193,23 +195,35 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     with closing(run):
         for stage in stages:
             final = run.folder / ("sft" if stage == "sft" else "model")
-            if not final.is_dir():  # else a resumed run that was past this stage
+            if not on_main(final.is_dir):  # else a resumed run that was past this stage
                 _export(run, trainers[stage](run, model_path), final)
             model_path = str(final)
-    summary = summarise(run, stages)
-    write_report(run.folder, run.config, run.metrics.records, summary)
-    write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
+
+    def finish() -> dict[str, Any]:
+        summary = summarise(run, stages)
+        write_report(run.folder, run.config, run.metrics.records, summary)
+        write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
+        return summary
+
+    summary = on_main(finish)
     run.console.show(summary_table(summary))
     run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
     return summary
 
 
+def _read_summary(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def _export(run: Run, loop: StageLoop, final: Path) -> None:
+    model = loop.learner.model
+    gathered = model.gather()
+
     def write(folder: Path) -> None:
-        loop.model.save(folder)
+        model.save(folder, gathered)
         run.tokenizer.save_pretrained(folder)
 
-    write_folder(final, write)
+    on_main(lambda: write_folder(final, write))
 
 
 def evaluate_only(prepared: Prepared) -> EvalResult:

@@ -7,6 +7,7 @@ import torch
 
 from carft_fast.config import Config
 from carft_fast.model import CarftModel, load_model
+from carft_fast.parallel import divide_frozen, strategy
 
 
 class Reference:
@@ -15,10 +16,15 @@ class Reference:
     def __init__(self, config: Config, path: str, policy: CarftModel) -> None:
         """`path`: what stage 2 started from. `policy` serves with its adapters off where it has some."""
         self._policy = policy
-        self._copy = None if policy.has_adapters else load_model(config, path, policy.device, heads=False)
         self._device = policy.device
+        self._copy: CarftModel | None = None
         self._host: dict[torch.nn.Parameter, torch.Tensor] = {}
-        if self._copy is not None and config.rl.reference_offload:
+        if policy.has_adapters:
+            return
+        divided = strategy(config) in ("fsdp2", "zero3")
+        self._copy = load_model(config, path, torch.device("cpu") if divided else self._device, heads=False)
+        divide_frozen(config, self._copy, self._device, offload=config.rl.reference_offload)
+        if config.rl.reference_offload and not divided:
             pin = self._device.type == "cuda"
             self._host = {p: p.data.cpu().pin_memory() if pin else p.data for p in self._copy.parameters()}
             self._to_host()

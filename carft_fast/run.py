@@ -18,6 +18,7 @@ from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
+from carft_fast.distributed import is_main, on_main, world_size
 from carft_fast.errors import InputError, TrainingError
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.files import write_text
@@ -25,7 +26,7 @@ from carft_fast.grading import Grader
 from carft_fast.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
-from carft_fast.optim import build_optimizer
+from carft_fast.parallel import Learner, build_learner, strategy
 from carft_fast.prompts import EncodedExample, PromptFormat
 from carft_fast.rollout import RolloutEngine, build_engine
 from carft_fast.signals import Stopped, StopRequest
@@ -64,12 +65,16 @@ class Run:
     timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def __post_init__(self) -> None:
-        self.metrics = MetricsLog(self.folder)
+        self.metrics = MetricsLog(self.folder, write=is_main())
         self.store = CheckpointStore(self.folder / "checkpoints", self.config.output.keep_last)
         self._engine: RolloutEngine | None = None
 
     def open(self, stages: Sequence[str], *, resume: bool) -> None:
-        """Make or re-open the run folder. The first thing that writes."""
+        """Make or re-open the run folder. The first thing that writes; the main process does it."""
+        on_main(lambda: self._open(stages, resume=resume))
+        self.metrics.records = on_main(lambda: self.metrics.records)
+
+    def _open(self, stages: Sequence[str], *, resume: bool) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -89,12 +94,14 @@ class Run:
                 "cpu_count": os.cpu_count(),
                 "threads": torch.get_num_threads(),
                 "device": str(self.device),
+                "processes": world_size(),
+                "strategy": strategy(self.config),
             },
         }
         write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
     def write_result(self, result: EvalResult) -> None:
-        """What `carft-fast eval --output-dir` leaves: completions and figures."""
+        """What `carft-fast eval --output-dir` leaves: completions and figures. For the main process."""
         self.write_samples("eval", result.samples)
         write_text(
             self.folder / SUMMARY_FILE,
@@ -102,6 +109,8 @@ class Run:
         )
 
     def write_samples(self, name: str, samples: list[dict[str, Any]]) -> None:
+        if not is_main():
+            return
         text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_text(self.folder / "samples" / f"{name}.jsonl", text)
 
@@ -203,18 +212,23 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
         self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
         self._model_path = model_path
-        checkpoint = run.store.latest(stage)
+        checkpoint = on_main(lambda: run.store.latest(stage))
         trained, self._step = checkpoint or (None, 0)
         with run.timer("load"):
-            self.model: CarftModel = load_model(run.config, model_path, run.device, heads=True, trained=trained)
-            self.optimizer = build_optimizer(self.model, config)
+            self.learner: Learner = build_learner(run.config, self._load(trained), config, run.device)
             if checkpoint:
-                load_optimizer(checkpoint[0], self.model, self.optimizer)
+                load_optimizer(checkpoint[0], self.learner.model, self.learner.optimizer)
         run.metrics.rewind(stage, self._step)
         self._ends_at = stopped_at(run.metrics.records)
         if checkpoint:
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
         self._current_engine: Callable[[], RolloutEngine] | None = None
+
+    def _load(self, trained: Path | None) -> CarftModel:
+        """In host memory where the device gets a share of it only."""
+        shared = strategy(self._run.config) in ("fsdp2", "zero3")
+        device = torch.device("cpu") if shared else self._run.device
+        return load_model(self._run.config, self._model_path, device, heads=True, trained=trained)
 
     def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
         """`current_engine` gives the sampler with the weights of now; called for every evaluation."""
@@ -228,7 +242,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 best = self._evaluate_if_due()
                 if best or self._due(self._config.save_every):
                     self._save(best=best)
-                run.stop.check()
+                run.stop.check_together()
                 if self._step in (self.total_steps, self._ends_at):
                     return
                 yield self._step
@@ -296,11 +310,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             self._ends_at = done
         else:
             event["to"] = str(best or self._model_path)
-            restored = load_model(run.config, self._model_path, run.device, heads=True, trained=best)
-            self.model.load_state_dict(restored.state_dict())
-            self.optimizer.state.clear()
+            self.learner.replace_weights(self._load(best))
             if best:
-                load_optimizer(best, self.model, self.optimizer)
+                load_optimizer(best, self.learner.model, self.learner.optimizer)
         run.metrics.log(self._stage, "guard", done, event, {})
         run.console.log(f"{self._stage} step {done}: collapse, {cause}: {event['action']} {event.get('to', '')}")
         return not stop
@@ -324,9 +336,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             return run.store.save(
                 self._stage,
                 self._step,
-                self.model,
+                self.learner.model,
                 run.tokenizer,
-                self.optimizer,
+                self.learner.optimizer,
                 seed=run.config.seed,
                 best=best,
             )

@@ -13,9 +13,13 @@ class Stopped(Exception):  # noqa: N818 - an event, not an error
 
 
 class StopRequest:
-    """Remembers the first SIGINT or SIGTERM; `check()` turns it into Stopped."""
+    """Remembers the first SIGINT or SIGTERM; `check()` turns it into Stopped.
 
-    def __init__(self) -> None:
+    Several processes have to stop at the same step: with them `check()` does nothing, `check_together()` does.
+    """
+
+    def __init__(self, *, several: bool = False) -> None:
+        self._several = several
         self._signum: int | None = None
 
     def install(self) -> None:
@@ -23,9 +27,19 @@ class StopRequest:
             signal.signal(signum, self._handle)
 
     def check(self) -> None:
+        if self._signum is not None and not self._several:
+            raise Stopped(self._signum)
+
+    def check_together(self) -> None:
+        """For every process between two steps: raises Stopped on all where one was asked to stop."""
+        if self._several:
+            from carft_fast.distributed import global_max
+
+            self._signum = global_max(self._signum or 0) or None
         if self._signum is not None:
             raise Stopped(self._signum)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         self._signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if not self._several:  # launchers repeat what a terminal has sent to every process already
+            signal.signal(signum, signal.SIG_DFL)

@@ -4,6 +4,7 @@ Nothing between the first forward and the last optimizer step reads a value back
 `Step.live` reads the advantages once where rollouts may be dropped, and `linear_policy_loss` the number of live tokens.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ from torch import Tensor
 from carft_fast.advantage import Advantages
 from carft_fast.batch import chunks, derive_seed, permutation
 from carft_fast.config import Config
+from carft_fast.distributed import gather_by_row, global_sum, own_turns, world_size
 from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.model import CarftModel
-from carft_fast.optim import optimizer_step
+from carft_fast.parallel import Learner
 from carft_fast.passes import Look, Rows, Want, build_passes
 from carft_fast.reference import Reference
 from carft_fast.rollout.probe import Mismatch
@@ -60,6 +62,7 @@ class MiniBatch(NamedTuple):
 
     rows: list[int]
     micro: list[list[int]]
+    """Processes take them in turn and have as many each; then some may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,13 +131,16 @@ class Update(NamedTuple):
 class Step:
     """Everything a step does with its rollouts but grading them."""
 
-    def __init__(self, config: Config, policy: CarftModel, reference: Reference | None) -> None:
+    def __init__(self, config: Config, learner: Learner, reference: Reference | None) -> None:
         """`reference` may be absent where `Needs.of(config).reference` is False."""
-        self._config, self._policy, self._reference = config, policy, reference
+        self._config, self._learner, self._reference = config, learner, reference
+        self._policy, self._device = learner.model, learner.model.device
         self.needs = Needs.of(config)
         assert reference is not None or not self.needs.reference
         self._padded = config.model.impl == "reference"
-        self._passes = build_passes(config, policy, config.rl.micro_batch_tokens, share_prompts=config.rl.share_prompts)
+        self._passes = build_passes(
+            config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.rl.share_prompts
+        )
 
     def plan(self, samples: Samples, seed: int, live: Sequence[bool] | None = None) -> list[list[MiniBatch]]:
         """Random mini-batches of every PPO epoch; how they are cut into micro-batches changes no sum.
@@ -145,7 +151,7 @@ class Step:
 
         def mini_batch(rows: list[int]) -> MiniBatch:
             kept = rows if live is None or self._padded else [i for i in rows if live[i]]
-            micro = self._passes.micro_batches(rollouts.pick(kept)) if kept else []
+            micro = self._passes.micro_batches(rollouts.pick(kept), world_size())
             return MiniBatch(rows, [[kept[i] for i in batch] for batch in micro])
 
         return [
@@ -176,7 +182,7 @@ class Step:
         z_1_NE, common_NE = self._annotated_embeddings(samples.annotated) if needs.embedding else (None, None)
         return Experience(
             sum(rollouts.lengths),
-            torch.tensor([0, *itertools.accumulate(rollouts.lengths)], device=self._policy.device),
+            torch.tensor([0, *itertools.accumulate(rollouts.lengths)], device=self._device),
             samples.sampled_logprob_C if sampled else own.logprob_C,
             own.support_logprob_C,
             ref.logprob_C,
@@ -187,15 +193,23 @@ class Step:
         )
 
     def _sweep(self, model: CarftModel, rows: Rows, micros: Sequence[Sequence[int]], want: Want) -> Look:
-        """A look at all rows, a micro-batch at a time; results in the order of the rows."""
-        pieces: list[dict[int, Tensor]] = [{}, {}, {}, {}]
-        for micro in micros:
-            picked = rows.pick(micro)
-            look = self._passes.look(model, picked, want)
-            for found, x, sizes in zip(pieces, look, [*[picked.lengths] * 3, [1] * len(micro)], strict=True):
-                if x is not None:
-                    found.update(zip(micro, x.split(sizes), strict=True))
-        return Look(*(torch.cat([found[i] for i in sorted(found)]) if found else None for found in pieces))
+        """A look at all rows, the processes' micro-batches in turn; on each all results, in the order of the rows."""
+        looks = self.own_looks(model, rows, micros, want)
+        found: list[Tensor | None] = []
+        for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
+            tensors = [x for x in own if x is not None]
+            by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
+            found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
+        return Look(*found)
+
+    def own_looks(self, model: CarftModel, rows: Rows, micros: Sequence[Sequence[int]], want: Want) -> list[Look]:
+        """Of this process's micro-batches; an empty one gives empty results."""
+        looks = []
+        for micro in own_turns(micros):
+            picked = rows.pick(micro or [rows.shortest])
+            look = model.run(functools.partial(self._passes.look, rows=picked, want=want))
+            looks.append(look if micro else Look(*(None if x is None else x[:0] for x in look)))
+        return looks
 
     def _annotated_embeddings(self, annotated: Rows) -> tuple[Tensor, Tensor | None]:
         """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it.
@@ -214,7 +228,8 @@ class Step:
                 padding = [torch.zeros_like(common[0])] * (most - len(members))
                 parts.append(torch.cat([annotated.parts[members[0]][:1], *common, *padding]))
             unique = unique._replace(parts=parts)
-        z_BPE = self._sweep(self._policy, unique, self._passes.micro_batches(unique), Want(embedding=True)).z_BPE
+        micros = self._passes.micro_batches(unique, world_size())
+        z_BPE = self._sweep(self._policy, unique, micros, Want(embedding=True)).z_BPE
         assert z_BPE is not None
         places = {i: (row, k) for row, members in enumerate(samples.values()) for k, i in enumerate(members)}
         index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
@@ -239,7 +254,6 @@ class Step:
         advantages: Advantages,
         correct: Sequence[bool],
         live: Sequence[bool] | None,
-        optimizer: torch.optim.Optimizer,
         lr: float,
     ) -> Update:
         """The PPO epochs. An optimizer step whose loss or gradient is not finite is left out."""
@@ -249,7 +263,7 @@ class Step:
         minis = [mini for epoch in plan for mini in epoch]
         for mini in minis:
             metrics = gradient.accumulate(mini, unchanged=mini is minis[0])
-            norm, left_out = optimizer_step(self._policy, optimizer, lr, self._config.rl.max_grad_norm, metrics["loss"])
+            norm, left_out = self._learner.step(lr, self._config.rl.max_grad_norm, metrics["loss"])
             skipped.append(left_out)
             for name, value in (metrics | {"grad_norm": norm}).items():
                 found.setdefault(name, []).append(value)
@@ -273,7 +287,7 @@ class _Gradient:
         live: Sequence[bool] | None,
     ) -> None:
         self._step, self._samples, self._experience, self._correct = step, samples, experience, correct
-        self._config, self._policy, self._passes = step._config, step._policy, step._passes
+        self._config, self._learner, self._passes = step._config, step._learner, step._passes
         self._lengths = samples.rollouts.lengths
         self._live = [True] * len(self._lengths) if live is None else live
         correction_C = None
@@ -293,51 +307,71 @@ class _Gradient:
             )
         ]
         self._first: dict[int, Tensor] = {}
+        self._zero = torch.zeros((), device=step._device)
 
     def accumulate(self, mini: MiniBatch, *, unchanged: bool) -> dict[str, Tensor]:
-        """Gradient of one mini-batch; returns its metrics. `unchanged`: the weights are still those of the look."""
-        config = self._config
+        """Gradient of one mini-batch; returns its metrics, those of all processes.
+
+        `unchanged`: the weights are still those of the look.
+        """
+        config, rollouts = self._config, self._samples.rollouts
         rows, coef = [i for micro in mini.micro for i in micro], config.contrastive.coef
         normaliser = Normaliser(len(mini.rows), sum(self._lengths[i] for i in mini.rows), config.rollout.max_new_tokens)
-        contrastive, cotangent = torch.zeros((), device=self._policy.device), None
-        metrics = {"loss": contrastive, "policy_loss": contrastive}
-        counted: list[tuple[Tensor, dict[str, Tensor]]] = []
+        own = own_turns(mini.micro)
+        sums: dict[str, Tensor] = {"loss": self._zero, "policy_loss": self._zero}
+        contrastive, cotangent, first = self._zero, None, []
         wanted = self._step.needs.contrastive and any(map(self._has_signal, rows))
-        if wanted and len(mini.micro) > 1:
+        if wanted and len(own) > 1:
             contrastive, cotangent = self._contrastive_cotangent(mini.micro, unchanged=unchanged)
-        for micro in mini.micro:
-            picked = self._samples.rollouts.pick(micro)
+        for number, micro in enumerate(own):
+            # a process without rows goes along with one that counts for nothing
+            picked_rows, share = (micro, 1.0) if micro else ([rollouts.shortest], 0.0)
+            picked = rollouts.pick(picked_rows)
             targets = RolloutTargets._make(
-                None if x is None else torch.cat([x[i] for i in micro]) for x in self._targets
+                None if x is None else torch.cat([x[i] for i in picked_rows]) for x in self._targets
             )
-            live = [self._live[i] for i in micro]
-            loss, logprob_C, parts, z_2_BPE = self._passes.loss(
-                self._policy, picked, targets, normaliser, live, embedding=wanted
+            live = [self._live[i] or not micro for i in picked_rows]
+            loss, logprob_C, parts, z_2_BPE = self._learner.model.run(
+                functools.partial(
+                    self._passes.loss,
+                    rows=picked,
+                    targets=targets,
+                    normaliser=normaliser,
+                    live=live,
+                    embedding=wanted,
+                )
             )
             parts["loss"] = loss.detach()
-            if z_2_BPE is not None and cotangent is not None:
-                loss = loss + coef * (z_2_BPE * torch.stack([cotangent[i] for i in micro])).sum()
-            elif z_2_BPE is not None:
-                contrastive = self._contrastive_loss(z_2_BPE, micro)
-                loss = loss + coef * contrastive
-            loss.backward()
-            counted.append((parts.pop("policy_tokens"), {name: parts.pop(name) for name in TOKEN_MEANS}))
             if "value_clip_fraction" in parts:
                 parts["value_clip_fraction"] *= sum(picked.lengths) / normaliser.tokens
+            parts |= {name: parts["policy_tokens"] * parts[name] for name in TOKEN_MEANS}
             for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0) + value
-            if unchanged:
-                by_row = zip(micro, logprob_C.split(picked.lengths), strict=True)
-                self._first.update((i, found) for i, found in by_row if self._live[i])
-        if any(self._live[i] for i in rows):
-            total = torch.stack([tokens for tokens, _ in counted]).sum().clamp(min=1)
-            for name in TOKEN_MEANS:
-                metrics[name] = torch.stack([tokens * means[name] for tokens, means in counted]).sum() / total
-        if not mini.micro:
+                sums[name] = sums.get(name, 0) + share * value
+            if share == 0:
+                loss = share * loss
+            if z_2_BPE is not None:
+                if cotangent is None:
+                    contrastive, cotangent = self._contrast(z_2_BPE.detach()[: len(micro)], micro)
+                gradient_BPE = torch.stack([cotangent[i] for i in micro]) if micro else torch.zeros_like(z_2_BPE)
+                loss = loss + coef * (z_2_BPE * gradient_BPE).sum()
+            self._learner.backward(loss, last=number == len(own) - 1)
+            first.append(logprob_C if micro else logprob_C[:0])
+        if not own:
             self._zero_gradient()
         if self._step.needs.contrastive:
-            metrics["contrastive_loss"] = contrastive.detach()
-            metrics["loss"] = metrics["loss"] + coef * contrastive.detach()
+            sums["contrastive_loss"] = contrastive
+            sums["loss"] = sums["loss"] + coef * contrastive
+        if unchanged and first:
+            by_row = gather_by_row(torch.cat(first), mini.micro, self._lengths)
+            self._first = {i: by_row[i] for i in by_row if self._live[i]}
+        totals = global_sum(torch.stack([value.double() for value in sums.values()]))
+        metrics = dict(zip(sums, totals, strict=True))
+        tokens = metrics.pop("policy_tokens", self._zero).clamp(min=1)
+        for name in TOKEN_MEANS:
+            if any(self._live[i] for i in rows):
+                metrics[name] = metrics[name] / tokens
+            else:
+                metrics.pop(name, None)
         return metrics
 
     def _has_signal(self, row: int) -> bool:
@@ -345,20 +379,35 @@ class _Gradient:
         mode = self._config.contrastive.mode
         return mode == "both" or self._correct[row] == (mode == "positive")
 
+    def _contrast(self, z_2_BPE: Tensor, rows: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """This process's part of the contrastive loss, and the whole loss's gradient with respect to its rows' z_2.
+
+        Taken at once and carried on by the rows' own loss: no process waits for another inside a backward pass.
+        """
+        z_2_BPE.requires_grad_(True)
+        loss = self._contrastive_loss(z_2_BPE, rows)
+        (gradient,) = torch.autograd.grad(loss, z_2_BPE)
+        return loss.detach(), dict(zip(rows, gradient, strict=True))
+
     def _contrastive_loss(self, z_2_BPE: Tensor, rows: Sequence[int]) -> Tensor:
         z_1_NE, common_NE = self._experience.z_1_NE, self._experience.common_NE
         assert z_1_NE is not None
-        z_1_BE = torch.stack([z_1_NE[i] for i in rows])
-        correct_B = torch.tensor([self._correct[i] for i in rows])
-        if z_1_BE.is_cuda:
+
+        def pick(x_NE: Tensor) -> Tensor:
+            return torch.stack([x_NE[i] for i in rows]) if rows else x_NE[:0]
+
+        correct_B = torch.tensor([self._correct[i] for i in rows], dtype=torch.bool)
+        if z_1_NE.is_cuda:
             correct_B = correct_B.pin_memory()
-        targets = ContrastTargets(z_1_BE, correct_B.to(z_1_BE.device, non_blocking=True))
+        targets = ContrastTargets(pick(z_1_NE), correct_B.to(z_1_NE.device, non_blocking=True))
         if common_NE is not None:
             parts = self._samples.rollouts.parts
             assert parts is not None
-            has_BP = torch.stack([parts[i].any(1) for i in rows]) & ~targets.correct_B[:, None]
-            common_BE = torch.stack([common_NE[i] for i in rows])
-            targets = targets._replace(common_BE=common_BE, has_common_B=has_BP[:, 1], has_excluded_B=has_BP[:, 2])
+            has_BP = torch.stack([parts[i].any(1) for i in rows]) if rows else parts[0].new_zeros(0, 3)
+            has_BP = has_BP & ~targets.correct_B[:, None]
+            targets = targets._replace(
+                common_BE=pick(common_NE), has_common_B=has_BP[:, 1], has_excluded_B=has_BP[:, 2]
+            )
         return contrastive_loss(z_2_BPE, targets, self._config.contrastive)
 
     def _contrastive_cotangent(
@@ -370,23 +419,20 @@ class _Gradient:
         differentiated down to them, and the micro-batches carry that gradient on: the result of the undivided
         mini-batch. Source: GradCache.
         """
-        rows = [i for micro in micros for i in micro]
+        rows = [i for micro in own_turns(micros) for i in micro]
         known = self._experience.z_2_NPE
         if unchanged and known is not None:
-            z_2_BPE = torch.stack([known[i] for i in rows])
+            z_2_BPE = torch.stack([known[i] for i in rows]) if rows else known[:0].clone()
         else:
             with torch.no_grad():
-                want, rollouts = Want(embedding=True), self._samples.rollouts
-                looks = [self._passes.look(self._policy, rollouts.pick(micro), want) for micro in micros]
+                want = Want(embedding=True)
+                looks = self._step.own_looks(self._learner.model, self._samples.rollouts, micros, want)
                 z_2_BPE = torch.cat([look.z_BPE for look in looks if look.z_BPE is not None])
-        z_2_BPE.requires_grad_(True)
-        loss = self._contrastive_loss(z_2_BPE, rows)
-        (gradient,) = torch.autograd.grad(loss, z_2_BPE)
-        return loss.detach(), dict(zip(rows, gradient, strict=True))
+        return self._contrast(z_2_BPE, rows)
 
     def _zero_gradient(self) -> None:
         """A mini-batch without any live rollout: the optimizer still decays its moments, as with a gradient of 0."""
-        for parameter in self._policy.lm.parameters():
+        for parameter in self._learner.model.lm.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
 

@@ -45,10 +45,10 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
         )
 
     with StageLoop(run, "rl", config, model_path, total_steps) as loop, ExitStack() as stack:
-        policy, timer = loop.model, run.timer
+        policy, timer = loop.learner.model, run.timer
         with timer("load"):
             reference = Reference(run.config, model_path, policy) if Needs.of(run.config).reference else None
-            work = Step(run.config, policy, reference)
+            work = Step(run.config, loop.learner, reference)
             engine = run.sampler(policy)
             probe(run, engine, policy)
         loop.evaluate_with(lambda: engine)
@@ -75,7 +75,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
             with timer("update"):
                 lr = learning_rate(step, loop.total_steps, config) * loop.lr_scale
                 correct = [g.correct for g in grades]
-                updated = work.update(samples, plan, experience, advantages, correct, live, loop.optimizer, lr)
+                updated = work.update(samples, plan, experience, advantages, correct, live, lr)
             with timer("sync"):
                 stream.sync(policy)
                 if sampling.probe_every and (step + 1) % sampling.probe_every == 0:

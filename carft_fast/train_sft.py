@@ -1,8 +1,11 @@
 """Stage 1: supervised fine-tuning on annotated chains of thought. Spec: docs/methods, paper section 3.1."""
 
+from functools import partial
+
 import torch
 
-from carft_fast.optim import learning_rate, optimizer_step
+from carft_fast.distributed import global_sum, own_turns, world_size
+from carft_fast.optim import learning_rate
 from carft_fast.passes import Rows, build_passes
 from carft_fast.run import Run, StageLoop, picked_rows, stage_total_steps
 
@@ -12,7 +15,7 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
     config = run.config.sft
     total_steps = stage_total_steps(run.config, "sft", len(run.train_rows))
     with StageLoop(run, "sft", config, model_path, total_steps) as loop:
-        model = loop.model
+        learner, model = loop.learner, loop.learner.model
         passes = build_passes(run.config, model, config.micro_batch_tokens)
         loop.evaluate_with(lambda: run.sampler(model))
         for step in loop:
@@ -21,12 +24,16 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
                 batch = Rows([row.prompt_ids for row in picked], [row.completion_ids for row in picked])
                 tokens = sum(batch.lengths)
                 loss_sum = torch.zeros((), device=run.device)
-                for micro in passes.micro_batches(batch):
-                    loss = passes.cross_entropy(model, batch.pick(micro), tokens)
-                    loss.backward()
+                own = own_turns(passes.micro_batches(batch, world_size()))
+                for number, micro in enumerate(own):
+                    # a process without rows goes along with one that counts for nothing
+                    rows, share = (batch.pick(micro), 1.0) if micro else (batch.pick([batch.shortest]), 0.0)
+                    loss = share * model.run(partial(passes.cross_entropy, rows=rows, total_tokens=tokens))
+                    learner.backward(loss, last=number == len(own) - 1)
                     loss_sum += loss.detach()
+                loss_sum = global_sum(loss_sum)
                 lr = learning_rate(step, loop.total_steps, config)
-                norm, skipped = optimizer_step(model, loop.optimizer, lr, config.max_grad_norm, loss_sum)
+                norm, skipped = learner.step(lr, config.max_grad_norm, loss_sum)
                 values = {
                     "loss": float(loss_sum),
                     "lr": lr,

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from carft_fast.config import Config
+from carft_fast.distributed import world_size
 from carft_fast.errors import InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
+from carft_fast.rollout.shared import LeaderEngine, SpreadEngine
 
 __all__ = ["Rollout", "RolloutEngine", "SamplingParams", "build_engine", "check_engine"]
 
@@ -46,18 +48,25 @@ def build_engine(
     `folder` gets the logs of servers that are started (absent: the temporary folder); `log` is told what takes long.
     """
     rollout = config.rollout
-    if rollout.engine == "hf":
-        return HFEngine(model, tokenizer, batch_size=rollout.batch_size)
+    several = world_size() > 1
     engine: RolloutEngine
+    if rollout.engine == "hf":
+        engine = HFEngine(model, tokenizer, batch_size=rollout.batch_size)
+        return SpreadEngine(engine) if several else engine
     if rollout.engine == "vllm":
         from carft_fast.rollout.vllm_engine import VLLMEngine
 
         log("starting vLLM")
         engine = VLLMEngine(config, model, tokenizer.eos_token_id)
+        engine = SpreadEngine(engine) if several else engine
     else:
+        from carft_fast.rollout.vllm_adapter import engine_dtype
         from carft_fast.rollout.vllm_server import VLLMServerEngine
 
-        engine = VLLMServerEngine(config, model, tokenizer.eos_token_id, folder=folder, log=log)
+        def start() -> VLLMServerEngine:
+            return VLLMServerEngine(config, model, tokenizer.eos_token_id, folder=folder, log=log)
+
+        engine = LeaderEngine(start, engine_dtype(config)) if several else start()
     try:
         engine.sync(model)
     except BaseException:

@@ -58,12 +58,15 @@ def check_agreement(
     )
     rollouts = engine.generate(picked, sampling)
     batch = pack(picked, [r.completion_ids for r in rollouts], model.device)
-    output = model(batch)
-    logprob_C = completion_logprobs(model, output, batch, temperature=rollout.temperature)
-    trainer_C = sampler_support_logprobs(
-        model, output, batch, logprob_C, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-    )
-    mismatch = Mismatch.of(trainer_C, sampled_logprobs(rollouts, model.device))
+
+    def support_logprobs(model: CarftModel) -> Tensor:
+        output = model(batch)
+        logprob_C = completion_logprobs(model, output, batch, temperature=rollout.temperature)
+        return sampler_support_logprobs(
+            model, output, batch, logprob_C, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
+        )
+
+    mismatch = Mismatch.of(model.run(support_logprobs), sampled_logprobs(rollouts, model.device))
     half = "bfloat16" in (config.model.compute_dtype, rollout.dtype)
     tolerance = rollout.probe_tolerance or (0.05 if half else 1e-3)
     if not mismatch.mean <= tolerance:  # NaN is a mismatch too

@@ -8,6 +8,7 @@ from types import TracebackType
 from carft_fast.config import RolloutConfig
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.shared import SharedEngine
 
 Request = Callable[[int], tuple[Sequence[Sequence[int]], SamplingParams]]
 """Prompts and sampling of a step: a pure function of the step, so that it may be asked early."""
@@ -47,10 +48,10 @@ class RolloutStream:
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == step:
-            rollouts = ahead[1].result()
+            rollouts = self._exchange(ahead[1].result)
             on_progress(len(rollouts))
         else:
-            rollouts = self._sample(step, on_progress)
+            rollouts = self._exchange(lambda: self._sample(step, on_progress))
         if self._thread and step + 1 < self._steps:
             self._ahead = step + 1, self._thread.submit(self._sample, step + 1, self._while_ahead)
         return rollouts, self._engine.version - min(rollout.weight_version for rollout in rollouts)
@@ -73,7 +74,11 @@ class RolloutStream:
 
     def _sample(self, step: int, on_progress: Callable[[int], None]) -> list[Rollout]:
         prompts, sampling = self._request(step)
-        return self._engine.generate(prompts, sampling, on_progress=on_progress)
+        sample = self._engine.own if isinstance(self._engine, SharedEngine) else self._engine.generate
+        return sample(prompts, sampling, on_progress=on_progress)
+
+    def _exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
+        return self._engine.exchange(own) if isinstance(self._engine, SharedEngine) else own()
 
     def _while_ahead(self, _: int) -> None:
         if self._closing.is_set():

@@ -21,7 +21,7 @@ from carft_fast.errors import EngineError
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_http import ServerApi, ServerLost, all_of
 from carft_fast.rollout.vllm_serve import free_port
-from carft_fast.rollout.weights import SamplerWeights
+from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 _PREFIX = "carft-weights-"
 
@@ -42,7 +42,7 @@ class Transfer(Protocol):
     repeatable: bool
     """Whether `send` may be called after the trainer's weights have moved on: it sends what was staged."""
 
-    def stage(self, weights: SamplerWeights, weight_version: str) -> None:
+    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
         """Take the weights that the following `send` calls deliver."""
         ...
 
@@ -73,7 +73,7 @@ class FileTransfer:
         self._version = ""
         self._files: list[Path] = []
 
-    def stage(self, weights: SamplerWeights, weight_version: str) -> None:
+    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
         for path in self._files:  # first: under /dev/shm two versions would be twice the memory
             path.unlink(missing_ok=True)
         self._files = []
@@ -115,12 +115,12 @@ class DeviceTransfer:
 
     def __init__(self, backend: Literal["nccl", "ipc"], update_timeout_s: float) -> None:
         self._backend, self._timeout_s = backend, update_timeout_s
-        self._weights: SamplerWeights | None = None
+        self._weights: SamplerWeights | HeldWeights | None = None
         self._version = ""
         self._sender: Any = None
         self._members: tuple[str, ...] = ()
 
-    def stage(self, weights: SamplerWeights, weight_version: str) -> None:
+    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
         self._weights, self._version = weights, weight_version
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from carft_fast.config import Config, RolloutConfig
 from carft_fast.errors import EngineError, InputError
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
-from carft_fast.rollout.weights import SamplerWeights
+from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 INCOMPLETE = "incomplete"
@@ -303,7 +303,13 @@ def _finish_reload(worker: Any) -> None:
 
 
 def device_sender(
-    backend: Literal["nccl", "ipc"], client: Any, weights: SamplerWeights, *, address: str, port: int, world_size: int
+    backend: Literal["nccl", "ipc"],
+    client: Any,
+    weights: SamplerWeights | HeldWeights,
+    *,
+    address: str,
+    port: int,
+    world_size: int,
 ) -> Any:
     """vLLM's own trainer side of a GPU-to-GPU transfer; `send_weights()` runs start, update and finish.
 
@@ -329,7 +335,7 @@ def http_payload(update_info: Any) -> Any:
     return _json_safe_update_payload(update_info)
 
 
-def transfer_source(weights: SamplerWeights) -> Any:
+def transfer_source(weights: SamplerWeights | HeldWeights) -> Any:
     """`weights` as vLLM's WeightSource: 0.32 calls `metadata()` and iterates, 0.33 reads it and `iter_full()`."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 

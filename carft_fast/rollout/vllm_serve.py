@@ -26,6 +26,11 @@ from carft_fast.rollout import vllm_adapter
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
 
+_LAUNCHER = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_RANK)$|MASTER_|TORCHELASTIC_|ACCELERATE_|FSDP_"
+)
+"""Variables by which `torchrun` and `accelerate launch` tell a trainer who it is."""
+
 
 def server_environment(cuda_visible_devices: str | None) -> dict[str, str]:
     """Of the server process; what the user has set stays, what an engine in this process needs does not."""
@@ -35,7 +40,8 @@ def server_environment(cuda_visible_devices: str | None) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # "ipc" handles travel pickled
     }
-    environment |= {k: v for k, v in os.environ.items() if vllm_adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
+    own = {k: v for k, v in os.environ.items() if not _LAUNCHER.match(k)}
+    environment |= {k: v for k, v in own.items() if vllm_adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     return environment

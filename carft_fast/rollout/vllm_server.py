@@ -22,7 +22,7 @@ from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.transfer import build_transfer
 from carft_fast.rollout.vllm_http import ServerApi, ServerLost
 from carft_fast.rollout.vllm_serve import ServerProcess
-from carft_fast.rollout.weights import SamplerWeights
+from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 MENDS = 3
 """Times a server is brought back during one `generate`; a fourth failure is no accident."""
@@ -87,9 +87,10 @@ class VLLMServerEngine:
         """Process ids of the servers this run started."""
         return [server.process.pid for server in self._servers if server.process and server.process.pid]
 
-    def sync(self, model: CarftModel) -> int:
+    def sync(self, model: CarftModel, held: HeldWeights | None = None) -> int:
+        """`held`: the weights, where this process does not have the model's by itself."""
         self._whole = False
-        self._transfer.stage(SamplerWeights(model.lm, self._dtype), self._tag(self.version + 1))
+        self._transfer.stage(held or SamplerWeights(model.lm, self._dtype), self._tag(self.version + 1))
         self.version += 1
         asyncio.run(self._sync())
         self._whole = True

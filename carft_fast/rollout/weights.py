@@ -66,6 +66,27 @@ class SamplerWeights:
                 yield [(name, part.merged(self.dtype)) for name, part in zip(names, parts, strict=True)]
 
 
+class HeldWeights:
+    """The same from a copy in host memory, handed out on `device`: made by all processes, kept by one (`keep`)."""
+
+    def __init__(self, weights: SamplerWeights, device: torch.device, *, keep: bool) -> None:
+        self.dtype, self._device, self._metadata = weights.dtype, device, weights.metadata()
+        self._groups = [
+            [(name, tensor.to("cpu", copy=True)) for name, tensor in group] for group in weights.groups() if keep
+        ]
+
+    def metadata(self) -> list[WeightInfo]:
+        return self._metadata
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for group in self.groups():
+            yield from group
+
+    def groups(self) -> Iterator[list[tuple[str, Tensor]]]:
+        for group in self._groups:
+            yield [(name, tensor.to(self._device)) for name, tensor in group]
+
+
 class _Part(NamedTuple):
     """One weight, and the LoRA layer whose product belongs on top of it."""
 

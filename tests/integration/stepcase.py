@@ -9,6 +9,7 @@ from carft_fast.advantage import Advantages
 from carft_fast.batch import derive_seed
 from carft_fast.config import Config, load_config
 from carft_fast.model import CarftModel, load_model
+from carft_fast.parallel import Learner
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
 from carft_fast.step import Experience, MiniBatch, Rows, Samples, Step, mark_common
@@ -70,6 +71,7 @@ def random_case(seed: int, verdicts: str, *, prompts: int = 12, per_prompt: int 
 
 class Parts(NamedTuple):
     policy: CarftModel
+    learner: Learner
     step: Step
     samples: Samples
     plan: list[list[MiniBatch]]
@@ -91,7 +93,13 @@ def spread_out(model: CarftModel) -> CarftModel:
 def take_apart(config: Config, case: Case, *, device: torch.device = CPU) -> Parts:
     """Everything up to the update, by the trainer's own calls. The reference is the untouched initial model."""
     policy = spread_out(load_model(config, "synthetic", device, heads=True))
-    step = Step(config, policy, Reference(config, "synthetic", policy))
+    return look_at(config, case, Learner(policy, torch.optim.SGD(policy.parameters())))
+
+
+def look_at(config: Config, case: Case, learner: Learner) -> Parts:
+    """The same with a model in training."""
+    policy, device = learner.model, learner.model.device
+    step = Step(config, learner, Reference(config, "synthetic", policy))
     seed, samples = derive_seed(0, "case"), case.samples
     if step.needs.negative:
         samples = Samples(*mark_common(samples.rollouts, samples.annotated, device), samples.sampled_logprob_C)
@@ -102,13 +110,14 @@ def take_apart(config: Config, case: Case, *, device: torch.device = CPU) -> Par
     live = step.live(samples, advantages)
     if live is not None and not all(live):
         plan = step.plan(samples, seed, live)
-    return Parts(policy, step, samples, plan, experience, score_N, advantages, live)
+    return Parts(policy, learner, step, samples, plan, experience, score_N, advantages, live)
 
 
 def update(parts: Parts, case: Case, optimizer: torch.optim.Optimizer, lr: float = 1.0) -> dict[str, float]:
     correct = [g.correct for g in case.grades]
     p = parts
-    return p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, optimizer, lr).metrics
+    p.learner.optimizer = optimizer
+    return p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, lr).metrics
 
 
 class _Recorder(torch.optim.SGD):

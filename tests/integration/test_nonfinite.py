@@ -34,7 +34,8 @@ def optimised(*, poisoned: bool, minis: slice) -> tuple[dict[str, Tensor], Any, 
         advantages.advantage_C[sum(lengths[:row])] = math.nan
     optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=1e-3, fused=True)
     correct = [g.correct for g in case.grades]
-    found = parts.step.update(parts.samples, plan, parts.experience, advantages, correct, None, optimizer, 1e-3)
+    parts.learner.optimizer = optimizer
+    found = parts.step.update(parts.samples, plan, parts.experience, advantages, correct, None, 1e-3)
     weights = {name: p.detach().clone() for name, p in parts.policy.named_parameters()}
     return weights, (found, parts), optimizer.state
 

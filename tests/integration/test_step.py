@@ -232,7 +232,11 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
     parts = take_apart(config, case)
     seen: list[int] = []
     look = parts.step._passes.look
-    monkeypatch.setattr(parts.step._passes, "look", lambda *a: (seen.append(len(a[1].prompts)), look(*a))[1])
+    monkeypatch.setattr(
+        parts.step._passes,
+        "look",
+        lambda model, rows, want: (seen.append(len(rows.prompts)), look(model, rows, want))[1],
+    )
     z_1, _ = parts.step._annotated_embeddings(case.samples.annotated)
     assert sum(seen) == 3
     torch.testing.assert_close(z_1, parts.experience.z_1_NE)

@@ -1,0 +1,233 @@
+"""A model in training and its optimizer, on one process or divided over several: DDP, FSDP2, DeepSpeed ZeRO-2 and 3.
+
+A loss here is this process's part of the whole (its normalisers count the rows of all processes), so gradients are
+summed, never averaged; where a library averages, the loss is multiplied by the number of processes first.
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from carft_fast.config import Config, StageConfig
+from carft_fast.distributed import world_size
+from carft_fast.errors import InputError
+from carft_fast.model import CarftModel
+from carft_fast.optim import build_optimizer, optimizer_step, set_learning_rate
+
+T = TypeVar("T")
+_BUCKET = 2**25
+"""Elements that one all-reduce of gradients carries (128 MiB in float32)."""
+
+
+class Learner:
+    """A whole copy of model and optimizer on every process (one process, DDP)."""
+
+    def __init__(self, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the loss's gradient. `last`: the optimizer step is next."""
+        loss.backward()
+        if last and world_size() > 1:
+            _sum_gradients(self.model)
+
+    def replace_weights(self, restored: CarftModel) -> None:
+        """Take over another model's weights, and forget the moments."""
+        self.model.load_state_dict(restored.state_dict())
+        self.optimizer.state.clear()
+
+    def step(self, lr: float, max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip, step, clear; returns the gradient norm before clipping, and 1 where it or `loss` is not finite, else 0.
+
+        In that case weights, moments and the count of steps stay as they are. `loss` is that of all processes. Both
+        are tensors: the host does not wait for the device.
+        """
+        return optimizer_step(self.model, self.optimizer, lr, max_grad_norm, loss)
+
+
+def _sum_gradients(model: nn.Module) -> None:
+    """Over all processes, in buckets. Every process has gradients for the same parameters."""
+    bucket: list[Tensor] = []
+    for gradient in [p.grad for p in model.parameters() if p.grad is not None]:
+        bucket.append(gradient)
+        if sum(g.numel() for g in bucket) >= _BUCKET:
+            _sum_bucket(bucket)
+            bucket = []
+    if bucket:
+        _sum_bucket(bucket)
+
+
+def _sum_bucket(gradients: list[Tensor]) -> None:
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+class _Root(nn.Module):
+    """What FSDP2 and DeepSpeed take for the model's forward: everything between the token ids and the loss.
+
+    Weights that no layer's own forward uses (LM head in the fused loss, the two heads) are whole inside.
+    """
+
+    def __init__(self, model: CarftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[CarftModel], T]) -> T:
+        return work(self.model)
+
+
+class ShardedLearner(Learner):
+    """FSDP2: weights, gradients and moments divided, a layer whole while it computes."""
+
+    def __init__(self, model: CarftModel, stage: StageConfig, device: torch.device) -> None:
+        shard(model, device)
+        super().__init__(model, build_optimizer(model, stage))
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        (loss * world_size()).backward()
+
+    def replace_weights(self, restored: CarftModel) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(self.model, restored.state_dict(), options=StateDictOptions(full_state_dict=True))
+        self.optimizer.state.clear()
+
+
+def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> None:
+    """Divide the model's weights over all processes, layer by layer.
+
+    In bfloat16 the layers' weights travel in it, and gradients are summed in float32. `offload` keeps the shards in
+    host memory and brings a layer to the device while it computes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    half = model.compute_dtype != torch.float32
+    precision = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    common: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (world_size(),)),
+        "reshard_after_forward": True,
+        "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
+    }
+    for layer in model.layers():
+        fully_shard(layer, mp_policy=precision, **common)
+    root = _Root(model)
+    fully_shard(root, **common)
+    model.run_through(root)
+
+
+class DeepSpeedLearner(Learner):
+    """ZeRO-2 (gradients and moments divided) or ZeRO-3 (weights as well)."""
+
+    def __init__(self, model: CarftModel, stage: StageConfig, zero: dict[str, Any]) -> None:
+        deepspeed = _import_deepspeed()
+        optimizer = build_optimizer(model, stage)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,  # not read: the boundary of a step is set below
+            "gradient_clipping": stage.max_grad_norm,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        self._engine, optimizer, _, _ = deepspeed.initialize(model=_Root(model), optimizer=optimizer, config=settings)
+        model.run_through(self._engine)
+        super().__init__(model, optimizer)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * world_size(), scale_wrt_gas=False)
+
+    def step(self, lr: float, max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """DeepSpeed clips to the stage's max_grad_norm itself, and leaves out a step whose gradient is not finite."""
+        set_learning_rate(self.optimizer, lr)
+        self._engine.step()
+        skipped = bool(self._engine.optimizer.overflow)
+        norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
+        return torch.tensor(norm, device=loss.device), torch.tensor(float(skipped), device=loss.device)
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    return deepspeed
+
+
+def strategy(config: Config) -> str:
+    """ "none" for one process, else `distributed.strategy`, where "auto" is what accelerate's launcher asks for.
+
+    Raises InputError for what this trainer does not do: FSDP 1, mixed precision by accelerate, a missing DeepSpeed.
+    """
+    if world_size() == 1:
+        return "none"
+    asked: str = config.distributed.strategy
+    if asked == "auto":
+        asked = _of_accelerate()
+    if asked in ("zero2", "zero3"):
+        try:
+            _import_deepspeed()
+        except ImportError:
+            raise InputError(
+                f'distributed.strategy "{asked}" needs DeepSpeed: pip install "carft-fast[deepspeed]"'
+            ) from None
+    return asked
+
+
+def _of_accelerate() -> str:
+    def on(name: str) -> bool:
+        return os.environ.get(name, "false").lower() in ("true", "1", "yes")
+
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision != "no":
+        raise InputError(
+            f'accelerate\'s config has mixed_precision "{precision}": set it to "no", model.compute_dtype decides here'
+        )
+    if on("ACCELERATE_USE_FSDP"):
+        if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+            raise InputError(f"accelerate's config has fsdp_version {version}: 2 is needed, see configs/accelerate")
+        return "fsdp2"
+    if on("ACCELERATE_USE_DEEPSPEED"):
+        stage = int(_accelerate_zero()["stage"])
+        if stage not in (2, 3):
+            raise InputError(f"accelerate's config has zero_stage {stage}: allowed here are 2 and 3")
+        return f"zero{stage}"
+    return "ddp"
+
+
+def _accelerate_zero() -> dict[str, Any]:
+    from accelerate.utils import DeepSpeedPlugin
+
+    zero = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
+    return {key: value for key, value in zero.items() if value != "auto"}
+
+
+def build_learner(config: Config, model: CarftModel, stage: StageConfig, device: torch.device) -> Learner:
+    """`model` with its optimizer, divided as `strategy` says."""
+    how = strategy(config)
+    if how == "fsdp2":
+        return ShardedLearner(model, stage, device)
+    if how in ("zero2", "zero3"):
+        zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": int(how[-1])}
+        return DeepSpeedLearner(model, stage, zero)
+    return Learner(model, build_optimizer(model, stage))
+
+
+def divide_frozen(config: Config, model: CarftModel, device: torch.device, *, offload: bool) -> None:
+    """A model that is not trained, divided like the one that is."""
+    how = strategy(config)
+    if how == "fsdp2":
+        shard(model, device, offload=offload)
+    elif how == "zero3":
+        zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": 3}
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+        engine, _, _, _ = _import_deepspeed().initialize(model=_Root(model), config=settings)
+        model.run_through(engine)

@@ -1,0 +1,121 @@
+"""Sampling for several processes: each samples its share of the prompts, or the main one drives the servers for all.
+
+Either way every process gets all completions. What a process samples by itself (`own`) and what they exchange
+(`exchange`) are apart, so that a share can be sampled ahead in a thread while the processes work together.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from carft_fast.distributed import each_rank, is_main, on_main, own_share, world_size
+from carft_fast.model import CarftModel
+from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.weights import HeldWeights, SamplerWeights
+
+if TYPE_CHECKING:
+    from carft_fast.rollout.vllm_server import VLLMServerEngine
+
+
+class SharedEngine:
+    """`generate` from what the subclass does alone and together."""
+
+    def own(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        """What this process samples of these prompts; asks no other process where each has all weights."""
+        raise NotImplementedError
+
+    def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
+        """All processes' `own` results in the order of the prompts, on all of them; a failure on any, too."""
+        raise NotImplementedError
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        return self.exchange(lambda: self.own(prompts, sampling, on_progress=on_progress))
+
+
+class SpreadEngine(SharedEngine):
+    """An engine in every process ("hf", "vllm"), each with its share of the prompts."""
+
+    def __init__(self, engine: RolloutEngine) -> None:
+        self._engine = engine
+
+    @property
+    def version(self) -> int:
+        return self._engine.version
+
+    def own(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        share = own_share(len(prompts))
+        own = list(prompts[share])
+        # as many everywhere: processes that share weights need each other for every token
+        own += [prompts[0]] * (-(-len(prompts) // world_size()) - len(own))
+        sampled = self._engine.generate(
+            own, dataclasses.replace(sampling, first_prompt=share.start), on_progress=on_progress
+        )
+        return sampled[: (share.stop - share.start) * sampling.samples_per_prompt]
+
+    def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
+        return [rollout for share in each_rank(own) for rollout in share]
+
+    def sync(self, model: CarftModel) -> int:
+        return self._engine.sync(model)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class LeaderEngine(SharedEngine):
+    """vLLM servers, which the main process drives; the others take part where weights are brought together."""
+
+    def __init__(self, start: "Callable[[], VLLMServerEngine]", dtype: torch.dtype) -> None:
+        """`start` is called on the main process."""
+        self._dtype = dtype
+        self._engine: VLLMServerEngine | None = None
+        on_main(lambda: self._start(start))
+        self.version = -1
+
+    def _start(self, start: "Callable[[], VLLMServerEngine]") -> None:
+        self._engine = start()
+
+    def own(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        return [] if self._engine is None else self._engine.generate(prompts, sampling, on_progress=on_progress)
+
+    def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
+        return on_main(own)
+
+    def sync(self, model: CarftModel) -> int:
+        held = None
+        if model.divided:  # servers may ask for weights more than once, when the other processes have gone on
+            held = HeldWeights(SamplerWeights(model.lm, self._dtype), model.device, keep=is_main())
+        engine = self._engine
+        self.version = on_main(lambda: 0 if engine is None else engine.sync(model, held))
+        return self.version
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
