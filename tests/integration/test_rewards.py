@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from carft_fast.config import load_config
+from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.data import load_examples
 from carft_fast.errors import InputError
