@@ -168,6 +168,8 @@ class RlConfig(StageConfig):
     """Added to a group's standard deviation where "grpo" divides by it. Source: TRL, 1e-4."""
     whiten_advantages: bool = True
     """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
+    whiten_eps: float = Field(1e-8, ge=1e-30, le=1)
+    """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
 
 
 class RewardConfig(Section):
@@ -177,16 +179,18 @@ class RewardConfig(Section):
     fn: str = ""
     """Own reward "package.module:function": (completions, examples) -> scores, in place of the answer type's; see
     docs/rewards.md. Needs partial = "constant"."""
+    correct_score: float = Field(1.0, gt=0)
+    """Score of a right answer; a score of `fn` that is at least this counts as one. Source: paper, 1."""
     tolerance: float = Field(1e-2, ge=0)
     """Largest |answer - target| that counts as correct. Source: published code, 1e-2."""
     partial: Literal["embedding", "constant"] = "embedding"
     """Score of a wrong but extractable answer: "embedding" partial_base + partial_scale * cos(z_1, z_2) (CARFT),
     "constant" partial_constant (ReFT)."""
-    partial_constant: float = Field(0.1, ge=0, le=1)
-    """Score of "constant". Source: ReFT, 0.1."""
-    partial_base: float = Field(0.2, ge=0, le=1)
-    """Middle of the scores of "embedding". Source: published code, 0.2."""
-    partial_scale: float = Field(0.1, ge=0, le=1)
+    partial_constant: float = Field(0.1, ge=0)
+    """Score of "constant", at most correct_score. Source: ReFT, 0.1."""
+    partial_base: float = Field(0.2, ge=0)
+    """Middle of the scores of "embedding", which are within 0 to correct_score. Source: published code, 0.2."""
+    partial_scale: float = Field(0.1, ge=0)
     """Their distance to the middle at cosine 1 and -1. Source: published code, 0.1."""
     latex_cpu_s: float = Field(2.0, ge=0.1, le=60)
     """Processor time a LaTeX comparison may take (seconds); one that takes longer counts as no answer."""
@@ -203,10 +207,16 @@ class RewardConfig(Section):
             raise ValueError(
                 f'fn = "{self.fn}" needs partial = "constant": its scores are taken as they are, no cosine is added'
             )
-        if not self.partial_scale <= self.partial_base <= 1 - self.partial_scale:
+        base, scale, most = self.partial_base, self.partial_scale, self.correct_score
+        if self.partial == "embedding" and not scale <= base <= most - scale:
             raise ValueError(
-                f"partial_base = {self.partial_base:g} and partial_scale = {self.partial_scale:g} let a wrong answer "
-                "score below 0 or above 1: partial_base +- partial_scale must be within 0 to 1"
+                f"partial_base = {base:g} and partial_scale = {scale:g} let a wrong answer score below 0 or above a "
+                f"right one: partial_base +- partial_scale must be within 0 to correct_score = {most:g}"
+            )
+        if self.partial == "constant" and not self.fn and self.partial_constant > most:
+            raise ValueError(
+                f"partial_constant = {self.partial_constant:g} lets a wrong answer score above a right one: at most "
+                f"correct_score = {most:g}"
             )
         return self
 
@@ -214,8 +224,10 @@ class RewardConfig(Section):
 class ContrastiveConfig(Section):
     mode: Literal["positive", "negative", "both", "none"] = "positive"
     """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have
-    in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": half of each; "none": no
-    such loss (ReFT)."""
+    in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": the two weighed by
+    negative_weight; "none": no such loss (ReFT)."""
+    negative_weight: float = Field(0.5, ge=0, le=1)
+    """Weight w of the negative signal in "both", (1 - w) * positive + w * negative. Source: published code, 0.5."""
     gradient: Literal["full", "local", "published"] = "full"
     """What carries gradient: "full" every candidate, as in the paper; "local" those of the own process, the others' are
     constants (with one process the same); "published" none, and the positive loss is summed over all rollouts."""
