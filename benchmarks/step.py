@@ -28,7 +28,8 @@ import torch
 from benchmarks.ops import RESULTS, commit
 from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config, load_config
+from carft_fast.config import Config
+from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.grading import Grader

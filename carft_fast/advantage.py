@@ -35,7 +35,8 @@ def ppo_advantages(
     assert ref_logprob_C is not None
     reward_C = kl_shaped_reward(score_B, old_logprob_C, ref_logprob_C, completion_cu, kl_coef=config.kl_coef)
     raw_C, return_C = gae(reward_C, old_value_C, completion_cu, gamma=config.gamma, lam=config.lam)
-    return Advantages(whiten(raw_C) if config.whiten_advantages else raw_C, return_C, raw_C)
+    advantage_C = whiten(raw_C, eps=config.whiten_eps) if config.whiten_advantages else raw_C
+    return Advantages(advantage_C, return_C, raw_C)
 
 
 def group_advantages(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carft_fast.config import SYNTHETIC, Config, load_config, to_toml, value_origins
+from carft_fast.config import SYNTHETIC, Config
+from carft_fast.config_io import load_config, to_toml, value_origins
 from carft_fast.errors import EngineError, InputError, RewardError, TrainingError
 from carft_fast.methods import METHODS, load_method_config
 from carft_fast.signals import Stopped

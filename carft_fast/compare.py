@@ -20,7 +20,8 @@ from rich.table import Table
 
 from carft_fast.compare_report import write_comparison
 from carft_fast.compare_stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
-from carft_fast.config import Config, replaced
+from carft_fast.config import Config
+from carft_fast.config_io import replaced
 from carft_fast.console import Console
 from carft_fast.errors import InputError
 from carft_fast.methods import METHODS, check_method, continued_sft, preset

@@ -1,20 +1,12 @@
-"""One configuration for every command: frozen pydantic models, TOML files, `--set section.key=value`.
+"""One configuration for every command: frozen pydantic models. `config_io` reads and writes them.
 
 The text under a field is its documentation: `carft-fast config` prints it beside the resolved value. "paper" means
 arXiv 2508.15868, "published code" the repository of its authors; where they differ, the field says which is used.
 """
 
-import difflib
-import json
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
-
-from carft_fast.errors import InputError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 SYNTHETIC = "synthetic"
 
@@ -176,6 +168,8 @@ class RlConfig(StageConfig):
     """Added to a group's standard deviation where "grpo" divides by it. Source: TRL, 1e-4."""
     whiten_advantages: bool = True
     """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
+    whiten_eps: float = Field(1e-8, ge=1e-30, le=1)
+    """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
 
 
 class RewardConfig(Section):
@@ -185,16 +179,18 @@ class RewardConfig(Section):
     fn: str = ""
     """Own reward "package.module:function": (completions, examples) -> scores, in place of the answer type's; see
     docs/rewards.md. Needs partial = "constant"."""
+    correct_score: float = Field(1.0, gt=0)
+    """Score of a right answer; a score of `fn` that is at least this counts as one. Source: paper, 1."""
     tolerance: float = Field(1e-2, ge=0)
     """Largest |answer - target| that counts as correct. Source: published code, 1e-2."""
     partial: Literal["embedding", "constant"] = "embedding"
     """Score of a wrong but extractable answer: "embedding" partial_base + partial_scale * cos(z_1, z_2) (CARFT),
     "constant" partial_constant (ReFT)."""
-    partial_constant: float = Field(0.1, ge=0, le=1)
-    """Score of "constant". Source: ReFT, 0.1."""
-    partial_base: float = Field(0.2, ge=0, le=1)
-    """Middle of the scores of "embedding". Source: published code, 0.2."""
-    partial_scale: float = Field(0.1, ge=0, le=1)
+    partial_constant: float = Field(0.1, ge=0)
+    """Score of "constant", at most correct_score. Source: ReFT, 0.1."""
+    partial_base: float = Field(0.2, ge=0)
+    """Middle of the scores of "embedding", which are within 0 to correct_score. Source: published code, 0.2."""
+    partial_scale: float = Field(0.1, ge=0)
     """Their distance to the middle at cosine 1 and -1. Source: published code, 0.1."""
     latex_cpu_s: float = Field(2.0, ge=0.1, le=60)
     """Processor time a LaTeX comparison may take (seconds); one that takes longer counts as no answer."""
@@ -211,10 +207,16 @@ class RewardConfig(Section):
             raise ValueError(
                 f'fn = "{self.fn}" needs partial = "constant": its scores are taken as they are, no cosine is added'
             )
-        if not self.partial_scale <= self.partial_base <= 1 - self.partial_scale:
+        base, scale, most = self.partial_base, self.partial_scale, self.correct_score
+        if self.partial == "embedding" and not scale <= base <= most - scale:
             raise ValueError(
-                f"partial_base = {self.partial_base:g} and partial_scale = {self.partial_scale:g} let a wrong answer "
-                "score below 0 or above 1: partial_base +- partial_scale must be within 0 to 1"
+                f"partial_base = {base:g} and partial_scale = {scale:g} let a wrong answer score below 0 or above a "
+                f"right one: partial_base +- partial_scale must be within 0 to correct_score = {most:g}"
+            )
+        if self.partial == "constant" and not self.fn and self.partial_constant > most:
+            raise ValueError(
+                f"partial_constant = {self.partial_constant:g} lets a wrong answer score above a right one: at most "
+                f"correct_score = {most:g}"
             )
         return self
 
@@ -222,8 +224,10 @@ class RewardConfig(Section):
 class ContrastiveConfig(Section):
     mode: Literal["positive", "negative", "both", "none"] = "positive"
     """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have
-    in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": half of each; "none": no
-    such loss (ReFT)."""
+    in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": the two weighed by
+    negative_weight; "none": no such loss (ReFT)."""
+    negative_weight: float = Field(0.5, ge=0, le=1)
+    """Weight w of the negative signal in "both", (1 - w) * positive + w * negative. Source: published code, 0.5."""
     gradient: Literal["full", "local", "published"] = "full"
     """What carries gradient: "full" every candidate, as in the paper; "local" those of the own process, the others' are
     constants (with one process the same); "published" none, and the positive loss is summed over all rollouts."""
@@ -502,157 +506,3 @@ class Config(Section):
         if (SYNTHETIC in (self.data.train, self.data.eval)) != (self.data.train == self.data.eval == SYNTHETIC):
             raise ValueError('data.train and data.eval must both be "synthetic" or neither')
         return self
-
-
-def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None) -> Config:
-    """Resolve a config from a TOML file (none: the defaults), the fields a method fixes (dotted key -> value) and
-    `section.key=value` overrides, in that order.
-
-    Raises InputError naming the key, the value seen and what is allowed.
-    """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"--config {path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--config {path}: cannot be read: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"--config {path}: not valid TOML: {error}") from None
-    _put_all(tree, preset or {})
-    for override in overrides:
-        _apply_override(tree, override)
-    return _validated(tree)
-
-
-def replaced(config: Config, values: Mapping[str, Any]) -> Config:
-    """The config with other values (dotted key -> value), checked as a whole. Raises InputError like `load_config`."""
-    tree = config.model_dump()
-    _put_all(tree, values)
-    return _validated(tree)
-
-
-def _validated(tree: dict[str, Any]) -> Config:
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise InputError("\n".join(_explain(item) for item in error.errors())) from None
-
-
-def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise InputError(f"--set {override}: expected section.key=value, for instance rl.lr=3e-7")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set model.path=my/folder
-    node = tree
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise InputError(f"--set {override}: {part} is a value, not a section")
-    node[parts[-1]] = value
-
-
-def _explain(error: Any) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location) or "config"
-    if error["type"] == "extra_forbidden":
-        known = list(_section_fields(location[:-1]))
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    if error["type"] == "value_error":  # a section's own rule, whose message starts with the field
-        return f"{key}.{message}"
-    return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
-
-
-def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
-    section: type[BaseModel] = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return {}
-        section = annotation
-    return section.model_fields
-
-
-def value_origins(
-    path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None
-) -> dict[str, str]:
-    """Where each value that is not a default comes from: dotted key -> file name, "--method" or "--set"."""
-
-    def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
-        for name, value in tree.items():
-            yield prefix + name
-            if isinstance(value, dict):
-                yield from leaves(value, f"{prefix}{name}.")
-
-    origins = dict.fromkeys(leaves(tomllib.loads(Path(path).read_text(encoding="utf-8"))), str(path)) if path else {}
-    origins |= dict.fromkeys(preset or {}, "--method")
-    return origins | {override.partition("=")[0].strip(): "--set" for override in overrides}
-
-
-def iter_fields(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
-    """Every leaf field as (dotted key, field, resolved value), top-level scalars first."""
-    fields = type(config).model_fields
-    for name in sorted(fields, key=lambda name: isinstance(getattr(config, name), Section)):
-        value = getattr(config, name)
-        if isinstance(value, Section):
-            yield from iter_fields(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, fields[name], value
-
-
-def to_toml(config: Config, *, origins: dict[str, str] | None = None) -> str:
-    """The resolved config as TOML that loads back to the same config; fields that are absent are comments.
-
-    With `origins` (see `value_origins`) every field is preceded by its documentation and followed by where its value
-    comes from.
-    """
-    lines: list[str] = []
-    section = ""
-    for key, field, value in iter_fields(config):
-        head, _, name = key.rpartition(".")
-        if head != section:
-            lines += ["", f"[{head}]"]
-            section = head
-        line = f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}"
-        if origins is not None:
-            lines += [f"# {text.strip()}" for text in (field.description or "").splitlines()]
-            line += f"  # {origins.get(key, 'default')}"
-        lines.append(line)
-    return "\n".join(lines).strip() + "\n"
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, float):
-        return repr(value)
-    return json.dumps(value, ensure_ascii=False)
-
-
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """Keys whose values differ, as `key: theirs -> ours`; how the work is divided is none of them."""
-    theirs_by_key = {key: value for key, _, value in iter_fields(theirs)}
-    return [
-        f"{key}: {theirs_by_key.get(key)!r} -> {value!r}"
-        for key, _, value in iter_fields(ours)
-        if theirs_by_key.get(key) != value and not key.startswith("distributed.")
-    ]

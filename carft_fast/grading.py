@@ -55,7 +55,8 @@ class Grader(AbstractContextManager["Grader"]):
         if self._function is not None:
             scores = self._function(list(completions), list(examples))
             return [
-                Grade(score >= 1, None, score) for score in check_scores(scores, len(completions), rule.fn, examples)
+                Grade(score >= rule.correct_score, None, score)
+                for score in check_scores(scores, len(completions), rule.fn, examples)
             ]
         pairs = list(zip(completions, (example.answer for example in examples), strict=True))
         if rule.answer_type == "latex":

@@ -227,15 +227,17 @@ class ContrastTargets(NamedTuple):
 
 
 def contrastive_loss(z_2_BPE: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
-    """The signals of `contrastive.mode`; z_2 holds the rollouts' embeddings: whole, and for the negative signal common
-    and excluded part. Rollouts that a signal is not about leave it alone; 0 where it is about none.
+    """The signals of `contrastive.mode`, weighed by `negative_weight` where there are both; z_2 holds the rollouts'
+    embeddings: whole, and for the negative signal common and excluded part. Rollouts that a signal is not about leave
+    it alone; 0 where it is about none.
     """
-    losses = []
-    if config.mode in ("positive", "both"):
-        losses.append(positive_signal(z_2_BPE[:, 0], targets, config))
-    if config.mode in ("negative", "both"):
-        losses.append(negative_signal(z_2_BPE[:, 1], z_2_BPE[:, 2], targets, config))
-    return torch.stack(losses).mean()
+    if config.mode == "positive":
+        return positive_signal(z_2_BPE[:, 0], targets, config)
+    negative = negative_signal(z_2_BPE[:, 1], z_2_BPE[:, 2], targets, config)
+    if config.mode == "negative":
+        return negative
+    positive = positive_signal(z_2_BPE[:, 0], targets, config)
+    return (1 - config.negative_weight) * positive + config.negative_weight * negative
 
 
 def positive_signal(z_2_BE: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:

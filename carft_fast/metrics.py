@@ -23,7 +23,8 @@ METRICS: dict[str, str] = {
     "cosine": "mean cos(z_1, z_2) of annotated and sampled CoT embedding, at rollout time"
     " (absent where neither loss nor reward reads it)",
     "cosine_correct": "the same over correct rollouts only; absent when there is none",
-    "reward": "mean terminal score of the rollouts (0 to 1, but for reward.fn), the KL penalty not included",
+    "reward": "mean terminal score of the rollouts (0 to reward.correct_score, but for reward.fn),"
+    " the KL penalty not included",
     "train_accuracy": "share of rollouts whose answer is correct",
     "extractable": "share of rollouts with an answer that can be read",
     "kl": "mean over completion tokens of old log-prob minus reference log-prob (nats per token)"

@@ -292,15 +292,15 @@ def same_answer(a: Answer | None, b: Answer | None, tolerance: float) -> bool:
     return a is not None and a == b
 
 
-def base_score(result: Grade, partial_score: float = 0.1) -> float:
-    """Terminal score: 1 correct, `partial_score` wrong but extractable, 0 nothing extractable. Source: ReFT.
+def base_score(result: Grade, partial_score: float = 0.1, correct_score: float = 1.0) -> float:
+    """Terminal score: `correct_score`, `partial_score` wrong but extractable, 0 nothing extractable. Source: ReFT.
 
     A user function's score is taken as it is.
     """
     if result.score is not None:
         return result.score
     if result.correct:
-        return 1.0
+        return correct_score
     return partial_score if result.extractable else 0.0
 
 

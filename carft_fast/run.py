@@ -16,7 +16,8 @@ import torch
 
 from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
-from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
+from carft_fast.config import Config, SftConfig, StageConfig
+from carft_fast.config_io import differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
 from carft_fast.distributed import is_main, on_main, world_size
 from carft_fast.errors import InputError, TrainingError

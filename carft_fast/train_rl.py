@@ -122,9 +122,10 @@ def as_samples(
 def score_rollouts(
     grades: Sequence[Grade], cosine_N: Tensor | None, config: Config, device: torch.device | None = None
 ) -> Tensor:
-    """Terminal scores float32 [N]: 1 correct, 0 nothing to extract, between them as `reward.partial` says."""
+    """Terminal scores float32 [N]: `reward.correct_score`, 0 nothing to extract, between as `reward.partial` says."""
     rule = config.reward
-    score_N = torch.tensor([base_score(g, rule.partial_constant) for g in grades], dtype=torch.float32, device=device)
+    scores = [base_score(g, rule.partial_constant, rule.correct_score) for g in grades]
+    score_N = torch.tensor(scores, dtype=torch.float32, device=device)
     if rule.partial == "constant":
         return score_N
     assert cosine_N is not None

@@ -3,7 +3,7 @@
     r_t     = [t is the sequence's last token] score - kl_coef (old_logprob_t - ref_logprob_t)
     delta_t = r_t + gamma v_{t+1} - v_t,   v after the last token = 0
     A_t     = delta_t + gamma lambda A_{t+1},   return_t = A_t + v_t
-    whiten  = (x - mean) / sqrt(var + 1e-8), var unbiased, statistics over masked tokens of every rank
+    whiten  = (x - mean) / sqrt(var + eps), var unbiased, statistics over masked tokens of every rank
 
 Source: paper section 3.2, ReFT; GAE, Schulman et al. 2016. None of the three carries gradient. Accumulation: float32
 (float64 for float64 input). Triton: one launch each, one program a sequence (whitening: one program).
@@ -28,13 +28,12 @@ from carft_kernels._runtime import (
     check_float,
     check_like,
     check_offsets,
+    check_positive,
     log_implementation,
     on_device,
     sequence_index,
     use_triton,
 )
-
-_VARIANCE_EPS = 1e-8
 
 
 def gae_reference(
@@ -62,11 +61,11 @@ def kl_shaped_reward_reference(
     return reward_T
 
 
-def whiten_reference(x_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
+def whiten_reference(x_T: Tensor, mask_T: Tensor | None = None, *, eps: float = 1e-8) -> Tensor:
     """The obvious expression, one rank, at least two tokens."""
     mask_T = torch.ones_like(x_T, dtype=torch.bool) if mask_T is None else mask_T
     counted = x_T[mask_T]
-    return torch.where(mask_T, (x_T - counted.mean()) * (counted.var() + _VARIANCE_EPS).rsqrt(), 0.0)
+    return torch.where(mask_T, (x_T - counted.mean()) * (counted.var() + eps).rsqrt(), 0.0)
 
 
 @triton.jit
@@ -221,11 +220,11 @@ def _(score_B: Tensor, old_logprob_T: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("carft::whiten", mutates_args=())
-def _whiten(x_T: Tensor, mask_T: Tensor | None, via_triton: bool) -> Tensor:
+def _whiten(x_T: Tensor, mask_T: Tensor | None, eps: float, via_triton: bool) -> Tensor:
     """This process alone."""
     log_implementation("whiten", via_triton, x_T.device.type)
     if not via_triton:
-        return _whiten_torch(x_T, mask_T, None)
+        return _whiten_torch(x_T, mask_T, eps, None)
     out_T = torch.empty_like(x_T, dtype=torch.float32)
     options: dict[str, Any] = WHITEN_CONFIG
     with on_device(x_T):
@@ -234,7 +233,7 @@ def _whiten(x_T: Tensor, mask_T: Tensor | None, via_triton: bool) -> Tensor:
             None if mask_T is None else mask_T.view(torch.uint8),
             out_T,
             len(x_T),
-            _VARIANCE_EPS,
+            eps,
             MASKED=mask_T is not None,
             **options,
         )
@@ -246,7 +245,7 @@ def _(x_T: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x_T, dtype=accumulation_dtype(x_T))
 
 
-def _whiten_torch(x_T: Tensor, mask_T: Tensor | None, group: dist.ProcessGroup | None) -> Tensor:
+def _whiten_torch(x_T: Tensor, mask_T: Tensor | None, eps: float, group: dist.ProcessGroup | None) -> Tensor:
     x_T = x_T.to(accumulation_dtype(x_T))
     if mask_T is None:
         mask_T = torch.ones_like(x_T, dtype=torch.bool)
@@ -258,7 +257,7 @@ def _whiten_torch(x_T: Tensor, mask_T: Tensor | None, group: dist.ProcessGroup |
     squares = centred_T.square().sum()
     if group is not None:
         dist.all_reduce(squares, group=group)
-    return centred_T * (squares / (count - 1).clamp(min=1) + _VARIANCE_EPS).rsqrt()
+    return centred_T * (squares / (count - 1).clamp(min=1) + eps).rsqrt()
 
 
 @torch.no_grad()
@@ -340,15 +339,21 @@ def kl_shaped_reward(
 
 @torch.no_grad()
 def whiten(
-    x_T: Tensor, mask_T: Tensor | None = None, *, group: dist.ProcessGroup | None = None, impl: Impl = "auto"
+    x_T: Tensor,
+    mask_T: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    group: dist.ProcessGroup | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Shift and scale to mean 0 and variance 1 over the masked tokens of every rank.
 
-    Equivalent on one rank: `(x - x[mask].mean()) * (x[mask].var() + 1e-8).rsqrt()`, 0 outside the mask.
+    Equivalent on one rank: `(x - x[mask].mean()) * (x[mask].var() + eps).rsqrt()`, 0 outside the mask.
 
     Args:
         x_T: float [T]; T may differ between ranks, and be 0.
         mask_T: bool [T], the tokens that count; all when None.
+        eps: added to the variance, above 0: what does not vary becomes 0.
         group: process group whose ranks share the statistics (torch operations around two all-reduces); this process
             alone when None.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
@@ -367,7 +372,8 @@ def whiten(
         check_like("mask_T", mask_T, tuple(x_T.shape), "x_T", x_T)
         check_bool("mask_T", mask_T)
         mask_T = mask_T.contiguous()
+    check_positive("eps", eps)
     via_triton = use_triton("whiten", impl, x_T)
     if group is not None:
-        return _whiten_torch(x_T, mask_T, group)
-    return _whiten(x_T.contiguous(), mask_T, via_triton)
+        return _whiten_torch(x_T, mask_T, eps, group)
+    return _whiten(x_T.contiguous(), mask_T, eps, via_triton)

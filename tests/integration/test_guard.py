@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import load_config
+from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.pipeline import prepare, train
 from carft_fast.signals import Stopped

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from benchmarks import predict
-from carft_fast.config import load_config
+from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.errors import InputError
 from carft_fast.methods import method_name

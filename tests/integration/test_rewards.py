@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from carft_fast.config import load_config
+from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.data import load_examples
 from carft_fast.errors import InputError
@@ -81,6 +81,10 @@ def test_a_run_on_programs(
         (["reward.fn=os:getcwd"], 'needs partial = "constant"'),
         (["reward.fn=no_such_module:f", "reward.partial=constant"], "no module no_such_module"),
         (["reward.partial_base=0.05"], "partial_base = 0.05"),
+        (["reward.partial_base=0.95"], "must be within 0 to correct_score = 1"),
+        (["reward.correct_score=0.25"], "must be within 0 to correct_score = 0.25"),
+        (["reward.correct_score=0.05", "reward.partial=constant"], "partial_constant = 0.1"),
+        (["reward.correct_score=0.0"], "reward.correct_score = 0.0"),
         (["reward.answer_type=prose"], "reward.answer_type"),
         (["reward.program_workers=0"], "reward.program_workers = 0"),
     ],
@@ -99,4 +103,5 @@ def test_a_function_takes_any_target(tmp_path: Path) -> None:
     path.write_text(json.dumps([{"question": "q", "answer_cot": "c", "answer_value": "a long essay"}]))
     examples, _ = load_examples(str(path), answer_type=None, require_cot=True)
     assert examples[0].answer == "a long essay"
-    assert load_config(None, ["reward.fn=a:b", "reward.partial=constant"]).reward.fn == "a:b"
+    own = ["reward.fn=a:b", "reward.partial=constant", "reward.correct_score=0.05"]
+    assert load_config(None, own).reward.fn == "a:b", "constants that are not used bound nothing"

@@ -440,9 +440,11 @@ def test_the_score_falls_on_the_last_token_truncated_or_not() -> None:
     case = random_case(16, "mixed")
     parts = take_apart(quick_config(), case)
     score = parts.score_N
+    tripled = score_rollouts(case.grades, parts.experience.cosine_N, quick_config("reward.correct_score=3.0"))
     for i, grade in enumerate(case.grades):
-        expected = 1.0 if grade.correct else 0.2 + 0.1 * float(parts.experience.cosine_N[i])
-        assert float(score[i]) == pytest.approx(expected, rel=1e-6)
+        partial = 0.2 + 0.1 * float(parts.experience.cosine_N[i])
+        assert float(score[i]) == pytest.approx(1.0 if grade.correct else partial, rel=1e-6)
+        assert float(tripled[i]) == pytest.approx(3.0 if grade.correct else partial, rel=1e-6)
     # gamma = 1, lambda = 1 and no values: every token's return is what its rollout earns from there on
     cu = parts.experience.completion_cu
     zeros = torch.zeros(parts.experience.completion_tokens)
@@ -454,6 +456,13 @@ def test_the_score_falls_on_the_last_token_truncated_or_not() -> None:
     expected = torch.full_like(zeros, -1.0)
     expected[cu[1:] - 1] += score
     torch.testing.assert_close(advantages.advantage_C, expected)
+
+
+def test_whitening_adds_its_eps_to_the_variance() -> None:
+    cu, score = torch.tensor([0, 1, 2, 3]), torch.tensor([0.0, 1.0, 0.5])
+    config = RlConfig(lam=1.0, kl_coef=0.0, whiten_eps=0.75)
+    found = ppo_advantages(score, None, None, torch.zeros(3), cu, config).advantage_C
+    torch.testing.assert_close(found, torch.tensor([-0.5, 0.5, 0.0]))  # variance 0.25, root of 1
 
 
 def test_group_advantages_by_hand() -> None:

@@ -61,7 +61,7 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
         "value_loss": (lambda x: ck.value_loss(x, a, b, weight_T=w, impl=impl), (leaf(8, T),)),
         "gae": (lambda: ck.gae(a, b, cu, gamma=0.9, lam=0.9, impl=impl), ()),
         "kl_shaped_reward": (lambda: ck.kl_shaped_reward(a[:3], a, b, cu, kl_coef=0.1, impl=impl), ()),
-        "whiten": (lambda: ck.whiten(a, mask, impl=impl), ()),
+        "whiten": (lambda: ck.whiten(a, mask, eps=0.5, impl=impl), ()),
         "lcs_mask": (lambda: ck.lcs_mask(target, cu, target.flip(0), cu, impl=impl), ()),
     }
 

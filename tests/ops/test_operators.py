@@ -442,10 +442,20 @@ def test_whiten() -> None:
     assert not ck.whiten(x, torch.zeros(50, dtype=torch.bool)).any()
 
 
-def _whiten_on_rank(rank: int, x: Tensor, sizes: list[int], port: int, results: Any) -> None:
+@pytest.mark.parametrize("eps", [1e-8, 0.5, 40.0])
+def test_whiten_adds_eps_to_the_variance(eps: float) -> None:
+    """Eps far below, about and above the variance; both dtypes of the torch path."""
+    x, mask = randn(0, 50, scale=2.0) + 3, torch.arange(50) % 3 > 0
+    expected = (x - x[mask].mean()) / (x[mask].var() + eps).sqrt() * mask
+    torch.testing.assert_close(ck.whiten(x, mask, eps=eps), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whiten_reference(x, mask, eps=eps), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ck.whiten(x.float(), mask, eps=eps).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def _whiten_on_rank(rank: int, x: Tensor, sizes: list[int], eps: float, port: int, results: Any) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=len(sizes))
-    results[rank] = ck.whiten(x.split(sizes)[rank], group=dist.group.WORLD).tolist()
+    results[rank] = ck.whiten(x.split(sizes)[rank], group=dist.group.WORLD, eps=eps).tolist()
     dist.destroy_process_group()
 
 
@@ -455,12 +465,12 @@ def test_whiten_over_ranks_of_unequal_size() -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    x, sizes = randn(0, 11), [7, 4, 0]
+    x, sizes, eps = randn(0, 11), [7, 4, 0], 0.5
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_whiten_on_rank, (x, sizes, port, results), nprocs=len(sizes), start_method="spawn")
+        mp.start_processes(_whiten_on_rank, (x, sizes, eps, port, results), nprocs=len(sizes), start_method="spawn")
         together = [value for rank in range(len(sizes)) for value in results[rank]]
-    torch.testing.assert_close(torch.tensor(together, dtype=torch.float64), ck.whiten(x))
+    torch.testing.assert_close(torch.tensor(together, dtype=torch.float64), whiten_reference(x, eps=eps))
 
 
 # --- losses on log-probs ----------------------------------------------------------------------------------------------
@@ -544,6 +554,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "gamma": (lambda: ck.gae(T3, T3, torch.tensor([0, 3]), gamma=1.5, lam=1.0), ["gamma = 1.5", "[0, 1]"]),
     "kl_coef": (lambda: ck.kl_shaped_reward(T3[:1], T3, T3, torch.tensor([0, 3]), kl_coef=-1.0), ["kl_coef = -1.0"]),
     "value clip": (lambda: ck.value_loss(T3, T3, T3, weight_T=T3, clip=0.0), ["clip = 0.0"]),
+    "eps": (lambda: ck.whiten(T3, eps=0.0), ["eps = 0.0", "above 0"]),
     "implementation": (lambda: ck.whiten(T3, impl="cuda"), ["impl = 'cuda'", "whiten", "'torch'"]),
     "other dtype": (lambda: ck.lcs_mask(I3, C3, I3.int(), C3), ["b is torch.int32", "torch.int64"]),
     "other count": (lambda: ck.lcs_mask(I3, C3, I3, torch.tensor([0, 1, 3])), ["b_cu", "(3,)", "(2,)"]),

@@ -558,12 +558,17 @@ def test_rewards_and_advantages(seed: int, lengths: list[int], gamma: float, lam
 
 
 @FEW
-@given(seed=seeds, tokens=st.integers(2, 60) | st.sampled_from([2048, 4500]), masked=st.booleans())
-def test_whiten(seed: int, tokens: int, masked: bool) -> None:
+@given(
+    seed=seeds,
+    tokens=st.integers(2, 60) | st.sampled_from([2048, 4500]),
+    masked=st.booleans(),
+    eps=st.sampled_from([1e-8, 0.5, 40.0]),
+)
+def test_whiten(seed: int, tokens: int, masked: bool, eps: float) -> None:
     x = randn(seed, tokens, scale=4).float().to(DEVICE) + 3
     mask = torch.arange(tokens, device=DEVICE) % 3 < 2 if masked else None
-    ours = ck.whiten(x, mask, impl="triton")
-    torch.testing.assert_close(ours.double(), whiten_reference(x.double(), mask), rtol=1e-5, atol=1e-5)
+    ours = ck.whiten(x, mask, eps=eps, impl="triton")
+    torch.testing.assert_close(ours.double(), whiten_reference(x.double(), mask, eps=eps), rtol=1e-5, atol=1e-5)
     few = torch.full((4,), 2.0, device=DEVICE)
     assert not ck.whiten(few, impl="triton").any()
     assert not ck.whiten(x[:0], impl="triton").any()

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config, SftConfig, differences, iter_fields, load_config, to_toml, value_origins
+from carft_fast.config import Config, SftConfig
+from carft_fast.config_io import differences, iter_fields, load_config, to_toml, value_origins
 from carft_fast.evaluate import wilson_interval
 from carft_fast.optim import learning_rate
 
@@ -51,7 +52,12 @@ def test_defaults_are_those_of_the_paper() -> None:
     rl = config.rl
     assert (rl.lr, rl.batch_size, rl.ppo_epochs, rl.kl_coef, rl.value_coef) == (3e-7, 64, 2, 0.05, 5.0)
     assert (rl.gamma, rl.lam, rl.clip_low, rl.clip_high, rl.value_clip) == (1.0, 0.95, 0.2, 0.2, 0.2)
+    assert rl.whiten_eps == 1e-8
+    reward = config.reward
+    scores = (reward.correct_score, reward.partial_constant, reward.partial_base, reward.partial_scale)
+    assert scores == (1.0, 0.1, 0.2, 0.1)
     contrastive = config.contrastive
+    assert contrastive.negative_weight == 0.5
     assert (contrastive.temperature, contrastive.coef, contrastive.positive_clamp) == (0.2, 1e-3, 0.9)
     sampling = config.rollout
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 1.0, 0)

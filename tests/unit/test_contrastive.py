@@ -92,11 +92,19 @@ def test_negative_signal_is_the_papers(seed: int) -> None:
     assert not gradients[0][:, 0].any(), "the whole completion takes no part"
 
 
-def test_both_signals_are_their_mean() -> None:
+def test_both_signals_are_their_weighted_mean() -> None:
+    """A half of each by default; a weight has no say where only one signal is there."""
     z_2, targets = random_targets(3)
     one, other, both = (contrastive_loss(z_2, targets, settings(mode=m)) for m in ("positive", "negative", "both"))
     torch.testing.assert_close(both, (one + other) / 2)
     assert float(one.detach()) != pytest.approx(float(other.detach()))
+    for weight, expected in ((0.0, one), (0.3, 0.7 * one + 0.3 * other), (1.0, other)):
+        found = contrastive_loss(z_2, targets, settings(mode="both", negative_weight=weight))
+        torch.testing.assert_close(found, expected)
+        gradients = [torch.autograd.grad(x, z_2, retain_graph=True)[0] for x in (found, expected)]
+        torch.testing.assert_close(*gradients)
+    for mode, alone in (("positive", one), ("negative", other)):
+        assert torch.equal(contrastive_loss(z_2, targets, settings(mode=mode, negative_weight=0.3)), alone)
 
 
 def test_published_negatives_carry_no_gradient() -> None:

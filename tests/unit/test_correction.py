@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carft_fast.batch import pack
-from carft_fast.config import load_config
+from carft_fast.config_io import load_config
 from carft_fast.errors import InputError
 from carft_fast.losses import (
     Normaliser,

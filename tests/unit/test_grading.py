@@ -48,6 +48,13 @@ def test_the_function_of_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ]
 
 
+@pytest.mark.parametrize(("correct_score", "correct"), [(0.5, [False, True, True]), (2.0, [False, False, False])])
+def test_a_functions_score_is_correct_from_correct_score_on(correct_score: float, correct: list[bool]) -> None:
+    grades = graded(["a", "b", "c"], ["1"] * 3, fn=fn([0.4, 0.5, 1.5]), partial="constant", correct_score=correct_score)
+    assert [g.correct for g in grades] == correct
+    assert [g.score for g in grades] == [0.4, 0.5, 1.5], "taken as they are"
+
+
 def test_latex_survives_what_never_ends() -> None:
     """The second does not end; the third is graded after a restart."""
     answers = [r"\frac{1}{2}", "9^{9^{9^9}}", "x^2+2x+1", "I do not know", "7"]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from carft_fast.batch import PackedBatch, chunks, epoch_rows, pack, sequence_mean_weights
-from carft_fast.config import Config, load_config
+from carft_fast.config import Config
+from carft_fast.config_io import load_config
 from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
 from carft_fast.reward import Grade

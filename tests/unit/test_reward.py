@@ -180,6 +180,8 @@ def test_scores() -> None:
         return base_score(grade(f"\nTherefore, the answer is: {text}", "5", answer_type="numeric"))
 
     assert (score("5.01"), score("5.02"), score("what")) == (1.0, 0.1, 0.0)
+    right = grade("\nTherefore, the answer is: 5", "5", answer_type="numeric")
+    assert base_score(right, partial_score=0.5, correct_score=2.5) == 2.5
     assert embedding_partial_score(-1.0) == pytest.approx(0.1)
     assert embedding_partial_score(1.0) == pytest.approx(0.3)
 

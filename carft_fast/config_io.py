@@ -1,0 +1,168 @@
+"""The configuration in and out: TOML files, `--set section.key=value`, what differs, where a value comes from."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from carft_fast.config import Config, Section
+from carft_fast.errors import InputError
+
+
+def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None) -> Config:
+    """Resolve a config from a TOML file (none: the defaults), the fields a method fixes (dotted key -> value) and
+    `section.key=value` overrides, in that order.
+
+    Raises InputError naming the key, the value seen and what is allowed.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        try:
+            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"--config {path}: no such file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--config {path}: cannot be read: {error}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise InputError(f"--config {path}: not valid TOML: {error}") from None
+    _put_all(tree, preset or {})
+    for override in overrides:
+        _apply_override(tree, override)
+    return _validated(tree)
+
+
+def replaced(config: Config, values: Mapping[str, Any]) -> Config:
+    """The config with other values (dotted key -> value), checked as a whole. Raises InputError like `load_config`."""
+    tree = config.model_dump()
+    _put_all(tree, values)
+    return _validated(tree)
+
+
+def _validated(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = value
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise InputError(f"--set {override}: expected section.key=value, for instance rl.lr=3e-7")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string: --set model.path=my/folder
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise InputError(f"--set {override}: {part} is a value, not a section")
+    node[parts[-1]] = value
+
+
+def _explain(error: Any) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        known = list(_section_fields(location[:-1]))
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    if error["type"] == "value_error":  # a section's own rule, whose message starts with the field
+        return f"{key}.{message}"
+    return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
+
+
+def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
+    section: type[BaseModel] = Config
+    for part in location:
+        annotation = section.model_fields[part].annotation
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return {}
+        section = annotation
+    return section.model_fields
+
+
+def value_origins(
+    path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Where each value that is not a default comes from: dotted key -> file name, "--method" or "--set"."""
+
+    def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[str]:
+        for name, value in tree.items():
+            yield prefix + name
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+
+    origins = dict.fromkeys(leaves(tomllib.loads(Path(path).read_text(encoding="utf-8"))), str(path)) if path else {}
+    origins |= dict.fromkeys(preset or {}, "--method")
+    return origins | {override.partition("=")[0].strip(): "--set" for override in overrides}
+
+
+def iter_fields(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
+    """Every leaf field as (dotted key, field, resolved value), top-level scalars first."""
+    fields = type(config).model_fields
+    for name in sorted(fields, key=lambda name: isinstance(getattr(config, name), Section)):
+        value = getattr(config, name)
+        if isinstance(value, Section):
+            yield from iter_fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, fields[name], value
+
+
+def to_toml(config: Config, *, origins: dict[str, str] | None = None) -> str:
+    """The resolved config as TOML that loads back to the same config; fields that are absent are comments.
+
+    With `origins` (see `value_origins`) every field is preceded by its documentation and followed by where its value
+    comes from.
+    """
+    lines: list[str] = []
+    section = ""
+    for key, field, value in iter_fields(config):
+        head, _, name = key.rpartition(".")
+        if head != section:
+            lines += ["", f"[{head}]"]
+            section = head
+        line = f"# {name} is not set" if value is None else f"{name} = {_toml_value(value)}"
+        if origins is not None:
+            lines += [f"# {text.strip()}" for text in (field.description or "").splitlines()]
+            line += f"  # {origins.get(key, 'default')}"
+        lines.append(line)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Keys whose values differ, as `key: theirs -> ours`; how the work is divided is none of them."""
+    theirs_by_key = {key: value for key, _, value in iter_fields(theirs)}
+    return [
+        f"{key}: {theirs_by_key.get(key)!r} -> {value!r}"
+        for key, _, value in iter_fields(ours)
+        if theirs_by_key.get(key) != value and not key.startswith("distributed.")
+    ]
