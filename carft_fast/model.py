@@ -259,15 +259,6 @@ class CarftModel(nn.Module):
         if self.heads is not None:
             self.heads.save(folder)
 
-    def save_trained(self, folder: Path) -> None:
-        """What a checkpoint needs: with LoRA the adapters alone (a folder peft reads), else `save`."""
-        if self.has_adapters:
-            self.lm.save_pretrained(folder)
-            assert self.heads is not None
-            self.heads.save(folder)
-        else:
-            self.save(folder)
-
 
 def resolve_device(name: str) -> torch.device:
     if name == "auto":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from carft_fast.batch import derive_seed, epoch_rows
-from carft_fast.checkpoint import CheckpointStore, load_optimizer
+from carft_fast.checkpoint import CheckpointStore, has_sharded, load_trained
 from carft_fast.config import Config, SftConfig, StageConfig, differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
 from carft_fast.errors import InputError, TrainingError
@@ -65,7 +65,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.metrics = MetricsLog(self.folder)
-        self.store = CheckpointStore(self.folder / "checkpoints", self.config.output.keep_last)
+        self.store = CheckpointStore(self.folder / "checkpoints", self.config, self.console.log)
         self._engine: RolloutEngine | None = None
 
     def open(self, stages: Sequence[str], *, resume: bool) -> None:
@@ -141,6 +141,7 @@ class Run:
             self._engine = None
         self.grader.close()
         self.metrics.close()
+        self.store.close()
 
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""
@@ -206,12 +207,13 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         checkpoint = run.store.latest(stage)
         trained, self._step = checkpoint or (None, 0)
         with run.timer("load"):
-            self.model: CarftModel = load_model(run.config, model_path, run.device, heads=True, trained=trained)
+            plain = None if trained is not None and has_sharded(trained) else trained
+            self.model: CarftModel = load_model(run.config, model_path, run.device, heads=True, trained=plain)
             self.optimizer = build_optimizer(self.model, config)
             if checkpoint:
-                load_optimizer(checkpoint[0], self.model, self.optimizer)
+                load_trained(checkpoint[0], self.model, self.optimizer)
         run.metrics.rewind(stage, self._step)
-        self._ends_at = stopped_at(run.metrics.records)
+        self._ends_at = stopped_at(run.metrics.find(stage, "guard"))
         if checkpoint:
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
         self._current_engine: Callable[[], RolloutEngine] | None = None
@@ -228,6 +230,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 best = self._evaluate_if_due()
                 if best or self._due(self._config.save_every):
                     self._save(best=best)
+                run.store.check()
                 run.stop.check()
                 if self._step in (self.total_steps, self._ends_at):
                     return
@@ -240,6 +243,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     ) -> None:
         if isinstance(error, Stopped):
             path = self._save()
+        if error is None or isinstance(error, Stopped):
+            self._run.store.wait()
+        if isinstance(error, Stopped):
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
 
     def report_skipped(self, rows: list[dict[str, Any]]) -> None:
@@ -296,11 +302,12 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             self._ends_at = done
         else:
             event["to"] = str(best or self._model_path)
-            restored = load_model(run.config, self._model_path, run.device, heads=True, trained=best)
+            plain = None if best is not None and has_sharded(best) else best
+            restored = load_model(run.config, self._model_path, run.device, heads=True, trained=plain)
             self.model.load_state_dict(restored.state_dict())
             self.optimizer.state.clear()
             if best:
-                load_optimizer(best, self.model, self.optimizer)
+                load_trained(best, self.model, self.optimizer)
         run.metrics.log(self._stage, "guard", done, event, {})
         run.console.log(f"{self._stage} step {done}: collapse, {cause}: {event['action']} {event.get('to', '')}")
         return not stop
@@ -327,6 +334,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 self.model,
                 run.tokenizer,
                 self.optimizer,
+                model_path=self._model_path,
                 seed=run.config.seed,
                 best=best,
             )
