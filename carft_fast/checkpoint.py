@@ -1,35 +1,72 @@
-"""Checkpoints that a kill cannot spoil: written beside, made durable, then renamed into place.
+"""Checkpoints: what a run needs to go on, whole or not there at all, and checked before it is believed.
 
-A checkpoint is a plain Hugging Face model folder (with LoRA: the adapters, as peft saves them) with the two heads,
-`optimizer.safetensors` (AdamW moments by parameter
-name) and `trainer_state.json`. Data order, dropout-free training, sampling seeds and the learning rate are
+A checkpoint of one process, or of several with the same weights, is a plain Hugging Face model folder (with LoRA: the
+adapters, as peft saves them) with the two heads and `optimizer.safetensors`, AdamW's moments by parameter name. Where
+the parameters are sharded (FSDP2), `sharded/` holds weights and moments in their place, as torch.distributed.checkpoint
+writes them in safetensors, readable by any number of processes. Beside them: tokenizer, `config.toml` of the run,
+`trainer_state.json`, `manifest.json`. Data order, dropout-free training, sampling seeds and the learning rate are
 functions of (seed, stage, step), so seed and step are all the random and scheduler state there is.
 """
 
 import json
 import os
+import re
 import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from carft_fast.config import Config
+from carft_fast.config_io import to_toml
+from carft_fast.distributed import on_main, rank, world_size
 from carft_fast.errors import InputError
-from carft_fast.files import TEMPORARY, remove_folder, write_folder
-from carft_fast.model import CarftModel
+from carft_fast.files import (
+    TEMPORARY,
+    discarded_on_error,
+    find_damage,
+    publish,
+    remove_folder,
+    set_aside,
+    temporary_of,
+    writing,
+)
+from carft_fast.model import HEADS_CONFIG, HEADS_WEIGHTS, CarftModel
 
 STATE_FILE = "trainer_state.json"
+RUN_CONFIG_FILE = "config.toml"
 OPTIMIZER_FILE = "optimizer.safetensors"
-FORMAT = 1
+SHARDED = "sharded"
+FORMAT = 2
+STAGES = ("sft", "rl")
+"""In the order of a run."""
+
+_NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+Tensors = dict[str, Tensor]
+T = TypeVar("T")
 
 
 class CheckpointStore:
-    """`folder/<stage>-<step>` folders, `folder/best` a link to the best evaluated one."""
+    """`folder/<stage>-<step>` folders, `folder/best` a link to the best evaluated one.
 
-    def __init__(self, folder: Path, keep_last: int) -> None:
+    In a process group every rank calls every method, with the same arguments; what one of them raises, all raise.
+    """
+
+    def __init__(self, folder: Path, config: Config, log: Callable[[str], None]) -> None:
         self._folder = folder
-        self._keep_last = keep_last
+        self._config = config
+        self._log = log
+        self._writer: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def save(
         self,
@@ -39,43 +76,115 @@ class CheckpointStore:
         tokenizer: Any,
         optimizer: torch.optim.Optimizer,
         *,
+        model_path: str,
         seed: int,
         best: bool = False,
+        whole: dict[str, Tensors] | None = None,
     ) -> Path:
-        """Write the state after `step` steps of `stage`; `best` also points the best link at it."""
+        """Write the state after `step` steps of `stage`; `best` also points the best link at it.
 
-        def write(folder: Path) -> None:
-            model.save_trained(folder)
-            tokenizer.save_pretrained(folder)
-            save_file(_optimizer_tensors(model, optimizer), folder / OPTIMIZER_FILE)
-            state = {"format": FORMAT, "stage": stage, "step": step, "seed": seed}
-            (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
-
-        self._folder.mkdir(parents=True, exist_ok=True)
+        `model_path` is what the stage began with. `whole` is `Learner.gather_state`. With output.async_save it returns
+        when the tensors are copied to the host; `wait` tells how the write went.
+        """
+        self.wait()
         target = self._folder / f"{stage}-{step:06d}"
-        if not target.exists():  # the same step of the same run holds the same bits
-            write_folder(target, write)
-        if best:
-            link = self._folder / f"{TEMPORARY}best"
-            link.unlink(missing_ok=True)
-            link.symlink_to(target.name)
-            os.replace(link, self._folder / "best")
-        self._rotate(newest=target)
+        if self._on_main(target.exists):  # the same step of the same run holds the same bits
+            self._on_main(lambda: self._settle(target, best))
+            return target
+        sharded = any(_is_sharded(parameter) for parameter in model.parameters())
+        contents: dict[str, Tensors] = {}
+        if sharded:
+            contents = {SHARDED: _sharded_tensors(model, optimizer)}
+        elif rank() == 0:
+            contents = whole or _plain_tensors(model, optimizer)
+        needed_bytes = sum(t.numel() * t.element_size() for part in contents.values() for t in part.values())
+        if self._config.output.async_save:
+            contents = {name: _host_copy(part) for name, part in contents.items()}
+
+        temporary = temporary_of(target)
+
+        def begin() -> None:
+            """The small files, before the trainer goes on: it uses the tokenizer."""
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            tokenizer.save_pretrained(temporary)
+            (temporary / RUN_CONFIG_FILE).write_text(to_toml(self._config), encoding="utf-8")
+            start = _portable(model_path, self._folder)
+            state = {"format": FORMAT, "stage": stage, "step": step, "seed": seed, "model_path": start}
+            (temporary / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+            if sharded:
+                _write_description(temporary, model)
+
+        def finish() -> None:
+            if not sharded:
+                _write_plain(temporary, model, contents)
+            publish(temporary, target)
+            self._settle(target, best)
+
+        def write() -> None:
+            with writing(target, needed_bytes), discarded_on_error(temporary):
+                if sharded:
+                    _write_sharded(temporary / SHARDED, contents[SHARDED], self._group)
+                self._on_main(finish)
+
+        with writing(target, needed_bytes), discarded_on_error(temporary):
+            self._on_main(begin)
+        if self._config.output.async_save:
+            self._writer = self._writer or ThreadPoolExecutor(1, "checkpoint")
+            self._pending = self._writer.submit(write)
+        else:
+            write()
         return target
 
+    def wait(self) -> None:
+        """Until the save under way is on disk; raises what went wrong with it."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def check(self) -> None:
+        """Raise what went wrong with a save that has ended. With several ranks `save` and `wait` do, on all at once."""
+        if self._pending is not None and self._pending.done() and world_size() == 1:
+            self.wait()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.shutdown()
+                self._writer = None
+
     def latest(self, stage: str) -> tuple[Path, int] | None:
-        """The newest checkpoint of a stage and the number of steps it has done."""
-        found = [(path, _read_state(path)) for path in self._all() if path.name.startswith(f"{stage}-")]
-        if not found:
+        """The newest whole checkpoint of a stage and the number of steps it has done; damaged ones are set aside."""
+
+        def find() -> tuple[Path, int] | None:
+            found = [path for path in self._all() if path.name.startswith(f"{stage}-")]
+            for path in reversed(found):
+                if self._is_whole(path):
+                    return path, int(read_state(path)["step"])
+            if found:
+                self._log(f"{stage}: no whole checkpoint is left, the stage starts from its beginning")
             return None
-        path, state = max(found, key=lambda item: item[1]["step"])
-        return path, int(state["step"])
+
+        self.wait()
+        return self._on_main(find)
 
     def best(self, stage: str) -> Path | None:
-        """The best evaluated checkpoint, where it is one of this stage."""
-        link = self._folder / "best"
-        target = self._folder / os.readlink(link) if link.is_symlink() else None
-        return target if target is not None and target.name.startswith(f"{stage}-") else None
+        """The best evaluated checkpoint, where it is one of this stage and whole."""
+
+        def find() -> Path | None:
+            target = self._best_target()
+            if target is None or not target.name.startswith(f"{stage}-"):
+                return None
+            return target if self._is_whole(target) else None
+
+        self.wait()
+        return self._on_main(find)
+
+    def has_model(self, folder: Path) -> bool:
+        """Whether the model that a stage ended with is there, and whole; a damaged one is set aside."""
+        return self._on_main(lambda: folder.is_dir() and self._is_whole(folder))
 
     def clean(self) -> None:
         """Remove what a killed write left behind."""
@@ -83,43 +192,215 @@ class CheckpointStore:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _all(self) -> list[Path]:
+        """Oldest first."""
         if not self._folder.is_dir():
             return []
-        return sorted(p for p in self._folder.iterdir() if (p / STATE_FILE).is_file() and not p.is_symlink())
+        found = (path for path in self._folder.iterdir() if path.is_dir() and not path.is_symlink())
+        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order)
 
-    def _rotate(self, newest: Path) -> None:
+    def _best_target(self) -> Path | None:
         link = self._folder / "best"
-        best = (self._folder / os.readlink(link)) if link.is_symlink() else None
-        by_age = sorted(self._all(), key=lambda path: path.stat().st_mtime_ns)
-        for path in by_age[: -self._keep_last]:
-            if path not in (best, newest):
+        return self._folder / os.readlink(link) if link.is_symlink() else None
+
+    def _settle(self, target: Path, best: bool) -> None:
+        """After a checkpoint is in its place: the best link, then room for the next one."""
+        if best:
+            link = self._folder / f"{TEMPORARY}best"
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.name)
+            os.replace(link, self._folder / "best")
+        earlier = [path for path in self._all() if path != target]
+        places = self._config.output.keep_last - 1
+        # one of those that stay must be good for certain: what is damaged is set aside and gives its place to an older
+        while places and earlier[:-places] and not any(self._is_whole(path) for path in earlier[-places:]):
+            earlier = [path for path in earlier if path.exists()]
+        for path in earlier[:-places] if places else earlier:
+            if path != self._best_target():
                 remove_folder(path)
+
+    def _is_whole(self, folder: Path) -> bool:
+        """False for a folder that differs from its manifest: it is set aside, and the console told."""
+        damage = find_damage(folder)
+        if damage is None:
+            return True
+        link = self._folder / "best"
+        was_best = self._best_target() == folder
+        self._log(f"{folder} is damaged: {damage}. It is kept as {set_aside(folder).name} and not used")
+        if was_best:
+            link.unlink()
+            self._log("It was the best evaluated checkpoint: there is none until a better evaluation")
+        return False
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        if world_size() > 1 and self._group is None:
+            self._group = dist.new_group(backend="gloo")  # of the store's own: a thread of its own uses it
+        return on_main(work, self._group)
+
+
+def has_sharded(folder: Path) -> bool:
+    """Whether weights and optimizer are for `load_sharded`; else for `load_model` and `load_optimizer`."""
+    return (folder / SHARDED).is_dir()
+
+
+def load_sharded(folder: Path, model: CarftModel, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Put weights and AdamW moments of a sharded checkpoint into a model, sharded over any number of ranks or plain.
+
+    With LoRA the model holds the weights of its start already: the checkpoint has adapters and heads.
+    """
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    reader = HuggingFaceStorageReader(str(folder / SHARDED))
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+    for name, parameter in model.named_parameters():
+        if optimizer is not None and f"optimizer.{name}.exp_avg" in saved:
+            state = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
+            state = {"step": torch.zeros((), device=_step_device(parameter, optimizer)), **state}
+            optimizer.state[parameter] = state
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    if missing := sorted(tensors.keys() - saved.keys()):
+        raise InputError(f"{folder / SHARDED}: {missing[0]} is missing: it is a checkpoint of another model")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(tensors, storage_reader=reader, no_dist=world_size() == 1)
 
 
 def load_optimizer(folder: Path, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put saved AdamW moments back, by parameter name."""
+    """Put the AdamW moments of a plain checkpoint back, by parameter name; each rank takes its part of them."""
     tensors = load_file(folder / OPTIMIZER_FILE)
     for name, parameter in model.named_parameters():
-        state: dict[str, torch.Tensor] = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
+        state: Tensors = {}
+        for key in ("step", *MOMENTS):
             if (saved := tensors.get(f"{name}/{key}")) is not None:
                 # clone: memory of torch's own allocator has the alignment an uninterrupted run has, so kernels take
                 # the same path and the bits agree
-                state[key] = saved.clone().to(parameter.device if key != "step" else saved.device)
+                saved = saved.clone()
+                if key == "step":
+                    state[key] = saved.to(_step_device(parameter, optimizer))
+                else:
+                    state[key] = _placed_like(parameter, saved.to(parameter.device))
         if state:
             optimizer.state[parameter] = state
 
 
-def _optimizer_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def load_trained(folder: Path, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
+    """What `load_model` does not read of a checkpoint: the optimizer, and weights that are sharded."""
+    if has_sharded(folder):
+        load_sharded(folder, model, optimizer)
+    else:
+        load_optimizer(folder, model, optimizer)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """trainer_state.json; `model_path` as a path from here. Raises InputError for another version's."""
+    state = json.loads((folder / STATE_FILE).read_text())
+    if state.get("format") != FORMAT:
+        raise InputError(f"{folder / STATE_FILE}: format {state.get('format')!r}; this version reads {FORMAT}")
+    if state["model_path"].startswith(os.pardir):
+        state["model_path"] = os.path.normpath(folder.resolve().parent / state["model_path"])
+    return state
+
+
+def _portable(model_path: str, store: Path) -> str:
+    """Relative to the store for a folder of the same run, which may be moved; absolute for another folder."""
+    if not Path(model_path).is_dir():
+        return model_path  # a Hub id, or "synthetic"
+    path = Path(model_path).resolve()
+    return os.path.relpath(path, store.resolve()) if path.is_relative_to(store.resolve().parent) else str(path)
+
+
+def _order(path: Path) -> tuple[int, int]:
+    """Stage and step. Not the time of writing: clocks jump."""
+    stage, step = path.name.rsplit("-", 1)
+    return STAGES.index(stage), int(step)
+
+
+def _trained(model: CarftModel) -> Tensors:
+    """What training changes, by name: with LoRA adapters and heads, else every weight; tied ones once."""
+    state = model.state_dict()
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad or not model.has_adapters]
+    if not model.has_adapters:
+        names += [name for name, _ in model.named_buffers() if name in state]
+    return {name: state[name] for name in names}
+
+
+def _optimizer_state(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[tuple[str, str], Tensor]:
+    """AdamW's tensors by (parameter name, "step" or a moment)."""
     return {
-        f"{name}/{key}": value.detach().cpu().contiguous()
+        (name, key): value.detach()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
-    state = json.loads((folder / STATE_FILE).read_text())
-    if state.get("format") != FORMAT:
-        raise InputError(f"{folder / STATE_FILE}: format {state.get('format')!r}; this version reads {FORMAT}")
-    return state
+def _plain_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
+    assert model.heads is not None
+    moments = {f"{name}/{key}": value for (name, key), value in _optimizer_state(model, optimizer).items()}
+    return {"lm": model.lm.state_dict(), "heads": model.heads.state_dict(), "optimizer": moments}
+
+
+def _write_plain(folder: Path, model: CarftModel, contents: Mapping[str, Tensors]) -> None:
+    assert model.heads is not None
+    model.lm.save_pretrained(folder, state_dict=contents["lm"])  # with LoRA: the adapters of it
+    save_file(_on_host(contents["heads"]), folder / HEADS_WEIGHTS)
+    save_file(_on_host(contents["optimizer"]), folder / OPTIMIZER_FILE)
+    (folder / HEADS_CONFIG).write_text(json.dumps(model.heads.description, indent=2) + "\n")
+
+
+def _sharded_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> Tensors:
+    weights = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+    moments = {f"optimizer.{name}.{key}": value for (name, key), value in _optimizer_state(model, optimizer).items()}
+    return weights | moments
+
+
+def _write_sharded(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
+    """Every rank its part."""
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    save(tensors, storage_writer=writer, process_group=group)
+
+
+def _write_description(folder: Path, model: CarftModel) -> None:
+    """What a sharded checkpoint's model is built from."""
+    assert model.heads is not None
+    model.lm.config.save_pretrained(folder)
+    if model.lm.can_generate():
+        model.lm.generation_config.save_pretrained(folder)
+    (folder / HEADS_CONFIG).write_text(json.dumps(model.heads.description, indent=2) + "\n")
+
+
+def _on_host(tensors: Tensors) -> Tensors:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _host_copy(tensors: Tensors) -> Tensors:
+    """A copy that training does not change. What shares memory shares it again: tied weights are saved once."""
+    copies: dict[Any, Tensor] = {}
+    result = {}
+    for name, tensor in tensors.items():
+        same = name if _is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if same not in copies:
+            copies[same] = tensor.to("cpu", copy=True)
+        result[name] = copies[same]
+    return result
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """A DTensor, of FSDP2."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, where the parameter is sharded."""
+    if not _is_sharded(parameter):
+        return whole
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def _step_device(parameter: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:
+    """Where AdamW counts its steps: beside the parameter if fused."""
+    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

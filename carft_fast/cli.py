@@ -184,6 +184,18 @@ def serve(
     run_server(load_config(config, ['rollout.engine="vllm-server"', *(overrides or ())]), host, port)
 
 
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Any checkpoint of a run: runs/<name>/checkpoints/<stage>-<step>.")],
+    folder: Annotated[str, typer.Argument(help="New or empty folder.")],
+) -> None:
+    """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
+    from carft_fast.export import export_checkpoint
+
+    export_checkpoint(Path(checkpoint), Path(folder))
+    typer.echo(f"model: {folder}")
+
+
 @app.command("config")
 def show_config(config: ConfigFile = None, method: Method = None, overrides: Overrides = None) -> None:
     """Print the resolved config as TOML, every field with its meaning and where its value comes from."""

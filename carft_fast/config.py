@@ -409,6 +409,8 @@ class OutputConfig(Section):
     """Checkpoints kept, newest first; the best one is kept as well."""
     samples_per_step: int = Field(8, ge=0)
     """Sample completions with rewards written per RL step."""
+    async_save: bool = False
+    """Checkpoints are written while training goes on, from a copy of weights and optimizer in host memory."""
 
 
 class Config(Section):

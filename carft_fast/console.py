@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from carft_fast.distributed import is_main
+from carft_fast.files import writing
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -116,5 +117,5 @@ class Console:
     def _append(self, message: str) -> None:
         if self._log_path is not None and is_main():
             stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-            with self._log_path.open("a", encoding="utf-8") as file:
+            with writing(self._log_path), self._log_path.open("a", encoding="utf-8") as file:
                 file.write(f"{stamp}  {message}\n")

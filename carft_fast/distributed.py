@@ -7,6 +7,7 @@ all, and only forwards, backwards and sampling are divided.
 
 import datetime
 import os
+import pickle
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -57,13 +58,13 @@ def each_rank(work: Callable[[], T]) -> list[T]:
     try:
         outcome = work(), None
     except Exception as error:
-        outcome = None, error
+        outcome = None, _sendable(error)
     outcomes: list[Any] = [None] * world_size()
     dist.all_gather_object(outcomes, outcome)
     return [_result(*found) for found in outcomes]
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """What `work` returned on the main process, which alone runs it, on every process; so is its failure."""
     if world_size() == 1:
         return work()
@@ -72,9 +73,17 @@ def on_main(work: Callable[[], T]) -> T:
         try:
             outcome = [(work(), None)]
         except Exception as error:
-            outcome = [(None, error)]
-    dist.broadcast_object_list(outcome)
+            outcome = [(None, _sendable(error))]
+    dist.broadcast_object_list(outcome, src=0, group=group)
     return _result(*outcome[0])
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _result(value: Any, error: BaseException | None) -> Any:

@@ -24,7 +24,7 @@ class EngineError(RuntimeError):
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: its gradients stopped being finite.
+    """Training cannot go on: its gradients stopped being finite, or a disk takes no more.
 
     The command line prints the message alone and exits with 1; --resume goes on from the last checkpoint.
     """

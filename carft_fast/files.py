@@ -1,20 +1,63 @@
-"""Writes that a kill cannot spoil: beside the target, made durable, then renamed into place."""
+"""Writes that a kill cannot spoil, folders that show damage, and disks that are full.
 
+A folder is written beside its place, sealed with a manifest of its files, made durable, then renamed. What a kill
+leaves has a name that begins with TEMPORARY; what a disk loses later is a difference from the manifest.
+"""
+
+import errno
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+
+from carft_fast.errors import TrainingError
 
 TEMPORARY = ".writing-"
 """What the name of an unfinished file or folder begins with."""
+DAMAGED = "damaged-"
+"""What the name of a folder that was set aside begins with."""
+MANIFEST = "manifest.json"
+"""Size in bytes and SHA-256 of every other file of a folder; the last file written."""
+
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_HASHING_THREADS = 8
 
 
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder through `write` and move it to `target`, all or nothing; an existing `target` is replaced."""
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
+def write_folder(target: Path, write: Callable[[Path], None], needed_bytes: int | None = None) -> None:
+    """Fill a folder through `write` and move it to `target`, all or nothing; an existing `target` is replaced.
+
+    Raises TrainingError where the disk refuses, `needed_bytes` in its message.
+    """
+    temporary = temporary_of(target)
+    with writing(target, needed_bytes), discarded_on_error(temporary):
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        publish(temporary, target)
+
+
+def temporary_of(target: Path) -> Path:
+    """Where what becomes `target` is written."""
+    return target.with_name(f"{TEMPORARY}{target.name}")
+
+
+@contextmanager
+def discarded_on_error(folder: Path) -> Iterator[None]:
+    """A half-written folder goes, so that its room is free again."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def publish(temporary: Path, target: Path) -> None:
+    """Seal a written folder, make it durable, and move it into place."""
+    _write_manifest(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         _sync(path)
     if target.exists():
@@ -31,12 +74,103 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def find_damage(folder: Path) -> str | None:
+    """The first difference between a folder and its manifest, None where there is none. Files it lacks are ignored."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        expected = {folder / name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        for path, (size, _) in expected.items():
+            if not path.is_file():
+                return f"{path.relative_to(folder)} is missing, its manifest lists it with {size:,} bytes"
+            if (found := path.stat().st_size) != size:
+                return f"{path.relative_to(folder)} has {found:,} bytes, its manifest says {size:,}"
+        for path, found_hash in zip(expected, _hashes(list(expected)), strict=True):
+            if found_hash != (wanted := expected[path][1]):
+                return f"{path.relative_to(folder)} has SHA-256 {found_hash}, its manifest says {wanted}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
+    return None
+
+
+def set_aside(folder: Path) -> Path:
+    """Give a damaged folder a name under which nothing looks for it; returns where it is now."""
+    aside = folder.with_name(f"{DAMAGED}{folder.name}")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{DAMAGED}{folder.name}-{number}")
+    os.rename(folder, aside)
+    _sync(folder.parent)
+    return aside
+
+
 def write_text(target: Path, text: str) -> None:
     """Replace a file in one move."""
-    temporary = target.with_name(f"{TEMPORARY}{target.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, target)
+    temporary = temporary_of(target)
+    with writing(target):
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, target)
+
+
+@contextmanager
+def writing(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turns what a disk refuses, in whatever words a library says it, into a TrainingError that names `target`."""
+    try:
+        yield
+    except TrainingError:
+        raise
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        needed = f"about {needed_bytes:,} bytes are needed, " if needed_bytes else ""
+        raise TrainingError(
+            f"{target} cannot be written: {refusal} ({needed}{_free_bytes(target):,} free). "
+            "What a run saved before is whole: --resume goes on from its last checkpoint"
+        ) from error
+
+
+def _refusal(error: BaseException) -> str | None:
+    """What the operating system said, where `error` or what led to it came from there."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            return seen.strerror or str(seen)
+        for refusal in map(os.strerror, _REFUSALS):  # safetensors and tokenizers have errors of their own
+            if refusal in str(seen):
+                return refusal
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _free_bytes(target: Path) -> int:
+    folder = target.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _write_manifest(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(files, _hashes(files), strict=True)
+    }
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=2) + "\n", encoding="utf-8")
+
+
+def _hashes(files: list[Path]) -> list[str]:
+    """Side by side: hashing leaves the interpreter lock alone."""
+
+    def sha256(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        return list(pool.map(sha256, files))
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from carft_fast.files import write_text
+from carft_fast.files import write_text, writing
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
@@ -108,8 +108,12 @@ class MetricsLog:
             self.records = [json.loads(line) for line in whole]
 
     def rewind(self, stage: str, step: int) -> None:
-        """Take back what this stage logged after `step`: those steps are run, and counted, again."""
-        self.records = [r for r in self.records if r["stage"] != stage or r["step"] <= step]
+        """Take back what this stage logged after `step`: those steps are run, and counted, again.
+
+        Records of SFT come first even where it had to be done again, its model being damaged, after RL had begun.
+        """
+        kept = [r for r in self.records if r["stage"] != stage or r["step"] <= step]
+        self.records = sorted(kept, key=lambda r: r["stage"] != "sft")
         if self._write:
             write_text(self._path, "".join(json.dumps(r) + "\n" for r in self.records))
 
@@ -123,14 +127,15 @@ class MetricsLog:
         self.records.append(record)
         if not self._write:
             return record
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        writer = self._writer(stage, step)
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                writer.add_scalar(f"{kind}/{name}", value, step)
-        for phase, value in seconds.items():
-            writer.add_scalar(f"{kind}_seconds/{phase}", value, step)
+        with writing(self._tensorboard):
+            writer = self._writer(stage, step)
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(f"{kind}/{name}", value, step)
+            for phase, value in seconds.items():
+                writer.add_scalar(f"{kind}_seconds/{phase}", value, step)
         return record
 
     def find(self, stage: str, kind: str, step: int | None = None) -> list[dict[str, Any]]:
@@ -144,8 +149,9 @@ class MetricsLog:
         return {phase: round(total[phase], 2) for phase in PHASES if phase in total}
 
     def close(self) -> None:
-        for writer in self._writers.values():
-            writer.close()
+        with writing(self._tensorboard):
+            for writer in self._writers.values():
+                writer.close()
 
     def _writer(self, stage: str, step: int) -> Any:
         if stage not in self._writers:

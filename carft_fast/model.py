@@ -300,18 +300,11 @@ class CarftModel(nn.Module):
         else:
             with torch.device("meta"):
                 plain = AutoModelForCausalLM.from_config(copy.deepcopy(self.lm.config), attn_implementation="sdpa")
-            plain.save_pretrained(folder, state_dict=gathered.lm)
+            names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
+            tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
+            plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})
         if self.heads is not None:
             self.heads.save(folder, None if gathered is None else gathered.heads)
-
-    def save_trained(self, folder: Path) -> None:
-        """What a checkpoint needs: with LoRA the adapters alone (a folder peft reads), else `save`."""
-        if self.has_adapters:
-            self.lm.save_pretrained(folder)
-            assert self.heads is not None
-            self.heads.save(folder)
-        else:
-            self.save(folder)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -6,14 +6,17 @@ summed, never averaged; where a library averages, the loss is multiplied by the 
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from carft_fast.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
 from carft_fast.config import Config, StageConfig
-from carft_fast.distributed import world_size
+from carft_fast.distributed import is_main, world_size
 from carft_fast.errors import InputError
 from carft_fast.model import CarftModel
 from carft_fast.optim import build_optimizer, optimizer_step, set_learning_rate
@@ -34,6 +37,14 @@ class Learner:
         loss.backward()
         if last and world_size() > 1:
             _sum_gradients(self.model)
+
+    def load(self, checkpoint: Path) -> None:
+        """What `load_model` does not read of a checkpoint: moments, and weights that are sharded on disk."""
+        load_trained(checkpoint, self.model, self.optimizer)
+
+    def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
+        """For `CheckpointStore.save`, called by all processes; None where it reads model and optimizer itself."""
+        return None
 
     def replace_weights(self, restored: CarftModel) -> None:
         """Take over another model's weights, and forget the moments."""
@@ -140,6 +151,52 @@ class DeepSpeedLearner(Learner):
         self._engine, optimizer, _, _ = deepspeed.initialize(model=_Root(model), optimizer=optimizer, config=settings)
         model.run_through(self._engine)
         super().__init__(model, optimizer)
+
+    def load(self, checkpoint: Path) -> None:
+        if has_sharded(checkpoint):
+            raise InputError(
+                f"{checkpoint} is sharded: DeepSpeed goes on from whole ones only; resume with fsdp2 or ddp"
+            )
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        tensors = load_file(checkpoint / OPTIMIZER_FILE)
+        for name, parameter in self.model.named_parameters():
+            for key in MOMENTS:
+                if (saved := tensors.get(f"{name}/{key}")) is not None:
+                    safe_set_full_optimizer_state(parameter, saved.to(parameter.device), key)
+        steps = {float(tensor) for name, tensor in tensors.items() if name.endswith("/step")}
+        for state in self._states():
+            state["step"].fill_(max(steps, default=0.0))
+
+    def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        from carft_fast.rollout.weights import gathered
+
+        assert self.model.heads is not None
+        step = max((float(state["step"]) for state in self._states()), default=0.0)
+        contents: dict[str, dict[str, Tensor]] = {"lm": {}, "heads": {}, "optimizer": {}}
+        for part, module in (("lm", self.model.lm), ("heads", self.model.heads)):
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                with gathered([tensor]):
+                    if is_main():
+                        contents[part][name] = tensor.detach().to("cpu", copy=True)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            for key in MOMENTS:
+                moment = safe_get_full_optimizer_state(parameter, key)
+                if is_main() and moment is not None:
+                    contents["optimizer"][f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
+                    contents["optimizer"][f"{name}/step"] = torch.tensor(step)
+        return contents
+
+    def _states(self) -> list[dict[str, Any]]:
+        """AdamW's, of the flat tensors that ZeRO keeps in place of parameters."""
+        return [state for state in self._engine.optimizer.optimizer.state.values() if "step" in state]
+
+    def replace_weights(self, restored: CarftModel) -> None:
+        raise InputError('guard.action = "rollback" is not possible with DeepSpeed: use fsdp2, ddp or "stop"')
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)

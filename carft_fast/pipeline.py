@@ -195,7 +195,7 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     with closing(run):
         for stage in stages:
             final = run.folder / ("sft" if stage == "sft" else "model")
-            if not on_main(final.is_dir):  # else a resumed run that was past this stage
+            if not run.store.has_model(final):  # else a resumed run that was past this stage
                 _export(run, trainers[stage](run, model_path), final)
             model_path = str(final)
 

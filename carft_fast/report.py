@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_fast.config import Config
+from carft_fast.files import writing
 from carft_fast.metrics import METRICS, PHASES
 
 CURVES: dict[str, str] = {
@@ -23,9 +24,10 @@ CURVES: dict[str, str] = {
 def write_report(folder: Path, config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Write plots/*.png and report.md."""
     plots = folder / "plots"
-    plots.mkdir(exist_ok=True)
-    written = [*_draw_curves(plots, records), *_draw_seconds(plots, records)]
-    (folder / "report.md").write_text(_markdown(config, summary, written), encoding="utf-8")
+    with writing(folder):
+        plots.mkdir(exist_ok=True)
+        written = [*_draw_curves(plots, records), *_draw_seconds(plots, records)]
+        (folder / "report.md").write_text(_markdown(config, summary, written), encoding="utf-8")
 
 
 def _draw_curves(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from carft_fast.batch import derive_seed, epoch_rows
-from carft_fast.checkpoint import CheckpointStore, load_optimizer
+from carft_fast.checkpoint import CheckpointStore, has_sharded
 from carft_fast.config import Config, SftConfig, StageConfig
 from carft_fast.config_io import differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
@@ -67,7 +67,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.metrics = MetricsLog(self.folder, write=is_main())
-        self.store = CheckpointStore(self.folder / "checkpoints", self.config.output.keep_last)
+        self.store = CheckpointStore(self.folder / "checkpoints", self.config, self.console.log)
         self._engine: RolloutEngine | None = None
 
     def open(self, stages: Sequence[str], *, resume: bool) -> None:
@@ -151,6 +151,7 @@ class Run:
             self._engine = None
         self.grader.close()
         self.metrics.close()
+        self.store.close()
 
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""
@@ -213,23 +214,24 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
         self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
         self._model_path = model_path
-        checkpoint = on_main(lambda: run.store.latest(stage))
+        checkpoint = run.store.latest(stage)
         trained, self._step = checkpoint or (None, 0)
         with run.timer("load"):
             self.learner: Learner = build_learner(run.config, self._load(trained), config, run.device)
-            if checkpoint:
-                load_optimizer(checkpoint[0], self.learner.model, self.learner.optimizer)
+            if trained is not None:
+                self.learner.load(trained)
         run.metrics.rewind(stage, self._step)
-        self._ends_at = stopped_at(run.metrics.records)
+        self._ends_at = stopped_at(run.metrics.find(stage, "guard"))
         if checkpoint:
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
         self._current_engine: Callable[[], RolloutEngine] | None = None
 
     def _load(self, trained: Path | None) -> CarftModel:
-        """In host memory where the device gets a share of it only."""
-        shared = strategy(self._run.config) in ("fsdp2", "zero3")
-        device = torch.device("cpu") if shared else self._run.device
-        return load_model(self._run.config, self._model_path, device, heads=True, trained=trained)
+        """In host memory where the device gets a share of it only; what is sharded on disk the learner loads."""
+        divided = strategy(self._run.config) in ("fsdp2", "zero3")
+        device = torch.device("cpu") if divided else self._run.device
+        whole = None if trained is not None and has_sharded(trained) else trained
+        return load_model(self._run.config, self._model_path, device, heads=True, trained=whole)
 
     def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
         """`current_engine` gives the sampler with the weights of now; called for every evaluation."""
@@ -243,6 +245,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 best = self._evaluate_if_due()
                 if best or self._due(self._config.save_every):
                     self._save(best=best)
+                run.store.check()
                 run.stop.check_together()
                 if self._step in (self.total_steps, self._ends_at):
                     return
@@ -255,6 +258,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     ) -> None:
         if isinstance(error, Stopped):
             path = self._save()
+        if error is None or isinstance(error, Stopped):
+            self._run.store.wait()
+        if isinstance(error, Stopped):
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
 
     def report_skipped(self, rows: list[dict[str, Any]]) -> None:
@@ -312,8 +318,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         else:
             event["to"] = str(best or self._model_path)
             self.learner.replace_weights(self._load(best))
-            if best:
-                load_optimizer(best, self.learner.model, self.learner.optimizer)
+            if best is not None:
+                self.learner.load(best)
         run.metrics.log(self._stage, "guard", done, event, {})
         run.console.log(f"{self._stage} step {done}: collapse, {cause}: {event['action']} {event.get('to', '')}")
         return not stop
@@ -340,6 +346,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 self.learner.model,
                 run.tokenizer,
                 self.learner.optimizer,
+                whole=self.learner.gather_state(),
+                model_path=self._model_path,
                 seed=run.config.seed,
                 best=best,
             )

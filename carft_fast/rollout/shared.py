@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from carft_fast.distributed import each_rank, is_main, on_main, own_share, world_size
+from carft_fast.distributed import each_rank, is_main, on_main, own_share
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.weights import HeldWeights, SamplerWeights
@@ -64,13 +64,8 @@ class SpreadEngine(SharedEngine):
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
         share = own_share(len(prompts))
-        own = list(prompts[share])
-        # as many everywhere: processes that share weights need each other for every token
-        own += [prompts[0]] * (-(-len(prompts) // world_size()) - len(own))
-        sampled = self._engine.generate(
-            own, dataclasses.replace(sampling, first_prompt=share.start), on_progress=on_progress
-        )
-        return sampled[: (share.stop - share.start) * sampling.samples_per_prompt]
+        sampling = dataclasses.replace(sampling, first_prompt=share.start)
+        return self._engine.generate(prompts[share], sampling, on_progress=on_progress)
 
     def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
         return [rollout for share in each_rank(own) for rollout in share]

@@ -62,7 +62,7 @@ class SamplerWeights:
         """The same, a list for each layer; what lies outside the layers goes a tensor at a time."""
         for names in _by_layer(list(self._parts)):
             parts = [self._parts[name] for name in names]
-            with _gathered([p for part in parts for p in part.parameters()]):
+            with gathered([p for part in parts for p in part.parameters()]):
                 yield [(name, part.merged(self.dtype)) for name, part in zip(names, parts, strict=True)]
 
 
@@ -144,7 +144,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor if full is None else full()
 
 
-def _gathered(parameters: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
+def gathered(parameters: list[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """ZeRO-3 parameters whole inside the context. FSDP2's are gathered where they are used."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:

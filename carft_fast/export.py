@@ -1,0 +1,78 @@
+"""A checkpoint as an ordinary model folder for transformers or vLLM, made in one process on the CPU."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from carft_fast.checkpoint import (
+    OPTIMIZER_FILE,
+    RUN_CONFIG_FILE,
+    SHARDED,
+    STATE_FILE,
+    has_sharded,
+    load_sharded,
+    read_state,
+)
+from carft_fast.config import Config
+from carft_fast.config_io import load_config
+from carft_fast.errors import InputError
+from carft_fast.files import MANIFEST, find_damage, write_folder
+from carft_fast.model import HEADS_CONFIG, CarftHeads, CarftModel, load_model
+
+_OF_THE_RUN = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)
+"""What a checkpoint holds that a model folder does not."""
+
+
+def export_checkpoint(checkpoint: Path, folder: Path) -> None:
+    """Write `folder` all or nothing. Raises InputError for a damaged checkpoint, or a folder that is not empty."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give a new or empty folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: not empty; give a new or empty folder")
+    if not checkpoint.is_dir():
+        raise InputError(f"{checkpoint}: no such folder")
+    if not any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST)):
+        raise InputError(
+            f"{checkpoint}: no checkpoint ({STATE_FILE} is missing); a run's are <run>/checkpoints/<stage>-<step>"
+        )
+    if damage := find_damage(checkpoint):
+        raise InputError(f"{checkpoint}: damaged: {damage}")
+    if not (checkpoint / STATE_FILE).is_file():
+        raise InputError(f"{checkpoint}: no checkpoint but a model that is exported already")
+    start = read_state(checkpoint)["model_path"]
+    config = load_config(str(checkpoint / RUN_CONFIG_FILE))
+
+    def write(target: Path) -> None:
+        if config.lora.rank:
+            _load_adapted(config, start, checkpoint).save(target)
+        elif has_sharded(checkpoint):
+            _load_sharded(config, checkpoint).save(target)
+        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with something more
+            if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
+                shutil.copyfile(path, target / path.name)
+
+    write_folder(folder, write)
+
+
+def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
+    """With LoRA a checkpoint is a difference from the weights the stage began with."""
+    plain = {"device": "cpu", "attention": "sdpa", "compile": False, "gradient_checkpointing": False}
+    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+    sharded = has_sharded(checkpoint)
+    trained = None if sharded else checkpoint
+    model = load_model(config, start, torch.device("cpu"), heads=True, trained=trained)
+    if sharded:
+        load_sharded(checkpoint, model)
+    return model
+
+
+def _load_sharded(config: Config, checkpoint: Path) -> CarftModel:
+    lm_config = AutoConfig.from_pretrained(checkpoint)
+    lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    heads = CarftHeads(**json.loads((checkpoint / HEADS_CONFIG).read_text()))
+    model = CarftModel(lm, heads, getattr(torch, config.model.compute_dtype))
+    load_sharded(checkpoint, model)
+    return model
