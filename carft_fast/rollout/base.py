@@ -11,7 +11,10 @@ from carft_fast.model import CarftModel
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to sample. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off; `seed` makes the call repeatable."""
+    """How to sample. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off.
+
+    What is sampled is a function of weights, prompt, `seed`, the prompt's index and that of its sample, up to rounding.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -19,6 +22,8 @@ class SamplingParams:
     top_k: int = 0
     samples_per_prompt: int = 1
     seed: int = 0
+    first_prompt: int = 0
+    """Index in the whole batch of the first of these prompts: seeds count from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,8 @@ class RolloutEngine(Protocol):
 
 
 def request_seed(sampling: SamplingParams, prompt: int) -> int:
-    """Seed of a prompt's first completion, the following ones count up: independent of batching and of the server."""
-    return derive_seed(sampling.seed, "request", prompt) % 2**62
+    """Seed of the first completion of a call's prompt, the following ones count up: whatever the batch or server."""
+    return derive_seed(sampling.seed, "request", sampling.first_prompt + prompt) % 2**62
 
 
 def check_request(

@@ -1,6 +1,7 @@
 """What every engine has to give, on a real vLLM: the trainer's own log-probs, versions, seeds, and no mixed weights."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -56,6 +57,8 @@ def test_seeds_repeat_a_run_whatever_the_engine(
         first, again = engine.generate(PROMPTS, SAMPLED), engine.generate(PROMPTS, SAMPLED)
         assert [r.completion_ids for r in first] == [r.completion_ids for r in again]
         found.append([r.completion_ids for r in first])
+        rest = engine.generate(PROMPTS[2:], dataclasses.replace(SAMPLED, first_prompt=2))
+        assert [r.completion_ids for r in rest] == found[-1][2 * SAMPLED.samples_per_prompt :]
     assert found[0] == found[1]
     assert len({tuple(ids) for ids in found[0]}) > len(PROMPTS)  # a prompt's samples differ
     other = local_engine.generate(PROMPTS, SamplingParams(24, samples_per_prompt=3, seed=12))

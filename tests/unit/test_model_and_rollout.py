@@ -1,6 +1,9 @@
 """Model, heads and sampler against transformers' own forward, the published heads, and by-hand decoding."""
 
+import dataclasses
+import itertools
 import json
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,14 @@ from torch import Tensor
 from carft_fast.batch import PackedBatch, chunks, epoch_rows, pack, sequence_mean_weights
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
+from carft_fast.errors import EngineError
 from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
 from carft_fast.reward import Grade
 from carft_fast.rollout import SamplingParams
-from carft_fast.rollout.hf import HFEngine
+from carft_fast.rollout.base import request_seed
+from carft_fast.rollout.hf import HFEngine, inverse_cdf
+from carft_fast.rollout.vllm_adapter import sampling_fields
 from carft_fast.synthetic import build_tokenizer
 from carft_fast.train_rl import score_rollouts
 from carft_kernels import value_pool
@@ -257,18 +263,87 @@ def test_sampling_leaves_the_global_random_state_alone(engine: HFEngine) -> None
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_frequencies_follow_the_model(model: CarftModel, engine: HFEngine) -> None:
-    """First sampled token over many draws, against the softmax of the model's logits."""
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.0, 1.0, 6), (1.4, 0.8, 0), (1.2, 0.9, 12)]
+)
+def test_frequencies_follow_the_model(
+    model: CarftModel, engine: HFEngine, temperature: float, top_p: float, top_k: int
+) -> None:
+    """First sampled token over many draws, against the softmax of the model's logits: chi-square, and none of those
+    that were cut."""
     draws = 4000
     engine = HFEngine(model, build_tokenizer(), batch_size=draws)
-    rollouts = engine.generate([PROMPTS[0]], SamplingParams(1, samples_per_prompt=draws, seed=0))
-    counts = torch.zeros(model.head_weight_VD.shape[0])
-    for rollout in rollouts:
-        counts[rollout.completion_ids[0]] += 1
+    sampling = SamplingParams(
+        1, temperature=temperature, top_p=top_p, top_k=top_k, samples_per_prompt=draws, seed=top_k
+    )
+    first = torch.tensor([r.completion_ids[0] for r in engine.generate([PROMPTS[0]], sampling)])
     with torch.no_grad():
-        expected = logits_of(model, torch.tensor([PROMPTS[0]]))[0, -1].softmax(-1)
-    error = (counts / draws - expected).abs()
-    assert (error <= 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
+        logits = logits_of(model, torch.tensor([PROMPTS[0]]))[0, -1].double() / temperature
+    if top_k:
+        logits[logits < logits.topk(top_k).values[-1]] = float("-inf")
+    ordered, order = logits.softmax(-1).sort(descending=True)
+    logits[order[ordered.cumsum(-1) - ordered >= top_p]] = float("-inf")
+    kept = logits > float("-inf")
+    assert bool(kept.all()) == (top_p == 1 and not top_k)
+    expected = draws * logits.softmax(-1)
+    counts = torch.bincount(first, minlength=len(expected)).double()
+    assert counts[~kept].sum() == 0
+    common = expected >= 5
+    observed, wanted = (torch.cat([x[common], x[~common & kept].sum()[None]]) for x in (counts, expected))
+    bins = wanted > 0
+    chi_square = float(((observed - wanted)[bins] ** 2 / wanted[bins]).sum())
+    freedom = int(bins.sum()) - 1
+    assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_the_token_is_where_the_cumulative_distribution_passes_the_number() -> None:
+    """Against exact fractions; the first and the last number that can be drawn, with cut tokens at either end."""
+    generator = torch.Generator().manual_seed(0)
+    logprob = torch.randn(64, 30, generator=generator)
+    logprob[torch.rand(64, 30, generator=generator) < 0.5] = float("-inf")
+    logprob[:, 0], logprob[::2, -1], logprob[1::2, 15] = float("-inf"), float("-inf"), 1.0
+    logprob[::2, 14] = 1.0
+    logprob = logprob.log_softmax(-1)
+    for uniform in (0.0, 0.25, 1 - 2.0**-53):
+        found = inverse_cdf(logprob, torch.full((64, 1), uniform, dtype=torch.float64))[:, 0].tolist()
+        for row, token in zip(logprob.exp().tolist(), found, strict=True):
+            totals = list(itertools.accumulate(map(Fraction, row)))
+            assert token == next(i for i, total in enumerate(totals) if total > Fraction(uniform) * totals[-1])
+            assert row[token] > 0
+
+
+def test_a_completion_depends_on_its_own_seed_alone(model: CarftModel, engine: HFEngine) -> None:
+    """Not on the rows beside it: any batch size, any share of the prompts, fewer samples, a lower limit."""
+    prompts = [*PROMPTS, PROMPTS[0], *PROMPTS]
+    sampling = SamplingParams(16, temperature=0.9, top_k=20, top_p=0.9, samples_per_prompt=3, seed=4)
+
+    def sampled(part: list[list[int]], batch_size: int, **changes: int) -> list[list[int]]:
+        engine = HFEngine(model, build_tokenizer(), batch_size=batch_size)
+        return [r.completion_ids for r in engine.generate(part, dataclasses.replace(sampling, **changes))]
+
+    whole = sampled(prompts, 64)
+    assert len({tuple(ids) for ids in whole}) == len(whole), "every sample has a seed of its own"
+    assert sampled(prompts, 1) == sampled(prompts, 3) == whole
+    for cut in (1, 4):
+        assert sampled(prompts[:cut], 64) + sampled(prompts[cut:], 2, first_prompt=cut) == whole
+    assert sampled(prompts, 5, samples_per_prompt=2) == [ids for i, ids in enumerate(whole) if i % 3 < 2]
+    assert sampled(prompts, 5, max_new_tokens=7) == [ids[:7] for ids in whole]
+    assert sampled(prompts, 64, seed=5) != whole
+
+
+def test_every_engine_counts_seeds_from_the_first_prompt() -> None:
+    whole = SamplingParams(8, samples_per_prompt=2, seed=3)
+    part = dataclasses.replace(whole, first_prompt=5)
+    assert request_seed(part, 2) == request_seed(whole, 7) != request_seed(whole, 2)
+    assert sampling_fields(part, 2, 0) == sampling_fields(whole, 7, 0)
+
+
+def test_weights_that_are_not_finite_sample_nothing(model: CarftModel, engine: HFEngine) -> None:
+    with torch.no_grad():
+        model.lm.get_input_embeddings().weight.fill_(float("nan"))
+    for temperature in (0.0, 1.0):
+        with pytest.raises(EngineError, match="the weights hold NaN or infinity"):
+            engine.generate(PROMPTS, SamplingParams(4, temperature=temperature))
 
 
 def test_greedy_finish_reasons_and_versions(model: CarftModel, engine: HFEngine) -> None:
