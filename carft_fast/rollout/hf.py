@@ -138,15 +138,20 @@ class HFEngine:
             own = torch.tensor([len(batches)], device=self._model.device)
             idle = int(gather_rows(own, "none")[0].max()) - len(batches)
         results: dict[int, Rollout] = {}
-        with self._model.padded():
-            for rows in batches:
-                reporter = _ProgressReporter(self._eos_id, on_progress or (lambda _: None))
-                rollouts = self._generate_batch([jobs[row] for row in rows], sampling, reporter, together)
-                results.update(zip(rows, rollouts, strict=True))
-                reporter.finish(len(rows))
-            for _ in range(idle):  # takes part in the other processes' forwards
-                reporter = _ProgressReporter(self._eos_id, lambda _: None)
-                self._generate_batch([_Job([self._eos_id], 0)], replace(sampling, max_new_tokens=1), reporter, together)
+
+        def sample(model: CarftModel) -> None:
+            with model.padded():
+                for rows in batches:
+                    reporter = _ProgressReporter(self._eos_id, on_progress or (lambda _: None))
+                    rollouts = self._generate_batch([jobs[row] for row in rows], sampling, reporter, together)
+                    results.update(zip(rows, rollouts, strict=True))
+                    reporter.finish(len(rows))
+                for _ in range(idle):  # takes part in the other processes' forwards
+                    one = replace(sampling, max_new_tokens=1)
+                    reporter = _ProgressReporter(self._eos_id, lambda _: None)
+                    self._generate_batch([_Job([self._eos_id], 0)], one, reporter, together)
+
+        self._model.run(sample)
         return [results[job] for job in range(len(jobs))]
 
     def _forwards_together(self) -> bool:
