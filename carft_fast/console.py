@@ -16,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from carft_fast.redact import redact
+
 PLAIN_LINE_SECONDS = 5.0
 
 
@@ -86,6 +88,7 @@ class Console:
         self._log_path = path
 
     def log(self, message: str) -> None:
+        message = redact(message)
         self._rich.print(message, markup=False)
         self._append(message)
 
@@ -94,7 +97,7 @@ class Console:
         self._rich.print(renderable)
         with self._rich.capture() as capture:
             self._rich.print(renderable)
-        self._append(capture.get().rstrip())
+        self._append(redact(capture.get().rstrip()))
 
     @contextmanager
     def track(self, description: str, total: int, unit: str) -> Iterator[Tracker]:

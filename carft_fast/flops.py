@@ -51,10 +51,10 @@ class ModelCost:
         )
 
     @classmethod
-    def of_config(cls, config: Any) -> "ModelCost":
+    def of_config(cls, config: Any, *, trust_remote_code: bool = False) -> "ModelCost":
         """Of a transformers config, without memory for its weights."""
         with torch.device("meta"):
-            return cls.of(AutoModelForCausalLM.from_config(config))
+            return cls.of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
     def layers_flops(self, tokens: float, pairs: float) -> float:
         """Forward of all layers over `tokens` tokens with `pairs` (query, key) pairs in each head."""

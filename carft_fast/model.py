@@ -21,6 +21,7 @@ from carft_fast.attention import PACKED
 from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.errors import InputError
+from carft_fast.safe_weights import check_hub_adapter, check_safetensors
 from carft_fast.synthetic import build_model_config, build_tokenizer
 
 HEADS_WEIGHTS = "carft_heads.safetensors"
@@ -283,9 +284,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return build_tokenizer()
     _check_folder(config.path)
     try:
-        return AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        return AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f'model.path = "{config.path}": no tokenizer could be loaded: {_first_line(error)}') from None
+        raise _load_failure(config.path, "no tokenizer could be loaded", error) from None
 
 
 def load_lm_config(config: ModelConfig) -> Any:
@@ -293,11 +296,11 @@ def load_lm_config(config: ModelConfig) -> Any:
         return build_model_config(len(build_tokenizer()))
     _check_folder(config.path)
     try:
-        lm_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        lm_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f'model.path = "{config.path}": no model config could be loaded: {_first_line(error)}'
-        ) from None
+        raise _load_failure(config.path, "no model config could be loaded", error) from None
     for name in vars(lm_config):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(lm_config, name), float):
             setattr(lm_config, name, 0.0)
@@ -350,6 +353,7 @@ def _load_lm(config: Config, path: str) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, "model"))
                 return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
+        check_hub_adapter(path, config.model.revision)
         return AutoModelForCausalLM.from_pretrained(
             path,
             config=lm_config,
@@ -357,9 +361,10 @@ def _load_lm(config: Config, path: str) -> Any:
             dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f'model.path = "{path}": weights could not be loaded: {_first_line(error)}') from None
+        raise _load_failure(path, "weights could not be loaded", error) from None
 
 
 def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) -> None:
@@ -408,9 +413,18 @@ def _check_folder(path: str) -> None:
 
 
 def check_weights(path: str) -> None:
-    """Raises InputError for a local folder without safetensors; a dry run does not need them."""
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise InputError(f'model.path = "{path}": no *.safetensors weights (pickled weights can run code: not loaded)')
+    """Raises InputError for a local folder whose weights are not safetensors; a dry run does not need them."""
+    if Path(path).is_dir():
+        check_safetensors(Path(path), heads=(HEADS_CONFIG, HEADS_WEIGHTS))
+
+
+def _load_failure(path: str, what: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f'model.path = "{path}": transformers does not know this model without the Python files that come with it. '
+            "They can do whatever you can: read them, then set model.trust_remote_code = true"
+        )
+    return InputError(f'model.path = "{path}": {what}: {_first_line(error)}')
 
 
 def _first_line(error: Exception) -> str:
