@@ -51,7 +51,7 @@ def estimate_memory(
     update_shards = 1 if strategy == "ddp" else devices
 
     def share(size: float, text: str, shards: int) -> tuple[float, str]:
-        return (size / shards, f"{text} / {shards}") if shards > 1 else (size, text)
+        return (size / shards, f"({text}) / {shards}") if shards > 1 else (size, text)
 
     lasting: dict[str, tuple[float, str]] = {}
     trained = cost.all_weights
@@ -67,8 +67,8 @@ def estimate_memory(
         lasting["reference"] = share(frozen, frozen_text, weight_shards)
     if devices > 1:
         lasting |= _whole_for_a_moment(cost, strategy, compute, lora=bool(rank), trained=trained)
-    if devices > 1 and strategy.startswith("zero"):
-        lasting["DeepSpeed's copy"] = share(trained * FLOAT32, "trained weights x 4 bytes", devices)
+        if strategy in ("zero2", "zero3"):  # its optimizer works on a copy of its part of the weights
+            lasting["DeepSpeed's copy"] = share(trained * FLOAT32, "trained weights x 4 bytes", devices)
     passing = {"activations": _activations(config, cost, stage, compute)}
     if config.rollout.engine == "hf":
         passing["sampler's KV cache"] = _kv_cache(config, lm_config, compute)
