@@ -21,7 +21,7 @@ from carft_fast.attention import PACKED
 from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.errors import InputError
-from carft_fast.safe_weights import check_hub_adapter, check_safetensors
+from carft_fast.safe_weights import check_hub, check_safetensors
 from carft_fast.synthetic import build_model_config, build_tokenizer
 
 HEADS_WEIGHTS = "carft_heads.safetensors"
@@ -353,7 +353,8 @@ def _load_lm(config: Config, path: str) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, "model"))
                 return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
-        check_hub_adapter(path, config.model.revision)
+        if not Path(path).is_dir():
+            check_hub(path, config.model.revision)
         return AutoModelForCausalLM.from_pretrained(
             path,
             config=lm_config,
@@ -363,6 +364,8 @@ def _load_lm(config: Config, path: str) -> Any:
             use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code,
         )
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
         raise _load_failure(path, "weights could not be loaded", error) from None
 

@@ -56,12 +56,21 @@ def _conversion(folder: Path, wanted: str, files: list[str]) -> str:
     return f'python -c "{code}"'
 
 
-def check_hub_adapter(path: str, revision: str | None) -> None:
-    """Raises InputError for a Hub id with a pickled adapter, which transformers would fall back to."""
+def check_hub(path: str, revision: str | None) -> None:
+    """Raises InputError for a Hub id whose model or adapter is pickled alone; transformers would fall back to those."""
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    if find_adapter_config_file(path, revision=revision) and not cached_file(
-        path, ADAPTER, revision=revision, _raise_exceptions_for_missing_entries=False
-    ):
-        raise InputError(f'model.path = "{path}": it has an adapter without {ADAPTER}; pickled weights are not loaded')
+    def is_there(name: str) -> bool:
+        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found is not None
+
+    wanted = MODEL
+    if is_there(MODEL) or is_there(MODEL_INDEX):
+        if not find_adapter_config_file(path, revision=revision) or is_there(ADAPTER):
+            return
+        wanted = ADAPTER
+    raise InputError(
+        f'model.path = "{path}": no {wanted} on the Hub; weights are loaded from safetensors files only: pickled '
+        "weights can run code when they are read. Look for another revision, or convert them in a folder of your own"
+    )

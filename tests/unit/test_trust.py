@@ -3,10 +3,14 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,6 +151,69 @@ def test_pickled_adapters_and_heads(folder: Path, description: str, wanted: str,
     assert f"found {pickled}" in message
     run_as_printed(message.partition("convert them once: ")[2])
     check_weights(str(folder))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """A Hub with the repositories in tmp_path/hub, as the client asks for them."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            repository, _, name = self.path.partition("/resolve/main/")
+            file = tmp_path / "hub" / repository.strip("/") / name
+            body = file.read_bytes() if name and file.is_file() else b""
+            self.send_response(200 if body else 404)
+            for header, value in {"X-Repo-Commit": "0" * 40, "ETag": f'"{name}"', "Content-Length": len(body)}.items():
+                self.send_header(header, str(value))
+            if not body:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+LOAD_FROM_HUB = """
+import torch
+from carft_fast.config import load_config
+from carft_fast.errors import InputError
+from carft_fast.model import load_model
+
+for name in ("pickled", "adapter", "good"):
+    try:
+        load_model(load_config(None), f"me/{name}", torch.device("cpu"), heads=False)
+        print(name, "loaded")
+    except InputError as error:
+        print(name, error)
+"""
+
+
+def test_pickled_weights_of_the_hub(folder: Path, hub: str, tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    for name in ("pickled", "adapter", "good"):
+        shutil.copytree(folder, tmp_path / "hub" / "me" / name)
+    (tmp_path / "hub/me/pickled/model.safetensors").rename(tmp_path / "hub/me/pickled/pytorch_model.bin")
+    (tmp_path / "hub/me/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "me/good"}')
+    (tmp_path / "hub/me/adapter/adapter_model.bin").write_bytes(b"pickled")
+    client = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_FROM_HUB], env=os.environ | client, capture_output=True, text=True, cwd=ROOT
+    )
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3, result.stderr
+    assert lines[0].startswith('pickled model.path = "me/pickled": no model.safetensors on the Hub')
+    assert lines[1].startswith('adapter model.path = "me/adapter": no adapter_model.safetensors on the Hub')
+    assert lines[2] == "good loaded"
+    assert not list((tmp_path / "home").rglob("*.bin"))
 
 
 # --- a model's own code ---
