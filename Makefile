@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step bench-sandbox kernels-aot kernels-sanitize kernels-mutate smollm2 clean
+.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step bench-sandbox kernels-aot kernels-sanitize kernels-mutate audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -20,6 +20,7 @@ help:
 	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
 	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
 	@echo "make kernels-mutate    break the kernels and count what the tests notice"
+	@echo "make audit       known vulnerabilities of the installed packages; needs network"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct as a model folder, models/smollm2"
 
 setup: .venv/ready
@@ -93,6 +94,14 @@ build/ttsem: | setup
 # Breaks the kernels one place at a time and counts what the tests notice: about twenty minutes.
 kernels-mutate: setup build/ttsem
 	$(BIN)/python scripts/mutate_kernels.py $(ARGS)
+
+# Of what .venv holds, from constraints.txt; fails, too, when the advisory database gives no answer.
+audit: sampler build/audit/bin/pip-audit
+	$(BIN)/python scripts/audit.py build/audit/bin/pip-audit
+
+build/audit/bin/pip-audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1
 
 clean:
 	rm -rf .venv runs models build *.egg-info

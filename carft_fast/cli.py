@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from carft_fast.config import SYNTHETIC, Config
 from carft_fast.config_io import load_config, to_toml, value_origins
 from carft_fast.errors import EngineError, InputError, RewardError, TrainingError
 from carft_fast.methods import METHODS, load_method_config
+from carft_fast.redact import redact
 from carft_fast.signals import Stopped
 
 if TYPE_CHECKING:
@@ -175,7 +177,7 @@ def check_data_file(
 def serve(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines; needs CARFT_SERVER_TOKEN.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """A vLLM server for runs with this config and rollout.engine = "vllm-server"; give its URL in rollout.servers."""
@@ -245,10 +247,15 @@ def run_cli() -> None:
     try:
         app()
     except InputError as error:
-        print(f"{rank}error: {error}", file=sys.stderr)
+        print(redact(f"{rank}error: {error}"), file=sys.stderr)
         sys.exit(2)
     except (EngineError, RewardError, TrainingError) as error:
-        print(f"{rank}error: {error}", file=sys.stderr)
+        print(redact(f"{rank}error: {error}"), file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)
+    except ModuleNotFoundError:
+        raise  # __main__ knows which extra it is of
+    except Exception:  # nobody expected it: libraries quote URLs and headers in their errors
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+        sys.exit(1)

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from carft_fast.redact import masked
+
 SYNTHETIC = "synthetic"
 
 
@@ -22,6 +24,9 @@ class ModelConfig(Section):
     """Folder of a Hugging Face causal LM, a Hub id, or "synthetic" (the quickstart's untrained 2-layer Llama)."""
     revision: str | None = None
     """Git revision of a Hub id; the default branch when absent."""
+    trust_remote_code: bool = False
+    """Run the Python files that come with a model which transformers does not know. They can do whatever you can: read
+    them first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; "auto" takes the GPU when there is one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -292,7 +297,8 @@ class RolloutConfig(Section):
     """Memory that the "vllm" engine gives back while the trainer works: 0 none, 1 KV cache (weights go to host
     memory), 2 weights as well. CUDA only."""
     servers: list[str] = []
-    """URLs of running servers (`carft-fast serve`) for "vllm-server"; when empty the run starts its own."""
+    """URLs of running servers (`carft-fast serve`) for "vllm-server"; when empty the run starts its own. Their token is
+    in the environment variable CARFT_SERVER_TOKEN, never here."""
     server_devices: list[str] = []
     """Servers the run starts, one for each entry: its CUDA_VISIBLE_DEVICES, such as ["2", "3"]. Empty: one server."""
     server_timeout_s: float = Field(600.0, gt=0)
@@ -359,6 +365,11 @@ class RolloutConfig(Section):
         )
         need(len(set(self.servers)) == len(self.servers), f"servers = {self.servers}: an address is there twice")
         for url in self.servers:
+            need(
+                "@" not in url and "?" not in url,
+                "servers: an address holds credentials or a query, and would be saved with them; expected "
+                "http://host:port, and the servers' token in the environment variable CARFT_SERVER_TOKEN",
+            )
             need(
                 url.startswith(("http://", "https://")),
                 f'servers: "{url}" is no address: expected http://host:port',
@@ -432,6 +443,16 @@ class Config(Section):
     @property
     def eval_max_new_tokens(self) -> int:
         return self.eval.max_new_tokens or self.rollout.max_new_tokens
+
+    @model_validator(mode="after")
+    def _without_secrets(self) -> "Config":
+        """A run saves its config, and reads it back on --resume: neither with a secret nor with a masked one."""
+        for section, values in self.model_dump().items():
+            for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+                if masked(str(value)) != str(value):
+                    key = f"{section}.{name}".rstrip(".")
+                    raise ValueError(f"{key} holds what looks like a password or token, and would be saved with it")
+        return self
 
     @model_validator(mode="after")
     def _possible_combination(self) -> "Config":

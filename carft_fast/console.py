@@ -18,6 +18,7 @@ from rich.progress import (
 
 from carft_fast.distributed import is_main
 from carft_fast.files import writing
+from carft_fast.redact import redact
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -90,6 +91,7 @@ class Console:
         self._log_path = path
 
     def log(self, message: str) -> None:
+        message = redact(message)
         self._rich.print(message, markup=False)
         self._append(message)
 
@@ -98,7 +100,7 @@ class Console:
         self._rich.print(renderable)
         with self._rich.capture() as capture:
             self._rich.print(renderable)
-        self._append(capture.get().rstrip())
+        self._append(redact(capture.get().rstrip()))
 
     @contextmanager
     def track(self, description: str, total: int, unit: str) -> Iterator[Tracker]:

@@ -32,17 +32,21 @@ class ModelCost:
 
     @classmethod
     def of(cls, lm: nn.Module) -> "ModelCost":
-        """Of a transformers causal LM; its tensors may be on the meta device."""
+        """Of a transformers causal LM; its tensors may be on the meta device, or divided over processes."""
+
+        def numel(weight: Any) -> int:
+            return getattr(weight, "ds_numel", weight.numel())  # of ZeRO-3, which leaves an empty tensor
+
         config: Any = lm.config
         config = config.get_text_config()
         head: Any = lm.get_output_embeddings()  # type: ignore[operator]
-        vocabulary, hidden = head.weight.shape
+        vocabulary, hidden = getattr(head.weight, "ds_shape", head.weight.shape)
         linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
         head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         return cls(
-            layer_weights=sum(m.weight.numel() for m in linear),
-            head_weights=head.weight.numel(),
-            all_weights=sum(p.numel() for p in lm.parameters()),
+            layer_weights=sum(numel(m.weight) for m in linear),
+            head_weights=numel(head.weight),
+            all_weights=sum(map(numel, lm.parameters())),
             attention_width=config.num_hidden_layers * config.num_attention_heads * head_size,
             hidden_size=hidden,
             vocabulary=vocabulary,
@@ -51,10 +55,10 @@ class ModelCost:
         )
 
     @classmethod
-    def of_config(cls, config: Any) -> "ModelCost":
+    def of_config(cls, config: Any, *, trust_remote_code: bool = False) -> "ModelCost":
         """Of a transformers config, without memory for its weights."""
         with torch.device("meta"):
-            return cls.of(AutoModelForCausalLM.from_config(config))
+            return cls.of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
 
     def layers_flops(self, tokens: float, pairs: float) -> float:
         """Forward of all layers over `tokens` tokens with `pairs` (query, key) pairs in each head."""

@@ -1,43 +1,99 @@
 """What training holds in memory, estimated from the model's sizes; nothing here is measured.
 
-Counted: weights, gradients, AdamW's moments, the reference, the largest activations, the sampler's KV cache where the
-trainer samples itself. Not counted: the two heads, temporaries of kernels, fragmentation, a vLLM engine.
+Counted: weights, gradients, AdamW's moments, the reference, what a strategy gathers, the largest activations, the
+sampler's KV cache where the trainer samples itself. Not counted: the two heads, temporaries of kernels,
+fragmentation, a vLLM engine.
+
+What a device of n holds of what is divided is 1/n, by strategy:
+
+              weights  gradients  moments  reference
+    ddp         all       all       all       all
+    zero2       all       1/n       1/n       all
+    zero3       1/n       1/n       1/n       1/n
+    fsdp2       1/n       1/n       1/n       1/n
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from carft_fast.config import Config
 from carft_fast.flops import ModelCost
 from carft_fast.step import Needs
 
 FLOAT32 = 4
+BUCKET = 25 * 2**20
+"""Bytes of gradients that DDP sends at once: torch's default."""
+
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 
-def estimate_memory(config: Config, cost: ModelCost, lm_config: Any, stage: str) -> dict[str, tuple[float, str]]:
-    """What -> (bytes, formula) for a stage on one device, "total" last.
+def launched_as(environment: Mapping[str, str]) -> tuple[Strategy, int]:
+    """Strategy and number of processes of torchrun or `accelerate launch`, from a process's environment."""
+    devices = int(environment.get("WORLD_SIZE", "1"))
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp2", devices
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return ("zero3" if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"), devices
+    return "ddp", devices
+
+
+def estimate_memory(
+    config: Config, cost: ModelCost, lm_config: Any, stage: str, strategy: Strategy = "ddp", devices: int = 1
+) -> dict[str, tuple[float, str]]:
+    """What -> (bytes on each device, formula) for a stage, "total" last.
 
     Activations and KV cache take turns: the total has the larger one.
     """
     compute = 2 if config.model.compute_dtype == "bfloat16" else FLOAT32
     frozen = cost.layer_weights * compute + (cost.all_weights - cost.layer_weights) * FLOAT32
     frozen_text = f"layers x {compute} + embeddings and head x 4 bytes"
+    weight_shards = devices if strategy in ("fsdp2", "zero3") else 1
+    update_shards = 1 if strategy == "ddp" else devices
+
+    def share(size: float, text: str, shards: int) -> tuple[float, str]:
+        return (size / shards, f"({text}) / {shards}") if shards > 1 else (size, text)
+
     lasting: dict[str, tuple[float, str]] = {}
     trained = cost.all_weights
     if rank := config.lora.rank:
         trained = rank * cost.linear_width
-        lasting["weights"] = frozen, f"{frozen_text}, frozen"
-        lasting["adapters"] = trained * FLOAT32, f"at most {trained:,} x 4 bytes"
+        lasting["weights"] = share(frozen, f"{frozen_text}, frozen", weight_shards)
+        lasting["adapters"] = share(trained * FLOAT32, f"at most {trained:,} x 4 bytes", weight_shards)
     else:
-        lasting["weights"] = trained * FLOAT32, "weights x 4 bytes"
-    lasting["gradients"] = trained * FLOAT32, "trained weights x 4 bytes"
-    lasting["optimizer"] = 2 * trained * FLOAT32, "two moments x trained weights x 4 bytes"
+        lasting["weights"] = share(trained * FLOAT32, "weights x 4 bytes", weight_shards)
+    lasting["gradients"] = share(trained * FLOAT32, "trained weights x 4 bytes", update_shards)
+    lasting["optimizer"] = share(2 * trained * FLOAT32, "two moments x trained weights x 4 bytes", update_shards)
     if stage == "rl" and Needs.of(config).reference and not rank and not config.rl.reference_offload:
-        lasting["reference"] = frozen, frozen_text
+        lasting["reference"] = share(frozen, frozen_text, weight_shards)
+    if devices > 1:
+        lasting |= _whole_for_a_moment(cost, strategy, compute, lora=bool(rank), trained=trained)
+        if strategy in ("zero2", "zero3"):  # its optimizer works on a copy of its part of the weights
+            lasting["DeepSpeed's copy"] = share(trained * FLOAT32, "trained weights x 4 bytes", devices)
     passing = {"activations": _activations(config, cost, stage, compute)}
     if config.rollout.engine == "hf":
         passing["sampler's KV cache"] = _kv_cache(config, lm_config, compute)
     total = sum(size for size, _ in lasting.values()) + max(size for size, _ in passing.values())
     return {**lasting, **passing, "total": (total, "the sum, of activations and KV cache the larger")}
+
+
+def _whole_for_a_moment(
+    cost: ModelCost, strategy: Strategy, compute: int, *, lora: bool, trained: int
+) -> dict[str, tuple[float, str]]:
+    """Weights where they are divided, gathered to be used; gradients on their way to where they are added up."""
+    if strategy == "ddp":
+        return {"gradient bucket": (min(BUCKET, trained * FLOAT32), "25 MiB, or all gradients where they are less")}
+    layer, rest = cost.layer_weights / cost.layers, cost.all_weights - cost.layer_weights
+    # FSDP2 gathers in the compute dtype, DeepSpeed in that of the weights
+    layer_size = compute if strategy == "fsdp2" or lora else FLOAT32
+    rest_size = compute if strategy == "fsdp2" else FLOAT32
+    found: dict[str, tuple[float, str]] = {}
+    if strategy != "zero2":
+        text = f"two layers x {layer_size} + embeddings and head x {rest_size} bytes"
+        found["gathered weights"] = 2 * layer * layer_size + rest * rest_size, text
+    if not lora:  # those of adapters are small
+        text = f"one layer x {layer_size} + embeddings and head x {rest_size} bytes"
+        found["whole gradients"] = layer * layer_size + rest * rest_size, text
+    return found
 
 
 def _activations(config: Config, cost: ModelCost, stage: str, compute: int) -> tuple[float, str]:

@@ -22,6 +22,7 @@ from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.distributed import is_main, world_size
 from carft_fast.errors import InputError
+from carft_fast.safe_weights import check_hub, check_safetensors
 from carft_fast.synthetic import build_model_config, build_tokenizer
 
 T = TypeVar("T")
@@ -299,7 +300,8 @@ class CarftModel(nn.Module):
             self.lm.save_pretrained(folder)
         else:
             with torch.device("meta"):
-                plain = AutoModelForCausalLM.from_config(copy.deepcopy(self.lm.config), attn_implementation="sdpa")
+                build: Any = type(base_lm(self.lm))
+                plain = build._from_config(copy.deepcopy(self.lm.config), attn_implementation="sdpa")
             names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
             plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})
@@ -323,9 +325,11 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return build_tokenizer()
     _check_folder(config.path)
     try:
-        return AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        return AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f'model.path = "{config.path}": no tokenizer could be loaded: {_first_line(error)}') from None
+        raise _load_failure(config.path, "no tokenizer could be loaded", error) from None
 
 
 def load_lm_config(config: ModelConfig) -> Any:
@@ -333,11 +337,11 @@ def load_lm_config(config: ModelConfig) -> Any:
         return build_model_config(len(build_tokenizer()))
     _check_folder(config.path)
     try:
-        lm_config = AutoConfig.from_pretrained(config.path, revision=config.revision)
+        lm_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
     except (OSError, ValueError) as error:
-        raise InputError(
-            f'model.path = "{config.path}": no model config could be loaded: {_first_line(error)}'
-        ) from None
+        raise _load_failure(config.path, "no model config could be loaded", error) from None
     for name in vars(lm_config):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(lm_config, name), float):
             setattr(lm_config, name, 0.0)
@@ -390,6 +394,8 @@ def _load_lm(config: Config, path: str) -> Any:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, "model"))
                 return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
+        if not Path(path).is_dir():
+            check_hub(path, config.model.revision)
         return AutoModelForCausalLM.from_pretrained(
             path,
             config=lm_config,
@@ -397,9 +403,12 @@ def _load_lm(config: Config, path: str) -> Any:
             dtype=torch.float32,
             attn_implementation=attention,
             use_safetensors=True,
+            trust_remote_code=config.model.trust_remote_code,
         )
+    except InputError:
+        raise
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f'model.path = "{path}": weights could not be loaded: {_first_line(error)}') from None
+        raise _load_failure(path, "weights could not be loaded", error) from None
 
 
 def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) -> None:
@@ -438,9 +447,18 @@ def _check_folder(path: str) -> None:
 
 
 def check_weights(path: str) -> None:
-    """Raises InputError for a local folder without safetensors; a dry run does not need them."""
-    if Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
-        raise InputError(f'model.path = "{path}": no *.safetensors weights (pickled weights can run code: not loaded)')
+    """Raises InputError for a local folder whose weights are not safetensors; a dry run does not need them."""
+    if Path(path).is_dir():
+        check_safetensors(Path(path), heads=(HEADS_CONFIG, HEADS_WEIGHTS))
+
+
+def _load_failure(path: str, what: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f'model.path = "{path}": transformers does not know this model without the Python files that come with it. '
+            "They can do whatever you can: read them, then set model.trust_remote_code = true"
+        )
+    return InputError(f'model.path = "{path}": {what}: {_first_line(error)}')
 
 
 def _first_line(error: Exception) -> str:

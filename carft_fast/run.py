@@ -29,6 +29,7 @@ from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import Learner, build_learner, strategy
 from carft_fast.prompts import EncodedExample, PromptFormat
+from carft_fast.redact import redact
 from carft_fast.rollout import RolloutEngine, build_engine
 from carft_fast.signals import Stopped, StopRequest
 
@@ -87,7 +88,7 @@ class Run:
             self.metrics.load()
         write_text(self.folder / CONFIG_FILE, to_toml(self.config))
         environment = {
-            "command": sys.argv,
+            "command": [redact(word) for word in sys.argv],
             "stages": list(stages),
             "seed": self.config.seed,
             "versions": versions(),

@@ -113,8 +113,8 @@ class DeviceTransfer:
 
     repeatable = False
 
-    def __init__(self, backend: Literal["nccl", "ipc"], update_timeout_s: float) -> None:
-        self._backend, self._timeout_s = backend, update_timeout_s
+    def __init__(self, backend: Literal["nccl", "ipc"], update_timeout_s: float, token: str | None) -> None:
+        self._backend, self._timeout_s, self._token = backend, update_timeout_s, token
         self._weights: SamplerWeights | HeldWeights | None = None
         self._version = ""
         self._sender: Any = None
@@ -144,7 +144,7 @@ class DeviceTransfer:
             self.close()
             self._sender = vllm_adapter.device_sender(
                 self._backend,
-                _ControlPlane(urls, sizes, self._timeout_s),
+                _ControlPlane(urls, sizes, self._timeout_s, self._token),
                 self._weights,
                 address=_address_towards(urls[0]),
                 port=free_port(),
@@ -163,8 +163,8 @@ class DeviceTransfer:
 class _ControlPlane:
     """vLLM's `VLLMWeightSyncClient` over several servers at once; each takes the ranks after the one before."""
 
-    def __init__(self, urls: Sequence[str], sizes: Sequence[int], timeout_s: float) -> None:
-        self._urls, self._sizes, self._timeout_s = urls, sizes, timeout_s
+    def __init__(self, urls: Sequence[str], sizes: Sequence[int], timeout_s: float, token: str | None) -> None:
+        self._urls, self._sizes, self._timeout_s, self._token = urls, sizes, timeout_s, token
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         infos, offset = [], 1
@@ -185,7 +185,7 @@ class _ControlPlane:
 
     def _all(self, calls: Any) -> None:
         async def run() -> None:
-            async with ServerApi.open(self._timeout_s) as api:
+            async with ServerApi.open(self._timeout_s, self._token) as api:
                 await all_of(*calls(api))
 
         try:
@@ -202,6 +202,8 @@ def _address_towards(url: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def build_transfer(backend: Literal["nccl", "ipc", "files"], folder: str, update_timeout_s: float) -> Transfer:
-    """`backend` as `vllm_adapter.transfer_backend` gives it."""
-    return FileTransfer(folder) if backend == "files" else DeviceTransfer(backend, update_timeout_s)
+def build_transfer(
+    backend: Literal["nccl", "ipc", "files"], folder: str, update_timeout_s: float, token: str | None
+) -> Transfer:
+    """`backend` as `vllm_adapter.transfer_backend` gives it, `token` as the servers ask for it."""
+    return FileTransfer(folder) if backend == "files" else DeviceTransfer(backend, update_timeout_s, token)

@@ -25,6 +25,7 @@ from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
+LOOPBACK = "127.0.0.1"
 INCOMPLETE = "incomplete"
 """Weight version of an engine in the middle of an update, or of one that failed."""
 
@@ -52,7 +53,7 @@ IN_PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
     "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would tear our progress bars
-    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": LOOPBACK,  # what it listens on between its own processes
 }
 
 
@@ -96,6 +97,8 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if rollout.sleep_level:
         options["enable_sleep_mode"] = True
+    if config.model.trust_remote_code:
+        options["trust_remote_code"] = True
     return options
 
 
@@ -124,19 +127,28 @@ def server_arguments(options: Mapping[str, Any], model_folder: Path, transfer: s
         "--enable-scale-out",
         "--weight-transfer-config",
         json.dumps({"backend": backend}),
+        "--middleware",
+        "carft_fast.rollout.vllm_plugin.RequireToken",
         "--disable-uvicorn-access-log",
     ]
 
 
 def write_model_folder(lm_config: Any, folder: Path) -> None:
-    """config.json and nothing else. Raises InputError for a model that is no causal LM of transformers."""
+    """config.json, with the Python files of a model that has its own (model.trust_remote_code), and nothing else.
+
+    Raises InputError for a model that is no causal LM of transformers.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if (architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(lm_config.model_type)) is None:
+    if known := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(lm_config.model_type):
+        architectures = [known]
+    elif "AutoModelForCausalLM" in (getattr(lm_config, "auto_map", None) or {}):
+        architectures = lm_config.architectures
+    else:
         raise InputError(
             f'model_type "{lm_config.model_type}" is no causal LM of transformers: set rollout.engine = "hf"'
         )
-    type(lm_config).from_dict({**lm_config.to_dict(), "architectures": [architecture]}).save_pretrained(folder)
+    type(lm_config).from_dict({**lm_config.to_dict(), "architectures": architectures}).save_pretrained(folder)
 
 
 def check_model(lm_config: Any, device_type: str) -> None:

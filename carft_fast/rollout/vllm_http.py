@@ -13,6 +13,13 @@ from carft_fast.errors import EngineError
 from carft_fast.rollout.vllm_adapter import INCOMPLETE
 
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"
+TOKEN = "CARFT_SERVER_TOKEN"
+"""Environment variable with the token that servers ask for."""
+
+
+def bearer(token: str | None) -> dict[str, str]:
+    """Request headers that show the token."""
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 class ServerLost(Exception):  # noqa: N818 - an event the caller handles
@@ -28,13 +35,14 @@ class ServerApi:
 
     @staticmethod
     @asynccontextmanager
-    async def open(update_timeout_s: float) -> AsyncIterator["ServerApi"]:
+    async def open(update_timeout_s: float, token: str | None) -> AsyncIterator["ServerApi"]:
         """Connections are not limited: how many requests are under way is the caller's choice.
 
         None is used twice: a server closes one after an error or five idle seconds, and a request sent on it just
         then would look like a lost server.
         """
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True)) as session:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with aiohttp.ClientSession(connector=connector, headers=bearer(token)) as session:
             yield ServerApi(session, update_timeout_s)
 
     async def call(
@@ -55,6 +63,12 @@ class ServerApi:
             raise ServerLost(f"{path}: {error or type(error).__name__}") from None
         if status >= 500:
             raise ServerLost(f"{path}: HTTP {status}: {_message(text)}")
+        if status == 401:
+            raise EngineError(
+                f"the server at {url} wants the token it was started with in the environment variable {TOKEN}"
+                if "Authorization" not in self._session.headers
+                else f"the server at {url} was started with another token than that in {TOKEN}"
+            )
         if status in (403, 404):
             raise EngineError(f"the server at {url} has no {path} ({_message(text)}): {HINT}")
         if status >= 400:

@@ -1,15 +1,19 @@
-"""What vLLM's own processes load: a weight-transfer backend that reads safetensors files.
+"""What vLLM's own processes load: a weight-transfer backend that reads safetensors files, and the check of the token.
 
 vLLM's built-in backends need GPUs. This one serves CPU servers, and any server that shares a folder with the trainer.
 It is registered through the entry point `vllm.general_plugins`, so a server knows it without importing the trainer.
 """
 
+import hmac
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -64,6 +68,24 @@ class FilesWeightTransferEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateI
         finally:
             # On an error too: without it the layers not yet loaded stay on the meta device, and no later load works.
             finalize_layerwise_reload(self.model, self.model_config)
+
+
+class RequireToken:
+    """No request without VLLM_API_KEY as a bearer token, where it is set; only /health answers everybody.
+
+    vLLM's own check lets through the routes that replace weights and call into the workers.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+        self._expected = f"Bearer {os.environ.get('VLLM_API_KEY', '')}".encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket") and scope["path"] != "/health" and self._expected != b"Bearer ":
+            given = Headers(scope=scope).get("authorization", "").encode()
+            if not hmac.compare_digest(given, self._expected):
+                return await JSONResponse({"error": {"message": "no valid token"}}, 401)(scope, receive, send)
+        return await self._app(scope, receive, send)
 
 
 def _read(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -6,6 +6,7 @@ that started it is gone, however that died (0: nobody to watch).
 
 import contextlib
 import hashlib
+import ipaddress
 import os
 import re
 import runpy
@@ -16,13 +17,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from carft_fast.config import Config
 from carft_fast.errors import EngineError, InputError
 from carft_fast.rollout import vllm_adapter
+from carft_fast.rollout.vllm_adapter import LOOPBACK
+from carft_fast.rollout.vllm_http import TOKEN
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
 
@@ -32,19 +35,32 @@ _LAUNCHER = re.compile(
 """Variables by which `torchrun` and `accelerate launch` tell a trainer who it is."""
 
 
-def server_environment(cuda_visible_devices: str | None) -> dict[str, str]:
+def server_environment(cuda_visible_devices: str | None, host: str, token: str | None, transfer: str) -> dict[str, str]:
     """Of the server process; what the user has set stays, what an engine in this process needs does not."""
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
-        "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # "ipc" handles travel pickled
     }
+    if transfer == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles travel pickled
     own = {k: v for k, v in os.environ.items() if not _LAUNCHER.match(k)}
     environment |= {k: v for k, v in own.items() if vllm_adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
+    if is_loopback(host):
+        environment.setdefault("VLLM_HOST_IP", LOOPBACK)
+    environment.pop(TOKEN, None)
+    if token:
+        environment["VLLM_API_KEY"] = token
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     return environment
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_port(host: str, port: int) -> None:
@@ -59,15 +75,15 @@ def check_port(host: str, port: int) -> None:
 
 def free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])
 
 
 class ServerProcess:
     """One server on this machine, in a process group of its own; `log` gets what it prints."""
 
-    def __init__(self, arguments: Sequence[str], log: Path, cuda_visible_devices: str | None) -> None:
-        self._arguments, self.log, self._devices = list(arguments), log, cuda_visible_devices
+    def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        self._arguments, self.log, self._environment = list(arguments), log, environment
         self._process: subprocess.Popen[bytes] | None = None
         self.url = ""
 
@@ -75,15 +91,15 @@ class ServerProcess:
         """Ends what still runs, then starts anew on a free port. Returns at once: the server answers later."""
         self.stop()
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        address = ["--host", "127.0.0.1", "--port", str(port)]
+        self.url = f"http://{LOOPBACK}:{port}"
+        address = ["--host", LOOPBACK, "--port", str(port)]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(os.getpid()), *self._arguments, *address],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(self._devices),
+                env=self._environment,
                 start_new_session=True,
             )
 
@@ -134,6 +150,12 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     from carft_fast.model import load_lm_config, resolve_device
     from carft_fast.rollout import check_engine
 
+    token = os.environ.get(TOKEN) or os.environ.get("VLLM_API_KEY")
+    if not token and not is_loopback(host):
+        raise InputError(
+            f"--host {host}: whoever reaches the server can replace its weights and call into it: set the environment "
+            f"variable {TOKEN} to a token of your own, here and where the trainer runs, or leave --host at {LOOPBACK}"
+        )
     check_port(host, port)
     device_type = resolve_device(config.model.device).type
     lm_config = load_lm_config(config.model)
@@ -141,13 +163,12 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     digest = hashlib.sha256(lm_config.to_json_string().encode()).hexdigest()[:12]
     folder = Path(tempfile.gettempdir()) / f"carft-model-{digest}"
     vllm_adapter.write_model_folder(lm_config, folder)
+    transfer = vllm_adapter.transfer_backend(config, device_type)
     arguments = vllm_adapter.server_arguments(
-        vllm_adapter.engine_options(config, device_type, dedicated=True),
-        folder,
-        vllm_adapter.transfer_backend(config, device_type),
+        vllm_adapter.engine_options(config, device_type, dedicated=True), folder, transfer
     )
     command = [sys.executable, "-m", __name__, "0", *arguments, "--host", host, "--port", str(port)]
-    os.execve(command[0], command, server_environment(None))
+    os.execve(command[0], command, server_environment(None, host, token, transfer))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ weights is not accepted, so a rollout is never lost, doubled, or of unknown weig
 
 import asyncio
 import contextlib
+import os
 import secrets
 import tempfile
 import time
@@ -20,8 +21,8 @@ from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.transfer import build_transfer
-from carft_fast.rollout.vllm_http import ServerApi, ServerLost
-from carft_fast.rollout.vllm_serve import ServerProcess
+from carft_fast.rollout.vllm_http import TOKEN, ServerApi, ServerLost
+from carft_fast.rollout.vllm_serve import ServerProcess, server_environment
 from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 MENDS = 3
@@ -63,7 +64,9 @@ class VLLMServerEngine:
         self.version = -1
         self._whole = False
         backend = vllm_adapter.transfer_backend(config, model.device.type)
-        self._transfer = build_transfer(backend, rollout.transfer_dir, rollout.server_timeout_s)
+        # Other users of this machine can reach the servers of the run, so these always ask for a token.
+        self._token = os.environ.get(TOKEN) or (None if rollout.servers else secrets.token_urlsafe(32))
+        self._transfer = build_transfer(backend, rollout.transfer_dir, rollout.server_timeout_s, self._token)
         self._scratch = tempfile.TemporaryDirectory(prefix="carft-servers-")
         self._servers = [_Server(url.rstrip("/"), None) for url in rollout.servers]
         if not self._servers:
@@ -73,7 +76,8 @@ class VLLMServerEngine:
             arguments = vllm_adapter.server_arguments(options, scratch / "model", backend)
             for index, devices in enumerate(rollout.server_devices or [None]):
                 log_file = (folder or Path(tempfile.gettempdir())) / f"vllm-server-{index}.log"
-                process = ServerProcess(arguments, log_file, devices)
+                environment = server_environment(devices, vllm_adapter.LOOPBACK, self._token, backend)
+                process = ServerProcess(arguments, log_file, environment)
                 process.start()
                 self._servers.append(_Server("", process))
         try:
@@ -127,7 +131,7 @@ class VLLMServerEngine:
             raise ServerLost(f"it holds the weights {sorted(set(found))}, not {self._tag(self.version)}")
 
     async def _start(self) -> None:
-        async with ServerApi.open(self._config.server_timeout_s) as api:
+        async with ServerApi.open(self._config.server_timeout_s, self._token) as api:
             await asyncio.gather(*(self._wait_healthy(api, server) for server in self._servers))
             for server in self._servers:
                 length = await api.context_length(server.url)
@@ -159,7 +163,7 @@ class VLLMServerEngine:
 
     async def _sync(self) -> None:
         """Staged weights to every server that answers; the others get them while the next prompts are sampled."""
-        async with ServerApi.open(self._config.server_timeout_s) as api:
+        async with ServerApi.open(self._config.server_timeout_s, self._token) as api:
             for server in self._servers:
                 server.usable = False
                 if server.process and not server.process.running:
@@ -254,7 +258,7 @@ class VLLMServerEngine:
         def crews() -> set[asyncio.Task[None]]:
             return {task for server in self._servers for task in server.crew}
 
-        async with ServerApi.open(self._config.server_timeout_s) as api:
+        async with ServerApi.open(self._config.server_timeout_s, self._token) as api:
             for server in self._servers:
                 server.failures = 0
                 if server.usable:

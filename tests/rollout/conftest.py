@@ -1,6 +1,7 @@
 """A real vLLM on the CPU for every test here: one engine in this process, two servers, shared by the session."""
 
 import copy
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,9 @@ from carft_fast.rollout.vllm_engine import VLLMEngine
 from carft_fast.rollout.vllm_server import VLLMServerEngine
 
 from .checks import CPU, EOS, make_config, perturb
+
+# The servers' token, known here and in the processes that tests start.
+os.environ.setdefault("CARFT_SERVER_TOKEN", "a-token-for-tests")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Servers as they really fail: killed, interrupted, restarted behind the trainer's back, absent, not vLLM at all."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -23,7 +25,7 @@ from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.transfer import FileTransfer
-from carft_fast.rollout.vllm_http import ServerApi
+from carft_fast.rollout.vllm_http import TOKEN, ServerApi, bearer
 from carft_fast.rollout.vllm_serve import ServerProcess, check_port, free_port
 from carft_fast.rollout.vllm_server import VLLMServerEngine
 from carft_fast.rollout.weights import SamplerWeights
@@ -34,9 +36,16 @@ GREEDY = SamplingParams(20, temperature=0)
 LONG = SamplingParams(80, temperature=1.0, samples_per_prompt=8, seed=2)
 
 
+def fetch(url: str, headers: dict[str, str] | None = None, body: bytes | None = None) -> str:
+    """With the servers' token, unless told otherwise."""
+    shown = bearer(os.environ[TOKEN]) if headers is None else headers
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"} | shown)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return answer.read().decode()
+
+
 def weight_version(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/weight_info", timeout=10) as answer:
-        return json.load(answer)["weight_version"]
+    return json.loads(fetch(f"{url}/weight_info"))["weight_version"]
 
 
 def answers(url: str) -> bool:
@@ -64,7 +73,7 @@ def call(url: str, *names: str) -> None:
     """Phases of a weight update, by name, as a trainer calls them."""
 
     async def run() -> None:
-        async with ServerApi.open(30) as api:
+        async with ServerApi.open(30, os.environ[TOKEN]) as api:
             for name in names:
                 await getattr(api, name)(url)
 
@@ -76,13 +85,70 @@ def test_both_servers_work_and_hold_the_version(server_engine: VLLMServerEngine,
     assert {weight_version(url) for url in urls(server_engine)} == {f"{server_engine._run}-{server_engine.version}"}
 
     def served(url: str) -> float:
-        text = urllib.request.urlopen(f"{url}/metrics", timeout=10).read().decode()
+        text = fetch(f"{url}/metrics")
         lines = [line for line in text.splitlines() if line.startswith("vllm:generation_tokens_total")]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     before = [served(url) for url in urls(server_engine)]
     server_engine.generate(PROMPTS * 2, LONG)
     assert all(served(url) > old for url, old in zip(urls(server_engine), before, strict=True))
+
+
+GUARDED = {
+    "/weight_info": None,
+    "/v1/models": None,
+    "/metrics": None,
+    "/openapi.json": None,
+    "/pause?mode=abort": b"",
+    "/update_weights": b"{}",
+    "/collective_rpc": b'{"method": "shutdown"}',
+    "/inference/v1/generate": b"{}",
+}
+
+
+@pytest.mark.parametrize("path", GUARDED)
+@pytest.mark.parametrize("headers", [{}, bearer("another token"), {"Authorization": "Bearer "}])
+def test_no_route_answers_without_the_token(
+    server_engine: VLLMServerEngine, path: str, headers: dict[str, str]
+) -> None:
+    """vLLM's own API key leaves those open that replace weights and call into the workers."""
+    url = urls(server_engine)[0]
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        fetch(url + path, headers, GUARDED[path])
+    assert answers(url)
+
+
+def test_servers_listen_on_this_machine_alone(server_engine: VLLMServerEngine) -> None:
+    """Every listening socket of every process of the servers, the sockets between their own processes too."""
+    found = [address for pid in server_engine.pids for address in listening(pid)]
+    ports = {int(url.rsplit(":", 1)[1]) for url in urls(server_engine)}
+    assert ports <= {port for _, port in found}
+    assert {host for host, _ in found} <= {"0100007F", "00000000000000000000000001000000"}, found
+
+
+def listening(group: int) -> list[tuple[str, int]]:
+    """(address as the kernel writes it, port) of the TCP sockets on which a process group listens."""
+    sockets = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                sockets |= {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    return [
+        (line[1].partition(":")[0], int(line[1].partition(":")[2], 16))
+        for line in lines
+        if line[3] == "0A" and f"socket:[{line[9]}]" in sockets
+    ]
+
+
+@pytest.mark.parametrize(("token", "message"), [("", "wants the token"), ("another token", "with another token")])
+def test_a_trainer_without_the_token_is_told(
+    server_engine: VLLMServerEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch, token: str, message: str
+) -> None:
+    monkeypatch.setenv(TOKEN, token)
+    config = make_config("rollout.engine=vllm-server", f"rollout.servers={json.dumps(urls(server_engine))}")
+    with pytest.raises(EngineError, match=rf"{message}.*{TOKEN}"):
+        VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
 
 
 def test_a_server_killed_while_sampling_loses_and_doubles_nothing(
@@ -181,7 +247,7 @@ def test_a_training_step_is_completed_though_a_server_is_killed_in_it(
 
     def kill_when_sampling() -> None:
         while True:
-            text = urllib.request.urlopen(f"{victim_url}/metrics", timeout=10).read().decode()
+            text = fetch(f"{victim_url}/metrics")
             running = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
             version = weight_version(victim_url)
             if any(float(line.rsplit(" ", 1)[1]) > 0 for line in running) and version != own_version:
@@ -221,12 +287,12 @@ def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(model: CarftMo
     arguments = vllm_adapter.server_arguments(options, tmp_path / "model", "files")
     script = tmp_path / "trainer.py"
     script.write_text(
-        "import time\n"
+        "import os, time\n"
         "from pathlib import Path\n"
         "from carft_fast.rollout.transfer import FileTransfer\n"
         "from carft_fast.rollout.vllm_serve import ServerProcess\n"
         f"transfer = FileTransfer({str(tmp_path)!r})\n"
-        f"server = ServerProcess({arguments!r}, Path({str(tmp_path / 'log')!r}), None)\n"
+        f"server = ServerProcess({arguments!r}, Path({str(tmp_path / 'log')!r}), os.environ)\n"
         "server.start()\n"
         "print(server.pid, flush=True)\n"
         "time.sleep(600)\n"
@@ -346,7 +412,7 @@ def test_served_by_the_command_line_and_used_by_two_trainers(model: CarftModel, 
 
 
 def test_stop_ends_the_whole_group(tmp_path: Path) -> None:
-    server = ServerProcess(["--model", "nowhere"], tmp_path / "log", None)
+    server = ServerProcess(["--model", "nowhere"], tmp_path / "log", os.environ)
     server.start()
     pid = server.pid
     assert server.running

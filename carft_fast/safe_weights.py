@@ -1,0 +1,76 @@
+"""Weights on disk are safetensors or they are not loaded: unpickling a file can run any code that it holds."""
+
+import json
+from pathlib import Path
+
+from carft_fast.errors import InputError
+
+PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MODEL, MODEL_INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
+
+
+def check_safetensors(folder: Path, *, heads: tuple[str, str]) -> None:
+    """Raises InputError when model, adapter or heads of a local model folder are missing, or are there as something
+    else than safetensors. `heads` are the names of their description and their weights.
+    """
+    if not (folder / MODEL).is_file():
+        _check_shards(folder)
+    for description, weights in (("adapter_config.json", ADAPTER), heads):
+        if (folder / description).is_file() and not (folder / weights).is_file():
+            raise _refusal(folder, weights)
+
+
+def _check_shards(folder: Path) -> None:
+    if not (folder / MODEL_INDEX).is_file():
+        raise _refusal(folder, MODEL)
+    for name in sorted(set(json.loads((folder / MODEL_INDEX).read_text())["weight_map"].values())):
+        if not name.endswith(".safetensors"):  # transformers would unpickle it
+            raise _refusal(folder, MODEL, f"{name} in {MODEL_INDEX}")
+        if not (folder / name).is_file():
+            raise InputError(f'model.path = "{folder}": {name} is missing, which {MODEL_INDEX} names')
+
+
+def _refusal(folder: Path, wanted: str, found: str = "") -> InputError:
+    files = sorted({path.name for pattern in PICKLED for path in folder.glob(pattern)})
+    message = f'model.path = "{folder}": no {wanted}; weights are loaded from safetensors files only'
+    if not (found or files):
+        return InputError(message)
+    return InputError(
+        f"{message}, found {found or ', '.join(files[:3])}: pickled weights can run code when they are read. If you "
+        f"trust them, convert them once: {_conversion(folder, wanted, files)}"
+    )
+
+
+def _conversion(folder: Path, wanted: str, files: list[str]) -> str:
+    if wanted == MODEL:
+        code = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained('{folder}').save_pretrained('{folder}')"
+        )
+    else:
+        source = folder / files[0]
+        code = (
+            "import torch; from safetensors.torch import save_file; "
+            f"save_file(torch.load('{source}', weights_only=True), '{folder / wanted}')"
+        )
+    return f'python -c "{code}"'
+
+
+def check_hub(path: str, revision: str | None) -> None:
+    """Raises InputError for a Hub id whose model or adapter is pickled alone; transformers would fall back to those."""
+    from transformers.utils import cached_file
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    def is_there(name: str) -> bool:
+        found = cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return found is not None
+
+    wanted = MODEL
+    if is_there(MODEL) or is_there(MODEL_INDEX):
+        if not find_adapter_config_file(path, revision=revision) or is_there(ADAPTER):
+            return
+        wanted = ADAPTER
+    raise InputError(
+        f'model.path = "{path}": no {wanted} on the Hub; weights are loaded from safetensors files only: pickled '
+        "weights can run code when they are read. Look for another revision, or convert them in a folder of your own"
+    )
