@@ -39,10 +39,10 @@ def inverse_cdf(logprob_BV: Tensor, uniform_B1: Tensor) -> Tensor:
 
 
 class _TokenPicker(LogitsProcessor):
-    """Last in the chain: picks the next tokens, leaves no other a finite score, and keeps their log-probs.
+    """Last in the chain of greedy decoding: leaves one token of each row a finite score, and keeps its log-prob.
 
     `uniform_BL` holds each row's own random numbers, one for a token, so what a row samples does not depend on the rows
-    beside it; None is greedy.
+    beside it; None leaves the choice to greedy decoding.
     """
 
     def __init__(self, uniform_BL: Tensor | None) -> None:
@@ -52,10 +52,10 @@ class _TokenPicker(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprob_BV = scores.float().log_softmax(-1)
         if self._uniform_BL is None:
-            token_B1 = scores.argmax(-1, keepdim=True)
-        else:
-            step = len(self.logprobs)
-            token_B1 = inverse_cdf(logprob_BV, self._uniform_BL[:, step : step + 1])
+            self.logprobs.append(logprob_BV.amax(-1))
+            return scores
+        step = len(self.logprobs)
+        token_B1 = inverse_cdf(logprob_BV, self._uniform_BL[:, step : step + 1])
         self.logprobs.append(logprob_BV.gather(1, token_B1)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
 
