@@ -184,7 +184,7 @@ def export(
     checkpoint: Annotated[str, typer.Argument(help="Any checkpoint of a run: runs/<name>/checkpoints/<stage>-<step>.")],
     folder: Annotated[str, typer.Argument(help="New or empty folder.")],
 ) -> None:
-    """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, the heads beside it. Needs no GPU."""
+    """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
     from carft_fast.export import export_checkpoint
 
     export_checkpoint(Path(checkpoint), Path(folder))
