@@ -209,7 +209,7 @@ class CheckpointStore:
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
             os.replace(link, self._folder / "best")
-        earlier = [path for path in self._all() if path != target]
+        earlier = [path for path in self._all() if _order(path) < _order(target)]
         places = self._config.output.keep_last - 1
         # one of those that stay must be good for certain: what is damaged is set aside and gives its place to an older
         while places and earlier[:-places] and not any(self._is_whole(path) for path in earlier[-places:]):

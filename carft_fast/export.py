@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.checkpoint import (
     OPTIMIZER_FILE,
@@ -36,7 +37,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise InputError(f"{checkpoint}: no such folder")
     if not any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST)):
         raise InputError(
-            f"{checkpoint}: no checkpoint ({STATE_FILE} is missing); a run's are <run>/checkpoints/<stage>-<step>"
+            f"{checkpoint}: no checkpoint ({STATE_FILE} is missing); a run has them in checkpoints/<stage>-<step>"
         )
     if damage := find_damage(checkpoint):
         raise InputError(f"{checkpoint}: damaged: {damage}")
@@ -46,14 +47,15 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     config = load_config(str(checkpoint / RUN_CONFIG_FILE))
 
     def write(target: Path) -> None:
+        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with something more
+            if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
+                shutil.copyfile(path, target / path.name)
         if config.lora.rank:
             _load_adapted(config, start, checkpoint).save(target)
         elif has_sharded(checkpoint):
             _load_sharded(config, checkpoint).save(target)
-        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with something more
-            if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
-                shutil.copyfile(path, target / path.name)
 
+    disable_progress_bar()
     write_folder(folder, write)
 
 

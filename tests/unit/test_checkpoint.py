@@ -1,0 +1,223 @@
+"""The store alone: what counts as damage, what is kept, what a failed or late write does."""
+
+import os
+import re
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import carft_fast
+from carft_fast.checkpoint import CheckpointStore, load_optimizer
+from carft_fast.config import Config, load_config
+from carft_fast.errors import InputError, TrainingError
+from carft_fast.export import export_checkpoint
+from carft_fast.files import find_damage, write_folder, write_text
+from carft_fast.model import CarftModel, load_model
+from carft_fast.optim import build_optimizer
+from carft_fast.synthetic import build_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def config(*more: str) -> Config:
+    return load_config(None, ['model.path="synthetic"', *more])
+
+
+class Trained:
+    """A model after one update, and a store for it; `told` is what the console was told."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.told: list[str] = []
+        self.folder = folder
+        self.store = CheckpointStore(folder, config(*overrides), self.told.append)
+        self.model: CarftModel = load_model(config(), "synthetic", CPU, heads=True)
+        self.optimizer = build_optimizer(self.model, config().rl)
+        for parameter in self.model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.1)
+        self.optimizer.step()
+
+    def save(self, step: int, stage: str = "rl", *, best: bool = False) -> Path:
+        return self.store.save(
+            stage, step, self.model, build_tokenizer(), self.optimizer, model_path="synthetic", seed=0, best=best
+        )
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Trained:
+    return Trained(tmp_path / "checkpoints")
+
+
+@contextmanager
+def no_file_larger_than(size: int) -> Iterator[None]:
+    """As a full disk would: the write itself fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def flip_bit(path: Path, at: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "truncated": (lambda f: os.truncate(f / "w", 2), "w has 2 bytes, its manifest says 5"),
+    "longer": (lambda f: (f / "w").write_bytes(b"12345x") and None, "w has 6 bytes, its manifest says 5"),
+    "one bit": (lambda f: flip_bit(f / "w"), "w has SHA-256 "),
+    "below": (lambda f: flip_bit(f / "sub" / "v"), "sub/v has SHA-256 "),
+    "missing": (lambda f: (f / "w").unlink(), "w is missing, its manifest lists it with 5 bytes"),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read: No such file"),
+    "cut manifest": (lambda f: os.truncate(f / "manifest.json", 40), "manifest.json cannot be read"),
+    "empty manifest": (lambda f: (f / "manifest.json").write_text("[1]") and None, "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_found_and_named(tmp_path: Path, name: str) -> None:
+    damage, told = DAMAGES[name]
+
+    def write(folder: Path) -> None:
+        (folder / "w").write_bytes(b"12345")
+        (folder / "sub").mkdir()
+        (folder / "sub" / "v").write_bytes(b"123")
+
+    write_folder(tmp_path / "a", write)
+    assert find_damage(tmp_path / "a") is None
+    damage(tmp_path / "a")
+    assert told in (find_damage(tmp_path / "a") or "")
+
+
+def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
+    """White space apart, a flipped bit in the manifest is damage."""
+    write_folder(tmp_path / "a", lambda folder: (folder / "w").write_bytes(b"12345") and None)
+    manifest = tmp_path / "a" / "manifest.json"
+    content = manifest.read_bytes()
+    entry = re.search(rb'"w": \{.*?\}', content, re.DOTALL)
+    assert entry
+    for place in range(*entry.span()):
+        for bit in range(8):
+            manifest.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            same_meaning = content[place : place + 1].isspace()
+            assert find_damage(tmp_path / "a") or same_meaning, (place, bit)
+
+
+def test_rotation_goes_by_step_whatever_the_clock_says(trained: Trained) -> None:
+    for step in (1, 2, 3, 10):
+        path = trained.save(step, "sft" if step < 3 else "rl", best=step == 1)
+        os.utime(path, (0, 4e9 - 1e8 * step))
+    assert trained.names() == ["best", "rl-000003", "rl-000010", "sft-000001"]
+    assert trained.store.latest("rl") == (trained.folder / "rl-000010", 10)
+
+
+def test_nothing_reads_the_wall_clock_but_the_stamps_of_the_console_log() -> None:
+    package = Path(carft_fast.__file__).parent
+    found = {
+        (path.name, match)
+        for path in package.rglob("*.py")
+        for match in re.findall(r"time\.time\w*\(|datetime\.\w+\(|st_[amc]time|time\.strftime\(", path.read_text())
+    }
+    assert found == {("console.py", "time.strftime(")}
+
+
+def test_rotation_keeps_one_that_is_good_for_certain(trained: Trained) -> None:
+    trained.save(1)
+    flip_bit(trained.save(2) / "optimizer.safetensors")
+    trained.save(3)
+    assert trained.names() == ["damaged-rl-000002", "rl-000001", "rl-000003"]
+    assert "rl-000002 is damaged: optimizer.safetensors has SHA-256" in trained.told[0]
+    flip_bit(trained.folder / "rl-000003" / "config.toml")
+    assert trained.store.latest("rl") == (trained.folder / "rl-000001", 1)
+
+
+def test_a_damaged_best_checkpoint_is_none(trained: Trained) -> None:
+    trained.save(1, best=True)
+    trained.save(2)
+    assert trained.store.best("rl") == trained.folder / "rl-000001"
+    assert trained.store.best("sft") is None
+    (trained.folder / "rl-000001" / "model.safetensors").unlink()
+    assert trained.store.best("rl") is None
+    assert trained.names() == ["damaged-rl-000001", "rl-000002"]
+    assert "model.safetensors is missing" in trained.told[0]
+    assert "best evaluated checkpoint" in trained.told[1]
+    trained.save(3, best=True)
+    assert trained.store.best("rl") == trained.folder / "rl-000003"
+
+
+def test_an_asynchronous_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
+    plain, late = Trained(tmp_path / "plain"), Trained(tmp_path / "late", "output.async_save=true")
+    expected = plain.save(1)
+    written = threading.Event()
+    late.store._settle = lambda *_: written.wait(60)  # type: ignore[method-assign,assignment]  # it ends when we say
+    path = late.save(1)
+    with torch.no_grad():
+        for parameter in late.model.parameters():
+            parameter.zero_()
+            late.optimizer.state[parameter]["exp_avg"].zero_()
+    assert late.store._pending is not None
+    assert not late.store._pending.done()
+    late.store.check()
+    written.set()
+    late.store.close()
+    for name in ("model.safetensors", "carft_heads.safetensors", "optimizer.safetensors"):
+        assert (path / name).read_bytes() == (expected / name).read_bytes()
+    load_optimizer(path, late.model, late.optimizer)
+    for ours, other in zip(late.model.parameters(), plain.model.parameters(), strict=True):
+        assert late.optimizer.state[ours]["exp_avg"].equal(plain.optimizer.state[other]["exp_avg"])
+
+
+@pytest.mark.parametrize("noticed", ["check", "save", "wait", "close"])
+def test_a_failed_asynchronous_write_is_raised_later(tmp_path: Path, noticed: str) -> None:
+    trained = Trained(tmp_path / "checkpoints", "output.async_save=true")
+    trained.save(1)
+    trained.store.wait()
+    with no_file_larger_than(100_000):
+        trained.save(2)
+        assert trained.store._pending is not None
+        trained.store._pending.exception(timeout=60)
+    with pytest.raises(TrainingError, match=r"rl-000002 cannot be written: File too large \(about [\d,]{7,} bytes"):
+        trained.save(3) if noticed == "save" else getattr(trained.store, noticed)()
+    assert trained.names() == ["rl-000001"]
+    assert trained.store.latest("rl") == (trained.folder / "rl-000001", 1)
+    trained.save(3)
+    trained.store.close()
+    assert trained.names() == ["rl-000001", "rl-000003"]
+
+
+def test_a_text_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
+    write_text(tmp_path / "samples.jsonl", "old")
+    with no_file_larger_than(1000), pytest.raises(TrainingError, match=r"samples.jsonl cannot be written: File too la"):
+        write_text(tmp_path / "samples.jsonl", "x" * 2000)
+    assert (tmp_path / "samples.jsonl").read_text() == "old"
+
+
+def test_export_refuses_what_it_cannot_read_or_would_overwrite(trained: Trained, tmp_path: Path) -> None:
+    checkpoint, out = trained.save(1), tmp_path / "out"
+    with pytest.raises(InputError, match="no such folder"):
+        export_checkpoint(tmp_path / "nowhere", out)
+    with pytest.raises(InputError, match=r"no checkpoint \(trainer_state.json is missing\)"):
+        export_checkpoint(trained.folder, out)
+    export_checkpoint(checkpoint, out)
+    assert load_file(out / "model.safetensors").keys() == load_file(checkpoint / "model.safetensors").keys()
+    with pytest.raises(InputError, match="no checkpoint but a model"):
+        export_checkpoint(out, tmp_path / "again")
+    with pytest.raises(InputError, match="not empty"):
+        export_checkpoint(checkpoint, out)
+    with pytest.raises(InputError, match="is a file"):
+        export_checkpoint(checkpoint, out / "config.json")
+    flip_bit(checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"damaged: model\.safetensors has SHA-256"):
+        export_checkpoint(checkpoint, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "out"]
