@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import carft_fast
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
-from carft_fast.config import Config, load_config
+from carft_fast.config import Config
+from carft_fast.config_io import load_config
 from carft_fast.errors import InputError, TrainingError
 from carft_fast.export import export_checkpoint
 from carft_fast.files import find_damage, write_folder, write_text

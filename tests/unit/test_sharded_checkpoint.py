@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from carft_fast.batch import pack
 from carft_fast.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
-from carft_fast.config import Config, load_config
+from carft_fast.config import Config
+from carft_fast.config_io import load_config
 from carft_fast.errors import TrainingError
 from carft_fast.export import export_checkpoint
 from carft_fast.files import find_damage

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 import carft_fast
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config, ModelConfig, load_config
+from carft_fast.config import Config, ModelConfig
+from carft_fast.config_io import load_config
 from carft_fast.errors import InputError
 from carft_fast.flops import ModelCost
 from carft_fast.model import check_weights, load_lm_config, load_model, load_tokenizer
@@ -184,7 +185,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 LOAD_FROM_HUB = """
 import torch
-from carft_fast.config import load_config
+from carft_fast.config_io import load_config
 from carft_fast.errors import InputError
 from carft_fast.model import load_model
 
