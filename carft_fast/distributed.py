@@ -5,10 +5,10 @@ what the forwards find is gathered. So whitening, metrics and every decision are
 all, and only forwards, backwards and sampling are divided.
 """
 
-import datetime
 import os
 import pickle
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -43,7 +43,7 @@ def join(device_type: str, timeout_s: float) -> None:
     if device_type == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
 def leave() -> None:

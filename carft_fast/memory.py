@@ -13,28 +13,14 @@ What a device of n holds of what is divided is 1/n, by strategy:
     fsdp2       1/n       1/n       1/n       1/n
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.flops import ModelCost
+from carft_fast.parallel import BUCKET, Strategy
 from carft_fast.step import Needs
 
 FLOAT32 = 4
-BUCKET = 25 * 2**20
-"""Bytes of gradients that DDP sends at once: torch's default."""
-
-Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
-
-
-def launched_as(environment: Mapping[str, str]) -> tuple[Strategy, int]:
-    """Strategy and number of processes of torchrun or `accelerate launch`, from a process's environment."""
-    devices = int(environment.get("WORLD_SIZE", "1"))
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "fsdp2", devices
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return ("zero3" if environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else "zero2"), devices
-    return "ddp", devices
 
 
 def estimate_memory(
@@ -81,7 +67,7 @@ def _whole_for_a_moment(
 ) -> dict[str, tuple[float, str]]:
     """Weights where they are divided, gathered to be used; gradients on their way to where they are added up."""
     if strategy == "ddp":
-        return {"gradient bucket": (min(BUCKET, trained * FLOAT32), "25 MiB, or all gradients where they are less")}
+        return {"gradient bucket": (min(BUCKET, trained * FLOAT32), "128 MiB, or all gradients where they are less")}
     layer, rest = cost.layer_weights / cost.layers, cost.all_weights - cost.layer_weights
     # FSDP2 gathers in the compute dtype, DeepSpeed in that of the weights
     layer_size = compute if strategy == "fsdp2" or lora else FLOAT32

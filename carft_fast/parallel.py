@@ -7,7 +7,7 @@ summed, never averaged; where a library averages, the loss is multiplied by the 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,9 @@ from carft_fast.model import CarftModel
 from carft_fast.optim import build_optimizer, optimizer_step, set_learning_rate
 
 T = TypeVar("T")
-_BUCKET = 2**25
-"""Elements that one all-reduce of gradients carries (128 MiB in float32)."""
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+BUCKET = 2**27
+"""Bytes of gradients that one all-reduce carries."""
 
 
 class Learner:
@@ -65,7 +66,7 @@ def _sum_gradients(model: nn.Module) -> None:
     bucket: list[Tensor] = []
     for gradient in [p.grad for p in model.parameters() if p.grad is not None]:
         bucket.append(gradient)
-        if sum(g.numel() for g in bucket) >= _BUCKET:
+        if sum(g.nbytes for g in bucket) >= BUCKET:
             _sum_bucket(bucket)
             bucket = []
     if bucket:
@@ -219,16 +220,15 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def strategy(config: Config) -> str:
-    """ "none" for one process, else `distributed.strategy`, where "auto" is what accelerate's launcher asks for.
+def strategy(config: Config) -> Strategy:
+    """`distributed.strategy`, where "auto" is what accelerate's launcher asks for; "ddp" for one process.
 
     Raises InputError for what this trainer does not do: FSDP 1, mixed precision by accelerate, a missing DeepSpeed.
     """
     if world_size() == 1:
-        return "none"
-    asked: str = config.distributed.strategy
-    if asked == "auto":
-        asked = _of_accelerate()
+        return "ddp"
+    configured = config.distributed.strategy
+    asked = _of_accelerate() if configured == "auto" else configured
     if asked in ("zero2", "zero3"):
         try:
             _import_deepspeed()
@@ -239,7 +239,7 @@ def strategy(config: Config) -> str:
     return asked
 
 
-def _of_accelerate() -> str:
+def _of_accelerate() -> Strategy:
     def on(name: str) -> bool:
         return os.environ.get(name, "false").lower() in ("true", "1", "yes")
 
@@ -256,7 +256,7 @@ def _of_accelerate() -> str:
         stage = int(_accelerate_zero()["stage"])
         if stage not in (2, 3):
             raise InputError(f"accelerate's config has zero_stage {stage}: allowed here are 2 and 3")
-        return f"zero{stage}"
+        return "zero2" if stage == 2 else "zero3"
     return "ddp"
 
 

@@ -1,7 +1,6 @@
 """From a config to a finished run: check everything, then the stages, then the summary and the report."""
 
 import json
-import os
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from carft_fast.evaluate import EvalResult, add_samples
 from carft_fast.files import write_folder, write_text
 from carft_fast.flops import ModelCost
 from carft_fast.grading import Grader
-from carft_fast.memory import estimate_memory, launched_as
+from carft_fast.memory import estimate_memory
 from carft_fast.methods import method_name
 from carft_fast.model import check_heads, check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.optim import learning_rate
+from carft_fast.parallel import strategy
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.report import write_report
 from carft_fast.rollout import check_engine
@@ -160,10 +160,10 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
     if stages:
         table.add_section()
         cost = ModelCost.of_config(prepared.lm_config, trust_remote_code=run.config.model.trust_remote_code)
-        strategy, devices = launched_as(os.environ)
+        how, devices = strategy(run.config), world_size()
         stage = "rl" if "rl" in stages else "sft"
-        memory = estimate_memory(run.config, cost, prepared.lm_config, stage, strategy, devices)
-        shared = f"each of {devices} devices, {strategy}" if devices > 1 else "one device"
+        memory = estimate_memory(run.config, cost, prepared.lm_config, stage, how, devices)
+        shared = f"each of {devices} devices, {how}" if devices > 1 else "one device"
         table.add_row("memory, an estimate", f"of the trainer on {shared}; {cost.all_weights:,} weights")
         for what, (size, formula) in memory.items():
             table.add_row(f"  {what}", f"{size / 2**30:.1f} GiB = {formula}")

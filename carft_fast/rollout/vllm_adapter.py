@@ -20,6 +20,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from carft_fast.config import Config, RolloutConfig
+from carft_fast.distributed import world_size
 from carft_fast.errors import EngineError, InputError
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 from carft_fast.rollout.weights import HeldWeights, SamplerWeights
@@ -93,6 +94,8 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
     if on_cpu:
         # A seeded request whose prefill is split rewinds its generator, which torch's CPU generator cannot do.
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, config.data.max_length)}
+    if rollout.engine == "vllm" and world_size() > 1:
+        options["distributed_executor_backend"] = "external_launcher"  # an engine a process, by the group there is
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if rollout.sleep_level:

@@ -11,7 +11,8 @@ from carft_fast.config import Config
 from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.flops import ModelCost
-from carft_fast.memory import Strategy, estimate_memory, launched_as
+from carft_fast.memory import estimate_memory
+from carft_fast.parallel import Strategy
 from carft_fast.pipeline import describe_plan, prepare
 
 COST = ModelCost(
@@ -76,20 +77,6 @@ def test_a_bucket_of_a_large_model() -> None:
     assert several - alone == 25 * 2**20
 
 
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, ("ddp", 1)),
-        ({"WORLD_SIZE": "8"}, ("ddp", 8)),
-        ({"WORLD_SIZE": "8", "ACCELERATE_USE_FSDP": "true"}, ("fsdp2", 8)),
-        ({"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ("zero2", 4)),
-        ({"WORLD_SIZE": "4", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ("zero3", 4)),
-    ],
-)
-def test_how_it_was_launched(environment: dict[str, str], expected: tuple[Strategy, int]) -> None:
-    assert launched_as(environment) == expected
-
-
 def test_a_dry_run_shows_what_each_device_holds(
     tmp_path: Path, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,8 +92,10 @@ def test_a_dry_run_shows_what_each_device_holds(
         return capture.get()
 
     assert "of the trainer on one device" in shown()
-    for name, value in {"WORLD_SIZE": "4", "ACCELERATE_USE_FSDP": "true"}.items():
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
+    for module in ("parallel", "pipeline"):
+        monkeypatch.setattr(f"carft_fast.{module}.world_size", lambda: 4)
     assert "of the trainer on each of 4 devices, fsdp2" in shown()
     assert "(weights x 4 bytes) / 4" in shown()
 

@@ -1,0 +1,186 @@
+"""Whole runs over several processes (gloo), as users start them: accelerate, torchrun, a process that dies, resume."""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+FSDP2 = ["--set", "distributed.strategy=fsdp2"]
+ZERO3 = ["--set", "distributed.strategy=zero3"]
+ROUNDING = {"sampler_diff_mean", "sampler_diff_max", "first_ratio_error"}
+"""Differences that are themselves rounding errors."""
+
+
+def command(launcher: list[str], folder: Path, options: list[str]) -> list[str]:
+    return [sys.executable, *launcher, "-m", "carft_fast", "quickstart", "--output-dir", str(folder), *options]
+
+
+def start(launcher: list[str], folder: Path, options: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), *sys.path])}
+    return subprocess.Popen(
+        command(launcher, folder, options),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    output, _ = process.communicate(timeout=400)
+    return process.returncode, output
+
+
+def run(launcher: list[str], folder: Path, options: list[str]) -> Path:
+    code, output = finish(start(launcher, folder, options))
+    assert code == 0, output[-4000:]
+    return folder
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def assert_same_run(ours: Path, expected: Path) -> None:
+    """Every record but for rounding, the same samples, and the same weights within 1e-5."""
+    for mine, theirs in zip(records(ours), records(expected), strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            if key in ROUNDING:
+                assert math.isclose(mine[key], value, abs_tol=1e-5)
+            elif isinstance(value, float):
+                assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+            else:
+                assert mine[key] == value, key
+    for name in ("sft/model.safetensors", "model/model.safetensors", "model/carft_heads.safetensors"):
+        mine, theirs = load_file(ours / name), load_file(expected / name)
+        assert mine.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(mine[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
+    return run([], tmp_path_factory.mktemp("alone") / "run", tiny_run)
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
+    """By accelerate's launcher with the config of this repository."""
+    launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/fsdp2.yaml"]
+    return run([*launcher, "--num_processes", "2"], tmp_path_factory.mktemp("fsdp2") / "run", tiny_run)
+
+
+def workers(folder: Path) -> dict[int, int]:
+    """Rank -> process id of the trainers of this run folder."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        try:
+            line = (path / "cmdline").read_text().split("\0")
+            environment = (path / "environ").read_text().split("\0")
+        except OSError:
+            continue
+        rank = next((word for word in environment if word.startswith("RANK=")), None)
+        if str(folder) in line and rank is not None:
+            found[int(rank.removeprefix("RANK="))] = int(path.name)
+    return found
+
+
+def kill_a_rank_after(process: subprocess.Popen[str], folder: Path, checkpoint: str) -> str:
+    """SIGKILL rank 1 once the checkpoint is there; returns what the job said. It has a minute to end, all of it."""
+    deadline = time.monotonic() + 300
+    while not (folder / "checkpoints" / checkpoint).is_dir():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(workers(folder)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not workers(folder)
+    return output
+
+
+@pytest.mark.slow
+def test_fsdp2_from_accelerate_is_the_run_of_one_process(alone: Path, fsdp2: Path) -> None:
+    assert json.loads((fsdp2 / "run.json").read_text())["machine"]["strategy"] == "fsdp2"
+    assert_same_run(fsdp2, alone)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(
+    tmp_path: Path, tiny_run: list[str], alone: Path, fsdp2: Path
+) -> None:
+    """To the bit with as many processes, within rounding with one."""
+    killed, moved = tmp_path / "killed", tmp_path / "moved"
+    output = kill_a_rank_after(start([*TORCHRUN, "2"], killed, [*tiny_run, *FSDP2]), killed, "rl-000001")
+    assert re.search(r"rank\s*: 1.*\n\s*exitcode\s*: -9", output), output[-2000:]
+    shutil.copytree(killed, moved, symlinks=True)
+    run([*TORCHRUN, "2"], killed, [*tiny_run, *FSDP2, "--resume"])
+    assert digest(killed) == digest(fsdp2)
+    assert records(killed) == records(fsdp2)
+    run([], moved, [*tiny_run, "--resume"])
+    assert_same_run(moved, alone)
+
+
+@pytest.mark.slow
+def test_zero3_goes_on_where_it_was_killed(tmp_path: Path, tiny_run: list[str], alone: Path) -> None:
+    kill_a_rank_after(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *ZERO3]), tmp_path / "run", "rl-000001")
+    assert_same_run(run([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *ZERO3, "--resume"]), alone)
+
+
+def broken_on_rank_1(completions: list[str], examples: list[Any]) -> list[float]:
+    """A user's reward function."""
+    if os.environ["RANK"] == "1":
+        raise ZeroDivisionError("the second process's share")
+    return [0.0] * len(completions)
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_ends_all_with_its_error(tmp_path: Path, tiny_run: list[str]) -> None:
+    reward = ["--set", "reward.fn=distributed.test_runs:broken_on_rank_1", "--set", "reward.partial=constant"]
+    code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *reward]))
+    assert code != 0
+    assert "the second process's share" in output
+    assert not workers(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version 1: 2 is needed"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, 'mixed_precision "bf16": set it to "no"'),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage 1: allowed"),
+    ],
+)
+def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import carft_fast.parallel
+    from carft_fast.config import Config
+    from carft_fast.errors import InputError
+
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
+    with pytest.raises(InputError, match=re.escape(message)):
+        carft_fast.parallel.strategy(Config())
