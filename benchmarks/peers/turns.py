@@ -1,0 +1,103 @@
+"""Taking turns: every side is a process of its own, runs one step when it is told to, and is idle else."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.work import Done
+
+
+def resident_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1])
+
+
+class Turns:
+    """A side's end. What the side's libraries print goes to stderr: stdout carries the answers alone."""
+
+    def __init__(self) -> None:
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def wait(self) -> None:
+        if sys.stdin.readline().strip() != "step":
+            sys.exit("the other end is gone")
+
+    @contextmanager
+    def timed(self, done: Done) -> Iterator[None]:
+        """Fills in seconds and memory."""
+        Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again
+        before = resident_kb("VmRSS")
+        start = time.perf_counter()
+        yield
+        done.seconds = time.perf_counter() - start
+        done.peak_mb = (resident_kb("VmHWM") - before) / 1024
+
+    def answer(self, done: Done) -> None:
+        print(json.dumps(dataclasses.asdict(done)), file=self._answers, flush=True)
+
+
+class Side:
+    """The driver's end: one side's process. `setting` is the side's own."""
+
+    def __init__(self, name: str, module: str, work_file: Path, folder: Path, setting: dict[str, Any]) -> None:
+        self.name, self.folder = name, folder
+        folder.mkdir(parents=True)
+        self._log = folder / "log"
+        words = ["--work", str(work_file), "--folder", str(folder), "--setting", json.dumps(setting)]
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", f"benchmarks.peers.{module}", *words],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+
+    def step(self) -> Done:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print("step", file=self._process.stdin, flush=True)
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            self._fail()
+        return Done(**json.loads(answer))
+
+    def finish(self) -> None:
+        """After the last step: the side writes its weights and ends."""
+        if self._process.wait() != 0:
+            self._fail()
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _fail(self) -> None:
+        code = self._process.wait()
+        raise RuntimeError(f"{self.name} ended with code {code}:\n{self._log.read_text()[-3000:]}")
+
+
+def run_in_turns(sides: Sequence[Side], steps: int) -> dict[str, list[Done]]:
+    """A B C A B C ...: `steps` steps of every side."""
+    done: dict[str, list[Done]] = {side.name: [] for side in sides}
+    try:
+        for index in range(steps):
+            for side in sides:
+                done[side.name].append(side.step())
+                print(f"step {index} {side.name}: {done[side.name][-1].seconds:.2f} s", flush=True)
+        for side in sides:
+            side.finish()
+    finally:
+        for side in sides:
+            side.stop()
+    return done
