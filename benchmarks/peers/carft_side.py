@@ -1,4 +1,4 @@
-"""carft_fast's side: `Step` driven as train_rl.py drives it, with the rewards of the case."""
+"""carft_fast's side: `Step` driven as train_rl.py drives it, with the case's rewards."""
 
 import argparse
 import json
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from benchmarks.peers.turns import Turns
 from benchmarks.peers.work import Done, Work
-from carft_fast.advantage import group_advantages
 from carft_fast.batch import derive_seed
 from carft_fast.config import Config
 from carft_fast.grading import Grader
@@ -19,9 +18,10 @@ from carft_fast.methods import load_method_config
 from carft_fast.model import CarftModel, load_model, load_tokenizer
 from carft_fast.optim import build_optimizer
 from carft_fast.prompts import EncodedExample, PromptFormat
+from carft_fast.reference import Reference
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter
-from carft_fast.step import Step
-from carft_fast.train_rl import as_samples, grade_all
+from carft_fast.step import Needs, Rows, Step
+from carft_fast.train_rl import as_samples, estimate_advantages, grade_all
 from carft_fast.types import Example
 
 CPU = torch.device("cpu")
@@ -37,13 +37,13 @@ class _NoEos:
 
 
 def side_config(work: Work, options: list[str]) -> Config:
-    """Dr.GRPO with one update per batch. The gradient is clipped where it never is: its scale is compared too."""
+    """The case's method. The gradient is clipped where it never is: its scale is compared too."""
     size = [
         f"model.path={work.model}",
         "model.compute_dtype=float32",
         f"rl.batch_size={work.samples}",
         f"rl.mini_batch_size={work.samples}",
-        "rl.ppo_epochs=1",
+        f"rl.ppo_epochs={work.updates_per_step}",
         f"rl.lr={work.lr}",
         "rl.lr_schedule=constant",
         "rl.max_grad_norm=1e6",
@@ -51,7 +51,7 @@ def side_config(work: Work, options: list[str]) -> Config:
         f"rollout.max_new_tokens={work.max_new_tokens}",
         f"rollout.batch_size={work.samples}",
     ]
-    return load_method_config(work.config, [*work.options, *size, *options], "dr_grpo")[0]
+    return load_method_config(work.config, [*work.options, *size, *options], work.method)[0]
 
 
 def fixed_length_engine(config: Config, model: CarftModel, tokenizer: Any) -> RolloutEngine:
@@ -77,7 +77,8 @@ class CarftSide:
         self.policy = load_model(config, work.model, CPU, heads=True)
         self._optimizer = build_optimizer(self.policy, config.rl)
         self._optimizer.register_step_pre_hook(lambda *_: self._keep_gradient())
-        self._step = Step(config, self.policy, None)
+        reference = Reference(config, work.model, self.policy) if Needs.of(config).reference else None
+        self._step = Step(config, self.policy, reference)
         self._engine = None if work.completions else fixed_length_engine(config, self.policy, tokenizer)
         self._rows = [
             EncodedExample(Example(str(i), "", (), answer), prompt, (prompt[:1],))
@@ -110,16 +111,9 @@ class CarftSide:
         samples = as_samples(self._rows, rollouts, CPU)
         plan = self._step.plan(samples, derive_seed(0, "peers", self._steps_done))
         experience = self._step.look(samples, plan[0])
-        advantages = group_advantages(
-            torch.tensor(self.work.rewards),
-            experience.completion_cu,
-            experience.completion_tokens,
-            samples_per_prompt=self.work.samples_per_prompt,
-            std_eps=None,
-        )
+        advantages = estimate_advantages(torch.tensor(self.work.rewards), experience, self._config)
         live = self._step.live(samples, advantages)
-        assert live is not None
-        assert all(live)
+        assert live is None or all(live), "a sample without advantage would be left out here and not elsewhere"
         correct = [grade.correct for grade in grades]
         updated = self._step.update(
             samples, plan, experience, advantages, correct, live, self._optimizer, self._config.rl.lr
@@ -132,11 +126,14 @@ class CarftSide:
         done.samples = len(rows)
         done.prompt_tokens = sum(len(samples.rollouts.prompts[i]) for i in rows)
         done.completion_tokens = sum(samples.rollouts.lengths[i] for i in rows)
-        shared = self._config.rl.share_prompts
-        packed = [samples.rollouts.pick(micro).pack(CPU, share_prompts=shared) for micro in micros]
-        done.positions = sum(len(batch.ids_T) for batch in packed)
-        done.optimizer_steps = len(plan[0])
+        done.positions = sum(self._positions(samples.rollouts.pick(micro)) for micro in micros)
+        done.optimizer_steps = sum(map(len, plan))
         done.loss = updated.metrics["loss"]
+
+    def _positions(self, rows: Rows) -> int:
+        if self._config.model.impl == "reference":
+            return rows.pad(CPU).ids_BL.numel()
+        return len(rows.pack(CPU, share_prompts=self._config.rl.share_prompts).ids_T)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -25,6 +25,8 @@ class Work:
     config: str
     """carft_fast's config file, and its options."""
     options: list[str]
+    method: str
+    """Of carft_fast: the recipe every side follows."""
     prompts: list[list[int]]
     texts: list[str]
     answers: list[str]
@@ -33,8 +35,10 @@ class Work:
     completions: list[list[int]] | None
     """The same for every side, prompt by prompt; None: each side samples, exactly max_new_tokens each."""
     steps: int
-    """Optimizer steps: the first is compared and not timed."""
+    """The first is compared and not timed."""
     lr: float
+    updates_per_step: int = 1
+    """Optimizer steps on each batch."""
 
     @property
     def samples(self) -> int:
@@ -42,8 +46,8 @@ class Work:
 
     @property
     def rewards(self) -> list[float]:
-        """Every other sample is right, so that every sample has an advantage and no side may leave one out."""
-        return [float(i % self.samples_per_prompt % 2 == 0) for i in range(self.samples)]
+        """The first sample of each prompt is right, so that every sample has an advantage and no side may leave one out."""
+        return [float(i % self.samples_per_prompt == 0) for i in range(self.samples)]
 
     @property
     def completion_tokens(self) -> int:
@@ -65,6 +69,8 @@ class Done:
     """What one step did, counted from the tensors it computed with."""
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    """Processor time of the side's process: with one thread what the step takes on a quiet machine."""
     samples: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -81,13 +87,13 @@ class UnequalWork(Exception):
 
 
 def check_counts(work: Work, done: Mapping[str, Sequence[Done]]) -> None:
-    """Every step of every side: the samples, prompt and completion tokens of the case, and one optimizer step."""
+    """Every step of every side: the samples, prompt and completion tokens and updates of the case."""
     prompt_tokens = work.samples_per_prompt * sum(map(len, work.prompts))
     wanted = {
         "samples": work.samples,
         "prompt_tokens": prompt_tokens,
         "completion_tokens": work.completion_tokens,
-        "optimizer_steps": 1,
+        "optimizer_steps": work.updates_per_step,
     }
     for side, steps in done.items():
         if len(steps) != work.steps:
