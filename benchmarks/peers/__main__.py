@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.ops import RESULTS, commit
-from benchmarks.peers.table import case_rows, report
+from benchmarks.peers.table import Row, case_rows, report
 from benchmarks.peers.turns import Side, run_in_turns
 from benchmarks.peers.work import (
     GRADIENT_BOUND,
@@ -164,11 +164,9 @@ def make_work(model: Model, prompts: int, k: int, steps: int, *, method: str, gi
 
 
 def compare(work: Work, sides: Sequence[Side], done: Mapping[str, Sequence[Done]]) -> str:
-    """What was checked, in words. Raises UnequalWork."""
+    """What was checked, in words. Raises UnequalWorkError."""
     check_counts(work, done)
-    counted = (
-        f"{work.samples} samples, {work.completion_tokens} completion tokens, one batch in every step of every side"
-    )
+    counted = f"{work.samples} samples, {work.completion_tokens} completion tokens in every step of every side"
     if work.completions is None:
         return counted + "; the samples are each side's own."
     loss = check_losses(done)

@@ -58,12 +58,12 @@ def report(rows: Sequence[Row], cases: Mapping[str, Mapping[str, str]]) -> str:
     lines = [
         "# Against peers on the CPU",
         "",
-        "The same model, prompts, completions (or, where each side samples, their number and length), rewards, loss and",
-        "optimizer on every side, in float32 and with one thread; what each side is and how equal work is checked:",
-        "[docs/peers.md](../../docs/peers.md). Medians over the rounds and their range; sides take turns. `x`: that side's",
-        "time over the first side's in the same round, for the same completion tokens; above 1 the first is faster.",
-        "Processor time is what a step takes of the process's one thread: other work shares the cores, and this leaves",
-        "its time out. Nothing here ran on a GPU.",
+        "The same model, prompts, completions (or, where each side samples, their number and length), rewards, loss",
+        "and optimizer on every side, in float32 with one thread; what each side is and how equal work is checked:",
+        "[docs/peers.md](../../docs/peers.md). Medians over the rounds and their range; sides take turns. `x`: that",
+        "side's time over the first side's in the same round, for as many completion tokens; above 1 the first is",
+        "faster. Other work shared the two cores: processor time leaves it out, the time of a step does not. Nothing",
+        "here ran on a GPU.",
     ]
     for case, about in cases.items():
         lines += ["", f"## {case}", "", about["work"], ""]

@@ -1,4 +1,4 @@
-"""What every side of a comparison is given, what it says it did, and whether that was the same work. No I/O but JSON."""
+"""What every side of a comparison is given, what it says it did, and whether that was the same work."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ class Work:
 
     @property
     def rewards(self) -> list[float]:
-        """The first sample of each prompt is right, so that every sample has an advantage and no side may leave one out."""
+        """The first sample of each prompt is right: every sample has an advantage, and no side may leave one out."""
         return [float(i % self.samples_per_prompt == 0) for i in range(self.samples)]
 
     @property
@@ -82,7 +82,7 @@ class Done:
     """Resident memory at its highest in the step above what was there when it began."""
 
 
-class UnequalWork(Exception):
+class UnequalWorkError(Exception):
     """Two sides did not do the same: no ratio of theirs is reported."""
 
 
@@ -97,39 +97,39 @@ def check_counts(work: Work, done: Mapping[str, Sequence[Done]]) -> None:
     }
     for side, steps in done.items():
         if len(steps) != work.steps:
-            raise UnequalWork(f"{side}: {len(steps)} steps, wanted {work.steps}")
+            raise UnequalWorkError(f"{side}: {len(steps)} steps, wanted {work.steps}")
         for index, step in enumerate(steps):
             for name, value in wanted.items():
                 if (found := getattr(step, name)) != value:
-                    raise UnequalWork(f"{side}, step {index}: {name} {found}, wanted {value}")
+                    raise UnequalWorkError(f"{side}, step {index}: {name} {found}, wanted {value}")
 
 
 def check_losses(done: Mapping[str, Sequence[Done]], tolerance: float = 1e-4) -> float:
     """Largest difference of the sides' losses of the first step."""
     losses = {side: steps[0].loss for side, steps in done.items()}
     if not all(map(math.isfinite, losses.values())):
-        raise UnequalWork(f"losses {losses}: not finite")
+        raise UnequalWorkError(f"losses {losses}: not finite")
     difference = max(losses.values()) - min(losses.values())
     if difference > tolerance * max(1.0, *map(abs, losses.values())):
-        raise UnequalWork(f"losses {losses}")
+        raise UnequalWorkError(f"losses {losses}")
     return difference
 
 
 def relative_difference(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """Norm of the difference of all tensors over the norm of `theirs`, in float64."""
     if ours.keys() != theirs.keys():
-        raise UnequalWork(f"tensors that only one side has: {sorted(ours.keys() ^ theirs.keys())[:5]}")
+        raise UnequalWorkError(f"tensors that only one side has: {sorted(ours.keys() ^ theirs.keys())[:5]}")
     squares = torch.zeros(2, dtype=torch.float64)
     for name, tensor in theirs.items():
         other, own = tensor.double(), ours[name].double()
         squares += torch.stack([(own - other).square().sum(), other.square().sum()])
     if not squares[1] > 0:
-        raise UnequalWork("all tensors are zero: nothing to compare")
+        raise UnequalWorkError("all tensors are zero: nothing to compare")
     return float((squares[0] / squares[1]).sqrt())
 
 
 def check_tensors(what: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], bound: float) -> float:
     difference = relative_difference(ours, theirs)
     if not difference <= bound:
-        raise UnequalWork(f"{what}: relative difference {difference:.2e}, allowed {bound:.0e}")
+        raise UnequalWorkError(f"{what}: relative difference {difference:.2e}, allowed {bound:.0e}")
     return difference
