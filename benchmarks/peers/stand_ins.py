@@ -92,6 +92,7 @@ def _put_in_place(stand_ins: Mapping[str, Mapping[str, Any]]) -> None:
 
 def import_published(folder: Path, name: str) -> ModuleType:
     """Module `name` of `folder`, with what it and the folder's own modules import."""
+    before = {stand_in: sys.modules.get(stand_in) for stand_in in STAND_INS}
     _put_in_place(STAND_INS)
     for file in [folder / f"{name}.py", *sorted((folder / "src").glob("*.py"))]:
         for node in ast.walk(ast.parse(file.read_text())):
@@ -102,6 +103,9 @@ def import_published(folder: Path, name: str) -> ModuleType:
                         setattr(module, alias.name, _absent(f"{node.module}.{alias.name}"))
     sys.path.insert(0, str(folder))
     module = importlib.import_module(name)
-    for stand_in in STAND_INS:  # the trainer holds what it needs; others ask whether these packages are installed
-        del sys.modules[stand_in]
+    for stand_in, real in before.items():  # the trainer holds what it needs; others may want the real ones
+        if real is None:
+            del sys.modules[stand_in]
+        else:
+            sys.modules[stand_in] = real
     return module
