@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.peers.turns import Turns
+from benchmarks.peers.turns import Turns, serve
 from benchmarks.peers.work import Done, Work
 from carft_fast.batch import derive_seed
 from carft_fast.config import Config
@@ -87,7 +86,6 @@ class CarftSide:
         ]
         self._steps_done = 0
         self.gradient: dict[str, Tensor] | None = None
-        """Of the first step."""
 
     def _keep_gradient(self) -> None:
         if self.gradient is None:
@@ -135,6 +133,9 @@ class CarftSide:
             return rows.pad(CPU).ids_BL.numel()
         return len(rows.pack(CPU, share_prompts=self._config.rl.share_prompts).ids_T)
 
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.policy.lm.named_parameters())
+
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
@@ -148,17 +149,7 @@ def main() -> None:
     arguments = parser.parse_args()
     turns, work = Turns(), Work.load(arguments.work)
     side = CarftSide(work, arguments.setting["options"])
-    for index in range(work.steps):
-        turns.wait()
-        done = Done()
-        with turns.timed(done):
-            side.step(done)
-        if index == 0 and side.gradient is not None:
-            save_file(side.gradient, arguments.folder / "gradient.safetensors")
-            side.gradient.clear()
-        turns.answer(done)
-    weights = {name: p.detach().clone() for name, p in side.policy.lm.named_parameters()}
-    save_file(weights, arguments.folder / "weights.safetensors")
+    serve(side, work, arguments.folder, turns)
     side.close()
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.peers.carft_side import CPU, side_config
 from benchmarks.peers.stand_ins import CausalLMWithValueHead, import_published
-from benchmarks.peers.turns import Turns
+from benchmarks.peers.turns import Turns, serve
 from benchmarks.peers.work import Done, Work
 from carft_fast.errors import InputError
 from carft_fast.model import load_model
@@ -72,6 +71,9 @@ class PublishedSide:
             "keep_num_ckpt": 0,
         }
         self._connect()
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.model.pretrained_model.named_parameters())
 
     def _language_model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self._work.model, dtype=torch.float32, attn_implementation="sdpa")
@@ -166,17 +168,7 @@ def main() -> None:
     arguments = parser.parse_args()
     turns, work = Turns(), Work.load(arguments.work)
     side = PublishedSide(work, Path(arguments.setting["repo"]))
-    for index in range(work.steps):
-        turns.wait()
-        done = Done()
-        with turns.timed(done):
-            side.step(done)
-        if index == 0 and side.gradient is not None:
-            save_file(side.gradient, arguments.folder / "gradient.safetensors")
-            side.gradient.clear()
-        turns.answer(done)
-    weights = {name: p.detach().clone() for name, p in side.model.pretrained_model.named_parameters()}
-    save_file(weights, arguments.folder / "weights.safetensors")
+    serve(side, work, arguments.folder, turns)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Taking turns: every side is a process of its own, runs one step when it is told to, and is idle else."""
 
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import subprocess
@@ -9,9 +11,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from benchmarks.peers.work import Done
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.peers.work import Done, Work
 
 
 def resident_kb(name: str) -> int:
@@ -41,7 +46,38 @@ class Turns:
         done.peak_mb = (resident_kb("VmHWM") - before) / 1024
 
     def answer(self, done: Done) -> None:
+        """Give back what the step held: this side waits now, and the others need the memory."""
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         print(json.dumps(dataclasses.asdict(done)), file=self._answers, flush=True)
+
+
+class Steps(Protocol):
+    """A side that is driven a step at a time."""
+
+    gradient: dict[str, Tensor] | None
+    """Of the first step, once it is done."""
+
+    def step(self, done: Done) -> None:
+        """Fills in all but times and memory."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]: ...
+
+
+def serve(side: Steps, work: Work, folder: Path, turns: Turns) -> None:
+    """All steps of the case; the gradient of the first and the weights after the last are written for comparison."""
+    for index in range(work.steps):
+        turns.wait()
+        done = Done()
+        with turns.timed(done):
+            side.step(done)
+        if index == 0:
+            assert side.gradient is not None
+            save_file(side.gradient, folder / "gradient.safetensors")
+            side.gradient.clear()
+        turns.answer(done)
+    save_file({name: p.detach().clone() for name, p in side.weights().items()}, folder / "weights.safetensors")
 
 
 class Side:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from benchmarks.peers.__main__ import compare, make_work, ours, quickstart, run_
 from benchmarks.peers.carft_side import CarftSide
 from benchmarks.peers.published_side import trainer_folder
 from benchmarks.peers.table import case_rows, report
-from benchmarks.peers.turns import Side
+from benchmarks.peers.turns import Side, Turns, serve
 from benchmarks.peers.work import (
     Done,
     UnequalWorkError,
@@ -135,18 +136,29 @@ def test_sides_in_processes_take_turns_and_are_compared(tiny, tmp_path):
     assert not (tmp_path / "case").exists()
 
 
-@pytest.mark.slow
+class Here(Turns):
+    """Turns of a side in this process."""
+
+    def __init__(self) -> None:
+        self.done: list[Done] = []
+
+    def wait(self) -> None:
+        pass
+
+    def answer(self, done: Done) -> None:
+        self.done.append(done)
+
+
 def test_a_side_that_trains_with_another_rate_is_found_out(tiny, tmp_path):
-    tiny.save(tmp_path / "work.json")
-    same, other = (
-        Side(name, "carft_side", tmp_path / "work.json", tmp_path / name, {"options": options})
-        for name, options in (("same", []), ("other", ["rl.lr=2e-6"]))
-    )
-    done = {side.name: [side.step() for _ in range(tiny.steps)] for side in (same, other)}
-    same.finish()
-    other.finish()
+    sides, done = [], {}
+    for name, options in (("same", []), ("other", ["rl.lr=2e-6"])):
+        turns = Here()
+        sides.append(SimpleNamespace(name=name, folder=tmp_path / name))
+        sides[-1].folder.mkdir()
+        serve(CarftSide(tiny, options), tiny, sides[-1].folder, turns)
+        done[name] = turns.done
     with pytest.raises(UnequalWorkError, match="other, update"):
-        compare(tiny, [same, other], done)
+        compare(tiny, sides, done)
 
 
 def test_a_side_that_ends_early_shows_its_log(tmp_path):
