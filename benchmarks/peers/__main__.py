@@ -1,9 +1,8 @@
 """carft_fast against TRL's GRPOTrainer and the published trainers, in turns, on the same work. `make bench-peers`
 
-Cases: "given completions" times the training half alone, on the same samples for every side, as "ReFT"
-does; "own samples" times whole
-steps, each side sampling completions of one length. No ratio is reported before counts, losses, gradients and weights
-agree (work.py). Writes benchmarks/results/peers_cpu.{json,md}; a case that is left out keeps its rows.
+Cases: "given completions" and "ReFT" time the training half alone, on the same samples for every side; "own samples"
+times whole steps, each side sampling completions of one length. No ratio is reported before counts, losses, gradients
+and weights agree (work.py). Writes benchmarks/results/peers_cpu.{json,md}; a case that is left out keeps its rows.
 """
 
 import argparse
@@ -12,7 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,8 +42,6 @@ from carft_fast.rollout import SamplingParams, build_engine
 
 OURS = "carft_fast"
 SAMPLES_PER_PROMPT = 4
-CASES = (("given completions", "dr_grpo", True), ("own samples", "dr_grpo", False), ("ReFT", "reft", True))
-"""Case, method, whether the completions are given."""
 PLAIN = ["model.impl=reference", "rl.micro_batch_tokens=65536"]
 TRL_NOTE = (
     "GRPOTrainer, loss_type dr_grpo, no KL, one update per batch; sdpa, no gradient checkpointing, fused AdamW; its "
@@ -79,13 +76,16 @@ def given_sides(rows: int) -> list[SideSpec]:
     ]
 
 
-def own_sides(rows: int) -> list[SideSpec]:
-    vllm = "sampled by carft_fast's vLLM engine, in this process"
+def own_sides(rows: int, sampler: str) -> list[SideSpec]:
+    by = {
+        "generate": "sampled by transformers' generate",
+        "vllm": "sampled by carft_fast's vLLM engine in this process",
+    }[sampler]
+    options = ["rl.share_prompts=true", f"rollout.engine={'hf' if sampler == 'generate' else sampler}"]
+    through = ", through rollout_func" if sampler == "vllm" else ""
     return [
-        ours(f"{OURS}, vLLM", f"packed, rl.share_prompts; {vllm}", "rl.share_prompts=true", "rollout.engine=vllm"),
-        ours(f"{OURS}, generate", "packed, rl.share_prompts; sampled by transformers", "rl.share_prompts=true"),
-        trl_spec("TRL, vLLM", f"{VALID}; {vllm}, through rollout_func", rows, valid=True, sampler="vllm"),
-        trl_spec("TRL, generate", f"{VALID}; sampled by transformers", rows, valid=True),
+        ours(OURS, f"packed, rl.share_prompts; {by}", *options),
+        trl_spec("TRL, completion positions", f"{VALID}; {by}{through}", rows, valid=True, sampler=sampler),
     ]
 
 
@@ -103,6 +103,22 @@ def published_sides(repo: Path | None) -> list[SideSpec]:
             *PLAIN,
         ),
     ]
+
+
+class Case(NamedTuple):
+    name: str
+    method: str
+    given: bool
+    """Whether all sides train on the same completions; else each samples its own."""
+    sides: Callable[["Model", Path | None], list[SideSpec]]
+
+
+CASES = (
+    Case("given completions", "dr_grpo", True, lambda model, repo: given_sides(model.trl_rows)),
+    Case("own samples by generate", "dr_grpo", False, lambda model, repo: own_sides(model.trl_rows, "generate")),
+    Case("own samples by vLLM", "dr_grpo", False, lambda model, repo: own_sides(model.trl_rows, "vllm")),
+    Case("ReFT", "reft", True, lambda model, repo: published_sides(repo)),
+)
 
 
 class Model(NamedTuple):
@@ -253,22 +269,19 @@ def main() -> None:
         "--repeats", type=int, default=3, help="timed rounds; the quickstart model has five times as many"
     )
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         models = [(quickstart(folder / "quickstart"), 8, 5 * arguments.repeats)]
         if arguments.smollm2:
             models.append((smollm2(arguments.smollm2, arguments.data), arguments.prompts, arguments.repeats))
         for model, prompts, repeats in models:
-            for about, method, given in CASES:
-                case = f"{model.name}, {about}"
-                if arguments.only not in case:
+            for case in CASES:
+                name = f"{model.name}, {case.name}"
+                if arguments.only not in name:
                     continue
-                work = make_work(model, prompts, SAMPLES_PER_PROMPT, 1 + repeats, method=method, given=given)
-                if method == "reft":
-                    specs = published_sides(arguments.repo)
-                else:
-                    specs = given_sides(model.trl_rows) if given else own_sides(model.trl_rows)
-                print(record(case, *run_case(case, work, specs, folder / "case")))
+                work = make_work(model, prompts, SAMPLES_PER_PROMPT, 1 + repeats, method=case.method, given=case.given)
+                found = run_case(name, work, case.sides(model, arguments.repo), folder / "case")
+                print(record(name, *found))
 
 
 if __name__ == "__main__":
