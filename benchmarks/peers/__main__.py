@@ -36,7 +36,7 @@ from benchmarks.peers.work import (
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import load_config
 from carft_fast.console import Console
-from carft_fast.model import load_model, load_tokenizer
+from carft_fast.model import HEADS_CONFIG, HEADS_WEIGHTS, load_model, load_tokenizer
 from carft_fast.pipeline import prepare
 from carft_fast.rollout import SamplingParams, build_engine
 
@@ -144,9 +144,14 @@ def quickstart(folder: Path) -> Model:
     return Model("quickstart model", str(folder), str(QUICKSTART_CONFIG), [], 56, 40, 32)
 
 
-def smollm2(folder: str, data: str) -> Model:
+def smollm2(source: Path, data: str, folder: Path) -> Model:
+    """The model at `source` without heads that it may have: value heads are fresh on every side."""
+    folder.mkdir()
+    for file in source.iterdir():
+        if file.name not in (HEADS_WEIGHTS, HEADS_CONFIG):
+            (folder / file.name).symlink_to(file.resolve())
     options = [f"data.train={data}", f"data.eval={data}", "data.max_length=512", "rl.micro_batch_tokens=1024"]
-    return Model("SmolLM2-135M", folder, "configs/svamp_smollm2_cpu.toml", options, 256, 64, 4)
+    return Model("SmolLM2-135M", str(folder), "configs/svamp_smollm2_cpu.toml", options, 256, 64, 4)
 
 
 def make_work(model: Model, prompts: int, k: int, steps: int, *, method: str, given: bool) -> Work:
@@ -260,7 +265,7 @@ def record(case: str, rows: list[Row], about: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", default="", help="model folder, best after SFT on the same data; may be left out")
+    parser.add_argument("--smollm2", type=Path, help="model folder, best after SFT on the same data; may be left out")
     parser.add_argument("--data", default="", help="SVAMP training file, for --smollm2")
     parser.add_argument("--repo", type=Path, help="clone of the published ReFT or CARFT code: its own step is run too")
     parser.add_argument("--only", default="", help="cases whose name contains this")
@@ -273,7 +278,8 @@ def main() -> None:
         folder = Path(temporary)
         models = [(quickstart(folder / "quickstart"), 8, 5 * arguments.repeats)]
         if arguments.smollm2:
-            models.append((smollm2(arguments.smollm2, arguments.data), arguments.prompts, arguments.repeats))
+            model = smollm2(arguments.smollm2, arguments.data, folder / "smollm2")
+            models.append((model, arguments.prompts, arguments.repeats))
         for model, prompts, repeats in models:
             for case in CASES:
                 name = f"{model.name}, {case.name}"

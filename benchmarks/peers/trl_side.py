@@ -1,7 +1,7 @@
 """TRL's side: its GRPOTrainer with loss_type "dr_grpo", through hooks that it offers.
 
 Fixed completions and vLLM's come through `rollout_func`, its own sampling is transformers' generate with EOS
-suppressed. What was chosen: README of the comparison, docs/peers.md.
+suppressed. What was chosen, and why: docs/peers.md.
 """
 
 import argparse
