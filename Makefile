@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step bench-sandbox kernels-aot kernels-sanitize kernels-mutate audit smollm2 clean
+.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -16,6 +16,8 @@ help:
 	@echo "make bench       write the benchmark report"
 	@echo "make bench-rollout  compare the sampling engines"
 	@echo "make bench-step  compare the fast training step with the plain one"
+	@echo "make bench-peers compare the step with TRL's and the published trainers'"
+	@echo "make test-peers  what that comparison relies on of TRL"
 	@echo "make bench-sandbox SVAMP=FILE  programs a second in the sandbox"
 	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
 	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
@@ -69,6 +71,19 @@ bench-step: sampler
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step \
 		$(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP)) $(ARGS)
 	$(BIN)/python -m benchmarks.predict
+
+# On SmolLM2 as well (many minutes): make bench-peers SVAMP=path/to/svamp_nl.json SMOLLM2=folder of an SFT'd model
+# With the published ReFT trainer itself: REPO=path of a clone
+bench-peers: sampler build/peers
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=build/peers $(BIN)/python -m benchmarks.peers \
+		$(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP)) $(if $(REPO),--repo $(REPO)) $(ARGS)
+
+test-peers: sampler build/peers
+	$(TEST_ENV) PYTHONPATH=build/peers $(BIN)/python -m pytest benchmarks/peers $(ARGS)
+
+# It asks for no version that .venv does not have, and is kept beside it: nothing else needs it.
+build/peers: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps trl==1.16.0
 
 # On ReFT's programs for SVAMP: make bench-sandbox SVAMP=path/to/svamp_python_sdp.json
 bench-sandbox: setup

@@ -6,7 +6,6 @@ all, and only forwards, backwards and sampling are divided.
 """
 
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -14,6 +13,8 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from carft_fast import errors
 
 T = TypeVar("T")
 
@@ -55,42 +56,41 @@ def each_rank(work: Callable[[], T]) -> list[T]:
     """What `work` returned on every process, in rank order, on every process. A failure on any is raised on all."""
     if world_size() == 1:
         return [work()]
-    outcome: tuple[T | None, BaseException | None]
-    try:
-        outcome = work(), None
-    except Exception as error:
-        outcome = None, _sendable(error)
+    outcome = _attempt(work)
     outcomes: list[Any] = [None] * world_size()
-    dist.all_gather_object(outcomes, outcome)
-    return [_result(*found) for found in outcomes]
+    dist.all_gather_object(outcomes, _sendable(outcome))
+    outcomes[rank()] = outcome
+    for value, error in outcomes:
+        if error is not None:
+            raise error
+    return [value for value, _ in outcomes]
 
 
 def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """What `work` returned on the main process, which alone runs it, on every process; so is its failure."""
     if world_size() == 1:
         return work()
-    outcome: list[Any] = [(None, None)]
-    if is_main():
-        try:
-            outcome = [(work(), None)]
-        except Exception as error:
-            outcome = [(None, _sendable(error))]
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    return _result(*outcome[0])
-
-
-def _sendable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def _result(value: Any, error: BaseException | None) -> Any:
+    outcome = _attempt(work) if is_main() else None
+    sent: list[Any] = [None if outcome is None else _sendable(outcome)]
+    dist.broadcast_object_list(sent, src=0, group=group)
+    value, error = outcome or sent[0]
     if error is not None:
         raise error
     return value
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
+    """Errors of other libraries may not survive the way: they become their text."""
+    value, error = outcome
+    known = error is None or type(error).__module__ == errors.__name__
+    return value, error if known else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def own_share(n: int) -> slice:

@@ -1,0 +1,156 @@
+"""carft_fast's side: `Step` driven as train_rl.py drives it, with the case's rewards."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers.turns import Turns, serve
+from benchmarks.peers.work import Done, Work
+from carft_fast.batch import derive_seed
+from carft_fast.config import Config
+from carft_fast.grading import Grader
+from carft_fast.methods import load_method_config
+from carft_fast.model import CarftModel, load_model, load_tokenizer
+from carft_fast.optim import build_optimizer
+from carft_fast.parallel import Learner
+from carft_fast.prompts import EncodedExample, PromptFormat
+from carft_fast.reference import Reference
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter
+from carft_fast.step import Needs, Rows, Step
+from carft_fast.train_rl import as_samples, estimate_advantages, grade_all
+from carft_fast.types import Example
+
+CPU = torch.device("cpu")
+
+
+class _NoEos:
+    """A tokenizer for the hf engine, without an EOS that could end a completion."""
+
+    eos_token_id = -1
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+
+def side_config(work: Work, options: list[str]) -> Config:
+    """The case's method. The gradient is clipped where it never is: its scale is compared too."""
+    size = [
+        f"model.path={work.model}",
+        "model.compute_dtype=float32",
+        f"rl.batch_size={work.samples}",
+        f"rl.mini_batch_size={work.samples}",
+        f"rl.ppo_epochs={work.updates_per_step}",
+        f"rl.lr={work.lr}",
+        "rl.lr_schedule=constant",
+        "rl.max_grad_norm=1e6",
+        f"rollout.samples_per_prompt={work.samples_per_prompt}",
+        f"rollout.max_new_tokens={work.max_new_tokens}",
+        f"rollout.batch_size={work.samples}",
+    ]
+    return load_method_config(work.config, [*work.options, *size, *options], work.method)[0]
+
+
+def fixed_length_engine(config: Config, model: CarftModel, tokenizer: Any) -> RolloutEngine:
+    """The config's engine, whose completions all have max_new_tokens tokens."""
+    if config.rollout.engine == "hf":
+        return build_engine(config, model, _NoEos(tokenizer.pad_token_id))
+    fields = vllm_adapter.sampling_fields
+
+    def without_eos(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[str, Any]:
+        return fields(sampling, prompt, eos_id) | {"min_tokens": sampling.max_new_tokens}
+
+    vllm_adapter.sampling_fields = without_eos
+    return build_engine(config, model, tokenizer)
+
+
+class CarftSide:
+    def __init__(self, work: Work, options: list[str]) -> None:
+        self.work = work
+        config = self._config = side_config(work, options)
+        tokenizer = load_tokenizer(config.model)
+        self._format = PromptFormat(tokenizer)
+        self._grader = Grader(config.reward)
+        self.policy = load_model(config, work.model, CPU, heads=True)
+        self._optimizer = build_optimizer(self.policy, config.rl)
+        self._optimizer.register_step_pre_hook(lambda *_: self._keep_gradient())
+        reference = Reference(config, work.model, self.policy) if Needs.of(config).reference else None
+        self._step = Step(config, Learner(self.policy, self._optimizer), reference)
+        self._engine = None if work.completions else fixed_length_engine(config, self.policy, tokenizer)
+        self._rows = [
+            EncodedExample(Example(str(i), "", (), answer), prompt, (prompt[:1],))
+            for i, (prompt, answer) in enumerate(zip(work.prompts, work.answers, strict=True))
+            for _ in range(work.samples_per_prompt)
+        ]
+        self._steps_done = 0
+        self.gradient: dict[str, Tensor] | None = None
+
+    def _keep_gradient(self) -> None:
+        if self.gradient is None:
+            named = self.policy.lm.named_parameters()
+            self.gradient = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    def _rollouts(self) -> list[Rollout]:
+        if self.work.completions is not None:
+            return [Rollout(ids, [0.0] * len(ids), "stop", 0) for ids in self.work.completions]
+        assert self._engine is not None
+        sampling = SamplingParams(
+            self.work.max_new_tokens, samples_per_prompt=self.work.samples_per_prompt, seed=self._steps_done
+        )
+        return self._engine.generate(self.work.prompts, sampling)
+
+    def step(self, done: Done) -> None:
+        """A step of train_rl.py: sample, decode, grade, advantages, update, sync. The grades are then replaced."""
+        rollouts = self._rollouts()
+        completions = [self._format.decode(rollout.completion_ids) for rollout in rollouts]
+        grades = grade_all(completions, self._rows, self._grader)
+        samples = as_samples(self._rows, rollouts, CPU)
+        plan = self._step.plan(samples, derive_seed(0, "peers", self._steps_done))
+        experience = self._step.look(samples, plan[0])
+        advantages = estimate_advantages(torch.tensor(self.work.rewards), experience, self._config)
+        live = self._step.live(samples, advantages)
+        assert live is None or all(live), "a sample without advantage would be left out here and not elsewhere"
+        correct = [grade.correct for grade in grades]
+        updated = self._step.update(samples, plan, experience, advantages, correct, live, self._config.rl.lr)
+        if self._engine is not None:
+            self._engine.sync(self.policy)
+        self._steps_done += 1
+        micros = [micro for mini in plan[0] for micro in mini.micro]
+        rows = [i for micro in micros for i in micro]
+        done.samples = len(rows)
+        done.prompt_tokens = sum(len(samples.rollouts.prompts[i]) for i in rows)
+        done.completion_tokens = sum(samples.rollouts.lengths[i] for i in rows)
+        done.positions = sum(self._positions(samples.rollouts.pick(micro)) for micro in micros)
+        done.optimizer_steps = sum(map(len, plan))
+        done.loss = updated.metrics["loss"]
+
+    def _positions(self, rows: Rows) -> int:
+        if self._config.model.impl == "reference":
+            return rows.pad(CPU).ids_BL.numel()
+        return len(rows.pack(CPU, share_prompts=self._config.rl.share_prompts).ids_T)
+
+    def weights(self) -> dict[str, Tensor]:
+        return dict(self.policy.lm.named_parameters())
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("--work", "--folder"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--setting", type=json.loads, required=True, help='{"options": [config options]}')
+    arguments = parser.parse_args()
+    turns, work = Turns(), Work.load(arguments.work)
+    side = CarftSide(work, arguments.setting["options"])
+    serve(side, work, arguments.folder, turns)
+    side.close()
+
+
+if __name__ == "__main__":
+    main()
