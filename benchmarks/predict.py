@@ -7,7 +7,7 @@ from typing import Any
 
 import transformers
 
-from benchmarks.ops import RESULTS
+from benchmarks.rows import RESULTS
 from carft_fast.flops import ModelCost, StepShape, Work, fast_step, published_step
 
 GPUS = {"A100-80GB": (312e12, 2.04e12), "H100-SXM": (989e12, 3.35e12), "B200": (2250e12, 8.0e12)}

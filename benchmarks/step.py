@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.ops import RESULTS, commit
+from benchmarks.rows import RESULTS, commit
 from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config, load_config
@@ -394,6 +394,7 @@ def main() -> None:
         results["slope"] = slope(arguments.repeats)
         results["growth_machine"] = machine()
     RESULTS.mkdir(exist_ok=True)
+    results = {"benchmark": "step", "schema": 1} | results
     file.write_text(json.dumps(results, indent=1) + "\n")
     if "slope" in results:
         file.with_suffix(".md").write_text(report(results))
