@@ -27,15 +27,20 @@ BUDGET_SECONDS, FEWEST, MOST = 10.0, 5, 101
 WRONG = "wrong"
 
 
-def seconds(step: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Time of the processor leaves out what other processes took; with one thread, on a quiet machine, the two are equal."""
+
+
+def seconds(step: Callable[[], Any], device: str, clock: str = "wall") -> float:
+    now = CLOCKS[clock]
+    start = now()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return now() - start
 
 
-def ceilings(device: str) -> dict[str, float]:
+def ceilings(device: str, clock: str) -> dict[str, float]:
     """Bytes a second of a copy, FLOP a second of a square matmul; the best of several."""
     wide = device == "cuda"
     x = torch.ones((1 << 30) if wide else (1 << 26), dtype=torch.float32, device=device)
@@ -44,10 +49,10 @@ def ceilings(device: str) -> dict[str, float]:
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
     def copy() -> float:
-        return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device)
+        return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, clock)
 
     def matmul() -> float:
-        return 2 * n**3 / seconds(lambda: a @ b, device)
+        return 2 * n**3 / seconds(lambda: a @ b, device, clock)
 
     copy(), matmul()
     return {"bytes": max(copy() for _ in range(7)), "flops": max(matmul() for _ in range(7))}
@@ -85,16 +90,16 @@ def checked(variants: Variants) -> tuple[dict[str, Step], dict[str, str]]:
     return good, left_out
 
 
-def timed(steps: dict[str, Step], device: str, budget: float = BUDGET_SECONDS) -> dict[str, list[float]]:
+def timed(steps: dict[str, Step], device: str, clock: str, budget: float = BUDGET_SECONDS) -> dict[str, list[float]]:
     """Seconds of every call: rounds in which each variant has its turn, until the budget is spent."""
     found: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        seconds(step, device)
-    start = time.perf_counter()
+        seconds(step, device, clock)
+    start = CLOCKS[clock]()
     rounds = 0
-    while rounds < FEWEST or (rounds < MOST and time.perf_counter() - start < budget):
+    while rounds < FEWEST or (rounds < MOST and CLOCKS[clock]() - start < budget):
         for name, step in steps.items():
-            found[name].append(seconds(step, device))
+            found[name].append(seconds(step, device, clock))
         rounds += 1
     return found
 
@@ -169,12 +174,12 @@ def _peak_on_gpu(step: Step) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(cases: list[Case], device: str, budget: float = BUDGET_SECONDS) -> list[Row]:
-    ceiling: dict[str, Any] = ceilings(device) | {"device": device}
+def measure(cases: list[Case], device: str, clock: str = "wall", budget: float = BUDGET_SECONDS) -> list[Row]:
+    ceiling: dict[str, Any] = ceilings(device, clock) | {"device": device}
     rows: list[Row] = []
     for case in cases:
         steps, left_out = checked(case.variants(device))
-        times = timed(steps, device, budget)
+        times = timed(steps, device, clock, budget)
         plain, peaks = statistics.median(times[PLAIN]), peaks_mb(case, steps, device)
         for variant in [*steps, *left_out]:
             if variant in left_out:
@@ -209,14 +214,29 @@ def report(rows: list[Row], machine: dict[str, str]) -> str:
     return "\n".join([*lines, "", ", ".join(f"{name} {value}" for name, value in machine.items()), ""])
 
 
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: on a machine with other work, 1 thread"
+    )
+
+
+def clock_of(arguments: argparse.Namespace) -> dict[str, str]:
+    if arguments.clock == "cpu" and torch.get_num_threads() != 1:
+        sys.exit(f"--clock cpu: has to be with OMP_NUM_THREADS=1, there are {torch.get_num_threads()} threads")
+    return {"clock": arguments.clock}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="cases whose name contains this; writes nothing")
     parser.add_argument("--note", default="", help="goes into the machine's line: what else ran, say")
+    add_clock(parser)
     arguments = parser.parse_args()
-    machine = this_machine() | ({"note": arguments.note.replace(",", ";")} if arguments.note else {})
+    machine = this_machine() | clock_of(arguments)
+    if arguments.note:
+        machine["note"] = arguments.note
     cases = [case for case in CASES if "cpu" in case.devices and arguments.only in case.name]
-    rows = measure(cases, "cpu")
+    rows = measure(cases, "cpu", arguments.clock)
     if not arguments.only:
         file = RESULTS / "ops_cpu.json"
         write(file, "ops", machine, rows)

@@ -20,8 +20,8 @@ import torch
 from carft_fast.errors import InputError
 
 RESULTS = Path(__file__).parent / "results"
-HARDWARE = ("device", "gpu", "driver", "clocks", "processor", "model", "cores", "threads")
-"""What makes two machines the same one; versions and commit may differ."""
+HARDWARE = ("device", "gpu", "driver", "clocks", "processor", "model", "cores", "threads", "clock")
+"""What makes two machines the same one, and times comparable; versions and commit may differ."""
 Row = dict[str, Any]
 
 
@@ -134,7 +134,7 @@ def as_machine(machine: dict[str, Any] | str) -> dict[str, str]:
 
 
 def hardware(machine: dict[str, str]) -> dict[str, str]:
-    return {"device": "cpu"} | {name: machine[name] for name in HARDWARE if name in machine}
+    return {"device": "cpu", "clock": "wall"} | {name: machine[name] for name in HARDWARE if name in machine}
 
 
 def processor_model() -> str:

@@ -37,7 +37,8 @@ th button:focus-visible { outline: 2px solid var(--s1); outline-offset: -2px }
 th button::after { content: " \\2195"; opacity: .35 }
 th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1 }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1 }
-.number { text-align: right } td.number { white-space: nowrap } td.missing { color: var(--soft); font-style: italic }
+.number { text-align: right } td.number { white-space: nowrap }
+td.missing { color: var(--soft); font-style: italic; white-space: nowrap }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 figure { margin: 0; padding: .6rem; background: var(--panel); border-radius: 6px; min-width: 0 }
 figcaption { font-size: .87rem } svg { width: 100%; height: auto; display: block }
