@@ -28,10 +28,10 @@ WRONG = "wrong"
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-"""Time of the processor leaves out what other processes took; with one thread, on a quiet machine, the two are equal."""
+"""Time of the processor leaves out what other processes took; with one thread on a quiet machine they are equal."""
 
 
-def seconds(step: Callable[[], Any], device: str, clock: str = "wall") -> float:
+def seconds(step: Callable[[], Any], device: str = "cpu", clock: str = "wall") -> float:
     now = CLOCKS[clock]
     start = now()
     step()

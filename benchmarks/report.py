@@ -37,6 +37,13 @@ class Measured(NamedTuple):
                     return other[figure]
         return None
 
+    def only_on_gpu(self) -> list[Row]:
+        """Rows that no CPU has."""
+        key = next((found.key for found in self.gpu), ())
+        known = {tuple(row.get(part) for part in key) for row in self.rows()}
+        rows = [row for found in self.gpu for row in found.rows]
+        return [row for row in rows if tuple(row.get(part) for part in key) not in known]
+
 
 def load(folder: Path) -> dict[str, Measured]:
     found = {name: Measured([], []) for name in SCHEMAS}
@@ -135,7 +142,6 @@ def operators(found: Measured) -> list[str]:
     known = {row["case"] for row in rows}
     # cases for GPUs only, and whatever this machine left out
     missing = [{"case": c.name, "variant": c.operator} for c in CASES if c.name not in known]
-    measured_on_gpu = [row for results in found.gpu for row in results.rows]
     table = []
     for row in [*rows, *missing]:
         figures = ("plain_over_this", "gb_per_s", "gflop_per_s", "ceiling_share", "peak_mb")
@@ -149,11 +155,10 @@ def operators(found: Measured) -> list[str]:
                 found.on_gpu(row, "p50_ms"),
             )
         )
-    keys = {(row["case"], row["variant"]) for row in [*rows, *missing]}
     table += [
-        (row["case"], row["variant"], None, *[None] * 5, row.get("why", row.get("p50_ms")))
-        for row in measured_on_gpu
-        if (row["case"], row["variant"]) not in keys
+        (row["case"], row["variant"], *[None] * 6, row.get("why", row.get("p50_ms")))
+        for row in found.only_on_gpu()
+        if (row["case"], row["variant"]) not in {(known["case"], known["variant"]) for known in missing}
     ]
     heads = ("case", "variant", "median ms (p20 to p80)", "plain / this", "GB/s", "GFLOP/s", "share of the ceiling")
     fast = {case: group for case, group in ratios.items() if max(group.values()) > 20}
@@ -194,6 +199,7 @@ def step(found: Measured) -> list[str]:
                 found.on_gpu(row, "step_s"),
             )
         )
+    table += [(row["case"], row["path"], *[None] * 7, row["step_s"]) for row in found.only_on_gpu()]
     heads = ("case", "path", "log-probs, s", "update, s", "step, s", "published way / this", "samples/s", "utilisation")
     drawn = []
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -231,6 +237,9 @@ def rollout(found: Measured) -> list[str]:
             found.on_gpu(row, "tokens_per_s"),
         )
         for row in rows
+    ]
+    table += [
+        (row["model"], row["dtype"], row["engine"], *[None] * 3, row["tokens_per_s"]) for row in found.only_on_gpu()
     ]
     heads = ("model", "dtype", "engine", "tokens/s (range)", "over hf", "weight sync, ms", f"tokens/s {ON_GPU}")
     return [
