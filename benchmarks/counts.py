@@ -40,29 +40,29 @@ def calls() -> dict[tuple[str, str], Call]:
 
     found: dict[tuple[str, str], Call] = {}
     tokens, cu = 3000, torch.tensor([0, 1000, 3000])
-    target = randint(256, 64)
-    ones = torch.ones(64)
+    target = randint(256, 32)
+    ones = torch.ones(32)
     policy = {"advantage_T": ones, "old_logprob_T": -7 * ones, "weight_T": ones, "clip_high": 1e9}
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
         logits, rows = leaf(4, 20_011, dtype=dtype), randint(20_011, 4)
-        hidden, weight = leaf(64, 64, dtype=dtype), leaf(256, 64, dtype=dtype)
+        hidden, weight = leaf(32, 32, dtype=dtype), leaf(256, 32, dtype=dtype)
         states, value = leaf(360, 1024, dtype=dtype), leaf(360)
         offsets = torch.tensor([0, 120, 280, 360])
         found |= {
             ("token_logprob", f"{name} T=4 V=20011"): lambda x=logits, t=rows: ck.token_logprob(x, t, impl="triton")[
                 0
             ].sum(),
-            ("linear_logprob", f"{name} T=64 V=256 D=64"): lambda h=hidden, w=weight: ck.linear_logprob(
+            ("linear_logprob", f"{name} T=32 V=256 D=32"): lambda h=hidden, w=weight: ck.linear_logprob(
                 h, w, target, impl="triton"
             )[0].sum(),
-            ("linear_policy_loss", f"{name} T=64 V=256 D=64"): lambda h=hidden, w=weight: ck.linear_policy_loss(
+            ("linear_policy_loss", f"{name} T=32 V=256 D=32"): lambda h=hidden, w=weight: ck.linear_policy_loss(
                 h, w, target, **policy, impl="triton"
             )[0],
             ("value_pool", f"{name} T=360 D=1024"): lambda h=states, v=value, o=offsets: ck.value_pool(
                 h, v, o, impl="triton"
             )[0].sum(),
-            ("masked_infonce", f"{name} N=64 M=256 D=64"): lambda h=hidden, w=weight: ck.masked_infonce(
+            ("masked_infonce", f"{name} N=32 M=256 D=32"): lambda h=hidden, w=weight: ck.masked_infonce(
                 h, w, impl="triton"
             )[0],
         }

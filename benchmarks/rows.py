@@ -49,7 +49,7 @@ COLUMNS: dict[str, Column] = {
     "peak_mb": Column("MiB", "most memory of one call beyond its inputs, results included", "lower"),
     "logprobs_s": Column("s", "the no-gradient pass: old log-probs, values, z_1, z_2, reference", "lower"),
     "update_s": Column("s", "PPO epochs: forward, backward, optimizer", "lower"),
-    "step_s": Column("s", "a step: sampling, weight sync, log-probs and update", "lower"),
+    "step_s": Column("s", "log-probs and update, and sampling and weight sync where a sampler is named", "lower"),
     "samples_per_s": Column("1/s", "rollouts trained on a second", "higher"),
     "utilisation": Column("share", "FLOPs the fast path needs, over time, over the matmul ceiling", "higher"),
     "update_peak_mb": Column("MiB", "most memory of the update beyond model and optimizer state", "lower"),
