@@ -87,6 +87,7 @@ def _draw_curve(axes: Any, name: str, stage: str, records: Sequence[dict[str, An
         if sampled:
             axes.plot(*zip(*sampled, strict=True), label="rollouts", alpha=0.5, linewidth=1.2)
         axes.set_ylim(0, 1)
+    if len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
     tidy(axes, f"{stage.upper()} step")
 
