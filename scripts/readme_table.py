@@ -10,6 +10,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
 
 from benchmarks.op_cases import PLAIN  # noqa: E402
 from benchmarks.rows import RESULTS, Row, read  # noqa: E402
+from carft_fast.html_report import number  # noqa: E402
 
 BEGIN, END = "<!-- measured: begin, written by scripts/readme_table.py -->", "<!-- measured: end -->"
 PUBLISHED = "reference, recomputing"
@@ -37,8 +38,8 @@ def table(folder: Path = RESULTS) -> str:
     for case in dict.fromkeys(row["case"] for row in step if "size" not in row):
         fast, published = only(step, case=case, path="fast"), only(step, case=case, path=PUBLISHED)
         for figure, what, unit in (("update_s", "update", "s"), ("update_peak_mb", "memory of the update", "MiB")):
-            against = f"{published[figure]:,.4g} {unit}, the published trainers' way"
-            add(f"{what}, {case}", f"{fast[figure]:,.4g} {unit}", against, published[figure] / fast[figure])
+            against = f"{number(published[figure])} {unit}, the published trainers' way"
+            add(f"{what}, {case}", f"{number(fast[figure])} {unit}", against, published[figure] / fast[figure])
     rollout = rows_of("rollout", folder)
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rollout):
         if model == "quickstart":  # too small a model for an engine to matter
@@ -54,7 +55,7 @@ def table(folder: Path = RESULTS) -> str:
             continue
         ours, plain = only(ops, case=case, variant=operator), only(ops, case=case, variant=PLAIN)
         for figure, what, unit in (("p50_ms", "time", "ms"), ("peak_mb", "memory", "MiB")):
-            this, against = f"{ours[figure]:,.4g} {unit}", f"{plain[figure]:,.4g} {unit}, plain torch"
+            this, against = f"{number(ours[figure])} {unit}", f"{number(plain[figure])} {unit}, plain torch"
             add(f"{what}, `{operator}`, {case.split(', ')[1]}", this, against, plain[figure] / ours[figure])
     pool, fresh = (only(rows_of("sandbox", folder), way=way) for way in ("pool", "fresh interpreter"))
     rates = [row["programs_per_s"] for row in (pool, fresh)]
