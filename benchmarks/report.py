@@ -6,6 +6,7 @@ The rows are committed, the page is built. What has not been measured on a GPU s
 import argparse
 import json
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,12 +97,13 @@ def bars(groups: dict[str, dict[str, float]], label: str, mark: float | None = N
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(", ", "\n", 1)
+    return "\n".join(line for part in name.split(", ") for line in textwrap.wrap(part, 22))
 
 
 def bar_height(groups: dict[str, dict[str, float]]) -> float:
     names = {name for group in groups.values() for name in group}
-    return 0.9 + 0.2 * sum(map(len, groups.values())) + 0.16 * len(groups) + 0.16 * len(names)
+    bars_high = 0.2 * sum(max(len(group), 2) for group in groups.values())
+    return 0.9 + bars_high + 0.16 * len(groups) + 0.16 * len(names)
 
 
 def bar_chart(title: str, groups: dict[str, dict[str, float]], label: str, mark: float | None = None) -> str:
@@ -151,7 +153,7 @@ def operators(found: Measured) -> list[str]:
                 row["case"],
                 row["variant"],
                 row.get("why", times),
-                *(row.get(name, "" if "p50_ms" in row else row.get("why")) for name in figures),
+                *(row.get(name, "" if "machine" in row else None) for name in figures),
                 found.on_gpu(row, "p50_ms"),
             )
         )

@@ -39,7 +39,8 @@ th[aria-sort=ascending] button::after { content: " \\2191"; opacity: 1 }
 th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1 }
 .number { text-align: right } td.number { white-space: nowrap }
 td.missing { color: var(--soft); font-style: italic; white-space: nowrap }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
+.charts { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)) }
 figure { margin: 0; padding: .6rem; background: var(--panel); border-radius: 6px; min-width: 0 }
 figcaption { font-size: .87rem } svg { width: 100%; height: auto; display: block }
 svg text { font-family: inherit !important }
