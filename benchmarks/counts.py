@@ -1,6 +1,7 @@
 """What can be counted without a clock, the same on every machine: `python -m benchmarks.counts`.
 
 Kernels: global memory and FLOPs of the Triton kernels, access by access in Triton's interpreter, forward and backward.
+Every request counts, also one that a cache would answer: which addresses are the same hangs on the allocator.
 Steps: FLOPs and bytes of a training step by the cost model. Writes benchmarks/results/counts.json, or --output.
 """
 
@@ -104,7 +105,6 @@ def count_kernels() -> list[Row]:
                     "case": case,
                     "loaded_bytes": traffic.loaded,
                     "stored_bytes": traffic.stored,
-                    "distinct_bytes": traffic.distinct("load") + traffic.distinct("store"),
                     "flops": traffic.dot_flop + between.matmul_flops,
                 }
             )

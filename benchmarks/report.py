@@ -383,7 +383,7 @@ def static_evidence(found: Measured) -> list[str]:
 
 def counted(found: Measured) -> list[str]:
     rows = found.rows()
-    figures = ("loaded_bytes", "stored_bytes", "distinct_bytes", "flops", "traffic_bytes")
+    figures = ("loaded_bytes", "stored_bytes", "flops", "traffic_bytes")
     return [
         page.paragraph(
             "Global memory and FLOPs of the Triton kernels, access by access in Triton's interpreter, and of a step by "

@@ -69,9 +69,7 @@ COLUMNS: dict[str, Column] = {
     ),
     "loaded_bytes": Column("B", "global memory that kernels ask for", "lower", True),
     "stored_bytes": Column("B", "global memory that kernels write", "lower", True),
-    "distinct_bytes": Column("B", "the same, each address once", "lower", True),
     "flops": Column("FLOP", "of matrix products; a multiply-add is two", "lower", True),
-    "launches": Column("1", "kernels started", "lower", True),
     "traffic_bytes": Column("B", "bytes that have to move through device memory", "lower", True),
     "agreement": Column("nats", "largest difference of a token's log-prob, trainer against vLLM", "lower"),
 }
