@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test lint bench bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate audit smollm2 clean
+.PHONY: help setup sampler quickstart test test-page lint bench bench-report bench-gpu bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -13,7 +13,10 @@ help:
 	@echo "make quickstart  SFT and CARFT on a generated task, with a report, in minutes on a CPU"
 	@echo "make test        run every test"
 	@echo "make lint        ruff and mypy"
-	@echo "make bench       write the benchmark report"
+	@echo "make test-page   the HTML reports in Chromium"
+	@echo "make bench       run the benchmarks, write rows and report.html to benchmarks/results"
+	@echo "make bench-report  report.html from the rows that are there"
+	@echo "make bench-gpu   kernels, step and rollouts on a GPU, in ten minutes at most"
 	@echo "make bench-rollout  compare the sampling engines"
 	@echo "make bench-step  compare the fast training step with the plain one"
 	@echo "make bench-peers compare the step with TRL's and the published trainers'"
@@ -57,10 +60,34 @@ lint: sampler
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: sampler
-	$(BIN)/python -m benchmarks.ops
+# benchmarks/results: rows that are committed, and report.html with all of them. On a GPU see bench-gpu.
+bench: sampler build/peers
+	OMP_NUM_THREADS=1 PYTHONPATH=build/peers $(BIN)/python -m benchmarks.ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.growth
 	$(MAKE) bench-rollout
 	$(MAKE) bench-step
+	$(if $(SVAMP_PROGRAMS),$(MAKE) bench-sandbox SVAMP=$(SVAMP_PROGRAMS))
+	$(BIN)/python -m benchmarks.counts
+	$(MAKE) bench-report
+
+bench-report: setup
+	$(BIN)/python -m benchmarks.report
+
+# Ten minutes at most; exit code 2 where there is no GPU.
+bench-gpu: sampler build/peers
+	PYTHONPATH=build/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# Other libraries' operators, in a folder of their own: what they depend on is what the tested set has already.
+build/peers: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \
+		liger-kernel==0.8.5 cut-cross-entropy==25.1.1 trl==1.16.0 memeff==0.3.1
+
+# The pages in a real browser, which has to be there: Debian calls it chromium-headless-shell.
+test-page: setup build/playwright
+	$(TEST_ENV) PYTHONPATH=build/playwright $(BIN)/python -m pytest tests/page/check_page.py $(ARGS)
+
+build/playwright: | setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ playwright==1.65.2
 
 # SmolLM2 on SVAMP prompts as well: make bench-rollout SVAMP=path/to/svamp_nl.json (about 12 minutes)
 bench-rollout: sampler $(if $(SVAMP),models/smollm2)

@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernel_cases import ALIGNED, CHIPS, ODD, TOKENS, WIDTH, Case, Chip, all_cases
-from benchmarks.ops import commit
+from benchmarks.rows import commit
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -323,7 +323,8 @@ def main() -> None:
     if not arguments.only:
         machine = {"triton": triton.__version__, "python": platform.python_version(), "commit": commit()}
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "kernels_aot.json").write_text(json.dumps({"machine": machine, "rows": found}, indent=1) + "\n")
+        data = {"benchmark": "kernels_aot", "schema": 1, "machine": machine, "rows": found}
+        (RESULTS / "kernels_aot.json").write_text(json.dumps(data, indent=1) + "\n")
         (RESULTS / "kernels_aot.md").write_text(markdown(found, machine))
         print(f"wrote {RESULTS / 'kernels_aot.md'}")
     sys.exit(1 if crossed else 0)

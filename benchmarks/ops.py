@@ -1,245 +1,251 @@
-"""Operators on the CPU against plain torch, by pytest-benchmark: `make bench`, or `pytest benchmarks/ops.py`.
+"""Every operator against plain torch, torch.compile and other libraries. `make bench`
 
-Each group computes one thing in several ways. Our loss and gradients are compared with the plain ones before they are
-timed; a variant that disagrees fails and is not timed. `python -m benchmarks.ops` writes
-benchmarks/results/ops_cpu.json and .md with machine, versions and commit.
+What a variant returns, gradients too, is compared with plain torch before it is timed; one that disagrees is reported
+as wrong, is not timed, and makes the exit code 1. The variants of a case take turns. Ceilings are a copy and a square
+matmul on the same machine in the same run. Writes benchmarks/results/ops_<device>.json and .md.
 """
 
-import json
+import argparse
+import ctypes
+import gc
 import multiprocessing
-import os
-import platform
 import re
-import subprocess
+import statistics
 import sys
-import tempfile
+import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from carft_kernels import gae, lcs_mask, linear_policy_loss, masked_infonce, value_pool
-from carft_kernels.gae import gae_reference
-from carft_kernels.lcs import lcs_mask_reference
-from carft_kernels.linear_policy_loss import linear_policy_loss_reference
-from carft_kernels.value_pool import value_pool_reference
+from benchmarks.op_cases import CASES, MATMULS, PLAIN, Case, Step, Variants
+from benchmarks.rows import COLUMNS, RESULTS, Row, this_machine, write
 
-RESULTS = Path(__file__).parent / "results"
-ROUNDS = 5
-Step = Callable[[], list[Tensor]]
-Group = Callable[[], dict[str, Step]]  # the first variant is ours, "plain torch" what the others are compared with
+BUDGET_SECONDS, FEWEST, MOST = 10.0, 5, 101
+WRONG = "wrong"
 
 
-def with_gradients(function: Callable[..., Tensor], *leaves: Tensor) -> Step:
-    """Forward and backward: the loss and the gradients of its leaves."""
-    inputs = [x.requires_grad_() for x in leaves]
-
-    def step() -> list[Tensor]:
-        loss = function(*inputs)
-        return [loss, *torch.autograd.grad(loss, inputs)]
-
-    return step
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+"""Time of the processor leaves out what other processes took; with one thread on a quiet machine they are equal."""
 
 
-def policy(zero_advantages: bool) -> dict[str, Step]:
-    """SmolLM2-135M's head: V = 49,152, D = 576; 2,048 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, vocabulary, width = 2048, 49_152, 576
-    hidden = torch.randn(tokens, width, generator=generator)
-    weight = torch.randn(vocabulary, width, generator=generator) / width**0.5
-    target = torch.randint(vocabulary, (tokens,), generator=generator)
-    with torch.no_grad():
-        old = (hidden @ weight.T).log_softmax(-1).gather(1, target[:, None])[:, 0]
-    advantage = torch.randn(tokens, generator=generator)
-    if zero_advantages:
-        advantage *= torch.arange(tokens) % 2
-    options = {"advantage_T": advantage, "old_logprob_T": old, "weight_T": torch.full((tokens,), 1 / tokens)}
+def seconds(step: Callable[[], Any], device: str = "cpu", clock: str = "wall") -> float:
+    now = CLOCKS[clock]
+    start = now()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return now() - start
 
-    def matmuls() -> list[Tensor]:
-        logits = hidden @ weight.T
-        return [logits @ weight, logits.T @ hidden]
 
-    def without_gradient() -> list[Tensor]:
-        with torch.no_grad():
-            return matmuls()
+def ceilings(device: str, clock: str) -> dict[str, float]:
+    """Bytes a second of a copy, FLOP a second of a square matmul; the best of several."""
+    wide = device == "cuda"
+    x = torch.ones((1 << 30) if wide else (1 << 26), dtype=torch.float32, device=device)
+    y = torch.empty_like(x)
+    n, dtype = (8192, torch.bfloat16) if wide else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
 
-    return {
-        "linear_policy_loss": with_gradients(
-            lambda h, w: linear_policy_loss(h, w, target, **options, impl="torch")[0], hidden, weight
-        ),
-        "plain torch": with_gradients(
-            lambda h, w: linear_policy_loss_reference(h, w, target, **options)[0], hidden, weight
-        ),
-        "its three matmuls alone": without_gradient,
+    def copy() -> float:
+        return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, clock)
+
+    def matmul() -> float:
+        return 2 * n**3 / seconds(lambda: a @ b, device, clock)
+
+    copy(), matmul()
+    return {"bytes": max(copy() for _ in range(7)), "flops": max(matmul() for _ in range(7))}
+
+
+def disagreement(found: list[Tensor], wanted: list[Tensor]) -> str:
+    """Empty where they agree: within 1e-3 in float32; in half precision within 3% of the largest value."""
+    for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                return f"{WRONG}: result {i} differs in {(x != y).sum()} places"
+            continue
+        difference, largest = (x.double() - y.double()).abs().max().item(), y.double().abs().max().item()
+        share = 1e-3 if x.dtype == torch.float32 and y.dtype == torch.float32 else 3e-2
+        if not difference <= share * largest + 1e-6:
+            return f"{WRONG}: result {i} is off by {difference:.2g} where the largest value is {largest:.2g}"
+    return ""
+
+
+def checked(variants: Variants) -> tuple[dict[str, Step], dict[str, str]]:
+    """Those that ran and agree, and why the others are left out."""
+    plain = variants[PLAIN]
+    assert callable(plain)
+    wanted = plain()
+    good: dict[str, Step] = {}
+    left_out: dict[str, str] = {}
+    for name, step in variants.items():
+        if isinstance(step, str):
+            left_out[name] = step
+            continue
+        if why := "" if name == MATMULS else disagreement(step(), wanted):
+            left_out[name] = why
+        else:
+            good[name] = step
+    return good, left_out
+
+
+def timed(steps: dict[str, Step], device: str, clock: str, budget: float = BUDGET_SECONDS) -> dict[str, list[float]]:
+    """Seconds of every call: rounds in which each variant has its turn, until the budget is spent."""
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        seconds(step, device, clock)
+    start = CLOCKS[clock]()
+    rounds = 0
+    while rounds < FEWEST or (rounds < MOST and CLOCKS[clock]() - start < budget):
+        for name, step in steps.items():
+            found[name].append(seconds(step, device, clock))
+        rounds += 1
+    return found
+
+
+def row_of(case: Case, variant: str, times: list[float], peak: float, plain: float, ceiling: dict[str, float]) -> Row:
+    cuts = statistics.quantiles(times, n=5, method="inclusive")
+    p50 = statistics.median(times)
+    size = 4 if ceiling["device"] == "cpu" else 2
+    work = {"bytes": case.bytes(size=size, **case.shape), "flops": case.flops(**case.shape)}
+    row: Row = {
+        "case": case.name,
+        "variant": variant,
+        "p20_ms": 1e3 * cuts[0],
+        "p50_ms": 1e3 * p50,
+        "p80_ms": 1e3 * cuts[-1],
+        "rounds": len(times),
+        "plain_over_this": plain / p50,
+        "peak_mb": peak,
     }
+    if work["bytes"]:
+        row["gb_per_s"] = work["bytes"] / p50 / 1e9
+    if work["flops"]:
+        row["gflop_per_s"] = work["flops"] / p50 / 1e9
+    if any(work.values()):
+        row["ceiling_share"] = sum(work[kind] / ceiling[kind] for kind in work) / p50
+    return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def pooling() -> dict[str, Step]:
-    cu = torch.arange(0, 8193, 128)
-    hidden, value = torch.randn(8192, 512), torch.randn(8192)
-    return {
-        "value_pool": with_gradients(lambda h, v: value_pool(h, v, cu)[0].square().sum(), hidden, value),
-        "plain torch": with_gradients(lambda h, v: value_pool_reference(h, v, cu)[0].square().sum(), hidden, value),
-    }
+def resident_kb(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found.group(1))
 
 
-def infonce(n: int, width: int) -> dict[str, Step]:
-    def plain(z_1: Tensor, z_2: Tensor) -> Tensor:
-        similarity = torch.nn.functional.normalize(z_1) @ torch.nn.functional.normalize(z_2).T
-        return ((similarity / 0.2).logsumexp(1) - similarity.diagonal().clamp(max=0.9) / 0.2).mean()
-
-    z_1, z_2 = torch.randn(n, width), torch.randn(n, width)
-    return {
-        "masked_infonce": with_gradients(lambda a, c: masked_infonce(a, c)[0], z_1, z_2),
-        "plain torch": with_gradients(plain, z_1, z_2),
-    }
-
-
-def advantages() -> dict[str, Step]:
-    cu, value = torch.arange(0, 8193, 128), torch.randn(8192)
-    return {
-        "gae": lambda: list(gae(value, value, cu, gamma=1.0, lam=0.95)),
-        "plain torch": lambda: list(gae_reference(value, value, cu, gamma=1.0, lam=0.95)),
-    }
+def _peaks_in_child(case: Case, names: list[str], pipe: Any) -> None:
+    variants = case.variants("cpu")
+    peaks = {}
+    for name in names:
+        step = variants[name]
+        assert callable(step)
+        step()  # imports and compiles
+        gc.collect()
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of what came before
+        before = resident_kb("VmRSS")
+        result = step()
+        peaks[name] = (resident_kb("VmHWM") - before) / 1024
+        del result
+    pipe.send(peaks)
 
 
-def common_tokens() -> dict[str, Step]:
-    cu = torch.arange(0, 8193, 1024)
-    a, b = (torch.randint(2000, (8192,), generator=torch.Generator().manual_seed(i)) % 300 for i in (0, 1))
-    return {
-        "lcs_mask": lambda: list(lcs_mask(a, cu, b, cu, impl="torch")),
-        "plain torch": lambda: list(lcs_mask_reference(a, cu, b, cu)),
-    }
-
-
-GROUPS: dict[str, tuple[Group, str]] = {
-    "linear_policy_loss, T=2048 V=49152 D=576": (partial(policy, False), "all logits at once"),
-    "linear_policy_loss, half of the advantages zero": (partial(policy, True), "all logits at once"),
-    "value_pool, 64 x 128 tokens, D=512": (pooling, "a loop over sequences"),
-    "masked_infonce, 256 x 256, D=64": (partial(infonce, 256, 64), "all rows at once"),
-    "masked_infonce, 4096 x 4096, D=64": (partial(infonce, 4096, 64), "all rows at once"),
-    "gae, 64 x 128 tokens": (advantages, "a loop over tokens"),
-    "lcs_mask, 8 x 1024 x 1024 tokens": (common_tokens, "a Python dynamic programme"),
-}
-VARIANTS = [
-    (group, variant)
-    for group, (_, plain) in GROUPS.items()
-    for variant in (
-        group.split(",")[0],
-        "plain torch",
-        *(["its three matmuls alone"] if group.startswith("linear_policy_loss, T") else []),
-    )
-]
-
-
-def _peak_in_child(group: str, variant: str, pipe: Any) -> None:
-    steps = GROUPS[group][0]()
-    steps = {variant: steps[variant]}
-    with_gradients(lambda x: masked_infonce(x, x)[0], torch.ones(1, 1))()  # the first call of an operator imports
-
-    def kilobytes(name: str) -> int:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        assert found
-        return int(found.group(1))
-
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making the inputs
-    before = kilobytes("VmRSS")
-    result = steps[variant]()
-    pipe.send((kilobytes("VmHWM") - before) / 1024)
-    del result
-
-
-def peak_extra_mb(group: str, variant: str) -> float:
-    """Largest resident memory of one step beyond its inputs, in a process of its own; results included."""
+def peaks_mb(case: Case, steps: dict[str, Step], device: str) -> dict[str, float]:
+    """Most memory of one call of each beyond its inputs; on the CPU in another process."""
+    if device == "cuda":
+        return {name: _peak_on_gpu(step) for name, step in steps.items()}
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_peak_in_child, args=(group, variant, sender))
+    child = context.Process(target=_peaks_in_child, args=(case, list(steps), sender))
     child.start()
     child.join()
-    return float(receiver.recv())
+    if not receiver.poll():
+        raise RuntimeError(f"{case.name}: the process that measures memory ended with {child.exitcode}")
+    peaks: dict[str, float] = receiver.recv()
+    return peaks
 
 
-@pytest.mark.parametrize(("group", "variant"), VARIANTS)
-def test_operator(benchmark: Any, group: str, variant: str) -> None:
-    steps = GROUPS[group][0]()
-    step = steps[variant]
-    if variant == group.split(",")[0]:
-        for ours, plain in zip(step(), steps["plain torch"](), strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
-    benchmark.group = group
-    benchmark.extra_info.update(group=group, variant=variant, peak_extra_mb=round(peak_extra_mb(group, variant), 1))
-    slow = group.startswith("lcs_mask") and variant == "plain torch"
-    benchmark.pedantic(step, rounds=3 if slow else ROUNDS, warmup_rounds=1)
+def _peak_on_gpu(step: Step) -> float:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
-
-
-def rows_of(report: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for entry in report["benchmarks"]:
-        stats, info = entry["stats"], entry["extra_info"]
-        rows.append(
-            {
-                **info,
-                "median_ms": round(stats["median"] * 1e3, 2),
-                "range_ms": [round(stats["min"] * 1e3, 2), round(stats["max"] * 1e3, 2)],
-            }
-        )
-    plain = {row["group"]: row for row in rows if row["variant"] == "plain torch"}
-    for row in rows:
-        base = plain[row["group"]]
-        row["plain_over_this"] = round(base["median_ms"] / row["median_ms"], 2)
-        row["plain_torch_is"] = GROUPS[row["group"]][1]
+def measure(cases: list[Case], device: str, clock: str = "wall", budget: float = BUDGET_SECONDS) -> list[Row]:
+    ceiling: dict[str, Any] = ceilings(device, clock) | {"device": device}
+    rows: list[Row] = []
+    for case in cases:
+        steps, left_out = checked(case.variants(device))
+        times = timed(steps, device, clock, budget)
+        plain, peaks = statistics.median(times[PLAIN]), peaks_mb(case, steps, device)
+        for variant in [*steps, *left_out]:
+            if variant in left_out:
+                rows.append({"case": case.name, "variant": variant, "why": left_out[variant]})
+                continue
+            rows.append(row_of(case, variant, times[variant], peaks[variant], plain, ceiling))
+            print(f"{case.name}, {variant}: {rows[-1]['p50_ms']:g} ms", flush=True)
+        torch.compiler.reset()
+    rates = {"gb_per_s": ceiling["bytes"] / 1e9, "gflop_per_s": ceiling["flops"] / 1e9}
+    for name, variant in (("gb_per_s", "copy"), ("gflop_per_s", "square matmul")):
+        rows.append({"case": "ceiling of this run", "variant": variant, name: round(rates[name], 1)})
     return rows
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "report.json"
-        code = pytest.main([__file__, "-q", "-p", "no:cacheprovider", f"--benchmark-json={output}", *sys.argv[1:]])
-        if code != 0:
-            sys.exit(int(code))
-        rows = rows_of(json.loads(output.read_text()))
-    machine = {
-        "device": "cpu",
-        "processor": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": commit(),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "ops_cpu.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+FIGURES = ("p50_ms", "p20_ms", "p80_ms", "plain_over_this", "gb_per_s", "gflop_per_s", "ceiling_share", "peak_mb")
+
+
+def report(rows: list[Row], machine: dict[str, str]) -> str:
+    dtype = "float32" if machine["device"] == "cpu" else "bfloat16"
     lines = [
-        "# Operators on the CPU, torch implementation",
+        f"# Operators on {'the CPU' if machine['device'] == 'cpu' else machine['gpu']}, {dtype}",
         "",
-        f"Forward and backward, float32, median of {ROUNDS} rounds and their range. Peak: resident memory of one step",
-        "beyond its inputs, gradients included, in a process of its own. Nothing here ran on a GPU.",
+        *(f"- {name} ({COLUMNS[name].unit}): {COLUMNS[name].what}" for name in FIGURES),
         "",
-        "| case | variant | median, ms | range, ms | plain torch / this | peak, MB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        f"| case | variant | {' | '.join(FIGURES)} |",
+        "| --- | --- |" + " --- |" * len(FIGURES),
     ]
     for row in rows:
-        variant = f"plain torch: {row['plain_torch_is']}" if row["variant"] == "plain torch" else row["variant"]
-        low, high = row["range_ms"]
-        lines.append(
-            f"| {row['group']} | {variant} | {row['median_ms']} | {low} to {high} | {row['plain_over_this']} "
-            f"| {row['peak_extra_mb']} |"
-        )
-    lines += ["", ", ".join(f"{key} {value}" for key, value in machine.items())]
-    (RESULTS / "ops_cpu.md").write_text("\n".join(lines) + "\n")
-    print(f"wrote {RESULTS / 'ops_cpu.md'}")
+        cells = [f"{row[name]:g}" if name in row else "" for name in FIGURES]
+        cells[0] = row.get("why", cells[0])
+        lines.append(f"| {row['case']} | {row['variant']} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", ", ".join(f"{name} {value}" for name, value in machine.items()), ""])
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--clock", choices=list(CLOCKS), default="wall", help="cpu: on a machine with other work, 1 thread"
+    )
+
+
+def clock_of(arguments: argparse.Namespace) -> dict[str, str]:
+    if arguments.clock == "cpu" and torch.get_num_threads() != 1:
+        sys.exit(f"--clock cpu: has to be with OMP_NUM_THREADS=1, there are {torch.get_num_threads()} threads")
+    return {"clock": arguments.clock}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose name contains this; writes nothing")
+    parser.add_argument("--note", default="", help="goes into the machine's line: what else ran, say")
+    add_clock(parser)
+    arguments = parser.parse_args()
+    machine = this_machine() | clock_of(arguments)
+    if arguments.note:
+        machine["note"] = arguments.note
+    cases = [case for case in CASES if "cpu" in case.devices and arguments.only in case.name]
+    rows = measure(cases, "cpu", arguments.clock)
+    if not arguments.only:
+        file = RESULTS / "ops_cpu.json"
+        write(file, "ops", machine, rows)
+        file.with_suffix(".md").write_text(report(rows, machine))
+        print(f"wrote {file.with_suffix('.md')}")
+    wrong = [row for row in rows if row.get("why", "").startswith(WRONG)]
+    for row in wrong:
+        print(f"{row['case']}, {row['variant']}: {row['why']}")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

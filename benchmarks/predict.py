@@ -3,11 +3,11 @@
 Arithmetic, not measurement; says so at the top of what it writes, benchmarks/results/step_predicted.md.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 
-from benchmarks.ops import RESULTS
+from benchmarks.rows import RESULTS
 from carft_fast.flops import ModelCost, StepShape, Work, fast_step, published_step
 
 GPUS = {"A100-80GB": (312e12, 2.04e12), "H100-SXM": (989e12, 3.35e12), "B200": (2250e12, 8.0e12)}
@@ -51,6 +51,57 @@ def seconds(work: Work, gpu: str) -> float:
     return max(work.flops / (flops * MATMUL_SHARE), work.bytes / (bytes_per_second * MEMORY_SHARE))
 
 
+class Prediction(NamedTuple):
+    """Milliseconds by phase."""
+
+    model: str
+    data: str
+    gpu: str
+    fast: dict[str, float]
+    published: dict[str, float]
+
+
+def predictions() -> list[Prediction]:
+    found = []
+    for model, config in MODELS.items():
+        cost = ModelCost.of_config(config)
+        for task in LENGTHS:
+            both = fast_step(cost, shape_of(task)), published_step(cost, shape_of(task))
+            for gpu in GPUS:
+                ours, theirs = ({phase: 1e3 * seconds(work, gpu) for phase, work in step.items()} for step in both)
+                found.append(Prediction(model, task, gpu, ours, theirs))
+    return found
+
+
+def assumptions() -> list[tuple[str, str]]:
+    return [
+        (
+            "a phase's time",
+            f"the larger of FLOPs / ({MATMUL_SHARE:.0%} of the peak) and bytes / ({MEMORY_SHARE:.0%} of the bandwidth)",
+        ),
+        *(
+            (gpu, f"{flops / 1e12:.0f} TFLOP/s dense bfloat16, {rate / 1e12:.2f} TB/s")
+            for gpu, (flops, rate) in GPUS.items()
+        ),
+        (
+            "rollouts of one GPU",
+            f"{GLOBAL_BATCH // RANKS}; lengths at eight quantiles of the training set, counted by SmolLM2's tokenizer; "
+            "GSM8K with its own CoTs, not the paper's; completions as long as annotations",
+        ),
+        *((task, f"prompts {p}, completions {c} tokens") for task, (p, c) in LENGTHS.items()),
+        ("sampling", "the same sampler on both sides, a replica a GPU: every decoded token reads all weights once"),
+        (
+            "published step",
+            "rows padded to longest prompt + longest completion; LM head on every position of every pass; logits in "
+            "float32, written and read by cast and log-softmax; activations recomputed",
+        ),
+        (
+            "left out, on both sides",
+            "communication, launch overhead, loading, the published code's Python loops and garbage collection",
+        ),
+    ]
+
+
 def report() -> str:
     lines = [
         "# Predicted step times (a prediction: none of this was run)",
@@ -63,38 +114,21 @@ def report() -> str:
         "| step fast / published | ratio |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, config in MODELS.items():
-        cost = ModelCost.of_config(config)
-        for task in LENGTHS:
-            both = fast_step(cost, shape_of(task)), published_step(cost, shape_of(task))
-            for gpu in GPUS:
-                ours, theirs = ({phase: 1e3 * seconds(work, gpu) for phase, work in step.items()} for step in both)
-                total = sum(ours.values()), sum(theirs.values())
-                lines.append(
-                    f"| {name} | {task} | {gpu} | {ours['rollout']:.0f} | {ours['log-probs']:.0f} / "
-                    f"{theirs['log-probs']:.0f} | {ours['update']:.0f} / {theirs['update']:.0f} | {total[0]:.0f} / "
-                    f"{total[1]:.0f} | {total[1] / total[0]:.2f} |"
-                )
+    for p in predictions():
+        fast, published = p.fast, p.published
+        total = sum(fast.values()), sum(published.values())
+        lines.append(
+            f"| {p.model} | {p.data} | {p.gpu} | {fast['rollout']:.0f} | {fast['log-probs']:.0f} / "
+            f"{published['log-probs']:.0f} | {fast['update']:.0f} / {published['update']:.0f} | {total[0]:.0f} / "
+            f"{total[1]:.0f} | {total[1] / total[0]:.2f} |"
+        )
     lines += [
         "",
         "## Assumptions",
         "",
         "| quantity | assumed |",
         "| --- | --- |",
-        f"| a phase's time | the larger of FLOPs / ({MATMUL_SHARE:.0%} of the peak) and bytes / ({MEMORY_SHARE:.0%} of "
-        "the bandwidth) |",
-        *(
-            f"| {gpu} | {flops / 1e12:.0f} TFLOP/s dense bfloat16, {rate / 1e12:.2f} TB/s |"
-            for gpu, (flops, rate) in GPUS.items()
-        ),
-        f"| rollouts of one GPU | {GLOBAL_BATCH // RANKS}; lengths at eight quantiles of the training set, counted by "
-        "SmolLM2's tokenizer; GSM8K with its own CoTs, not the paper's; completions as long as annotations |",
-        *(f"| {task} | prompts {p}, completions {c} tokens |" for task, (p, c) in LENGTHS.items()),
-        "| sampling | the same sampler on both sides, a replica a GPU: every decoded token reads all weights once |",
-        "| published step | rows padded to longest prompt + longest completion; LM head on every position of every "
-        "pass; logits in float32, written and read by cast and log-softmax; activations recomputed |",
-        "| left out, on both sides | communication, launch overhead, loading, the published code's Python loops and "
-        "garbage collection |",
+        *(f"| {quantity} | {assumed} |" for quantity, assumed in assumptions()),
     ]
     return "\n".join(lines) + "\n"
 

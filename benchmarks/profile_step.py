@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks.ops import commit
+from benchmarks.rows import commit
 from benchmarks.step import CASES, Inputs, Prepared, case_config
 from carft_fast.console import Console
 from carft_fast.pipeline import prepare

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.ops import RESULTS, commit
+from benchmarks.rows import RESULTS, commit
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
@@ -146,7 +146,7 @@ def main() -> None:
     if results.is_file():  # a model that was left out this time keeps its rows
         done = {name for name, _ in cases}
         rows += [row for row in json.loads(results.read_text())["rows"] if row["model"] not in done]
-    results.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    results.write_text(json.dumps({"benchmark": "rollout", "schema": 1, "rows": rows}, indent=1) + "\n")
     results.with_suffix(".md").write_text(report(rows))
     print(report(rows))
 

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ops import RESULTS, commit
+from benchmarks.rows import RESULTS, commit
 from carft_fast.sandbox import ProgramPool
 
 WORKERS, BASELINE_PROGRAMS, TOLERANCE = 2, 200, 1e-2
@@ -92,6 +92,8 @@ def main() -> None:
     load = os.getloadavg()[0]
     rates, right, defences = in_the_pool(rows, arguments.repeats)
     result = {
+        "benchmark": "sandbox",
+        "schema": 1,
         "programs": len(rows),
         "right": right,
         "defences": defences,

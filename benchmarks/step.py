@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.ops import RESULTS, commit
+from benchmarks.ops import resident_kb, seconds
+from benchmarks.rows import RESULTS, commit
 from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
@@ -79,18 +79,14 @@ def case_config(name: str, model: str, data: str, *options: str) -> Config:
     return load_config(path, [*words, "model.compute_dtype=float32", "data.eval_rows=1", *CASES[name], *options])
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 class Prepared:
     """One path, ready to run its two phases on given rollouts."""
 
-    def __init__(self, config: Config, model_path: str, inputs: Inputs, decoded: list[str]) -> None:
+    def __init__(
+        self, config: Config, model_path: str, inputs: Inputs, decoded: list[str], device: str = "cpu"
+    ) -> None:
         self.config = config
-        self.policy: CarftModel = load_model(config, model_path, torch.device("cpu"), heads=True)
+        self.policy: CarftModel = load_model(config, model_path, torch.device(device), heads=True)
         learner = Learner(self.policy, build_optimizer(self.policy, config.rl))
         self.step = Step(config, learner, Reference(config, model_path, self.policy))
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
@@ -120,17 +116,11 @@ def sampled(engine: RolloutEngine, config: Config, rows: list[EncodedExample]) -
     return rollouts, time.perf_counter() - start
 
 
-def matmul_ceiling(dtype: torch.dtype = torch.float32) -> float:
+def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
     """FLOP/s of a large square matmul, the best of five."""
-    n = 2048
-    a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
-
-
-def resident_kb(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.group(1))
+    n = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
 def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
@@ -396,6 +386,7 @@ def main() -> None:
         results["slope"] = slope(arguments.repeats)
         results["growth_machine"] = machine()
     RESULTS.mkdir(exist_ok=True)
+    results = {"benchmark": "step", "schema": 1} | results
     file.write_text(json.dumps(results, indent=1) + "\n")
     if "slope" in results:
         file.with_suffix(".md").write_text(report(results))

@@ -143,6 +143,14 @@ def evaluate(
     console.log(result.describe())
 
 
+@app.command()
+def report(folder: Annotated[str, typer.Argument(help="A run's folder, finished or not.")]) -> None:
+    """Write report.html of a run from what its folder holds: figures, curves, settings, in one file."""
+    from carft_fast.report import rewrite_page
+
+    typer.echo(f"wrote {rewrite_page(Path(folder))}")
+
+
 @data_app.command("check")
 def check_data_file(
     file: Annotated[str, typer.Argument(help="File, folder or Hub id, read as data.train would be.")],

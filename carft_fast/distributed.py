@@ -60,10 +60,7 @@ def each_rank(work: Callable[[], T]) -> list[T]:
     outcomes: list[Any] = [None] * world_size()
     dist.all_gather_object(outcomes, _sendable(outcome))
     outcomes[rank()] = outcome
-    for value, error in outcomes:
-        if error is not None:
-            raise error
-    return [value for value, _ in outcomes]
+    return [_result(*found) for found in outcomes]
 
 
 def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -73,10 +70,7 @@ def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     outcome = _attempt(work) if is_main() else None
     sent: list[Any] = [None if outcome is None else _sendable(outcome)]
     dist.broadcast_object_list(sent, src=0, group=group)
-    value, error = outcome or sent[0]
-    if error is not None:
-        raise error
-    return value
+    return _result(*(outcome or sent[0]))
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
@@ -84,6 +78,12 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:
         return None, error
+
+
+def _result(value: Any, error: Exception | None) -> Any:
+    if error is not None:
+        raise error
+    return value
 
 
 def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:

@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from benchmarks.ops import RESULTS, commit
 from benchmarks.peers.table import Row, case_rows, report
 from benchmarks.peers.turns import Side, run_in_turns
 from benchmarks.peers.work import (
@@ -33,6 +32,7 @@ from benchmarks.peers.work import (
     check_losses,
     check_tensors,
 )
+from benchmarks.rows import RESULTS, commit
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
 from carft_fast.console import Console

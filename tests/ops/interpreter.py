@@ -85,13 +85,13 @@ def count_traffic() -> Iterator[Traffic]:
     traffic = Traffic()
     load, store, dot = Builder.create_masked_load, Builder.create_masked_store, Builder.create_dot
 
-    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         traffic.record("load", pointers, mask)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **named)
 
-    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
         traffic.record("store", pointers, mask)
-        return store(self, pointers, value, mask, *rest)
+        return store(self, pointers, value, mask, *rest, **named)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         traffic.dot_flop += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]

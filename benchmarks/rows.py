@@ -1,0 +1,221 @@
+"""Result files as flat rows: what each one holds, what identifies a row, what its figures mean.
+
+A file is JSON with "benchmark" and "schema"; `read` gives its rows flat, each with the machine it was measured on. The
+page, the README's table and `compare` see these rows only.
+"""
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from carft_fast.errors import InputError
+
+RESULTS = Path(__file__).parent / "results"
+HARDWARE = ("device", "gpu", "driver", "clocks", "processor", "model", "cores", "threads", "clock")
+"""What makes two machines the same one, and times comparable; versions and commit may differ."""
+Row = dict[str, Any]
+
+
+class Column(NamedTuple):
+    unit: str
+    what: str
+    better: str = ""
+    """"lower", "higher", or nothing where neither is."""
+    exact: bool = False
+    """Counted rather than timed: the same on every run."""
+
+
+COLUMNS: dict[str, Column] = {
+    "p50_ms": Column("ms", "median time of one call, forward and backward", "lower"),
+    "p20_ms": Column("ms", "20th percentile of the same", "lower"),
+    "p80_ms": Column("ms", "80th percentile of the same", "lower"),
+    "plain_over_this": Column("ratio", "median time of plain torch over this one's, in the same run", "higher"),
+    "gb_per_s": Column("GB/s", "bytes that have to move (10^9) over the median time", "higher"),
+    "gflop_per_s": Column(
+        "GFLOP/s", "FLOPs that have to be done (10^9; a multiply-add is two) over the median", "higher"
+    ),
+    "ceiling_share": Column(
+        "share", "of what this machine did for a copy (bytes) or a square matmul (FLOPs) in the same run", "higher"
+    ),
+    "peak_mb": Column("MiB", "most memory of one call beyond its inputs, results included", "lower"),
+    "logprobs_s": Column("s", "the no-gradient pass: old log-probs, values, z_1, z_2, reference", "lower"),
+    "update_s": Column("s", "PPO epochs: forward, backward, optimizer", "lower"),
+    "step_s": Column("s", "log-probs and update, and sampling and weight sync where a sampler is named", "lower"),
+    "samples_per_s": Column("1/s", "rollouts trained on a second", "higher"),
+    "utilisation": Column("share", "FLOPs the fast path needs, over time, over the matmul ceiling", "higher"),
+    "update_peak_mb": Column("MiB", "most memory of the update beyond model and optimizer state", "lower"),
+    "tokens_per_s": Column("1/s", "completion tokens sampled a second, padding not counted", "higher"),
+    "sync_ms": Column("ms", "weights from trainer to sampler, median", "lower"),
+    "programs_per_s": Column("1/s", "programs run a second", "higher"),
+    "seconds": Column("s", "best of the repeats", "lower"),
+    "memory_mb": Column("MiB", "most memory of the update beyond model and optimizer state", "lower"),
+    "registers": Column("1", "registers a thread", "lower", True),
+    "stack_bytes": Column("B", "stack a thread: where spills go", "lower", True),
+    "shared_bytes": Column("B", "shared memory a program", "lower", True),
+    "spills_in_loops": Column("1", "local loads and stores inside loops", "lower", True),
+    "warps_per_sm": Column("1", "warps that fit an SM at once", "higher", True),
+    "floor_ms": Column("ms", "vendor's peak memory or matmul rate for what the kernel must do", "", True),
+    "bound_over_floor": Column(
+        "ratio", "busiest part of the chip, were nothing to wait, over the floor", "lower", True
+    ),
+    "loaded_bytes": Column("B", "global memory that kernels ask for", "lower", True),
+    "stored_bytes": Column("B", "global memory that kernels write", "lower", True),
+    "flops": Column("FLOP", "of matrix products; a multiply-add is two", "lower", True),
+    "traffic_bytes": Column("B", "bytes that have to move through device memory", "lower", True),
+    "agreement": Column("nats", "largest difference of a token's log-prob, trainer against vLLM", "lower"),
+}
+
+
+class Results(NamedTuple):
+    benchmark: str
+    key: tuple[str, ...]
+    rows: list[Row]
+    """Flat; "machine" is a dict."""
+
+    def machines(self) -> list[dict[str, str]]:
+        found: list[dict[str, str]] = []
+        for row in self.rows:
+            if row["machine"] not in found:
+                found.append(row["machine"])
+        return found
+
+
+@dataclass(frozen=True)
+class Schema:
+    """How a file of one benchmark is laid out."""
+
+    version: int
+    key: tuple[str, ...]
+    flatten: Callable[[Any], Iterator[Row]]
+
+
+def read(file: Path) -> Results:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: is not JSON: {error}") from None
+    benchmark = data.get("benchmark") if isinstance(data, dict) else None
+    if benchmark not in SCHEMAS:
+        raise InputError(f'{file}: "benchmark" is {benchmark!r}, has to be one of {", ".join(SCHEMAS)}')
+    schema = SCHEMAS[benchmark]
+    if data.get("schema") != schema.version:
+        raise InputError(
+            f'{file}: "schema" of {benchmark} is {data.get("schema")!r}, this version reads {schema.version}'
+        )
+    rows = [row | {"machine": as_machine(row["machine"])} for row in schema.flatten(data)]
+    return Results(benchmark, schema.key, rows)
+
+
+def write(file: Path, benchmark: str, machine: dict[str, str], rows: list[Row]) -> None:
+    """A file of flat rows of one machine."""
+    file.parent.mkdir(exist_ok=True)
+    data = {"benchmark": benchmark, "schema": SCHEMAS[benchmark].version, "machine": machine, "rows": rows}
+    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def as_machine(machine: dict[str, Any] | str) -> dict[str, str]:
+    """Of "name value, name value"."""
+    if isinstance(machine, dict):
+        return {name: str(value) for name, value in machine.items()}
+    return dict(part.split(" ", 1) for part in machine.split(", "))
+
+
+def hardware(machine: dict[str, str]) -> dict[str, str]:
+    return {"device": "cpu", "clock": "wall"} | {name: machine[name] for name in HARDWARE if name in machine}
+
+
+def processor_model() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+    # the name goes into lists that commas part
+    return re.sub(r"[\s,]+", " ", found.group(1)).strip() if found else "unknown"
+
+
+def this_machine(device: str = "cpu") -> dict[str, str]:
+    return {
+        "device": device,
+        "processor": platform.machine(),
+        "model": processor_model(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "load before": f"{os.getloadavg()[0]:.1f}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or "unknown"
+
+
+def _flat(data: Any) -> Iterator[Row]:
+    for row in data["rows"]:
+        yield {"machine": data.get("machine")} | row
+
+
+def _step(data: Any) -> Iterator[Row]:
+    for case in data["cases"]:
+        for row in case["rows"]:
+            yield {
+                "machine": case["machine"],
+                "case": case["case"],
+                "path": row["path"],
+                "sampler": row["sampler"],
+                "logprobs_s": row["seconds"]["log-probs"],
+                "update_s": row["seconds"]["update"],
+                "step_s": row["step_seconds"],
+                "samples_per_s": row["samples_per_second"],
+                "utilisation": row["utilisation"],
+                "update_peak_mb": row["update_peak_extra_mb"],
+                "logprobs_range": row["range"]["log-probs"],
+                "update_range": row["range"]["update"],
+            }
+    for row in data.get("slope", ()):
+        case = {"case": "growth with tokens", "path": "fast", "size": row["tokens"]}
+        yield case | {"machine": data["growth_machine"], "seconds": row["seconds"]}
+    for row in data.get("vocabulary", ()):
+        for path in ("fast", "reference"):
+            case = {"case": "growth with the vocabulary", "path": path, "size": row["vocabulary"]}
+            yield case | {"machine": data["growth_machine"], "memory_mb": row[path]}
+
+
+def _rollout(data: Any) -> Iterator[Row]:
+    for row in data["rows"]:
+        yield {
+            **{name: row[name] for name in ("machine", "model", "dtype", "engine")},
+            "tokens_per_s": row["tokens_per_second"],
+            "tokens_per_s_range": row["range"],
+            "sync_ms": 1e3 * row["sync_seconds"],
+        }
+
+
+def _sandbox(data: Any) -> Iterator[Row]:
+    for name in ("pool", "fresh interpreter"):
+        rates = data[name]
+        rate = {"programs_per_s": statistics.median(rates), "programs_per_s_range": [min(rates), max(rates)]}
+        yield {"machine": data["machine"], "way": name} | rate
+
+
+SCHEMAS = {
+    "ops": Schema(2, ("case", "variant"), _flat),
+    "growth": Schema(1, ("operator", "against", "size", "variant"), _flat),
+    "step": Schema(1, ("case", "path", "size"), _step),
+    "rollout": Schema(1, ("model", "dtype", "engine"), _rollout),
+    "sandbox": Schema(1, ("way",), _sandbox),
+    "kernels_aot": Schema(1, ("kernel", "configuration", "chip"), _flat),
+    "counts": Schema(1, ("what", "case"), _flat),
+    "gpu": Schema(1, ("part", "what"), _flat),
+}

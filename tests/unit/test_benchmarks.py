@@ -1,0 +1,387 @@
+"""Benchmark rows, their comparison, the page and README's table built from them; no clock is asked."""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import compare, gpu, op_cases, ops
+from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
+from benchmarks.report import build, exponent, load
+from benchmarks.rows import COLUMNS, RESULTS, read, write
+from carft_fast.errors import InputError
+
+MACHINE = {"device": "cpu", "processor": "x86_64", "model": "Some CPU", "cores": "2", "threads": "1", "commit": "abc"}
+ROOT = RESULTS.parents[1]
+
+
+def ops_file(folder: Path, name: str, p50: float, *, machine: dict[str, str] | None = None, **more: Any) -> Path:
+    row = {"case": "gae, T=8192 length=128", "variant": "gae", "p50_ms": p50, "peak_mb": 4.0} | more
+    write(folder / name, "ops", machine or MACHINE, [row])
+    return folder / name
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+# --- compare ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_figure_worse_beyond_the_band_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ops_file(tmp_path, "base.json", 10.0, plain_over_this=2.0)
+    near = ops_file(tmp_path, "near.json", 10.9, plain_over_this=1.9)
+    slow = ops_file(tmp_path, "slow.json", 11.2, plain_over_this=2.0)
+    fast = ops_file(tmp_path, "fast.json", 5.0, plain_over_this=4.0)
+    less = ops_file(tmp_path, "less.json", 10.0, plain_over_this=1.7)
+    assert outcome(monkeypatch, base, near) == 0
+    capsys.readouterr()
+    assert outcome(monkeypatch, base, slow) == 1
+    assert "gae, T=8192 length=128, gae: p50_ms 10 -> 11.2 (1.120) WORSE" in capsys.readouterr().out
+    assert outcome(monkeypatch, base, slow, "--band", "0.15") == 0
+    assert outcome(monkeypatch, base, fast) == 0
+    assert outcome(monkeypatch, base, less) == 1  # higher is better
+
+
+def test_counted_figures_have_no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, registers in (("base", 40), ("more", 41), ("fewer", 39)):
+        row = {"kernel": "k", "configuration": "c", "chip": "sm_90", "registers": registers, "failed": []}
+        write(tmp_path / f"{name}.json", "kernels_aot", {"triton": "3.9.0"}, [row])
+    base, more, fewer = (tmp_path / f"{name}.json" for name in ("base", "more", "fewer"))
+    assert outcome(monkeypatch, base, more, "--band", "0.5") == 1
+    assert outcome(monkeypatch, base, fewer) == 0
+
+
+def test_a_row_that_is_gone_or_was_not_timed_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ops_file(tmp_path, "base.json", 10.0)
+    other = ops_file(tmp_path, "other.json", 10.0, variant="plain torch")
+    assert outcome(monkeypatch, base, other) == 1
+    assert "gone from HEAD" in capsys.readouterr().out
+    wrong = {"case": "gae, T=8192 length=128", "variant": "gae", "why": "wrong: result 0 is off"}
+    write(tmp_path / "wrong.json", "ops", MACHINE, [wrong])
+    assert outcome(monkeypatch, base, tmp_path / "wrong.json") == 1
+    assert "HEAD has no p50_ms: wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cores": "4"}, "times of two machines are not compared"),
+        ({"clock": "cpu"}, "times of two machines are not compared"),
+        ({"device": "cuda", "gpu": "NVIDIA H100"}, "times of two machines are not compared"),
+    ],
+)
+def test_other_machines_are_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, str],
+    message: str,
+) -> None:
+    base = ops_file(tmp_path, "base.json", 10.0)
+    assert outcome(monkeypatch, base, ops_file(tmp_path, "new.json", 1.0, machine=MACHINE | {"commit": "d"})) == 0
+    assert outcome(monkeypatch, base, ops_file(tmp_path, "head.json", 10.0, machine=MACHINE | change)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_benchmarks_and_schemas_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ops_file(tmp_path, "base.json", 10.0)
+    write(tmp_path / "growth.json", "growth", MACHINE, [])
+    assert outcome(monkeypatch, base, tmp_path / "growth.json") == 2
+    assert "BASE holds ops, HEAD growth" in capsys.readouterr().err
+    old = json.loads(base.read_text()) | {"schema": 1}
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert outcome(monkeypatch, base, tmp_path / "old.json") == 2
+    assert re.search(r'old.json: "schema" of ops is 1, this version reads 2', capsys.readouterr().err)
+    assert outcome(monkeypatch, base, tmp_path / "none.json") == 2
+    assert "No such file" in capsys.readouterr().err
+    assert outcome(monkeypatch, base, base, "--band", "1.5") == 2
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def committed() -> list[Path]:
+    return [file for file in sorted(RESULTS.glob("*.json")) if not file.name.startswith("peers")]
+
+
+@pytest.mark.parametrize("file", committed(), ids=lambda file: file.stem)
+def test_committed_rows_are_whole(file: Path) -> None:
+    """Rows can be told apart, belong to a machine, and every figure has a unit."""
+    found = read(file)
+    names = [tuple(row.get(part) for part in found.key) for row in found.rows]
+    assert len(set(names)) == len(names) > 0
+    for row in found.rows:
+        assert row["machine"]
+        figures = {name for name, value in row.items() if type(value) is float} - {"bound_ms", "mufu_per_element"}
+        assert figures <= set(COLUMNS), row
+
+
+def test_counts_are_what_the_kernels_do_now(tmp_path: Path) -> None:
+    """`python -m benchmarks.counts` writes what is committed, so a change of traffic or FLOPs shows in the diff."""
+    file = tmp_path / "counts.json"
+    command = [sys.executable, "-m", "benchmarks.counts", "--output", str(file)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT, timeout=900)
+    new, old = json.loads(file.read_text())["rows"], json.loads((RESULTS / "counts.json").read_text())["rows"]
+    assert new == old, "run python -m benchmarks.counts and commit what it writes"
+    # F = 2 T V D, of which each operator's docstring says how many it takes
+    units = {row["what"]: row["flops"] / (2 * 32 * 256 * 32) for row in old if row["case"].startswith("float32")}
+    assert units["linear_logprob, forward"] == 1
+    assert units["linear_logprob, forward and backward"] == 4
+    assert units["linear_policy_loss, forward and backward"] == 3
+
+
+# --- operators --------------------------------------------------------------------------------------------------------
+
+SMALL = {
+    "token_logprob": {"T": 8, "V": 50},
+    "linear_logprob": {"T": 8, "V": 50, "D": 16},
+    "linear_policy_loss": {"T": 128, "V": 50, "D": 16},
+    "value_pool": {"T": 32, "D": 8, "length": 8},
+    "masked_infonce": {"N": 16, "D": 8},
+    "policy_loss": {"T": 32},
+    "value_loss": {"T": 32},
+    "whiten": {"T": 32},
+    "gae": {"T": 32, "length": 8},
+    "kl_shaped_reward": {"T": 32, "length": 8},
+    "lcs_mask": {"T": 32, "length": 8},
+}
+
+
+@pytest.mark.parametrize("operator", SMALL)
+def test_variants_agree_with_plain_torch(operator: str) -> None:
+    case = next(case for case in op_cases.CASES if case.operator == operator)
+    variants = case.build(Maker("cpu", torch.float32), **SMALL[operator])
+    variants.pop("torch.compile")  # takes a compiler and half a minute
+    good, left_out = ops.checked(variants)
+    assert set(good) - {MATMULS} >= {operator, PLAIN}
+    assert all(why.startswith(("not applicable", "not installed")) for why in left_out.values())
+
+
+def test_every_operator_is_measured() -> None:
+    import carft_kernels
+
+    assert {case.operator for case in op_cases.CASES} == set(carft_kernels.__all__) - {"set_index_checks"} == set(SMALL)
+
+
+def test_a_wrong_variant_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def result(value: float) -> Callable[[], list[torch.Tensor]]:
+        return lambda: [torch.full((4,), value)]
+
+    calls: list[str] = []
+
+    def wrong() -> list[torch.Tensor]:
+        calls.append("wrong")
+        return [torch.full((4,), 1.01)]
+
+    def variants(make: Maker, T: int) -> Any:
+        return {"op": result(1.0), PLAIN: result(1.0), "other": wrong, "absent": "not applicable: nothing there"}
+
+    case = Case("op", {"T": 4}, variants, bytes=lambda size, T: 1e6 * size)
+    monkeypatch.setattr(ops, "ceilings", lambda device, clock: {"bytes": 1e9, "flops": 1e9})
+    monkeypatch.setattr(ops, "peaks_mb", lambda case, steps, device: dict.fromkeys(steps, 1.0))
+    rows = {row["variant"]: row for row in ops.measure([case], "cpu", budget=0.0)}
+    assert calls == ["wrong"]  # once, to be looked at
+    assert rows["other"].keys() == {"case", "variant", "why"}
+    assert rows["other"]["why"].startswith("wrong: result 0 is off by 0.01")
+    assert rows["absent"]["why"] == "not applicable: nothing there"
+    assert rows["op"]["rounds"] == ops.FEWEST
+
+
+def test_rates_and_shares() -> None:
+    sizes = {"T": 100, "V": 10, "D": 10}
+    case = Case("op", sizes, lambda make: {}, op_cases.three_products)
+    row = ops.row_of(case, "op", [0.1, 0.2, 0.3, 0.4, 0.5], 7.0, 0.6, {"bytes": 1e9, "flops": 1e6, "device": "cpu"})
+    assert (row["p20_ms"], row["p50_ms"], row["p80_ms"]) == (180, 300, 420)
+    assert row["plain_over_this"] == 2
+    assert row["gflop_per_s"] == pytest.approx(60_000 / 0.3 / 1e9)
+    assert row["ceiling_share"] == pytest.approx(60_000 / 0.3 / 1e6)
+    assert "gb_per_s" not in row
+    assert op_cases.passes_over_logits(size=2, T=3, V=5) == 90
+    assert op_cases.floats_a_token(size=2, T=10, count=5) == 200
+
+
+# --- page -------------------------------------------------------------------------------------------------------------
+
+
+class Tables(HTMLParser):
+    """Texts of the cells of every table, by section."""
+
+    def __init__(self, document: str) -> None:
+        super().__init__()
+        self.section, self.cells, self._in_cell = "", {}, False
+        self.links: list[str] = []
+        self.found: list[tuple[str, list[str]]] = []
+        self.feed(document)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.links += [named[name] or "" for name in ("src", "href", "xlink:href", "action") if name in named]
+        if tag == "section":
+            self.section = named["id"] or ""
+        elif tag == "table":
+            self.found.append((self.section, []))
+        elif tag == "td":
+            self.found[-1][1].append("")
+            self._in_cell = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "td":
+            self._in_cell = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_cell:
+            self.found[-1][1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def document() -> str:
+    return build()
+
+
+def test_the_page_holds_everything_it_shows(document: str) -> None:
+    tables = Tables(document)
+    assert tables.links
+    assert all(link.startswith(("#", "data:")) for link in tables.links)
+    assert "@import" not in document
+    assert re.findall(r"url\((?!#)", document) == []
+
+
+def test_what_no_gpu_measured_is_said_in_every_table(document: str) -> None:
+    found = load(RESULTS)
+    if any(measured.gpu for measured in found.values()):
+        pytest.fail("there are rows of a GPU now: this test has to look at those that are missing")
+    sections = {name for name, cells in Tables(document).found if "not measured" in cells}
+    all_sections = {name for name, _ in Tables(document).found}
+    # programs never run on a GPU, and the last describes
+    assert all_sections - sections == {"sandbox", "units"}
+    for case in op_cases.CASES:
+        assert case.name in document
+
+
+def test_rows_of_a_gpu_fill_the_columns(tmp_path: Path) -> None:
+    for file in committed():
+        shutil.copy(file, tmp_path)
+    machine = MACHINE | gpu.stamp("NVIDIA H100 80GB HBM3, 550.54.15, 1980 MHz, 2619 MHz, 345 MHz, 700.00 W\n")
+    machine["device"] = "cuda"
+    gae = next(case.name for case in op_cases.CASES if case.operator == "gae")
+    qwen = next(case.name for case in op_cases.CASES if case.shape == op_cases.QWEN)
+    rows = [
+        {"case": gae, "variant": "gae", "p50_ms": 0.01234},
+        {"case": qwen, "variant": "cut-cross-entropy", "p50_ms": 98.76},
+        {"case": qwen, "variant": "torch.compile", "why": "wrong: result 1 is off by 3"},
+    ]
+    write(tmp_path / "ops_h100.json", "ops", machine, rows)
+    tests = {"part": "tests", "what": "tests/ops", "result": "321 passed in 60.00s"}
+    write(tmp_path / "gpu_h100.json", "gpu", machine, [tests])
+    page = build(tmp_path)
+    cells = [cell for _, table in Tables(page).found for cell in table]
+    assert {"0.01234", "98.76", "wrong: result 1 is off by 3", "321 passed in 60.00s"} <= set(cells)
+    assert any("NVIDIA H100 80GB HBM3" in cell and "driver 550.54.15" in cell for cell in cells)
+    assert "Nothing here ran on a GPU" not in page
+
+
+def test_fit() -> None:
+    assert exponent([(x, 3.0 * x**1.5) for x in (2.0, 4.0, 16.0)]) == pytest.approx(1.5)
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def readme_table() -> Any:
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "scripts" / "readme_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_committed_rows(tmp_path: Path) -> None:
+    script = readme_table()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script.updated(readme) == readme, "run scripts/readme_table.py"
+    for file in committed():
+        shutil.copy(file, tmp_path)
+    data = json.loads((tmp_path / "step_cpu.json").read_text())
+    data["cases"][0]["rows"][0]["seconds"]["update"] *= 2
+    (tmp_path / "step_cpu.json").write_text(json.dumps(data))
+    assert script.updated(readme, tmp_path) != readme
+    with pytest.raises(SystemExit, match="measured: begin"):
+        script.updated("no markers")
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+NCU = """==PROF== Connected to process 1234
+==PROF== Disconnected from process 1234
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"Section Name","Metric Name","Metric Unit","Metric Value"
+"0","1","python","h","logprob_fwd_kernel","1","7","(512, 1, 1)","(8192, 1, 1)","0","9.0","Metrics",\
+"dram__bytes.sum","Gbyte","2.49"
+"0","1","python","h","logprob_fwd_kernel","1","7","(512, 1, 1)","(8192, 1, 1)","0","9.0","Metrics",\
+"gpu__time_duration.sum","us","812.3"
+"1","1","python","h","gae_kernel","1","7","(128, 1, 1)","(64, 1, 1)","0","9.0","Metrics",\
+"gpu__time_duration.sum","us","4.1"
+"""
+
+
+def test_ncu_output_becomes_rows() -> None:
+    assert gpu.ncu_rows(NCU) == [
+        {"part": "ncu", "what": "logprob_fwd_kernel", "result": "memory moved 2.49 Gbyte, time 812.3 us"},
+        {"part": "ncu", "what": "gae_kernel", "result": "time 4.1 us"},
+    ]
+    with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
+        gpu.ncu_rows("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
+
+
+def test_stamp() -> None:
+    found = gpu.stamp("NVIDIA A100-SXM4-80GB, 535.104.05, 1410 MHz, 1593 MHz, 210 MHz, 400.00 W\n")
+    assert found["gpu"] == "NVIDIA A100-SXM4-80GB"
+    assert (found["driver"], found["clocks"]) == ("535.104.05", "1410 MHz SM / 1593 MHz memory")
+    assert gpu.slug(found["gpu"]) == "nvidia_a100_sxm4_80gb"
+    with pytest.raises(RuntimeError, match="6 values were asked for"):
+        gpu.stamp("No devices were found\n")
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    command = [sys.executable, "-m", "benchmarks.gpu", "--results", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert found.returncode == 2
+    assert re.fullmatch(r"error: no GPU: torch \S+ \(CUDA \S+\) sees no CUDA device, and .*\n", found.stderr)
+    assert list(tmp_path.iterdir()) == []
+    # a part that fails leaves a row, and so does one that there is no time for
+    monkeypatch.setattr(gpu, "PARTS", ("ops",))
+    monkeypatch.chdir(ROOT)
+    assert gpu.run_all(tmp_path, 5.0) == [{"part": "ops", "what": "", "result": "failed: exit code 2"}]
+    (late,) = gpu.run_all(tmp_path, 0.0)
+    assert late["result"] == "failed: out of time (0 minutes in all)"
+
+
+def test_unreadable_rows_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(InputError, match=r"x\.json: is not JSON"):
+        read(tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"rows": []}')
+    with pytest.raises(InputError, match=r'"benchmark" is None, has to be one of ops,'):
+        read(tmp_path / "x.json")
