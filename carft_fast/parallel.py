@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from carft_fast.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
 from carft_fast.config import Config, StageConfig
-from carft_fast.distributed import is_main, world_size
+from carft_fast.distributed import is_main, rank, world_size
 from carft_fast.errors import InputError
 from carft_fast.model import CarftModel
 from carft_fast.optim import build_optimizer, optimizer_step, set_learning_rate
@@ -158,16 +158,23 @@ class DeepSpeedLearner(Learner):
             raise InputError(
                 f"{checkpoint} is sharded: DeepSpeed goes on from whole ones only; resume with fsdp2 or ddp"
             )
-        from deepspeed.utils import safe_set_full_optimizer_state
-
         tensors = load_file(checkpoint / OPTIMIZER_FILE)
+        steps = {float(tensor) for name, tensor in tensors.items() if name.endswith("/step")}
+        self._start_moments(max(steps, default=0.0))
         for name, parameter in self.model.named_parameters():
             for key in MOMENTS:
                 if (saved := tensors.get(f"{name}/{key}")) is not None:
-                    safe_set_full_optimizer_state(parameter, saved.to(parameter.device), key)
-        steps = {float(tensor) for name, tensor in tensors.items() if name.endswith("/step")}
-        for state in self._states():
-            state["step"].fill_(max(steps, default=0.0))
+                    _put_moment(parameter, saved, key)
+
+    def _start_moments(self, step: float) -> None:
+        """What AdamW makes at its first step otherwise."""
+        zero = self._engine.optimizer
+        divided = hasattr(zero, "fp32_partitioned_groups_flat")  # ZeRO-3
+        for flat in zero.fp32_partitioned_groups_flat if divided else zero.single_partition_of_fp32_groups:
+            state = {key: torch.zeros_like(flat) for key in MOMENTS}
+            zero.optimizer.state[flat] = {"step": torch.tensor(step, device=flat.device), **state}
+        if not divided:
+            zero._lazy_init_hp_params_optimizer_state()
 
     def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -175,7 +182,7 @@ class DeepSpeedLearner(Learner):
         from carft_fast.rollout.weights import gathered
 
         assert self.model.heads is not None
-        step = max((float(state["step"]) for state in self._states()), default=0.0)
+        step = max((float(s["step"]) for s in self._engine.optimizer.optimizer.state.values() if s), default=0.0)
         contents: dict[str, dict[str, Tensor]] = {"lm": {}, "heads": {}, "optimizer": {}}
         for part, module in (("lm", self.model.lm), ("heads", self.model.heads)):
             for name, tensor in module.state_dict(keep_vars=True).items():
@@ -183,7 +190,7 @@ class DeepSpeedLearner(Learner):
                     if is_main():
                         contents[part][name] = tensor.detach().to("cpu", copy=True)
         for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
+            if not (parameter.requires_grad and step):
                 continue
             for key in MOMENTS:
                 moment = safe_get_full_optimizer_state(parameter, key)
@@ -191,10 +198,6 @@ class DeepSpeedLearner(Learner):
                     contents["optimizer"][f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
                     contents["optimizer"][f"{name}/step"] = torch.tensor(step)
         return contents
-
-    def _states(self) -> list[dict[str, Any]]:
-        """AdamW's, of the flat tensors that ZeRO keeps in place of parameters."""
-        return [state for state in self._engine.optimizer.optimizer.state.values() if "step" in state]
 
     def replace_weights(self, restored: CarftModel) -> None:
         raise InputError('guard.action = "rollback" is not possible with DeepSpeed: use fsdp2, ddp or "stop"')
@@ -210,6 +213,19 @@ class DeepSpeedLearner(Learner):
         skipped = bool(self._engine.optimizer.overflow)
         norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
         return torch.tensor(norm, device=loss.device), torch.tensor(float(skipped), device=loss.device)
+
+
+def _put_moment(parameter: Any, whole: Tensor, key: str) -> None:
+    """This process's part of a moment, in its place among ZeRO's flat tensors."""
+    if not hasattr(parameter, "ds_id"):
+        parameter.set_full_hp_param(whole, key)
+        return
+    # deepspeed.utils.safe_set_full_optimizer_state fails where the last part is shorter than the others
+    part, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(
+        parameter, release_swap_buffers=False, optim_state_key=key
+    )
+    mine = whole.flatten()[len(part) * rank() : len(part) * (rank() + 1)]
+    part[: len(mine)].copy_(mine)
 
 
 def _import_deepspeed() -> Any:
