@@ -5,6 +5,7 @@ summed, never averaged; where a library averages, the loss is multiplied by the 
 """
 
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -120,6 +121,8 @@ def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+    # of a loss that is a view: nothing here changes it in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     half = model.compute_dtype != torch.float32
     precision = MixedPrecisionPolicy(
         param_dtype=model.compute_dtype if half else None, reduce_dtype=torch.float32, cast_forward_inputs=False

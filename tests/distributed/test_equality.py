@@ -1,5 +1,7 @@
 """Steps on several real processes (gloo) against the same steps on one: metrics, and weights after three of them."""
 
+import functools
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +86,7 @@ def train(setting: Setting, strategy: str) -> tuple[list[dict[str, float]], dict
 
 def _rank(rank: int, group: str, folder: str) -> None:
     size, strategy = GROUPS[group]
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}  # DeepSpeed asks for them
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     for setting in chosen(group):
@@ -96,36 +99,32 @@ def chosen(group: str) -> list[Setting]:
     return [setting for setting in settings() if full or setting.name in BRIEF]
 
 
-@pytest.fixture(scope="module")
-def alone() -> dict[str, Any]:
-    return {setting.name: train(setting, "auto") for setting in settings()}
+@functools.cache
+def alone(name: str) -> Any:
+    return train(next(setting for setting in settings() if setting.name == name), "auto")
 
 
-@pytest.fixture(scope="module")
-def together(request: pytest.FixtureRequest) -> dict[str, Any]:
+@functools.cache
+def together(group: str) -> dict[str, Any]:
     """By setting: what each process found."""
-    size, _ = GROUPS[request.param]
+    size, _ = GROUPS[group]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (request.param, folder), nprocs=size)
+        mp.spawn(_rank, (group, folder), nprocs=size)
         return {
             setting.name: [torch.load(Path(folder) / f"{setting.name}-{rank}.pt") for rank in range(size)]
-            for setting in chosen(request.param)
+            for setting in chosen(group)
         }
 
 
-@pytest.mark.parametrize(
-    ("together", "name"),
-    [(group, setting.name) for group in GROUPS for setting in chosen(group)],
-    indirect=["together"],
-)
-def test_several_processes_train_like_one(name: str, alone: dict[str, Any], together: dict[str, Any]) -> None:
-    expected_metrics, expected_weights = alone[name]
-    for metrics, _ in together[name]:
+@pytest.mark.parametrize(("group", "name"), [(group, setting.name) for group in GROUPS for setting in chosen(group)])
+def test_several_processes_train_like_one(group: str, name: str) -> None:
+    expected_metrics, expected_weights = alone(name)
+    for metrics, _ in together(group)[name]:
         for ours, expected in zip(metrics, expected_metrics, strict=True):
             assert ours.keys() == expected.keys()
             for key, value in expected.items():
                 assert ours[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
-    _, weights = together[name][0]
+    _, weights = together(group)[name][0]
     assert weights.keys() == expected_weights.keys()
     for key, expected in expected_weights.items():
         torch.testing.assert_close(weights[key], expected, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
