@@ -190,3 +190,25 @@ def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
     monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
     with pytest.raises(InputError, match=re.escape(message)):
         carft_fast.parallel.strategy(Config())
+
+
+CACHE = ["--set", "rollout.kv_cache_gib=0.25"]
+
+
+@pytest.mark.slow
+def test_an_engine_in_every_process_samples_what_one_would(tmp_path: Path, tiny_run: list[str]) -> None:
+    options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm"]
+    expected = run([], tmp_path / "one", options)
+    assert_same_run(run([*TORCHRUN, "2"], tmp_path / "two", [*options, *FSDP2]), expected)
+
+
+@pytest.mark.slow
+def test_servers_sample_ahead_for_processes_that_share_the_weights(tmp_path: Path, tiny_run: list[str]) -> None:
+    """The main process drives the server, with weights gathered from both; the probe compares them before step 1."""
+    more = [*CACHE, "--set", "rollout.engine=vllm-server", "--set", "rollout.async_depth=1"]
+    code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *more, *FSDP2]))
+    assert code == 0, output[-4000:]
+    assert "trainer and sampler agree" in output
+    train = [r for r in records(tmp_path / "run") if (r["stage"], r["kind"]) == ("rl", "train")]
+    assert [record["staleness"] for record in train] == [0, 1, 1, 1]
+    assert train[0]["sampler_diff_max"] < 1e-4
