@@ -60,8 +60,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
         calls["step"] += 1
         return micro_batches(self, *arguments)
 
-    def infinite(self: Any, *arguments: Any) -> Tensor:
-        return cross_entropy(self, *arguments) * (math.inf if calls["step"] in steps else 1.0)
+    def infinite(self: Any, *arguments: Any, **named: Any) -> Tensor:
+        return cross_entropy(self, *arguments, **named) * (math.inf if calls["step"] in steps else 1.0)
 
     monkeypatch.setattr(PackedPasses, "micro_batches", count)
     monkeypatch.setattr(PackedPasses, "cross_entropy", infinite)
