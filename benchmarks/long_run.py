@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.rows import RESULTS, commit
 from carft_fast.run import versions
@@ -92,44 +91,24 @@ def main() -> None:
     options = parser.parse_args()
     seen = measure(options.steps, options.engine)
     warm = seen[len(seen) // 10 :]
-    rows: list[dict[str, Any]] = []
+    rows = []
     for name in warm[0]:
         values = [entry[name] for entry in warm]
         tenth = max(1, len(values) // 10)
-        rows.append(
-            {
-                "name": name,
-                "first_tenth": round(sum(values[:tenth]) / tenth, 3),
-                "last_tenth": round(sum(values[-tenth:]) / tenth, 3),
-                "highest": round(max(values), 3),
-                "slope_per_1000_steps": round(slope(values), 4),
-            }
-        )
-    found = {
-        "engine": options.engine,
-        "steps": len(seen),
-        "commit": commit(),
-        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": versions(),
-        "note": options.note,
-        "rows": rows,
-    }
+        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
+        rows.append(f"| {name} | {first:.3f} | {last:.3f} | {max(values):.3f} | {slope(values):.4f} |")
+    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {versions()['torch']}"
     lines = [
         f"# {len(seen)} RL steps of the quickstart's model, engine {options.engine!r}",
         "",
-        f"`python -m benchmarks.long_run --steps {options.steps} --engine {options.engine}`, commit {found['commit']}, "
-        f"{found['machine']}. After a warm-up of a tenth of the steps. {options.note}".strip(),
+        f"`python -m benchmarks.long_run --steps {options.steps} --engine {options.engine}`, commit {commit()}, {machine}.",
+        f"After a warm-up of a tenth of the steps. {options.note}".strip(),
         "",
         "| of the trainer's process | first tenth | last tenth | highest | slope in 1,000 steps |",
         "| --- | --- | --- | --- | --- |",
-        *(
-            f"| {r['name']} | {r['first_tenth']} | {r['last_tenth']} | {r['highest']} | {r['slope_per_1000_steps']} |"
-            for r in rows
-        ),
+        *rows,
     ]
-    target = RESULTS / f"long_run_{options.engine}_cpu"
-    target.with_suffix(".json").write_text(json.dumps(found, indent=2) + "\n")
-    target.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"long_run_{options.engine}_cpu.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
