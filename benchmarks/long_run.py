@@ -101,7 +101,8 @@ def main() -> None:
     lines = [
         f"# {len(seen)} RL steps of the quickstart's model, engine {options.engine!r}",
         "",
-        f"`python -m benchmarks.long_run --steps {options.steps} --engine {options.engine}`, commit {commit()}, {machine}.",
+        f"`python -m benchmarks.long_run --steps {options.steps} --engine {options.engine}`",
+        f"Commit {commit()}, {machine}.",
         f"After a warm-up of a tenth of the steps. {options.note}".strip(),
         "",
         "| of the trainer's process | first tenth | last tenth | highest | slope in 1,000 steps |",
