@@ -89,7 +89,7 @@ def _result(value: Any, error: Exception | None) -> Any:
 def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
     """Errors of other libraries may not survive the way: they become their text."""
     value, error = outcome
-    known = error is None or type(error).__module__ == errors.__name__
+    known = error is None or type(error).__module__ in (errors.__name__, "builtins")
     return value, error if known else RuntimeError(f"{type(error).__name__}: {error}")
 
 
