@@ -5,6 +5,7 @@ Either way every process gets all completions. What a process samples by itself 
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,9 +20,10 @@ if TYPE_CHECKING:
     from carft_fast.rollout.vllm_server import VLLMServerEngine
 
 
-class SharedEngine:
+class SharedEngine(ABC):
     """`generate` from what the subclass does alone and together."""
 
+    @abstractmethod
     def own(
         self,
         prompts: Sequence[Sequence[int]],
@@ -30,11 +32,10 @@ class SharedEngine:
         on_progress: Callable[[int], None] | None = None,
     ) -> list[Rollout]:
         """What this process samples of these prompts; asks no other process where each has all weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
         """All processes' `own` results in the order of the prompts, on all of them; a failure on any, too."""
-        raise NotImplementedError
 
     def generate(
         self,
