@@ -108,10 +108,13 @@ class StepShape:
     """Devices that share gradients and optimizer state (ZeRO, FSDP)."""
 
 
-def fast_step(cost: ModelCost, shape: StepShape, *, recompute: bool = False) -> dict[str, Work]:
+def fast_step(
+    cost: ModelCost, shape: StepShape, *, recompute: bool = False, one_micro_batch: bool = True
+) -> dict[str, Work]:
     """Work of this trainer's step (CARFT), by phase: packed, LM head on completion tokens only, 3 matmuls in the loss.
 
-    `recompute` is model.gradient_checkpointing.
+    `recompute` is model.gradient_checkpointing. `one_micro_batch`: a mini-batch is one, so that the look at the first
+    is its update's forward.
     """
     rows = list(zip(shape.prompts, shape.completions, strict=True))
     tokens, completion_tokens = sum(map(sum, rows)), sum(shape.completions)
@@ -121,10 +124,11 @@ def fast_step(cost: ModelCost, shape: StepShape, *, recompute: bool = False) -> 
     head = cost.head_flops(completion_tokens)
     weights = cost.all_weights * shape.bytes_per_weight
     backward = (4 if recompute else 3) * layers + 3 * head
+    spared = Work(-layers, -weights) * (1 / shape.updates_per_epoch if one_micro_batch else 0)
     return {
         "rollout": _decode(cost, shape),
         "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
-        "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs,
+        "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs + spared,
         "sync": Work(0, 2 * weights),
     }
 

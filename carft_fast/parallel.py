@@ -31,6 +31,9 @@ BUCKET = 2**27
 class Learner:
     """A whole copy of model and optimizer on every process (one process, DDP)."""
 
+    keeps_graphs = True
+    """Whether `model.run` may be called again before the backward of an earlier call."""
+
     def __init__(self, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
@@ -155,6 +158,7 @@ class DeepSpeedLearner(Learner):
         self._engine, optimizer, _, _ = deepspeed.initialize(model=_Root(model), optimizer=optimizer, config=settings)
         model.run_through(self._engine)
         super().__init__(model, optimizer)
+        self.keeps_graphs = zero["stage"] < 3  # else backward computes with weights that are no longer there
 
     def load(self, checkpoint: Path) -> None:
         if has_sharded(checkpoint):

@@ -1,7 +1,7 @@
 """How sequences go through the model: packed (the fast path) or padded (`model.impl = "reference"`)."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,16 @@ class Want(NamedTuple):
     embedding: bool = False
 
 
+class Forward(NamedTuple):
+    """Sequences that have gone through the model's layers."""
+
+    rows: Rows
+    batch: Any
+    """PackedBatch or PaddedBatch."""
+    output: Any
+    """ModelOutput or PlainOutput: last hidden states, with their graph or without."""
+
+
 class Look(NamedTuple):
     """No-gradient results of some sequences: per token [C], and z [B, P, E] per sequence and part."""
 
@@ -94,12 +104,14 @@ class Passes(Protocol):
         """Of the completion tokens, divided by `total_tokens`."""
         ...
 
-    def look(self, model: CarftModel, rows: Rows, want: Want) -> Look: ...
+    def forward(self, model: CarftModel, rows: Rows, *, need_logits: bool = True) -> Forward: ...
+
+    def look(self, model: CarftModel, forward: Forward, want: Want) -> Look: ...
 
     def loss(
         self,
         model: CarftModel,
-        rows: Rows,
+        forward: Forward,
         targets: RolloutTargets,
         normaliser: Normaliser,
         live: Sequence[bool],
@@ -145,9 +157,13 @@ class PackedPasses:
         batch = rows.pack(model.device, share_prompts=self._share)
         return sft_loss(model, model(batch), batch, total_tokens)
 
-    def look(self, model: CarftModel, rows: Rows, want: Want) -> Look:
-        batch, sampling = rows.pack(model.device, share_prompts=self._share), self._config.rollout
-        output = model(batch, need_logits=want.logprob)
+    def forward(self, model: CarftModel, rows: Rows, *, need_logits: bool = True) -> Forward:
+        batch = rows.pack(model.device, share_prompts=self._share)
+        return Forward(rows, batch, model(batch, need_logits=need_logits))
+
+    @torch.no_grad()
+    def look(self, model: CarftModel, forward: Forward, want: Want) -> Look:
+        (rows, batch, output), sampling = forward, self._config.rollout
         logprob_C = support_logprob_C = None
         if want.logprob:
             logprob_C = completion_logprobs(model, output, batch, temperature=sampling.temperature)
@@ -170,7 +186,7 @@ class PackedPasses:
     def loss(
         self,
         model: CarftModel,
-        rows: Rows,
+        forward: Forward,
         targets: RolloutTargets,
         normaliser: Normaliser,
         live: Sequence[bool],
@@ -178,8 +194,7 @@ class PackedPasses:
         embedding: bool,
     ) -> Loss:
         assert all(live), "rollouts without a gradient are in no micro-batch"
-        batch, rl = rows.pack(model.device, share_prompts=self._share), self._config.rl
-        output = model(batch)
+        (rows, batch, output), rl = forward, self._config.rl
         weight_C = normaliser.weights(batch, rl.loss_mean)
         temperature = self._config.rollout.temperature
         found = update_loss(model, output, batch, targets, rl, weight_C=weight_C, temperature=temperature)
@@ -201,9 +216,13 @@ class PaddedPasses:
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
         return padded.sft_loss(model, rows.pad(model.device), total_tokens)
 
-    def look(self, model: CarftModel, rows: Rows, want: Want) -> Look:
+    def forward(self, model: CarftModel, rows: Rows, *, need_logits: bool = True) -> Forward:
         batch = rows.pad(model.device)
-        output = padded.forward(model, batch)
+        return Forward(rows, batch, padded.forward(model, batch))
+
+    @torch.no_grad()
+    def look(self, model: CarftModel, forward: Forward, want: Want) -> Look:
+        rows, batch, output = forward
         logprob_C = None
         if want.logprob:
             logprob_C = padded.logprobs(output, batch, self._config.rollout.temperature)[0][batch.predicted]
@@ -217,15 +236,14 @@ class PaddedPasses:
     def loss(
         self,
         model: CarftModel,
-        rows: Rows,
+        forward: Forward,
         targets: RolloutTargets,
         normaliser: Normaliser,
         live: Sequence[bool],
         *,
         embedding: bool,
     ) -> Loss:
-        batch, config = rows.pad(model.device), self._config
-        output = padded.forward(model, batch)
+        (rows, batch, output), config = forward, self._config
         live_B = torch.tensor(live, device=model.device)
         found = padded.update_loss(
             model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature

@@ -8,7 +8,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from carft_fast.distributed import gather_by_row, global_sum, own_turns, world_s
 from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.model import CarftModel
 from carft_fast.parallel import Learner
-from carft_fast.passes import Look, Rows, Want, build_passes
+from carft_fast.passes import Forward, Look, Loss, Rows, Want, build_passes
 from carft_fast.reference import Reference
 from carft_fast.rollout.probe import Mismatch
 from carft_kernels import lcs_mask
@@ -113,6 +113,8 @@ class Experience(NamedTuple):
     common_NE: Tensor | None
     """z of the annotated tokens that a rollout has in common with it."""
     z_2_NPE: Tensor | None
+    first: Forward | None = None
+    """The first mini-batch with its graph, which serves one backward: its update needs no forward of its own."""
 
     @property
     def cosine_N(self) -> Tensor | None:
@@ -167,19 +169,24 @@ class Step:
         """One pass of policy and reference over the rollouts, one of the policy over the annotated CoTs, as needed.
 
         It goes by the first PPO epoch's micro-batches, so that epoch's first forward repeats it bit for bit and the
-        ratio starts at exactly 1.
+        ratio starts at exactly 1. Where the first mini-batch is one micro-batch it is that forward: its graph stays,
+        in no more memory than a micro-batch is given, and comes last so that nothing else is held beside it.
         """
         needs, rollouts = self.needs, samples.rollouts
         micros = [micro for mini in first_epoch for micro in mini.micro]
         own = ref = Look(None, None, None, None)
-        if needs.old or needs.value or needs.embedding:
-            own = self._sweep(self._policy, rollouts, micros, Want(needs.old, needs.value, needs.embedding))
+        first = None
         if needs.reference:
             assert self._reference is not None
             with self._reference.model() as model:
-                ref = self._sweep(model, rollouts, micros, Want(logprob=True))
-        sampled = self._config.rl.old_logprobs == "sampled"
+                ref, _ = self._sweep(model, rollouts, micros, Want(logprob=True))
         z_1_NE, common_NE = self._annotated_embeddings(samples.annotated) if needs.embedding else (None, None)
+        if needs.old or needs.value or needs.embedding:
+            want = Want(needs.old, needs.value, needs.embedding)
+            possible = self._learner.keeps_graphs and not (self._padded or self._may_drop)
+            keep = possible and len(own_turns(first_epoch[0].micro)) == 1
+            own, first = self._sweep(self._policy, rollouts, micros, want, keep_first=keep)
+        sampled = self._config.rl.old_logprobs == "sampled"
         return Experience(
             sum(rollouts.lengths),
             torch.tensor([0, *itertools.accumulate(rollouts.lengths)], device=self._device),
@@ -190,26 +197,53 @@ class Step:
             z_1_NE,
             common_NE,
             own.z_BPE,
+            first,
         )
 
-    def _sweep(self, model: CarftModel, rows: Rows, micros: Sequence[Sequence[int]], want: Want) -> Look:
-        """A look at all rows, the processes' micro-batches in turn; on each all results, in the order of the rows."""
-        looks = self.own_looks(model, rows, micros, want)
+    def _sweep(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        micros: Sequence[Sequence[int]],
+        want: Want,
+        *,
+        keep_first: bool = False,
+    ) -> tuple[Look, Forward | None]:
+        """A look at all rows, the processes' micro-batches in turn; on each all results, in the order of the rows.
+
+        `keep_first`: with this process's first forward, and its graph.
+        """
+        looks, first = self.own_looks(model, rows, micros, want, keep_first=keep_first)
         found: list[Tensor | None] = []
         for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
             tensors = [x for x in own if x is not None]
             by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
             found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
-        return Look(*found)
+        return Look(*found), first
 
-    def own_looks(self, model: CarftModel, rows: Rows, micros: Sequence[Sequence[int]], want: Want) -> list[Look]:
+    def own_looks(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        micros: Sequence[Sequence[int]],
+        want: Want,
+        *,
+        keep_first: bool = False,
+    ) -> tuple[list[Look], Forward | None]:
         """Of this process's micro-batches; an empty one gives empty results."""
-        looks = []
-        for micro in own_turns(micros):
-            picked = rows.pick(micro or [rows.shortest])
-            look = model.run(functools.partial(self._passes.look, rows=picked, want=want))
+        looks: list[Look] = []
+        first = None
+        for number, micro in enumerate(own_turns(micros)):
+            picked, keep = rows.pick(micro or [rows.shortest]), keep_first and number == 0
+            look, forward = model.run(functools.partial(self._look, rows=picked, want=want, keep=keep))
             looks.append(look if micro else Look(*(None if x is None else x[:0] for x in look)))
-        return looks
+            first = forward if keep else first
+        return looks, first
+
+    def _look(self, model: CarftModel, *, rows: Rows, want: Want, keep: bool) -> tuple[Look, Forward | None]:
+        with torch.set_grad_enabled(keep):
+            forward = self._passes.forward(model, rows, need_logits=want.logprob or keep)
+        return self._passes.look(model, forward, want), forward if keep else None
 
     def _annotated_embeddings(self, annotated: Rows) -> tuple[Tensor, Tensor | None]:
         """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it.
@@ -229,12 +263,18 @@ class Step:
                 parts.append(torch.cat([annotated.parts[members[0]][:1], *common, *padding]))
             unique = unique._replace(parts=parts)
         micros = self._passes.micro_batches(unique, world_size())
-        z_BPE = self._sweep(self._policy, unique, micros, Want(embedding=True)).z_BPE
+        look, _ = self._sweep(self._policy, unique, micros, Want(embedding=True))
+        z_BPE = look.z_BPE
         assert z_BPE is not None
         places = {i: (row, k) for row, members in enumerate(samples.values()) for k, i in enumerate(members)}
         index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
         z_1_NE = z_BPE[index_2N[0], 0]
         return z_1_NE, None if annotated.parts is None else z_BPE[index_2N[0], 1 + index_2N[1]]
+
+    @property
+    def _may_drop(self) -> bool:
+        """Whether a rollout without advantage trains nothing."""
+        return not (self.needs.value or self.needs.contrastive or self._config.rl.kl_loss_coef)
 
     def live(self, samples: Samples, advantages: Advantages) -> list[bool] | None:
         """Which rollouts have a gradient; None where all may have one. Reads the advantages back, once.
@@ -242,7 +282,7 @@ class Step:
         A rollout without advantage trains nothing where there is no value loss, contrastive term or KL term: in a
         group whose samples all scored the same nothing is learned from any.
         """
-        if self.needs.value or self.needs.contrastive or self._config.rl.kl_loss_coef:
+        if not self._may_drop:
             return None
         return [bool(a.any()) for a in advantages.advantage_C.cpu().split(samples.rollouts.lengths)]
 
@@ -327,14 +367,16 @@ class _Gradient:
             # a process without rows goes along with one that counts for nothing
             picked_rows, share = (micro, 1.0) if micro else ([rollouts.shortest], 0.0)
             picked = rollouts.pick(picked_rows)
+            forward = self._experience.first if unchanged else None
             targets = RolloutTargets._make(
                 None if x is None else torch.cat([x[i] for i in picked_rows]) for x in self._targets
             )
             live = [self._live[i] or not micro for i in picked_rows]
             loss, logprob_C, parts, z_2_BPE = self._learner.model.run(
                 functools.partial(
-                    self._passes.loss,
+                    self._loss,
                     rows=picked,
+                    forward=forward,
                     targets=targets,
                     normaliser=normaliser,
                     live=live,
@@ -373,6 +415,10 @@ class _Gradient:
             else:
                 metrics.pop(name, None)
         return metrics
+
+    def _loss(self, model: CarftModel, *, rows: Rows, forward: Forward | None, **terms: Any) -> Loss:
+        """`forward`: of these rows, where there is one already."""
+        return self._passes.loss(model, forward or self._passes.forward(model, rows), **terms)
 
     def _has_signal(self, row: int) -> bool:
         """Whether a contrastive signal is about this rollout."""
@@ -426,7 +472,7 @@ class _Gradient:
         else:
             with torch.no_grad():
                 want = Want(embedding=True)
-                looks = self._step.own_looks(self._learner.model, self._samples.rollouts, micros, want)
+                looks, _ = self._step.own_looks(self._learner.model, self._samples.rollouts, micros, want)
                 z_2_BPE = torch.cat([look.z_BPE for look in looks if look.z_BPE is not None])
         return self._contrast(z_2_BPE, rows)
 

@@ -231,11 +231,11 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
     config = quick_config("rollout.samples_per_prompt=4")
     parts = take_apart(config, case)
     seen: list[int] = []
-    look = parts.step._passes.look
+    forward = parts.step._passes.forward
     monkeypatch.setattr(
         parts.step._passes,
-        "look",
-        lambda model, rows, want: (seen.append(len(rows.prompts)), look(model, rows, want))[1],
+        "forward",
+        lambda model, rows, **options: (seen.append(len(rows.prompts)), forward(model, rows, **options))[1],
     )
     z_1, _ = parts.step._annotated_embeddings(case.samples.annotated)
     assert sum(seen) == 3
@@ -279,6 +279,32 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
     assert forwarded(*METHODS["dr_grpo"], *GRPO_LOSS, *one_update) == (0, rollout_tokens)
 
 
+@pytest.mark.parametrize("method", ["carft", "reft"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_look_at_the_first_micro_batch_is_its_forward(method: str, checkpointing: bool) -> None:
+    """Of two mini-batches of six rollouts the second is looked at without gradient and forwarded anew."""
+    options = [*METHODS[method], "rl.mini_batch_size=6", f"model.gradient_checkpointing={checkpointing}".lower()]
+    forwards: list[bool] = []
+    parts = take_apart(quick_config(*options), case := random_case(3, "mixed"))
+    parts.policy.lm.model.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
+    again = parts._replace(experience=parts.step.look(case.samples, parts.plan[0]))
+    assert forwards == [False] * (method == "carft") + [True, False]
+    forwards.clear()
+    update(again, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
+    assert forwards == [True] * (2 * len(parts.plan) - 1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["rl.micro_batch_tokens=160"], ["model.impl=reference"], [*METHODS["dr_grpo"], "rl.mini_batch_size=6"]],
+    ids=["several micro-batches", "plain path", "rollouts may be left out"],
+)
+def test_no_graph_is_kept_where_it_may_cost_memory_or_serve_nothing(options: list[str]) -> None:
+    parts = take_apart(quick_config(*options), random_case(3, "mixed"))
+    assert parts.experience.first is None
+    assert parts.experience.old_logprob_C is not None
+
+
 def test_the_first_contrastive_gradient_costs_no_forward() -> None:
     """With several micro-batches InfoNCE needs every z_2 first; before the first update the look has them."""
     options = ["rl.micro_batch_tokens=160", "rl.ppo_epochs=2"]
@@ -300,6 +326,7 @@ def test_the_cost_model_counts_what_a_step_computes() -> None:
     )
     layers_alone = replace(ModelCost.of(parts.policy.lm), attention_width=0, head_weights=0)
     work = fast_step(layers_alone, shape)
+    cut = fast_step(layers_alone, shape, one_micro_batch=False)
     width, embedding = parts.policy.heads.proj.weight.shape[::-1]
 
     def heads(values: int, embeddings: int) -> int:
@@ -313,6 +340,10 @@ def test_the_cost_model_counts_what_a_step_computes() -> None:
         update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
     # z_2 for the loss; nothing asks for a gradient twice
     assert counter.get_total_flops() == work["update"].flops + 2 * 3 * heads(2 * tokens, 12)
+    again = parts._replace(experience=parts.experience._replace(first=None))
+    with FlopCounterMode(display=False) as counter:
+        update(again, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
+    assert counter.get_total_flops() == cut["update"].flops + 2 * 3 * heads(2 * tokens, 12)
 
 
 @contextmanager
@@ -369,6 +400,7 @@ def test_the_update_waits_for_the_device_only_at_its_end() -> None:
             parts = take_apart(quick_config(*options), case := random_case(13, "mixed"))
             optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=1e-4, fused=True)
             update(parts, case, optimizer, lr=1e-4)  # the first call of an operator compiles and imports
+            parts = parts._replace(experience=parts.step.look(parts.samples, parts.plan[0]))
             with device_reads() as counts:
                 update(parts, case, optimizer, lr=1e-4)
             micros = sum(len(mini.micro) for epoch in parts.plan for mini in epoch)
