@@ -193,7 +193,7 @@ def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
         for _ in range(repeats):
             times["log-probs"].append(seconds(prepared.look, device))
             times["update"].append(seconds(prepared.update, device))
-        peak = peak_of(partial(prepared.update, 1), device)
+        peak = peak_of(prepared.both, device)
         lengths = [PROMPT] * ROWS
         shape = StepShape(lengths, lengths, lengths, config.rl.ppo_epochs)
         work = fast_step(ModelCost.of(prepared.policy.lm), shape)

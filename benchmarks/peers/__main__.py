@@ -150,7 +150,7 @@ def smollm2(source: Path, data: str, folder: Path) -> Model:
     for file in source.iterdir():
         if file.name not in (HEADS_WEIGHTS, HEADS_CONFIG):
             (folder / file.name).symlink_to(file.resolve())
-    options = [f"data.train={data}", f"data.eval={data}", "data.max_length=512", "rl.micro_batch_tokens=1024"]
+    options = [f"data.train={data}", f"data.eval={data}", "data.max_length=512", "rl.micro_batch_tokens=2048"]
     return Model("SmolLM2-135M", str(folder), "configs/svamp_smollm2_cpu.toml", options, 256, 64, 4)
 
 
@@ -285,7 +285,9 @@ def main() -> None:
                 name = f"{model.name}, {case.name}"
                 if arguments.only not in name:
                     continue
-                work = make_work(model, prompts, SAMPLES_PER_PROMPT, 1 + repeats, method=case.method, given=case.given)
+                # ReFT samples one CoT a question
+                n, k = (prompts * SAMPLES_PER_PROMPT, 1) if case.method == "reft" else (prompts, SAMPLES_PER_PROMPT)
+                work = make_work(model, n, k, 1 + repeats, method=case.method, given=case.given)
                 found = run_case(name, work, case.sides(model, arguments.repo), folder / "case")
                 print(record(name, *found))
 
