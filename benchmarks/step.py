@@ -1,8 +1,8 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
 Paths: "fast" is the default, with all rows in one micro-batch; "fast, recomputing" adds activation checkpointing, and
-"fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all rows of
-a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
+"fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all rows
+of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
 "reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved. Before anything is
 timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in look and first
 epoch, above what was there when they began (model and optimizer state are), in a process of its own. Writes
