@@ -113,8 +113,8 @@ class Experience(NamedTuple):
     common_NE: Tensor | None
     """z of the annotated tokens that a rollout has in common with it."""
     z_2_NPE: Tensor | None
-    first: Forward | None = None
-    """The first mini-batch with its graph, which serves one backward: its update needs no forward of its own."""
+    first: tuple[MiniBatch, Forward] | None = None
+    """The step's first mini-batch with its graph, which serves one backward: its update needs no forward of its own."""
 
     @property
     def cosine_N(self) -> Tensor | None:
@@ -197,7 +197,7 @@ class Step:
             z_1_NE,
             common_NE,
             own.z_BPE,
-            first,
+            (first_epoch[0], first) if first else None,
         )
 
     def _sweep(
@@ -358,6 +358,8 @@ class _Gradient:
         rows, coef = [i for micro in mini.micro for i in micro], config.contrastive.coef
         normaliser = Normaliser(len(mini.rows), sum(self._lengths[i] for i in mini.rows), config.rollout.max_new_tokens)
         own = own_turns(mini.micro)
+        kept, forward = self._experience.first or (None, None)
+        forward = forward if unchanged and kept == mini else None
         sums: dict[str, Tensor] = {"loss": self._zero, "policy_loss": self._zero}
         contrastive, cotangent, first = self._zero, None, []
         wanted = self._step.needs.contrastive and any(map(self._has_signal, rows))
@@ -367,7 +369,6 @@ class _Gradient:
             # a process without rows goes along with one that counts for nothing
             picked_rows, share = (micro, 1.0) if micro else ([rollouts.shortest], 0.0)
             picked = rollouts.pick(picked_rows)
-            forward = self._experience.first if unchanged else None
             targets = RolloutTargets._make(
                 None if x is None else torch.cat([x[i] for i in picked_rows]) for x in self._targets
             )

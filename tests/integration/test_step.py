@@ -305,6 +305,19 @@ def test_no_graph_is_kept_where_it_may_cost_memory_or_serve_nothing(options: lis
     assert parts.experience.old_logprob_C is not None
 
 
+def test_a_kept_graph_is_of_its_own_mini_batch_alone() -> None:
+    """An update that begins with another one makes its own forward."""
+    losses = []
+    for forget in (False, True):
+        parts = take_apart(quick_config("rl.mini_batch_size=6"), case := random_case(3, "mixed"))
+        assert parts.experience.first is not None
+        if forget:
+            parts = parts._replace(experience=parts.experience._replace(first=None))
+        other = parts._replace(plan=[parts.plan[0][1:]])
+        losses.append(update(other, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))["loss"])
+    assert losses[0] == losses[1]
+
+
 def test_the_first_contrastive_gradient_costs_no_forward() -> None:
     """With several micro-batches InfoNCE needs every z_2 first; before the first update the look has them."""
     options = ["rl.micro_batch_tokens=160", "rl.ppo_epochs=2"]
