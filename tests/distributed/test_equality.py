@@ -26,7 +26,7 @@ GROUPS = {
     "zero2, 2 processes": (2, "zero2"),
     "zero3, 2 processes": (2, "zero3"),
 }
-BRIEF = ["carft_both", "reft", "dr_grpo", "dr_grpo, all wrong", "carft_both, nothing extracted"]
+BRIEF = ["carft_both", "reft", "dr_grpo", "dr_grpo, all wrong", "carft_both, nothing extracted", "lora"]
 """What all but DDP and FSDP2 on two processes are held to."""
 EDGES = ["all correct", "all wrong", "nothing extracted"]
 
