@@ -207,7 +207,8 @@ class DeepSpeedLearner(Learner):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * world_size(), scale_wrt_gas=False)
+        factor = torch.where(loss.detach().isfinite(), float(world_size()), torch.nan)  # it looks at gradients alone
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, lr: float, max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """DeepSpeed clips to the stage's max_grad_norm itself, and leaves out a step whose gradient is not finite."""
