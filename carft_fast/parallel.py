@@ -6,7 +6,7 @@ summed, never averaged; where a library averages, the loss is multiplied by the 
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -203,7 +203,7 @@ class DeepSpeedLearner(Learner):
         return contents
 
     def replace_weights(self, restored: CarftModel) -> None:
-        raise InputError('guard.action = "rollback" is not possible with DeepSpeed: use fsdp2, ddp or "stop"')
+        raise NotImplementedError("check_strategy refuses it before the run")
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -257,6 +257,16 @@ def strategy(config: Config) -> Strategy:
                 f'distributed.strategy "{asked}" needs DeepSpeed: pip install "carft-fast[deepspeed]"'
             ) from None
     return asked
+
+
+def check_strategy(config: Config, stages: Sequence[str]) -> None:
+    """Raises InputError where `strategy` does, and for a stage that it cannot run."""
+    how = strategy(config)
+    if how in ("zero2", "zero3") and "rl" in stages and config.guard.action == "rollback":
+        raise InputError(
+            f'guard.action = "rollback" is not possible with distributed.strategy "{how}" (DeepSpeed): allowed are '
+            '"off" and "stop", or the strategies "fsdp2" and "ddp"'
+        )
 
 
 def _of_accelerate() -> Strategy:

@@ -1,10 +1,13 @@
 """Steps on several real processes (gloo) against the same steps on one: metrics, and weights after three of them;
-and steps that are left out.
+steps that are left out, and a run that goes back.
 """
 
+import dataclasses
 import functools
+import itertools
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +18,21 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor
 
+from carft_fast.cli import QUICKSTART_CONFIG
+from carft_fast.config_io import load_config
+from carft_fast.console import Console
+from carft_fast.distributed import on_main
 from carft_fast.model import CarftModel, Gathered, load_model
 from carft_fast.parallel import Learner, build_learner
 from carft_fast.passes import Loss, PackedPasses
+from carft_fast.pipeline import prepare
+from carft_fast.pipeline import train as train_run
+from carft_fast.run import StageLoop, evaluate
 from carft_fast.step import Update
+from tests.conftest import TINY_RUN
 from tests.integration.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
 
 OPTIONS = ["rl.lr=1e-3", "rl.eps=1e-4", "rl.max_grad_norm=1.0", "model.gradient_checkpointing=false"]
@@ -137,11 +149,67 @@ def train_around(strategy: str, *, spoilt: bool) -> dict[str, Any]:
     return found | {"last": last, "end": whole_weights(learner.model)}
 
 
+COLLAPSING = [
+    *("sft.eps=1e-5", "rl.eps=1e-5", "rl.lr_schedule=constant", "rl.max_steps=5", "rl.eval_every=3"),
+    *("guard.action=rollback", "guard.window=2", "guard.entropy_max=1e-3"),
+]
+"""To the guard every second step is a collapse."""
+
+
+def go_back(strategy: str) -> dict[str, Any]:
+    """An RL stage whose evaluation is good at step 3: from step 2 back to the start, from step 4 back to step 3."""
+    config = load_config(str(QUICKSTART_CONFIG), [*TINY_RUN, *COLLAPSING, f"distributed.strategy={strategy}"])
+    guard, calls, after = StageLoop.guard_against_collapse, itertools.count(), []
+
+    def accurate(*arguments: Any) -> Any:
+        result = evaluate(*arguments)
+        return dataclasses.replace(result, metrics=result.metrics | {"accuracy": float(next(calls) > 0)})
+
+    def watched(loop: StageLoop) -> bool:
+        went_back = guard(loop)
+        if went_back:
+            after.append(whole_state(loop.learner))
+        return went_back
+
+    folder = Path(on_main(tempfile.mkdtemp))
+    with (
+        mock.patch("carft_fast.run.evaluate", accurate),
+        mock.patch.object(StageLoop, "guard_against_collapse", watched),
+    ):
+        prepared = prepare(config, folder, Console(), stages=("rl",))
+        train_run(prepared, ("rl",), resume=False)
+    records = [{key: value for key, value in r.items() if key != "seconds"} for r in prepared.run.metrics.records]
+    found = {"records": records, "after": after, "saved": saved_whole(folder / "checkpoints" / "rl-000003")}
+    on_main(lambda: shutil.rmtree(folder))
+    return found
+
+
+def whole_state(learner: Learner) -> dict[str, Tensor]:
+    """Weights and moments, as a sharded checkpoint names them."""
+    found = {}
+    for name, parameter in learner.model.named_parameters():
+        found[f"model.{name}"] = parameter
+        found |= {f"optimizer.{name}.{key}": x for key, x in learner.optimizer.state.get(parameter, {}).items()}
+    return {name: getattr(x, "full_tensor", lambda x=x: x)().detach().clone() for name, x in found.items()}
+
+
+def saved_whole(checkpoint: Path) -> dict[str, Tensor]:
+    """The processes' rows of every tensor, end to end."""
+    files = [load_file(path) for path in sorted(checkpoint.glob("sharded/*.safetensors"))]
+    parts: dict[str, list[Tensor]] = {}
+    for file in files:
+        for name, part in file.items():
+            parts.setdefault(name, []).append(part)
+    return {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
+
+
 def works(group: str) -> dict[str, Callable[[str], Any]]:
     """What the processes of a group do."""
     found: dict[str, Callable[[str], Any]] = {s.name: functools.partial(train, s) for s in chosen(group)}
     if GROUPS[group][0] == 2:
         found |= {name: functools.partial(train_around, spoilt=name == "spoilt") for name in ("spoilt", "unspoilt")}
+    if group == "fsdp2, 2 processes":
+        found["go back"] = go_back
     return found
 
 
@@ -203,3 +271,30 @@ def test_a_loss_that_is_not_finite_on_one_process_leaves_no_trace_on_any(group: 
         assert found["last"]["skipped_updates"] == 0
         assert found["end"].keys() == expected["end"].keys()
         assert all(found["end"][name].equal(expected["end"][name]) for name in expected["end"])
+
+
+def test_a_rollback_gives_every_process_its_part_of_the_weights_it_goes_back_to() -> None:
+    expected = go_back("auto")["records"]
+    start = load_model(quick_config(), "synthetic", CPU, heads=True)
+    for found in together("fsdp2, 2 processes")["go back"]:
+        to_start, to_best = found["after"]
+        assert_equal(to_start, {f"model.{name}": x for name, x in start.named_parameters()})
+        assert_equal(to_best, found["saved"])
+        assert any(name.endswith("exp_avg") for name in to_best)
+        assert [(r["step"], r["to"][-9:]) for r in found["records"] if r["kind"] == "guard"] == [
+            (2, "synthetic"),
+            (4, "rl-000003"),
+        ]
+        assert [r["kind"] for r in found["records"]] == [r["kind"] for r in expected]
+        for ours, theirs in zip(found["records"], expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                if isinstance(value, float):
+                    assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+                elif key != "to":
+                    assert ours[key] == value, key
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not found[name].equal(expected[name])] == []

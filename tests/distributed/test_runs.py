@@ -192,6 +192,25 @@ def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
         carft_fast.parallel.strategy(Config())
 
 
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import carft_fast.parallel
+    from carft_fast.config_io import load_config
+    from carft_fast.console import Console
+    from carft_fast.errors import InputError
+    from carft_fast.pipeline import prepare
+
+    monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
+    options = ["guard.action=rollback", f"distributed.strategy={how}"]
+    config = load_config(str(ROOT / "carft_fast" / "quickstart.toml"), options)
+    with pytest.raises(InputError, match=rf'guard.action = "rollback" .* "{how}" \(DeepSpeed\): allowed are "off"'):
+        prepare(config, tmp_path / "run", Console(), stages=("sft", "rl"))
+    assert not (tmp_path / "run").exists()
+    prepare(config, tmp_path / "run", Console(), stages=("sft",))  # which has no guard
+
+
 CACHE = ["--set", "rollout.kv_cache_gib=0.25"]
 
 
