@@ -65,11 +65,13 @@ class Learner:
 def _sum_gradients(model: nn.Module) -> None:
     """Over all processes, in buckets. Every process has gradients for the same parameters."""
     bucket: list[Tensor] = []
+    size = 0
     for gradient in [p.grad for p in model.parameters() if p.grad is not None]:
         bucket.append(gradient)
-        if sum(g.nbytes for g in bucket) >= BUCKET:
+        size += gradient.nbytes
+        if size >= BUCKET:
             _sum_bucket(bucket)
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         _sum_bucket(bucket)
 

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
+import carft_fast.parallel
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
 from carft_fast.console import Console
@@ -217,6 +218,7 @@ def _rank(rank: int, group: str, folder: str) -> None:
     size, strategy = GROUPS[group]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}  # DeepSpeed asks for them
     torch.set_num_threads(1)
+    carft_fast.parallel.BUCKET = 50_000  # small models' gradients fill several, too
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     for name, work in works(group).items():
         torch.save(work(strategy), f"{folder}/{name}-{rank}.pt")
