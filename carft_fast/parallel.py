@@ -6,7 +6,7 @@ summed, never averaged; where a library averages, the loss is multiplied by the 
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -68,11 +68,13 @@ class Learner:
 def _sum_gradients(model: nn.Module) -> None:
     """Over all processes, in buckets. Every process has gradients for the same parameters."""
     bucket: list[Tensor] = []
+    size = 0
     for gradient in [p.grad for p in model.parameters() if p.grad is not None]:
         bucket.append(gradient)
-        if sum(g.nbytes for g in bucket) >= BUCKET:
+        size += gradient.nbytes
+        if size >= BUCKET:
             _sum_bucket(bucket)
-            bucket = []
+            bucket, size = [], 0
     if bucket:
         _sum_bucket(bucket)
 
@@ -207,11 +209,12 @@ class DeepSpeedLearner(Learner):
         return contents
 
     def replace_weights(self, restored: CarftModel) -> None:
-        raise InputError('guard.action = "rollback" is not possible with DeepSpeed: use fsdp2, ddp or "stop"')
+        raise NotImplementedError("check_strategy refuses it before the run")
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss * world_size(), scale_wrt_gas=False)
+        factor = torch.where(loss.detach().isfinite(), float(world_size()), torch.nan)  # it looks at gradients alone
+        self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, lr: float, max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """DeepSpeed clips to the stage's max_grad_norm itself, and leaves out a step whose gradient is not finite."""
@@ -260,6 +263,16 @@ def strategy(config: Config) -> Strategy:
                 f'distributed.strategy "{asked}" needs DeepSpeed: pip install "carft-fast[deepspeed]"'
             ) from None
     return asked
+
+
+def check_strategy(config: Config, stages: Sequence[str]) -> None:
+    """Raises InputError where `strategy` does, and for a stage that it cannot run."""
+    how = strategy(config)
+    if how in ("zero2", "zero3") and "rl" in stages and config.guard.action == "rollback":
+        raise InputError(
+            f'guard.action = "rollback" is not possible with distributed.strategy "{how}" (DeepSpeed): allowed are '
+            '"off" and "stop", or the strategies "fsdp2" and "ddp"'
+        )
 
 
 def _of_accelerate() -> Strategy:

@@ -23,7 +23,7 @@ from carft_fast.memory import estimate_memory
 from carft_fast.methods import method_name
 from carft_fast.model import check_heads, check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.optim import learning_rate
-from carft_fast.parallel import strategy
+from carft_fast.parallel import check_strategy, strategy
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.report import write_report
 from carft_fast.rollout import check_engine
@@ -72,6 +72,8 @@ def prepare(
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
     check_engine(config, lm_config, device.type)
+    if stages:
+        check_strategy(config, stages)
     if stages and not config.data.train:
         raise InputError('data.train is not set: give a file, a Hub id or "synthetic"')
     if not config.data.eval:

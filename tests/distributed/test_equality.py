@@ -1,20 +1,39 @@
-"""Steps on several real processes (gloo) against the same steps on one: metrics, and weights after three of them."""
+"""Steps on several real processes (gloo) against the same steps on one: metrics, and weights after three of them;
+steps that are left out, and a run that goes back.
+"""
 
+import dataclasses
 import functools
+import itertools
+import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor
 
-from carft_fast.model import load_model
-from carft_fast.parallel import build_learner
+import carft_fast.parallel
+from carft_fast.cli import QUICKSTART_CONFIG
+from carft_fast.config_io import load_config
+from carft_fast.console import Console
+from carft_fast.distributed import on_main
+from carft_fast.model import CarftModel, Gathered, load_model
+from carft_fast.parallel import Learner, build_learner
+from carft_fast.passes import Loss, PackedPasses
+from carft_fast.pipeline import prepare
+from carft_fast.pipeline import train as train_run
+from carft_fast.run import StageLoop, evaluate
+from carft_fast.step import Update
+from tests.conftest import TINY_RUN
 from tests.integration.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
 
 OPTIONS = ["rl.lr=1e-3", "rl.eps=1e-4", "rl.max_grad_norm=1.0", "model.gradient_checkpointing=false"]
@@ -26,7 +45,7 @@ GROUPS = {
     "zero2, 2 processes": (2, "zero2"),
     "zero3, 2 processes": (2, "zero3"),
 }
-BRIEF = ["carft_both", "reft", "dr_grpo", "dr_grpo, all wrong", "carft_both, nothing extracted"]
+BRIEF = ["carft_both", "reft", "dr_grpo", "dr_grpo, all wrong", "carft_both, nothing extracted", "lora"]
 """What all but DDP and FSDP2 on two processes are held to."""
 EDGES = ["all correct", "all wrong", "nothing extracted"]
 
@@ -76,21 +95,133 @@ def train(setting: Setting, strategy: str) -> tuple[list[dict[str, float]], dict
         found = p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, 1e-3).metrics
         advantage_C = p.advantages.raw_advantage_C
         metrics.append(found | {"advantage": float(advantage_C.sum()), "score": float(p.score_N.sum())})
-    gathered = policy.gather()
-    if gathered is not None:
-        return metrics, gathered.lm | {f"heads.{name}": x for name, x in gathered.heads.items()}
+    return metrics, whole_weights(policy)
+
+
+def whole_weights(policy: CarftModel) -> dict[str, Tensor]:
+    """A copy by name; where weights are divided the main process has them, the others nothing."""
     assert policy.heads is not None
-    whole = {name: x.detach().clone() for name, x in policy.lm.state_dict().items()}
-    return metrics, whole | {f"heads.{name}": x.detach().clone() for name, x in policy.heads.state_dict().items()}
+    gathered = policy.gather() or Gathered(policy.lm.state_dict(), policy.heads.state_dict())
+    named = gathered.lm | {f"heads.{name}": x for name, x in gathered.heads.items()}
+    return {name: x.detach().clone() for name, x in named.items()}
+
+
+SPOILT: dict[str, Callable[[Tensor], Tensor]] = {
+    "with its gradient": lambda loss: loss * math.nan,
+    "in its value alone": lambda loss: loss + math.inf,
+}
+"""What process 1 makes of its loss in one step."""
+
+
+def held(learner: Learner) -> list[Tensor]:
+    """This process's own part of weights, moments and counts of steps."""
+    optimizer: Any = getattr(learner.optimizer, "optimizer", learner.optimizer)  # DeepSpeed's wraps ours
+    tensors = [x for p, state in optimizer.state.items() for x in (p, *state.values())]
+    tensors += [getattr(p, "ds_tensor", p) for p in learner.model.parameters()]  # under ZeRO not the optimizer's
+    return [getattr(x, "_local_tensor", x).detach().clone() for x in tensors]
+
+
+def train_around(strategy: str, *, spoilt: bool) -> dict[str, Any]:
+    """Two steps, and between them, if `spoilt`, one of a mini-batch for each way to spoil its loss on process 1."""
+    options = [*METHODS["carft_both"], "rl.mini_batch_size=6", "rl.ppo_epochs=1"]
+    config = quick_config(*OPTIONS, *options, f"distributed.strategy={strategy}")
+    learner = build_learner(config, spread_out(load_model(config, "synthetic", CPU, heads=True)), config.rl, CPU)
+
+    def step(number: int, minis: slice) -> tuple[Update, list[int]]:
+        case = random_case(number, "mixed")
+        p = look_at(config, case, learner)
+        plan, correct = [p.plan[0][minis]], [grade.correct for grade in case.grades]
+        update = p.step.update(p.samples, plan, p.experience, p.advantages, correct, p.live, 1e-3)
+        return update, sorted(i for mini in plan[0] for i in mini.rows)
+
+    found: dict[str, Any] = {"fine": step(0, slice(None))[0].metrics, "held": [held(learner)]}
+    for name, spoil in SPOILT.items() if spoilt else ():
+        original = PackedPasses.loss
+
+        def loss(*arguments: Any, spoil: Any = spoil, original: Any = original, **named: Any) -> Loss:
+            result = original(*arguments, **named)
+            return result._replace(loss=spoil(result.loss)) if dist.get_rank() == 1 else result
+
+        with mock.patch.object(PackedPasses, "loss", loss):
+            update, rows = step(1, slice(1, None))
+        found[name] = {"metrics": update.metrics, "skipped_rows": update.skipped_rows, "rows": rows}
+        found["held"].append(held(learner))
+    last = step(2, slice(None))[0].metrics
+    return found | {"last": last, "end": whole_weights(learner.model)}
+
+
+COLLAPSING = [
+    *("sft.eps=1e-5", "rl.eps=1e-5", "rl.lr_schedule=constant", "rl.max_steps=5", "rl.eval_every=3"),
+    *("guard.action=rollback", "guard.window=2", "guard.entropy_max=1e-3"),
+]
+"""To the guard every second step is a collapse."""
+
+
+def go_back(strategy: str) -> dict[str, Any]:
+    """An RL stage whose evaluation is good at step 3: from step 2 back to the start, from step 4 back to step 3."""
+    config = load_config(str(QUICKSTART_CONFIG), [*TINY_RUN, *COLLAPSING, f"distributed.strategy={strategy}"])
+    guard, calls, after = StageLoop.guard_against_collapse, itertools.count(), []
+
+    def accurate(*arguments: Any) -> Any:
+        result = evaluate(*arguments)
+        return dataclasses.replace(result, metrics=result.metrics | {"accuracy": float(next(calls) > 0)})
+
+    def watched(loop: StageLoop) -> bool:
+        went_back = guard(loop)
+        if went_back:
+            after.append(whole_state(loop.learner))
+        return went_back
+
+    folder = Path(on_main(tempfile.mkdtemp))
+    with (
+        mock.patch("carft_fast.run.evaluate", accurate),
+        mock.patch.object(StageLoop, "guard_against_collapse", watched),
+    ):
+        prepared = prepare(config, folder, Console(), stages=("rl",))
+        train_run(prepared, ("rl",), resume=False)
+    records = [{key: value for key, value in r.items() if key != "seconds"} for r in prepared.run.metrics.records]
+    found = {"records": records, "after": after, "saved": saved_whole(folder / "checkpoints" / "rl-000003")}
+    on_main(lambda: shutil.rmtree(folder))
+    return found
+
+
+def whole_state(learner: Learner) -> dict[str, Tensor]:
+    """Weights and moments, as a sharded checkpoint names them."""
+    found = {}
+    for name, parameter in learner.model.named_parameters():
+        found[f"model.{name}"] = parameter
+        found |= {f"optimizer.{name}.{key}": x for key, x in learner.optimizer.state.get(parameter, {}).items()}
+    return {name: getattr(x, "full_tensor", lambda x=x: x)().detach().clone() for name, x in found.items()}
+
+
+def saved_whole(checkpoint: Path) -> dict[str, Tensor]:
+    """The processes' rows of every tensor, end to end."""
+    files = [load_file(path) for path in sorted(checkpoint.glob("sharded/*.safetensors"))]
+    parts: dict[str, list[Tensor]] = {}
+    for file in files:
+        for name, part in file.items():
+            parts.setdefault(name, []).append(part)
+    return {name: torch.cat(found) if found[0].dim() else found[0] for name, found in parts.items()}
+
+
+def works(group: str) -> dict[str, Callable[[str], Any]]:
+    """What the processes of a group do."""
+    found: dict[str, Callable[[str], Any]] = {s.name: functools.partial(train, s) for s in chosen(group)}
+    if GROUPS[group][0] == 2:
+        found |= {name: functools.partial(train_around, spoilt=name == "spoilt") for name in ("spoilt", "unspoilt")}
+    if group == "fsdp2, 2 processes":
+        found["go back"] = go_back
+    return found
 
 
 def _rank(rank: int, group: str, folder: str) -> None:
     size, strategy = GROUPS[group]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}  # DeepSpeed asks for them
     torch.set_num_threads(1)
+    carft_fast.parallel.BUCKET = 50_000  # small models' gradients fill several, too
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
-    for setting in chosen(group):
-        torch.save(train(setting, strategy), f"{folder}/{setting.name}-{rank}.pt")
+    for name, work in works(group).items():
+        torch.save(work(strategy), f"{folder}/{name}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -106,14 +237,11 @@ def alone(name: str) -> Any:
 
 @functools.cache
 def together(group: str) -> dict[str, Any]:
-    """By setting: what each process found."""
+    """By work: what each process found."""
     size, _ = GROUPS[group]
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_rank, (group, folder), nprocs=size)
-        return {
-            setting.name: [torch.load(Path(folder) / f"{setting.name}-{rank}.pt") for rank in range(size)]
-            for setting in chosen(group)
-        }
+        return {name: [torch.load(Path(folder) / f"{name}-{rank}.pt") for rank in range(size)] for name in works(group)}
 
 
 @pytest.mark.parametrize(("group", "name"), [(group, setting.name) for group in GROUPS for setting in chosen(group)])
@@ -128,3 +256,47 @@ def test_several_processes_train_like_one(group: str, name: str) -> None:
     assert weights.keys() == expected_weights.keys()
     for key, expected in expected_weights.items():
         torch.testing.assert_close(weights[key], expected, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize("group", [group for group, (size, _) in GROUPS.items() if size == 2])
+def test_a_loss_that_is_not_finite_on_one_process_leaves_no_trace_on_any(group: str) -> None:
+    for found, expected in zip(together(group)["spoilt"], together(group)["unspoilt"], strict=True):
+        assert found["fine"]["skipped_updates"] == 0
+        for name, before, after in zip(SPOILT, found["held"][:-1], found["held"][1:], strict=True):
+            assert len(before) == len(after) > 10
+            assert all(map(torch.equal, before, after)), name
+            assert found[name]["metrics"]["skipped_updates"] == 1
+            assert not math.isfinite(found[name]["metrics"]["loss"])
+            assert found[name]["skipped_rows"] == found[name]["rows"]
+            assert len(found[name]["rows"]) == 6
+        assert found["last"] == expected["last"], "as if nothing had been"
+        assert found["last"]["skipped_updates"] == 0
+        assert found["end"].keys() == expected["end"].keys()
+        assert all(found["end"][name].equal(expected["end"][name]) for name in expected["end"])
+
+
+def test_a_rollback_gives_every_process_its_part_of_the_weights_it_goes_back_to() -> None:
+    expected = go_back("auto")["records"]
+    start = load_model(quick_config(), "synthetic", CPU, heads=True)
+    for found in together("fsdp2, 2 processes")["go back"]:
+        to_start, to_best = found["after"]
+        assert_equal(to_start, {f"model.{name}": x for name, x in start.named_parameters()})
+        assert_equal(to_best, found["saved"])
+        assert any(name.endswith("exp_avg") for name in to_best)
+        assert [(r["step"], r["to"][-9:]) for r in found["records"] if r["kind"] == "guard"] == [
+            (2, "synthetic"),
+            (4, "rl-000003"),
+        ]
+        assert [r["kind"] for r in found["records"]] == [r["kind"] for r in expected]
+        for ours, theirs in zip(found["records"], expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in theirs.items():
+                if isinstance(value, float):
+                    assert ours[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+                elif key != "to":
+                    assert ours[key] == value, key
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not found[name].equal(expected[name])] == []

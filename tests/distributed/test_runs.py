@@ -192,23 +192,56 @@ def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
         carft_fast.parallel.strategy(Config())
 
 
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import carft_fast.parallel
+    from carft_fast.config_io import load_config
+    from carft_fast.console import Console
+    from carft_fast.errors import InputError
+    from carft_fast.pipeline import prepare
+
+    monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
+    options = ["guard.action=rollback", f"distributed.strategy={how}"]
+    config = load_config(str(ROOT / "carft_fast" / "quickstart.toml"), options)
+    with pytest.raises(InputError, match=rf'guard.action = "rollback" .* "{how}" \(DeepSpeed\): allowed are "off"'):
+        prepare(config, tmp_path / "run", Console(), stages=("sft", "rl"))
+    assert not (tmp_path / "run").exists()
+    prepare(config, tmp_path / "run", Console(), stages=("sft",))  # which has no guard
+
+
 CACHE = ["--set", "rollout.kv_cache_gib=0.25"]
 
 
+@pytest.fixture(scope="module")
+def sampled_by_vllm(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
+    return run([], tmp_path_factory.mktemp("vllm") / "run", [*tiny_run, *CACHE, "--set", "rollout.engine=vllm"])
+
+
 @pytest.mark.slow
-def test_an_engine_in_every_process_samples_what_one_would(tmp_path: Path, tiny_run: list[str]) -> None:
-    options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm"]
-    expected = run([], tmp_path / "one", options)
-    assert_same_run(run([*TORCHRUN, "2"], tmp_path / "two", [*options, *FSDP2]), expected)
+@pytest.mark.parametrize("how", [FSDP2, ZERO3], ids=["fsdp2", "zero3"])
+def test_an_engine_in_every_process_samples_what_one_would(
+    how: list[str], tmp_path: Path, tiny_run: list[str], sampled_by_vllm: Path
+) -> None:
+    options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm", *how]
+    folder = run([*TORCHRUN, "2"], tmp_path / "run", options)
+    assert_same_run(folder, sampled_by_vllm)
+    differences = [r["sampler_diff_max"] for r in records(folder) if (r["stage"], r["kind"]) == ("rl", "train")]
+    assert len(differences) == 4
+    assert max(differences) < 1e-4, "the sampler has other weights"
 
 
 @pytest.mark.slow
 def test_servers_sample_ahead_for_processes_that_share_the_weights(tmp_path: Path, tiny_run: list[str]) -> None:
-    """The main process drives the server, with weights gathered from both; the probe compares them before step 1."""
+    """The main process drives the server, with weights gathered from both; the probe compares them after every step."""
     more = [*CACHE, "--set", "rollout.engine=vllm-server", "--set", "rollout.async_depth=1"]
+    more += ["--set", "rollout.probe_every=1"]
     code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *more, *FSDP2]))
     assert code == 0, output[-4000:]
-    assert "trainer and sampler agree" in output
+    probes = re.findall(r"trainer and sampler agree: .*? max (\S+) nats", output.replace("\n", " "))
+    assert len(probes) == 5
+    assert max(map(float, probes)) < 1e-4
     train = [r for r in records(tmp_path / "run") if (r["stage"], r["kind"]) == ("rl", "train")]
     assert [record["staleness"] for record in train] == [0, 1, 1, 1]
     assert train[0]["sampler_diff_max"] < 1e-4

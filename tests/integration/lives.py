@@ -9,9 +9,11 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import peft  # noqa: F401 - imported before the forks
@@ -24,6 +26,7 @@ import carft_fast.compare
 import carft_fast.export
 import carft_fast.files
 import carft_fast.pipeline
+from carft_fast.checkpoint import CheckpointStore
 from carft_fast.cli import run_cli
 from carft_fast.metrics import PhaseTimer
 
@@ -36,8 +39,9 @@ def die(note: str, where: str) -> None:
 
 def prepare(plan: dict[str, Any]) -> None:
     """ "kill": {phase, entry, calls}: SIGKILL after so many function calls in the entry-th time of a phase, or at its
-    end. "kill_in": {function of carft_fast.files, call}: at its call-th call. "fill": {phase, entry, path}: a file
-    that takes the rest of the disk. "largest_file": bytes. "clock": seconds it is wrong by.
+    end. "kill_in": {function of carft_fast.files, call}: at its call-th call. "stop_in": {signal, save}: that signal
+    while the save-th checkpoint is written, which does not end before the trainer waits for it. "fill": {phase, entry,
+    path}: a file that takes the rest of the disk. "largest_file": bytes. "clock": seconds it is wrong by.
     """
     if "clock" in plan:
         true_time, wrong_by = time.time, plan["clock"]
@@ -46,6 +50,8 @@ def prepare(plan: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (plan["largest_file"], resource.RLIM_INFINITY))
     if "kill_in" in plan:
         count_calls(plan["kill_in"], plan["note"])
+    if "stop_in" in plan:
+        stop_while_writing(plan["stop_in"], plan["note"])
     for kind in ("kill", "fill"):
         if kind in plan:
             in_phase(kind, plan[kind], plan["note"])
@@ -64,6 +70,28 @@ def count_calls(wanted: dict[str, Any], note: str) -> None:
     for module in (carft_fast.files, carft_fast.checkpoint):
         if hasattr(module, wanted["function"]):
             setattr(module, wanted["function"], counted)
+
+
+def stop_while_writing(wanted: dict[str, Any], note: str) -> None:
+    """For asynchronous saves: the trainer has to meet the stop with the save under way, or it waits in vain."""
+    write, wait, met, saves = carft_fast.checkpoint.publish, CheckpointStore.wait, threading.Event(), 0
+
+    def interrupted(temporary: Path, target: Path) -> None:
+        nonlocal saves
+        saves += 1
+        if saves == wanted["save"]:
+            met.clear()
+            os.kill(os.getpid(), wanted["signal"])
+            in_time = met.wait(60)
+            Path(note).write_text(f"{threading.current_thread().name} {target.name} {in_time}")
+        write(temporary, target)
+
+    def waits(store: CheckpointStore) -> None:
+        met.set()
+        wait(store)
+
+    carft_fast.checkpoint.publish = interrupted
+    CheckpointStore.wait = waits  # type: ignore[method-assign]
 
 
 def in_phase(kind: str, wanted: dict[str, Any], note: str) -> None:

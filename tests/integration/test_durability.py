@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -137,6 +138,25 @@ def test_kills_while_checkpoints_are_written_asynchronously(lives: Lives, undist
     assert_same_outcome(folder, undisturbed)
     for path in (folder / "checkpoints").glob("rl-*/*.safetensors"):
         assert path.read_bytes() == (undisturbed / path.relative_to(folder)).read_bytes()
+
+
+def test_a_stop_while_a_checkpoint_is_written_asynchronously(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
+    """The save under way is finished, and so is that of the step the run stops at."""
+    folder, option = tmp_path / "run", "output.async_save=true"
+    for signum, save in [(signal.SIGTERM, 2), (signal.SIGINT, 4), (signal.SIGTERM, 3)]:
+        life = lives.run(folder, option, stop_in={"signal": signum, "save": save})
+        assert life["code"] == 128 + signum, life["text"]
+        thread, under_way, trainer_waited = life["where"].split()
+        assert thread.startswith("checkpoint"), "not written asynchronously"
+        assert trainer_waited == "True"
+        stopped = re.search(rf"stopped by {signum.name}: step \d+ saved to \S+/checkpoints/(\S+); go on", life["text"])
+        assert stopped, life["text"]
+        assert {under_way, stopped[1]} <= set(whole_checkpoints(folder))
+        assert in_time(stopped[1]) >= in_time(under_way)
+        assert not list(folder.rglob(".writing-*"))
+    life = lives.run(folder, option)
+    assert life["code"] == 0, life["text"]
+    assert_same_outcome(folder, undisturbed)
 
 
 def test_a_file_that_may_not_grow(lives: Lives, tmp_path: Path) -> None:
