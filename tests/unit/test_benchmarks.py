@@ -220,6 +220,15 @@ def test_rates_and_shares() -> None:
     assert op_cases.floats_a_token(size=2, T=10, count=5) == 200
 
 
+# --- make -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_target_has_one_recipe() -> None:
+    """make warns, and takes the last: a folder of libraries then lacks those of the first."""
+    found = subprocess.run(["make", "--dry-run", "help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "overriding recipe" not in found.stderr
+
+
 # --- page -------------------------------------------------------------------------------------------------------------
 
 
