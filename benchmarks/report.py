@@ -320,19 +320,24 @@ def growth(found: Measured, steps: Measured) -> list[str]:
             table.append(
                 (operator, against, f"{low[0]:,} to {high[0]:,}", what[figure], name, span, exponent(points), None)
             )
-    table += [("training step", against, "", name, "", None, None, None) for against in UNMEASURED for name in TWO]
+    known = {against for _, against, _ in lines}
+    table += [("training step", against, "", "", "", None, None, None) for against in AGAINST if against not in known]
     heads = ("what", "against", "from, to", "figure", "path", "measured", "exponent of the fit", ON_GPU)
+    words = "Both axes logarithmic. The exponent p is that of the least-squares fit y = c x^p: 1 is linear."
+    if cores := sorted({row["machine"]["cores"] for row in found.rows() if row["against"] == "ranks"}):
+        words += (
+            f" Ranks are processes of one thread on one machine, gloo between them; it has {' or '.join(cores)} cores, "
+            "and more ranks than that share them."
+        )
     return [
-        page.paragraph(
-            "Both axes logarithmic. The exponent p is that of the least-squares fit y = c x^p: 1 is linear."
-        ),
+        page.paragraph(words),
         page.charts(*drawn),
         page.table(heads, table),
     ]
 
 
-UNMEASURED = ("group size", "ranks")
-TWO = ("time", "memory")
+AGAINST = ("group size", "ranks")
+"""What a step's cost may grow with: named in the table even without rows."""
 
 
 def gpu(found: Measured) -> list[str]:

@@ -35,7 +35,7 @@ class Column(NamedTuple):
 
 
 COLUMNS: dict[str, Column] = {
-    "p50_ms": Column("ms", "median time of one call, forward and backward", "lower"),
+    "p50_ms": Column("ms", "median time of one call, forward and backward; of a step, look and update", "lower"),
     "p20_ms": Column("ms", "20th percentile of the same", "lower"),
     "p80_ms": Column("ms", "80th percentile of the same", "lower"),
     "plain_over_this": Column("ratio", "median time of plain torch over this one's, in the same run", "higher"),
@@ -46,7 +46,9 @@ COLUMNS: dict[str, Column] = {
     "ceiling_share": Column(
         "share", "of what this machine did for a copy (bytes) or a square matmul (FLOPs) in the same run", "higher"
     ),
-    "peak_mb": Column("MiB", "most memory of one call beyond its inputs, results included", "lower"),
+    "peak_mb": Column(
+        "MiB", "most memory of one call beyond its inputs, results included; of a step, that of its update", "lower"
+    ),
     "logprobs_s": Column("s", "the no-gradient pass: old log-probs, values, z_1, z_2, reference", "lower"),
     "update_s": Column("s", "PPO epochs: forward, backward, optimizer", "lower"),
     "step_s": Column("s", "log-probs and update, and sampling and weight sync where a sampler is named", "lower"),

@@ -3,9 +3,9 @@
 Paths: "fast" is the default, "fast, recomputing" adds activation checkpointing; "reference" is the plain path
 (`model.impl = "reference"`: all rows of a device at once, padded to the longest prompt plus the longest completion,
 float32 logits of every position), "reference, recomputing" adds checkpointing: what the published trainers do. Repeats
-are interleaved. Before anything is timed, every
-path's loss is compared with the fast one's. Memory: resident memory at its highest in the update, above what was there
-when it began (model and optimizer state are), in a process of its own. Writes benchmarks/results/step_cpu.{json,md}.
+are interleaved. Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at
+its highest in the update, above what was there when it began (model and optimizer state are), in a process of its own
+whose allocator gives back what is freed. Writes benchmarks/results/step_cpu.{json,md}.
 """
 
 import argparse
@@ -34,8 +34,7 @@ from carft_fast.console import Console
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.grading import Grader
 from carft_fast.model import CarftModel, load_model
-from carft_fast.optim import build_optimizer
-from carft_fast.parallel import Learner
+from carft_fast.parallel import build_learner
 from carft_fast.pipeline import prepare
 from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
@@ -64,6 +63,8 @@ CASES: dict[str, list[str]] = {
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h, for mallopt: the size of a block from which on it is the system's and not of the heap."""
 
 
 class Inputs(NamedTuple):
@@ -87,7 +88,7 @@ class Prepared:
     ) -> None:
         self.config = config
         self.policy: CarftModel = load_model(config, model_path, torch.device(device), heads=True)
-        learner = Learner(self.policy, build_optimizer(self.policy, config.rl))
+        learner = build_learner(config, self.policy, config.rl, self.policy.device)
         self.step = Step(config, learner, Reference(config, model_path, self.policy))
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
         self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
@@ -123,15 +124,25 @@ def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> f
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
-    prepared = make()
+def update_peak_mb(prepared: Prepared) -> float:
+    """Of one update, above what this process held when it began.
+
+    The C library gives freed blocks back to the system from here on, which costs time: its heap falls to pieces as
+    micro-batches come and go, and then holds up to three times what the step needs.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
     prepared.update(epochs=1)  # gradients are freed by the step, moments stay, imports are done
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before counts as there already
+    libc.malloc_trim(0)  # else what was freed before counts as there already
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kb("VmRSS")
     prepared.update(epochs=1)
-    pipe.send((resident_kb("VmHWM") - before) / 1024)
+    return (resident_kb("VmHWM") - before) / 1024
+
+
+def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
+    pipe.send(update_peak_mb(make()))
 
 
 def peaks_mb(makers: dict[str, Callable[[], Prepared]]) -> dict[str, float]:
@@ -242,12 +253,16 @@ def slope(repeats: int) -> list[dict[str, float]]:
             str(QUICKSTART_CONFIG),
             [f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=2"],
         )
-        prepared = Prepared(config, "synthetic", random_inputs(n, 64, 97, generator), ["answer is: 1"] * n)
+        prepared = Prepared(config, "synthetic", random_inputs(n, 64, 97, generator), [RIGHT] * n)
         prepared.update()
         times = [seconds(lambda p=prepared: (p.look(), p.update())) for _ in range(repeats)]
         result.append({"tokens": tokens, "seconds": round(min(times), 4)})
         print(result[-1], flush=True)
     return result
+
+
+RIGHT = "Therefore, the answer is: 1"
+"""What a rollout of `random_inputs` is graded as, so that the contrastive term is there."""
 
 
 def random_inputs(n: int, length: int, vocabulary: int, generator: torch.Generator) -> Inputs:
@@ -261,26 +276,32 @@ def random_inputs(n: int, length: int, vocabulary: int, generator: torch.Generat
     return Inputs(rows, [Rollout(ids(), [-4.0] * length, "stop", 0) for _ in range(n)])
 
 
-def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
-    """Peak of the update with growing vocabularies: a 2-layer model of width 64, 2,048 tokens in one micro-batch."""
+def model_with_vocabulary(folder: Path, vocabulary: int) -> str:
+    """The quickstart's model, 2 layers of width 64, untrained, with another number of tokens."""
     import transformers
 
     from carft_fast.synthetic import build_model_config, build_tokenizer
 
+    path = folder / str(vocabulary)
+    lm_config = build_model_config(len(build_tokenizer()))
+    lm_config.vocab_size = vocabulary
+    transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
+    """Peak of the update with growing vocabularies: 2,048 tokens in one micro-batch."""
     result = []
     for vocabulary in VOCABULARIES:
-        path = folder / str(vocabulary)
-        lm_config = build_model_config(len(build_tokenizer()))
-        lm_config.vocab_size = vocabulary
-        transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(path)
-        build_tokenizer().save_pretrained(path)
+        path = model_with_vocabulary(folder, vocabulary)
         row: dict[str, float] = {"vocabulary": vocabulary, "head_mb": round(vocabulary * 64 * 4 / 2**20, 1)}
         makers: dict[str, Callable[[], Prepared]] = {}
         for impl in ("fast", "reference"):
             options = ["rl.batch_size=32", "rl.mini_batch_size=32", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=1"]
             config = load_config(str(QUICKSTART_CONFIG), [f"model.path={path}", f"model.impl={impl}", *options])
             inputs = random_inputs(32, 32, vocabulary, torch.Generator().manual_seed(0))
-            makers[impl] = partial(Prepared, config, str(path), inputs, ["answer is: 1"] * 32)
+            makers[impl] = partial(Prepared, config, path, inputs, [RIGHT] * 32)
         row |= peaks_mb(makers)
         result.append(row)
         print(row, flush=True)

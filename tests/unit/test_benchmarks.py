@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, gpu, op_cases, ops
+from benchmarks import compare, gpu, growth, op_cases, ops
 from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, read, write
@@ -229,6 +229,62 @@ def test_every_target_has_one_recipe() -> None:
     assert "overriding recipe" not in found.stderr
 
 
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_variants_of_a_group_do_the_same() -> None:
+    prepared = {name: make() for name, make in growth.group_makers(2).items()}
+    steps, wrong = ops.checked(growth.group_steps(prepared))
+    assert not wrong
+    assert float(steps[PLAIN]()[0]) > 0.01  # else there is nothing to agree on
+    tokens = {
+        name: len(p.samples.rollouts.pack(torch.device("cpu"), share_prompts=p.config.rl.share_prompts).ids_T)
+        for name, p in prepared.items()
+    }
+    assert tokens["carft_fast"] == 8 * (128 + 32)
+    assert tokens["carft_fast, shared prompts"] == 4 * 128 + 8 * 32
+
+
+@pytest.mark.slow
+def test_processes_take_the_same_step() -> None:
+    """`ranks` fails where their losses differ."""
+    rows = growth.ranks(sizes=(1, 2), sequences=4, rounds=1)
+    assert [(row["size"], row["variant"]) for row in rows] == [(n, name) for n in (1, 2) for name in ("DDP", "FSDP2")]
+    assert all(row["p50_ms"] > 0 and row["machine"]["cores"] for row in rows)
+
+
+def test_the_slowest_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = [
+        {"seconds": [1.0, 5.0, 2.0], "peak_mb": 7.0, "loss": 0.5},
+        {"seconds": [3.0, 4.0, 1.0], "peak_mb": 9.0, "loss": 0.5},
+    ]
+
+    def spawn(work: Any, arguments: tuple[Any, ...], nprocs: int) -> None:
+        for rank in range(nprocs):
+            Path(arguments[-1], f"{rank}.json").write_text(json.dumps(dict.fromkeys(growth.STRATEGIES, found[rank])))
+
+    monkeypatch.setattr(growth.mp, "spawn", spawn)
+    (ddp, _) = growth.ranks(sizes=(2,))
+    assert (ddp["p50_ms"], ddp["peak_mb"]) == (3000, 9)
+    found[1]["loss"] = 0.51
+    with pytest.raises(RuntimeError, match=r"2 processes: losses from 0\.5 to 0\.51"):
+        growth.ranks(sizes=(2,))
+
+
+def test_only_a_part_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(against: str, value: float) -> Callable[[str], list[dict[str, Any]]]:
+        row = {"operator": "x", "against": against, "size": 1, "variant": "y", "p50_ms": value, "peak_mb": value}
+        return lambda clock: [row]
+
+    monkeypatch.setattr(growth, "RESULTS", tmp_path)
+    for value, words in ((1.0, []), (2.0, ["--only", "ranks"])):
+        monkeypatch.setattr(growth, "PARTS", {name: rows(name, value) for name in ("operators", "ranks")})
+        monkeypatch.setattr(sys, "argv", ["growth", *words])
+        growth.main()
+    found = read(tmp_path / "growth_cpu.json").rows
+    assert {row["against"]: row["p50_ms"] for row in found} == {"operators": 1.0, "ranks": 2.0}
+
+
 # --- page -------------------------------------------------------------------------------------------------------------
 
 
@@ -307,6 +363,29 @@ def test_rows_of_a_gpu_fill_the_columns(tmp_path: Path) -> None:
     assert {"0.01234", "98.76", "wrong: result 1 is off by 3", "321 passed in 60.00s"} <= set(cells)
     assert any("NVIDIA H100 80GB HBM3" in cell and "driver 550.54.15" in cell for cell in cells)
     assert "Nothing here ran on a GPU" not in page
+
+
+def test_growth_is_shown(tmp_path: Path) -> None:
+    for file in committed():
+        shutil.copy(file, tmp_path)
+    old = read(RESULTS / "growth_cpu.json").rows
+    rows = [row for row in old if row["against"] not in ("group size", "ranks")]
+    for against, operator in (("group size", "Dr.GRPO step"), ("ranks", "CARFT step")):
+        for size in (2, 4):
+            row = {"operator": operator, "against": against, "size": size, "variant": "y"}
+            rows.append(row | {"p50_ms": 7.0 * size**3, "peak_mb": 5.0 / size, "machine": MACHINE | {"cores": "96"}})
+    write(tmp_path / "growth_cpu.json", "growth", MACHINE, rows)
+    page = build(tmp_path)
+    tables = dict(Tables(page).found)
+    growths = ["|".join(tables["growth"][i : i + 8]) for i in range(0, len(tables["growth"]), 8)]
+    for line in (
+        "Dr.GRPO step|group size|2 to 4|time|y|56 to 448 ms|3|not measured",
+        "CARFT step|ranks|2 to 4|memory|y|2.5 to 1.25 MiB|-1|not measured",
+    ):
+        assert line in growths
+    assert "it has 96 cores" in page
+    for title in ("Dr.GRPO step: memory against group size", "CARFT step: time against ranks"):
+        assert f"<figcaption>{title}</figcaption><svg" in page
 
 
 def test_fit() -> None:
