@@ -306,7 +306,7 @@ def growth(found: Measured, steps: Measured) -> list[str]:
     for row in steps.rows():
         if "size" in row:
             figure = "seconds" if "seconds" in row else "memory_mb"
-            against = "tokens" if figure == "seconds" else "vocabulary"
+            against = row["case"].split()[-1]
             line = lines.setdefault(("training step", against, figure), {})
             line.setdefault(row["path"], []).append((row["size"], row[figure]))
     units = {"p50_ms": "ms", "peak_mb": "MiB", "seconds": "s", "memory_mb": "MiB"}
@@ -336,7 +336,7 @@ def growth(found: Measured, steps: Measured) -> list[str]:
     ]
 
 
-AGAINST = ("group size", "ranks")
+AGAINST = ("group size", "ranks", "rollouts")
 """What a step's cost may grow with: named in the table even without rows."""
 
 

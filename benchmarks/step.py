@@ -63,6 +63,8 @@ CASES: dict[str, list[str]] = {
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
+ROLLOUTS, ROLLOUT_VOCABULARY = (4, 8, 16, 32, 64), 49_152
+ROLLOUT_PATHS = ("fast, recomputing", PUBLISHED)
 M_MMAP_THRESHOLD = -3
 """Of malloc.h, for mallopt: the size of a block from which on it is the system's and not of the heap."""
 
@@ -308,6 +310,21 @@ def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
     return result
 
 
+def rollout_memory(folder: Path) -> list[dict[str, float]]:
+    """Peak of the update with growing numbers of rollouts on a device, of 128 tokens each; a vocabulary of 49,152."""
+    path, result = model_with_vocabulary(folder, ROLLOUT_VOCABULARY), []
+    for n in ROLLOUTS:
+        options = [f"model.path={path}", f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.ppo_epochs=1"]
+        inputs = random_inputs(n, 64, ROLLOUT_VOCABULARY, torch.Generator().manual_seed(0))
+        makers: dict[str, Callable[[], Prepared]] = {}
+        for name in ROLLOUT_PATHS:
+            config = load_config(str(QUICKSTART_CONFIG), [*options, "rl.micro_batch_tokens=1024", *PATHS[name]])
+            makers[name] = partial(Prepared, config, path, inputs, [RIGHT] * n)
+        result.append({"rollouts": n, **peaks_mb(makers)})
+        print(result[-1], flush=True)
+    return result
+
+
 def report(results: dict[str, Any]) -> str:
     lines = [
         "# The training step on the CPU",
@@ -368,6 +385,20 @@ def report(results: dict[str, Any]) -> str:
         "| vocabulary | LM head | fast | reference |",
         "| --- | --- | --- | --- |",
         *(f"| {r['vocabulary']} | {r['head_mb']} | {r['fast']} | {r['reference']} |" for r in results["vocabulary"]),
+    ]
+    if "rollouts" in results:
+        lines += [
+            "",
+            "Peak of the update (MB) with the rollouts of a device, 64 tokens of prompt and 64 of completion each; the",
+            f"same model with a vocabulary of {ROLLOUT_VOCABULARY:,}; micro-batches of 1,024 tokens on the fast path:",
+            "",
+            f"| rollouts | {' | '.join(ROLLOUT_PATHS)} | x |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in results["rollouts"]:
+            fast, published = (row[path] for path in ROLLOUT_PATHS)
+            lines.append(f"| {row['rollouts']} | {fast} | {published} | {published / fast:.1f} |")
+    lines += [
         "",
         f"Growth: {results['growth_machine']}",
     ]
@@ -404,6 +435,7 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             results["vocabulary"] = vocabulary_memory(Path(folder))
+            results["rollouts"] = rollout_memory(Path(folder))
         results["slope"] = slope(arguments.repeats)
         results["growth_machine"] = machine()
     RESULTS.mkdir(exist_ok=True)

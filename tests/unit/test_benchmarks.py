@@ -18,6 +18,7 @@ from benchmarks import compare, gpu, growth, op_cases, ops
 from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, read, write
+from benchmarks.step import PUBLISHED
 from carft_fast.errors import InputError
 
 MACHINE = {"device": "cpu", "processor": "x86_64", "model": "Some CPU", "cores": "2", "threads": "1", "commit": "abc"}
@@ -375,16 +376,21 @@ def test_growth_is_shown(tmp_path: Path) -> None:
             row = {"operator": operator, "against": against, "size": size, "variant": "y"}
             rows.append(row | {"p50_ms": 7.0 * size**3, "peak_mb": 5.0 / size, "machine": MACHINE | {"cores": "96"}})
     write(tmp_path / "growth_cpu.json", "growth", MACHINE, rows)
+    steps = json.loads((RESULTS / "step_cpu.json").read_text())
+    steps["rollouts"] = [{"rollouts": n, "fast, recomputing": 50.0, PUBLISHED: 40.0 * n**2} for n in (4, 8, 16)]
+    (tmp_path / "step_cpu.json").write_text(json.dumps(steps))
     page = build(tmp_path)
     tables = dict(Tables(page).found)
     growths = ["|".join(tables["growth"][i : i + 8]) for i in range(0, len(tables["growth"]), 8)]
     for line in (
         "Dr.GRPO step|group size|2 to 4|time|y|56 to 448 ms|3|not measured",
         "CARFT step|ranks|2 to 4|memory|y|2.5 to 1.25 MiB|-1|not measured",
+        "training step|rollouts|4 to 16|memory|fast, recomputing|50 to 50 MiB|0|not measured",
+        f"training step|rollouts|4 to 16|memory|{PUBLISHED}|640 to 10,240 MiB|2|not measured",
     ):
         assert line in growths
     assert "it has 96 cores" in page
-    for title in ("Dr.GRPO step: memory against group size", "CARFT step: time against ranks"):
+    for title in ("training step: memory against rollouts", "CARFT step: time against ranks"):
         assert f"<figcaption>{title}</figcaption><svg" in page
 
 
