@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.long_run import ENGINES, FIGURES, trend
 from benchmarks.op_cases import CASES, PLAIN
 from benchmarks.predict import assumptions, predictions
 from benchmarks.rows import COLUMNS, RESULTS, SCHEMAS, Results, Row, read
@@ -340,6 +341,45 @@ AGAINST = ("group size", "ranks", "rollouts")
 """What a step's cost may grow with: named in the table even without rows."""
 
 
+def long_run(found: Measured) -> list[str]:
+    """Memory and time against steps, a line an engine."""
+    of_engine: dict[str, list[Row]] = {}
+    for row in found.rows():
+        of_engine.setdefault(row["engine"], []).append(row)
+
+    def against_steps(figure: str) -> Draw:
+        def draw(axes: Any) -> None:
+            for engine, rows in of_engine.items():
+                axes.plot([row["step"] for row in rows], [row[figure] for row in rows], label=engine)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("steps")
+            axes.set_ylabel(COLUMNS[figure].unit)
+            axes.legend()
+
+        return draw
+
+    table: list[Sequence[Cell]] = []
+    for engine, rows in of_engine.items():
+        for figure in FIGURES:
+            t = trend([row[figure] for row in rows], rows[0]["step"])
+            table.append((engine, rows[-1]["step"], COLUMNS[figure].what, COLUMNS[figure].unit, *t, None))
+    table += [(engine, *[None] * 8) for engine in ENGINES if engine not in of_engine]
+    heads = ("engine", "steps", "of the trainer's process", "unit", "first tenth", "last tenth", "highest")
+    drawn = [
+        page.chart(f"{COLUMNS[figure].what}, against steps", against_steps(figure))
+        for figure in ("resident_mb", "cpu_ms_per_token")
+        if of_engine
+    ]
+    return [
+        page.paragraph(
+            "RL steps of the quickstart's model in one run. Every point is a mean over a hundredth of the steps; the "
+            "table is about the points after a warm-up of a tenth, its slope that of their least-squares line."
+        ),
+        page.charts(*drawn),
+        page.table((*heads, "slope in 1,000 steps", ON_GPU), table),
+    ]
+
+
 def gpu(found: Measured) -> list[str]:
     """What `make bench-gpu` leaves beside the tables above."""
     rows = [row for results in found.gpu for row in results.rows]
@@ -455,6 +495,7 @@ def build(folder: Path = RESULTS) -> str:
         "Sandbox": sandbox(found["sandbox"]),
         "Peers": peers(folder),
         "Growth": growth(found["growth"], found["step"]),
+        "Long runs": long_run(found["long_run"]),
         "On a GPU": gpu(found["gpu"]),
         "Static evidence": static_evidence(found["kernels_aot"]),
         "Counts": counted(found["counts"]),

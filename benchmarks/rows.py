@@ -73,6 +73,12 @@ COLUMNS: dict[str, Column] = {
     "stored_bytes": Column("B", "global memory that kernels write", "lower", True),
     "flops": Column("FLOP", "of matrix products; a multiply-add is two", "lower", True),
     "traffic_bytes": Column("B", "bytes that have to move through device memory", "lower", True),
+    "resident_mb": Column("MiB", "resident memory of the trainer's process", "lower"),
+    "open_files": Column("1", "its open files, mean over the steps of a row", "lower"),
+    "threads": Column("1", "its threads, the same", "lower"),
+    "children": Column("1", "its child processes, the same", "lower"),
+    "ms_per_token": Column("ms", "wall clock of a step's phases, a completion token", "lower"),
+    "cpu_ms_per_token": Column("ms", "processor time since the record before, a completion token", "lower"),
     "agreement": Column("nats", "largest difference of a token's log-prob, trainer against vLLM", "lower"),
 }
 
@@ -223,5 +229,6 @@ SCHEMAS = {
     "sandbox": Schema(1, ("way",), _sandbox),
     "kernels_aot": Schema(1, ("kernel", "configuration", "chip"), _flat),
     "counts": Schema(1, ("what", "case"), _flat),
+    "long_run": Schema(1, ("engine", "step"), _flat),
     "gpu": Schema(1, ("part", "what"), _flat),
 }

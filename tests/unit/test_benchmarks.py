@@ -1,11 +1,14 @@
 """Benchmark rows, their comparison, the page and README's table built from them; no clock is asked."""
 
+import html
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, gpu, growth, op_cases, ops
+from benchmarks import compare, gpu, growth, long_run, op_cases, ops
 from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, read, write
@@ -249,8 +252,8 @@ def test_variants_of_a_group_do_the_same() -> None:
 @pytest.mark.slow
 def test_processes_take_the_same_step() -> None:
     """`ranks` fails where their losses differ."""
-    rows = growth.ranks(sizes=(1, 2), sequences=4, rounds=1)
-    assert [(row["size"], row["variant"]) for row in rows] == [(n, name) for n in (1, 2) for name in ("DDP", "FSDP2")]
+    rows = growth.ranks(sizes=(2,), sequences=4, rounds=1)
+    assert [row["variant"] for row in rows] == ["DDP", "FSDP2"]
     assert all(row["p50_ms"] > 0 and row["machine"]["cores"] for row in rows)
 
 
@@ -284,6 +287,30 @@ def test_only_a_part_is_measured_again(tmp_path: Path, monkeypatch: pytest.Monke
         growth.main()
     found = read(tmp_path / "growth_cpu.json").rows
     assert {row["against"]: row["p50_ms"] for row in found} == {"operators": 1.0, "ranks": 2.0}
+
+
+# --- long runs --------------------------------------------------------------------------------------------------------
+
+
+def test_trend_is_that_after_the_warm_up() -> None:
+    # 0 to 99 in the warm-up, then a line that rises by 0.5 every step
+    values = [1e6] * 100 + [10 + 0.5 * i for i in range(900)]
+    found = long_run.trend(values)
+    assert found == pytest.approx((10 + 0.5 * 44.5, 10 + 0.5 * 854.5, 10 + 0.5 * 899, 500))
+    seen = [dict.fromkeys(long_run.FIGURES, value) for value in values]
+    rows = long_run.rows_of("hf", seen)
+    assert [row["step"] for row in rows] == list(range(10, 1001, 10))
+    of_rows = long_run.trend([row["resident_mb"] for row in rows], 10)
+    assert (of_rows.first, of_rows.last, of_rows.slope) == pytest.approx((found.first, found.last, 500))
+
+
+def test_processor_time_is_that_of_the_process() -> None:
+    time.sleep(0.2)  # which counts for nothing
+    before, own = long_run.cpu_seconds(os.getpid()), time.process_time()
+    while time.process_time() - own < 0.3:
+        pass
+    # a tick of the kernel is 10 ms
+    assert long_run.cpu_seconds(os.getpid()) - before == pytest.approx(time.process_time() - own, abs=0.05)
 
 
 # --- page -------------------------------------------------------------------------------------------------------------
@@ -366,7 +393,7 @@ def test_rows_of_a_gpu_fill_the_columns(tmp_path: Path) -> None:
     assert "Nothing here ran on a GPU" not in page
 
 
-def test_growth_is_shown(tmp_path: Path) -> None:
+def test_growth_and_long_runs_are_shown(tmp_path: Path) -> None:
     for file in committed():
         shutil.copy(file, tmp_path)
     old = read(RESULTS / "growth_cpu.json").rows
@@ -379,6 +406,8 @@ def test_growth_is_shown(tmp_path: Path) -> None:
     steps = json.loads((RESULTS / "step_cpu.json").read_text())
     steps["rollouts"] = [{"rollouts": n, "fast, recomputing": 50.0, PUBLISHED: 40.0 * n**2} for n in (4, 8, 16)]
     (tmp_path / "step_cpu.json").write_text(json.dumps(steps))
+    seen = [dict.fromkeys(long_run.FIGURES, 3.0) | {"resident_mb": 500.0 + 0.25 * i} for i in range(1000)]
+    write(tmp_path / "long_run_vllm_cpu.json", "long_run", MACHINE, long_run.rows_of("vllm", seen))
     page = build(tmp_path)
     tables = dict(Tables(page).found)
     growths = ["|".join(tables["growth"][i : i + 8]) for i in range(0, len(tables["growth"]), 8)]
@@ -392,6 +421,10 @@ def test_growth_is_shown(tmp_path: Path) -> None:
     assert "it has 96 cores" in page
     for title in ("training step: memory against rollouts", "CARFT step: time against ranks"):
         assert f"<figcaption>{title}</figcaption><svg" in page
+    runs = ["|".join(tables["long-runs"][i : i + 9]) for i in range(0, len(tables["long-runs"]), 9)]
+    what = COLUMNS["resident_mb"].what
+    assert f"vllm|1,000|{what}|MiB|536.1|738.6|748.6|250|not measured" in runs
+    assert f"<figcaption>{html.escape(what)}, against steps</figcaption><svg" in page
 
 
 def test_fit() -> None:
