@@ -108,10 +108,6 @@ bench-peers: sampler build/peers
 test-peers: sampler build/peers
 	$(TEST_ENV) PYTHONPATH=build/peers $(BIN)/python -m pytest benchmarks/peers $(ARGS)
 
-# It asks for no version that .venv does not have, and is kept beside it: nothing else needs it.
-build/peers: | setup
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps trl==1.16.0
-
 # On ReFT's programs for SVAMP: make bench-sandbox SVAMP=path/to/svamp_python_sdp.json
 bench-sandbox: setup
 	$(BIN)/python -m benchmarks.sandbox --data $(SVAMP)

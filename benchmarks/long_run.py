@@ -1,23 +1,30 @@
-"""Does a long run leak? RL steps of the quickstart's model with memory, open files, processes and seconds of each step.
+"""Does a long run leak? RL steps of the quickstart's model with memory, open files, processes and time of each step.
 
     python -m benchmarks.long_run --steps 1000 [--engine vllm]
 
-The run is the command line's own, in a process of its own, which is looked at from outside after every step. Slopes are
-least squares over the steps after a warm-up of a tenth; engine "hf" and "vllm" live in the trainer's process.
+The run is the command line's own, in a process of its own, which is looked at from outside after every step. Of a
+step's time, ms_per_token is the wall clock's for its phases, and cpu_ms_per_token the processor's since the record
+before (after an evaluation another one begins), which other work on the machine hardly changes. Slopes are least
+squares over the steps after a warm-up of a tenth; engine "hf" and "vllm" live in the trainer's process. Writes
+benchmarks/results/long_run_<engine>_cpu.json, whose rows are means over a hundredth of the steps, and .md.
 """
 
 import argparse
 import json
 import os
-import platform
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from benchmarks.rows import RESULTS, commit
-from carft_fast.run import versions
+from benchmarks.rows import COLUMNS, RESULTS, Row, this_machine, write
+
+ENGINES, ROWS = ("hf", "vllm"), 100
+FIGURES = ("resident_mb", "open_files", "threads", "children", "ms_per_token", "cpu_ms_per_token")
 
 
 def look(pid: int) -> dict[str, float]:
@@ -29,16 +36,15 @@ def look(pid: int) -> dict[str, float]:
         "open_files": len(os.listdir(proc / "fd")),
         "threads": int(status["Threads"]),
         "children": len(children),
+        "cpu_s": cpu_seconds(pid),
     }
 
 
-def slope(values: list[float]) -> float:
-    """Of the least-squares line, per 1,000 steps."""
-    n = len(values)
-    mean_x, mean_y = (n - 1) / 2, sum(values) / n
-    return (
-        1000 * sum((x - mean_x) * (y - mean_y) for x, y in enumerate(values)) / sum((x - mean_x) ** 2 for x in range(n))
-    )
+def cpu_seconds(pid: int) -> float:
+    """In user and kernel mode, of all threads of the process."""
+    # fields 14 and 15, counted behind the name, which may hold spaces
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(steps: int, engine: str) -> list[dict[str, float]]:
@@ -61,7 +67,7 @@ def measure(steps: int, engine: str) -> list[dict[str, float]]:
         command = [sys.executable, "-m", "carft_fast", "quickstart", "--output-dir", str(run), *options]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         seen: list[dict[str, float]] = []
-        position = 0
+        position, cpu_s = 0, 0.0
         while process.poll() is None:
             time.sleep(0.02)
             metrics = run / "metrics.jsonl"
@@ -74,43 +80,82 @@ def measure(steps: int, engine: str) -> list[dict[str, float]]:
                         break
                     position += len(line.encode())
                     record = json.loads(line)
+                    now = look(process.pid)
+                    spent, cpu_s = now["cpu_s"] - cpu_s, now["cpu_s"]
                     if (record["stage"], record["kind"]) == ("rl", "train"):
                         phases = ("rollout", "reward", "forward", "update", "sync")
                         seconds = sum(record["seconds"].get(phase, 0.0) for phase in phases)
                         tokens = record["completion_tokens"]
-                        seen.append(look(process.pid) | {"ms_per_token": 1000 * seconds / tokens})
+                        times = {"ms_per_token": 1e3 * seconds / tokens, "cpu_ms_per_token": 1e3 * spent / tokens}
+                        seen.append(now | times)
         assert process.returncode == 0, f"the run ended with {process.returncode}"
     return seen
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--engine", choices=["hf", "vllm"], default="hf")
-    parser.add_argument("--note", default="")
-    options = parser.parse_args()
-    seen = measure(options.steps, options.engine)
-    warm = seen[len(seen) // 10 :]
+def rows_of(engine: str, seen: Sequence[dict[str, float]]) -> list[Row]:
+    """Means over a hundredth of the steps, all of as many but the last; "step" is the last one's number."""
+    size = -(-len(seen) // ROWS)
+    rows: list[Row] = []
+    for start in range(0, len(seen), size):
+        block = seen[start : start + size]
+        means = {name: round(statistics.fmean(entry[name] for entry in block), 4) for name in FIGURES}
+        rows.append({"engine": engine, "step": start + len(block)} | means)
+    return rows
+
+
+class Trend(NamedTuple):
+    """Of one figure after the warm-up."""
+
+    first: float
+    """Mean of the first tenth."""
+    last: float
+    highest: float
+    slope: float
+    """In 1,000 steps."""
+
+
+def trend(values: Sequence[float], steps_each: float = 1.0) -> Trend:
+    """`values` in the order of the run, `steps_each` steps apart."""
+    warm = values[len(values) // 10 :]
+    tenth = max(1, len(warm) // 10)
+    first, last = statistics.fmean(warm[:tenth]), statistics.fmean(warm[-tenth:])
+    return Trend(first, last, max(warm), 1000 * statistics.linear_regression(range(len(warm)), warm).slope / steps_each)
+
+
+def report(engine: str, seen: Sequence[dict[str, float]], machine: dict[str, str]) -> str:
     rows = []
-    for name in warm[0]:
-        values = [entry[name] for entry in warm]
-        tenth = max(1, len(values) // 10)
-        first, last = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-        rows.append(f"| {name} | {first:.3f} | {last:.3f} | {max(values):.3f} | {slope(values):.4f} |")
-    machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, torch {versions()['torch']}"
+    for name in FIGURES:
+        found = trend([entry[name] for entry in seen])
+        rows.append(f"| {name} | {found.first:.3f} | {found.last:.3f} | {found.highest:.3f} | {found.slope:.4f} |")
     lines = [
-        f"# {len(seen)} RL steps of the quickstart's model, engine {options.engine!r}",
+        f"# {len(seen)} RL steps of the quickstart's model, engine {engine!r}",
         "",
-        f"`python -m benchmarks.long_run --steps {options.steps} --engine {options.engine}`",
-        f"Commit {commit()}, {machine}.",
-        f"After a warm-up of a tenth of the steps. {options.note}".strip(),
+        *(f"- {name} ({COLUMNS[name].unit}): {COLUMNS[name].what}" for name in FIGURES),
+        "",
+        "After a warm-up of a tenth of the steps.",
         "",
         "| of the trainer's process | first tenth | last tenth | highest | slope in 1,000 steps |",
         "| --- | --- | --- | --- | --- |",
         *rows,
     ]
-    (RESULTS / f"long_run_{options.engine}_cpu.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    return "\n".join([*lines, "", ", ".join(f"{name} {value}" for name, value in machine.items()), ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--engine", choices=ENGINES, default="hf")
+    parser.add_argument("--note", default="", help="goes into the machine's line: what else ran, say")
+    arguments = parser.parse_args()
+    if arguments.steps < 4:
+        parser.error(f"--steps {arguments.steps}: has to be at least 4, for a slope")
+    machine = this_machine() | ({"note": arguments.note} if arguments.note else {})
+    seen = measure(arguments.steps, arguments.engine)
+    file = RESULTS / f"long_run_{arguments.engine}_cpu.json"
+    write(file, "long_run", machine, rows_of(arguments.engine, seen))
+    text = report(arguments.engine, seen, machine)
+    file.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.long_run import ENGINES, FIGURES, trend
 from benchmarks.op_cases import CASES, PLAIN
 from benchmarks.predict import assumptions, predictions
 from benchmarks.rows import COLUMNS, RESULTS, SCHEMAS, Results, Row, read
@@ -208,7 +209,7 @@ def step(found: Measured) -> list[str]:
         of_case = [row for row in rows if row["case"] == case]
         groups = {row["path"]: {"log-probs": row["logprobs_s"], "update": row["update_s"]} for row in of_case}
         drawn.append(bar_chart(f"{case}: seconds of the two phases", groups, "seconds"))
-        memory = {row["path"]: {"update peak": row["update_peak_mb"]} for row in of_case}
+        memory = {row["path"]: {"peak": row["update_peak_mb"]} for row in of_case}
         drawn.append(bar_chart(f"{case}: memory of the update", memory, "MiB beyond model and optimizer state"))
     return [
         page.paragraph(
@@ -306,7 +307,7 @@ def growth(found: Measured, steps: Measured) -> list[str]:
     for row in steps.rows():
         if "size" in row:
             figure = "seconds" if "seconds" in row else "memory_mb"
-            against = "tokens" if figure == "seconds" else "vocabulary"
+            against = row["case"].split()[-1]
             line = lines.setdefault(("training step", against, figure), {})
             line.setdefault(row["path"], []).append((row["size"], row[figure]))
     units = {"p50_ms": "ms", "peak_mb": "MiB", "seconds": "s", "memory_mb": "MiB"}
@@ -320,19 +321,63 @@ def growth(found: Measured, steps: Measured) -> list[str]:
             table.append(
                 (operator, against, f"{low[0]:,} to {high[0]:,}", what[figure], name, span, exponent(points), None)
             )
-    table += [("training step", against, "", name, "", None, None, None) for against in UNMEASURED for name in TWO]
+    known = {against for _, against, _ in lines}
+    table += [("training step", against, "", "", "", None, None, None) for against in AGAINST if against not in known]
     heads = ("what", "against", "from, to", "figure", "path", "measured", "exponent of the fit", ON_GPU)
+    words = "Both axes logarithmic. The exponent p is that of the least-squares fit y = c x^p: 1 is linear."
+    if cores := sorted({row["machine"]["cores"] for row in found.rows() if row["against"] == "ranks"}):
+        words += (
+            f" Ranks are processes of one thread on one machine, gloo between them; it has {' or '.join(cores)} cores, "
+            "and more ranks than that share them."
+        )
     return [
-        page.paragraph(
-            "Both axes logarithmic. The exponent p is that of the least-squares fit y = c x^p: 1 is linear."
-        ),
+        page.paragraph(words),
         page.charts(*drawn),
         page.table(heads, table),
     ]
 
 
-UNMEASURED = ("group size", "ranks")
-TWO = ("time", "memory")
+AGAINST = ("group size", "ranks", "rollouts")
+"""What a step's cost may grow with: named in the table even without rows."""
+
+
+def long_run(found: Measured) -> list[str]:
+    """Memory and time against steps, a line an engine."""
+    of_engine: dict[str, list[Row]] = {}
+    for row in found.rows():
+        of_engine.setdefault(row["engine"], []).append(row)
+
+    def against_steps(figure: str) -> Draw:
+        def draw(axes: Any) -> None:
+            for engine, rows in of_engine.items():
+                axes.plot([row["step"] for row in rows], [row[figure] for row in rows], label=engine)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("steps")
+            axes.set_ylabel(COLUMNS[figure].unit)
+            axes.legend()
+
+        return draw
+
+    table: list[Sequence[Cell]] = []
+    for engine, rows in of_engine.items():
+        for figure in FIGURES:
+            t = trend([row[figure] for row in rows], rows[0]["step"])
+            table.append((engine, rows[-1]["step"], COLUMNS[figure].what, COLUMNS[figure].unit, *t, None))
+    table += [(engine, *[None] * 8) for engine in ENGINES if engine not in of_engine]
+    heads = ("engine", "steps", "of the trainer's process", "unit", "first tenth", "last tenth", "highest")
+    drawn = [
+        page.chart(f"{COLUMNS[figure].what}, against steps", against_steps(figure))
+        for figure in ("resident_mb", "cpu_ms_per_token")
+        if of_engine
+    ]
+    return [
+        page.paragraph(
+            "RL steps of the quickstart's model in one run. Every point is a mean over a hundredth of the steps; the "
+            "table is about the points after a warm-up of a tenth, its slope that of their least-squares line."
+        ),
+        page.charts(*drawn),
+        page.table((*heads, "slope in 1,000 steps", ON_GPU), table),
+    ]
 
 
 def gpu(found: Measured) -> list[str]:
@@ -450,6 +495,7 @@ def build(folder: Path = RESULTS) -> str:
         "Sandbox": sandbox(found["sandbox"]),
         "Peers": peers(folder),
         "Growth": growth(found["growth"], found["step"]),
+        "Long runs": long_run(found["long_run"]),
         "On a GPU": gpu(found["gpu"]),
         "Static evidence": static_evidence(found["kernels_aot"]),
         "Counts": counted(found["counts"]),

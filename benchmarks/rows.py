@@ -35,7 +35,7 @@ class Column(NamedTuple):
 
 
 COLUMNS: dict[str, Column] = {
-    "p50_ms": Column("ms", "median time of one call, forward and backward", "lower"),
+    "p50_ms": Column("ms", "median time of one call, forward and backward; of a step, look and update", "lower"),
     "p20_ms": Column("ms", "20th percentile of the same", "lower"),
     "p80_ms": Column("ms", "80th percentile of the same", "lower"),
     "plain_over_this": Column("ratio", "median time of plain torch over this one's, in the same run", "higher"),
@@ -46,18 +46,20 @@ COLUMNS: dict[str, Column] = {
     "ceiling_share": Column(
         "share", "of what this machine did for a copy (bytes) or a square matmul (FLOPs) in the same run", "higher"
     ),
-    "peak_mb": Column("MiB", "most memory of one call beyond its inputs, results included", "lower"),
+    "peak_mb": Column(
+        "MiB", "most memory of one call beyond its inputs, results included; of a step, beyond model and optimizer", "lower"
+    ),
     "logprobs_s": Column("s", "the no-gradient pass: old log-probs, values, z_1, z_2, reference", "lower"),
     "update_s": Column("s", "PPO epochs: forward, backward, optimizer", "lower"),
     "step_s": Column("s", "log-probs and update, and sampling and weight sync where a sampler is named", "lower"),
     "samples_per_s": Column("1/s", "rollouts trained on a second", "higher"),
     "utilisation": Column("share", "FLOPs the fast path needs, over time, over the matmul ceiling", "higher"),
-    "update_peak_mb": Column("MiB", "most memory of the update beyond model and optimizer state", "lower"),
+    "update_peak_mb": Column("MiB", "most memory of look and first epoch beyond model and optimizer state", "lower"),
     "tokens_per_s": Column("1/s", "completion tokens sampled a second, padding not counted", "higher"),
     "sync_ms": Column("ms", "weights from trainer to sampler, median", "lower"),
     "programs_per_s": Column("1/s", "programs run a second", "higher"),
     "seconds": Column("s", "best of the repeats", "lower"),
-    "memory_mb": Column("MiB", "most memory of the update beyond model and optimizer state", "lower"),
+    "memory_mb": Column("MiB", "most memory of look and first epoch beyond model and optimizer state", "lower"),
     "registers": Column("1", "registers a thread", "lower", True),
     "stack_bytes": Column("B", "stack a thread: where spills go", "lower", True),
     "shared_bytes": Column("B", "shared memory a program", "lower", True),
@@ -71,6 +73,12 @@ COLUMNS: dict[str, Column] = {
     "stored_bytes": Column("B", "global memory that kernels write", "lower", True),
     "flops": Column("FLOP", "of matrix products; a multiply-add is two", "lower", True),
     "traffic_bytes": Column("B", "bytes that have to move through device memory", "lower", True),
+    "resident_mb": Column("MiB", "resident memory of the trainer's process", "lower"),
+    "open_files": Column("1", "its open files, mean over the steps of a row", "lower"),
+    "threads": Column("1", "its threads, the same", "lower"),
+    "children": Column("1", "its child processes, the same", "lower"),
+    "ms_per_token": Column("ms", "wall clock of a step's phases, a completion token", "lower"),
+    "cpu_ms_per_token": Column("ms", "processor time since the record before, a completion token", "lower"),
     "agreement": Column("nats", "largest difference of a token's log-prob, trainer against vLLM", "lower"),
 }
 
@@ -190,6 +198,10 @@ def _step(data: Any) -> Iterator[Row]:
         for path in ("fast", "reference"):
             case = {"case": "growth with the vocabulary", "path": path, "size": row["vocabulary"]}
             yield case | {"machine": data["growth_machine"], "memory_mb": row[path]}
+    for row in data.get("rollouts", ()):
+        for path in (name for name in row if name != "rollouts"):
+            case = {"case": "growth with rollouts", "path": path, "size": row["rollouts"]}
+            yield case | {"machine": data["growth_machine"], "memory_mb": row[path]}
 
 
 def _rollout(data: Any) -> Iterator[Row]:
@@ -217,5 +229,6 @@ SCHEMAS = {
     "sandbox": Schema(1, ("way",), _sandbox),
     "kernels_aot": Schema(1, ("kernel", "configuration", "chip"), _flat),
     "counts": Schema(1, ("what", "case"), _flat),
+    "long_run": Schema(1, ("engine", "step"), _flat),
     "gpu": Schema(1, ("part", "what"), _flat),
 }

@@ -5,8 +5,8 @@ Paths: "fast" is the default, with all rows in one micro-batch; "fast, recomputi
 of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
 "reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved. Before anything is
 timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in look and first
-epoch, above what was there when they began (model and optimizer state are), in a process of its own. Writes
-benchmarks/results/step_cpu.{json,md}.
+epoch, above what was there when they began (model and optimizer state are), in a process of its own whose allocator
+gives back what is freed. Writes benchmarks/results/step_cpu.{json,md}.
 """
 
 import argparse
@@ -35,8 +35,7 @@ from carft_fast.console import Console
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.grading import Grader
 from carft_fast.model import CarftModel, load_model
-from carft_fast.optim import build_optimizer
-from carft_fast.parallel import Learner
+from carft_fast.parallel import build_learner
 from carft_fast.pipeline import prepare
 from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
@@ -66,6 +65,10 @@ CASES: dict[str, list[str]] = {
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
+ROLLOUTS, ROLLOUT_VOCABULARY = (4, 8, 16, 32, 64), 49_152
+ROLLOUT_PATHS = ("fast, recomputing", PUBLISHED)
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h, for mallopt: the size of a block from which on it is the system's and not of the heap."""
 
 
 class Inputs(NamedTuple):
@@ -89,7 +92,7 @@ class Prepared:
     ) -> None:
         self.config = config
         self.policy: CarftModel = load_model(config, model_path, torch.device(device), heads=True)
-        learner = Learner(self.policy, build_optimizer(self.policy, config.rl))
+        learner = build_learner(config, self.policy, config.rl, self.policy.device)
         self.step = Step(config, learner, Reference(config, model_path, self.policy))
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
         self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
@@ -130,19 +133,29 @@ def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> f
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
-    prepared = make()
-    prepared.update(epochs=1)  # gradients are freed by the step, moments stay, imports are done
+def step_peak_mb(prepared: Prepared) -> float:
+    """Of look and first epoch, above what this process held when it began.
+
+    The C library gives freed blocks back to the system from here on, which costs time: its heap falls to pieces as
+    micro-batches come and go, and then holds up to three times what the step needs.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    prepared.both()  # gradients are freed by the step, moments stay, imports are done
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before counts as there already
+    libc.malloc_trim(0)  # else what was freed before counts as there already
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kb("VmRSS")
     prepared.both()
-    pipe.send((resident_kb("VmHWM") - before) / 1024)
+    return (resident_kb("VmHWM") - before) / 1024
+
+
+def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
+    pipe.send(step_peak_mb(make()))
 
 
 def peaks_mb(makers: dict[str, Callable[[], Prepared]]) -> dict[str, float]:
-    """Of one update each, in processes side by side."""
+    """Of look and first epoch of each, in processes side by side."""
     context = multiprocessing.get_context("fork")
     children = {}
     for name, make in makers.items():
@@ -249,12 +262,16 @@ def slope(repeats: int) -> list[dict[str, float]]:
             str(QUICKSTART_CONFIG),
             [f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=2"],
         )
-        prepared = Prepared(config, "synthetic", random_inputs(n, 64, 97, generator), ["answer is: 1"] * n)
+        prepared = Prepared(config, "synthetic", random_inputs(n, 64, 97, generator), [RIGHT] * n)
         prepared.update()
         times = [seconds(lambda p=prepared: (p.look(), p.update())) for _ in range(repeats)]
         result.append({"tokens": tokens, "seconds": round(min(times), 4)})
         print(result[-1], flush=True)
     return result
+
+
+RIGHT = "Therefore, the answer is: 1"
+"""What a rollout of `random_inputs` is graded as, so that the contrastive term is there."""
 
 
 def random_inputs(n: int, length: int, vocabulary: int, generator: torch.Generator) -> Inputs:
@@ -268,29 +285,50 @@ def random_inputs(n: int, length: int, vocabulary: int, generator: torch.Generat
     return Inputs(rows, [Rollout(ids(), [-4.0] * length, "stop", 0) for _ in range(n)])
 
 
-def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
-    """Peak of the update with growing vocabularies: a 2-layer model of width 64, 2,048 tokens in one micro-batch."""
+def model_with_vocabulary(folder: Path, vocabulary: int) -> str:
+    """The quickstart's model, 2 layers of width 64, untrained, with another number of tokens."""
     import transformers
 
     from carft_fast.synthetic import build_model_config, build_tokenizer
 
+    path = folder / str(vocabulary)
+    lm_config = build_model_config(len(build_tokenizer()))
+    lm_config.vocab_size = vocabulary
+    transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
+    """Peak of a step with growing vocabularies: 2,048 tokens in one micro-batch."""
     result = []
     for vocabulary in VOCABULARIES:
-        path = folder / str(vocabulary)
-        lm_config = build_model_config(len(build_tokenizer()))
-        lm_config.vocab_size = vocabulary
-        transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(path)
-        build_tokenizer().save_pretrained(path)
+        path = model_with_vocabulary(folder, vocabulary)
         row: dict[str, float] = {"vocabulary": vocabulary, "head_mb": round(vocabulary * 64 * 4 / 2**20, 1)}
         makers: dict[str, Callable[[], Prepared]] = {}
         for impl in ("fast", "reference"):
             options = ["rl.batch_size=32", "rl.mini_batch_size=32", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=1"]
             config = load_config(str(QUICKSTART_CONFIG), [f"model.path={path}", f"model.impl={impl}", *options])
             inputs = random_inputs(32, 32, vocabulary, torch.Generator().manual_seed(0))
-            makers[impl] = partial(Prepared, config, str(path), inputs, ["answer is: 1"] * 32)
+            makers[impl] = partial(Prepared, config, path, inputs, [RIGHT] * 32)
         row |= peaks_mb(makers)
         result.append(row)
         print(row, flush=True)
+    return result
+
+
+def rollout_memory(folder: Path) -> list[dict[str, float]]:
+    """Peak of a step with growing numbers of rollouts on a device, of 128 tokens each; a vocabulary of 49,152."""
+    path, result = model_with_vocabulary(folder, ROLLOUT_VOCABULARY), []
+    for n in ROLLOUTS:
+        options = [f"model.path={path}", f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.ppo_epochs=1"]
+        inputs = random_inputs(n, 64, ROLLOUT_VOCABULARY, torch.Generator().manual_seed(0))
+        makers: dict[str, Callable[[], Prepared]] = {}
+        for name in ROLLOUT_PATHS:
+            config = load_config(str(QUICKSTART_CONFIG), [*options, "rl.micro_batch_tokens=1024", *PATHS[name]])
+            makers[name] = partial(Prepared, config, path, inputs, [RIGHT] * n)
+        result.append({"rollouts": n, **peaks_mb(makers)})
+        print(result[-1], flush=True)
     return result
 
 
@@ -352,12 +390,26 @@ def report(results: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "Peak of the update (MB) with the vocabulary; 2 layers of width 64, 2,048 tokens in one micro-batch. What is",
+        "Peak of a step (MB) with the vocabulary; 2 layers of width 64, 2,048 tokens in one micro-batch. What is",
         "left of growth on the fast path is the gradient of the LM head, as large as the head:",
         "",
         "| vocabulary | LM head | fast | reference |",
         "| --- | --- | --- | --- |",
         *(f"| {r['vocabulary']} | {r['head_mb']} | {r['fast']} | {r['reference']} |" for r in results["vocabulary"]),
+    ]
+    if "rollouts" in results:
+        lines += [
+            "",
+            "Peak of a step (MB) with the rollouts of a device, 64 tokens of prompt and 64 of completion each; the",
+            f"same model with a vocabulary of {ROLLOUT_VOCABULARY:,}; micro-batches of 1,024 tokens on the fast path:",
+            "",
+            f"| rollouts | {' | '.join(ROLLOUT_PATHS)} | x |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in results["rollouts"]:
+            fast, published = (row[path] for path in ROLLOUT_PATHS)
+            lines.append(f"| {row['rollouts']} | {fast} | {published} | {published / fast:.1f} |")
+    lines += [
         "",
         f"Growth: {results['growth_machine']}",
     ]
@@ -394,6 +446,7 @@ def main() -> None:
 
         with tempfile.TemporaryDirectory() as folder:
             results["vocabulary"] = vocabulary_memory(Path(folder))
+            results["rollouts"] = rollout_memory(Path(folder))
         results["slope"] = slope(arguments.repeats)
         results["growth_machine"] = machine()
     RESULTS.mkdir(exist_ok=True)

@@ -1,11 +1,14 @@
 """Benchmark rows, their comparison, the page and README's table built from them; no clock is asked."""
 
+import html
 import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,10 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, gpu, op_cases, ops
+from benchmarks import compare, gpu, growth, long_run, op_cases, ops
 from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, read, write
+from benchmarks.step import PUBLISHED
 from carft_fast.errors import InputError
 
 MACHINE = {"device": "cpu", "processor": "x86_64", "model": "Some CPU", "cores": "2", "threads": "1", "commit": "abc"}
@@ -220,6 +224,95 @@ def test_rates_and_shares() -> None:
     assert op_cases.floats_a_token(size=2, T=10, count=5) == 200
 
 
+# --- make -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_target_has_one_recipe() -> None:
+    """make warns, and takes the last: a folder of libraries then lacks those of the first."""
+    found = subprocess.run(["make", "--dry-run", "help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "overriding recipe" not in found.stderr
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_variants_of_a_group_do_the_same() -> None:
+    prepared = {name: make() for name, make in growth.group_makers(2).items()}
+    steps, wrong = ops.checked(growth.group_steps(prepared))
+    assert not wrong
+    assert float(steps[PLAIN]()[0]) > 0.01  # else there is nothing to agree on
+    tokens = {
+        name: len(p.samples.rollouts.pack(torch.device("cpu"), share_prompts=p.config.rl.share_prompts).ids_T)
+        for name, p in prepared.items()
+    }
+    assert tokens["carft_fast"] == 8 * (128 + 32)
+    assert tokens["carft_fast, shared prompts"] == 4 * 128 + 8 * 32
+
+
+@pytest.mark.slow
+def test_processes_take_the_same_step() -> None:
+    """`ranks` fails where their losses differ."""
+    rows = growth.ranks(sizes=(2,), sequences=4, rounds=1)
+    assert [row["variant"] for row in rows] == ["DDP", "FSDP2"]
+    assert all(row["p50_ms"] > 0 and row["machine"]["cores"] for row in rows)
+
+
+def test_the_slowest_process_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[dict[str, Any]] = [
+        {"seconds": [1.0, 5.0, 2.0], "peak_mb": 7.0, "loss": 0.5},
+        {"seconds": [3.0, 4.0, 1.0], "peak_mb": 9.0, "loss": 0.5},
+    ]
+
+    def spawn(work: Any, arguments: tuple[Any, ...], nprocs: int) -> None:
+        for rank in range(nprocs):
+            Path(arguments[-1], f"{rank}.json").write_text(json.dumps(dict.fromkeys(growth.STRATEGIES, found[rank])))
+
+    monkeypatch.setattr(growth.mp, "spawn", spawn)
+    (ddp, _) = growth.ranks(sizes=(2,))
+    assert (ddp["p50_ms"], ddp["peak_mb"]) == (3000, 9)
+    found[1]["loss"] = 0.51
+    with pytest.raises(RuntimeError, match=r"2 processes: losses from 0\.5 to 0\.51"):
+        growth.ranks(sizes=(2,))
+
+
+def test_only_a_part_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(against: str, value: float) -> Callable[[str], list[dict[str, Any]]]:
+        row = {"operator": "x", "against": against, "size": 1, "variant": "y", "p50_ms": value, "peak_mb": value}
+        return lambda clock: [row]
+
+    monkeypatch.setattr(growth, "RESULTS", tmp_path)
+    for value, words in ((1.0, []), (2.0, ["--only", "ranks"])):
+        monkeypatch.setattr(growth, "PARTS", {name: rows(name, value) for name in ("operators", "ranks")})
+        monkeypatch.setattr(sys, "argv", ["growth", *words])
+        growth.main()
+    found = read(tmp_path / "growth_cpu.json").rows
+    assert {row["against"]: row["p50_ms"] for row in found} == {"operators": 1.0, "ranks": 2.0}
+
+
+# --- long runs --------------------------------------------------------------------------------------------------------
+
+
+def test_trend_is_that_after_the_warm_up() -> None:
+    # 0 to 99 in the warm-up, then a line that rises by 0.5 every step
+    values = [1e6] * 100 + [10 + 0.5 * i for i in range(900)]
+    found = long_run.trend(values)
+    assert found == pytest.approx((10 + 0.5 * 44.5, 10 + 0.5 * 854.5, 10 + 0.5 * 899, 500))
+    seen = [dict.fromkeys(long_run.FIGURES, value) for value in values]
+    rows = long_run.rows_of("hf", seen)
+    assert [row["step"] for row in rows] == list(range(10, 1001, 10))
+    of_rows = long_run.trend([row["resident_mb"] for row in rows], 10)
+    assert (of_rows.first, of_rows.last, of_rows.slope) == pytest.approx((found.first, found.last, 500))
+
+
+def test_processor_time_is_that_of_the_process() -> None:
+    time.sleep(0.2)  # which counts for nothing
+    before, own = long_run.cpu_seconds(os.getpid()), time.process_time()
+    while time.process_time() - own < 0.3:
+        pass
+    # a tick of the kernel is 10 ms
+    assert long_run.cpu_seconds(os.getpid()) - before == pytest.approx(time.process_time() - own, abs=0.05)
+
+
 # --- page -------------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +391,40 @@ def test_rows_of_a_gpu_fill_the_columns(tmp_path: Path) -> None:
     assert {"0.01234", "98.76", "wrong: result 1 is off by 3", "321 passed in 60.00s"} <= set(cells)
     assert any("NVIDIA H100 80GB HBM3" in cell and "driver 550.54.15" in cell for cell in cells)
     assert "Nothing here ran on a GPU" not in page
+
+
+def test_growth_and_long_runs_are_shown(tmp_path: Path) -> None:
+    for file in committed():
+        shutil.copy(file, tmp_path)
+    old = read(RESULTS / "growth_cpu.json").rows
+    rows = [row for row in old if row["against"] not in ("group size", "ranks")]
+    for against, operator in (("group size", "Dr.GRPO step"), ("ranks", "CARFT step")):
+        for size in (2, 4):
+            row = {"operator": operator, "against": against, "size": size, "variant": "y"}
+            rows.append(row | {"p50_ms": 7.0 * size**3, "peak_mb": 5.0 / size, "machine": MACHINE | {"cores": "96"}})
+    write(tmp_path / "growth_cpu.json", "growth", MACHINE, rows)
+    steps = json.loads((RESULTS / "step_cpu.json").read_text())
+    steps["rollouts"] = [{"rollouts": n, "fast, recomputing": 50.0, PUBLISHED: 40.0 * n**2} for n in (4, 8, 16)]
+    (tmp_path / "step_cpu.json").write_text(json.dumps(steps))
+    seen = [dict.fromkeys(long_run.FIGURES, 3.0) | {"resident_mb": 500.0 + 0.25 * i} for i in range(1000)]
+    write(tmp_path / "long_run_vllm_cpu.json", "long_run", MACHINE, long_run.rows_of("vllm", seen))
+    page = build(tmp_path)
+    tables = dict(Tables(page).found)
+    growths = ["|".join(tables["growth"][i : i + 8]) for i in range(0, len(tables["growth"]), 8)]
+    for line in (
+        "Dr.GRPO step|group size|2 to 4|time|y|56 to 448 ms|3|not measured",
+        "CARFT step|ranks|2 to 4|memory|y|2.5 to 1.25 MiB|-1|not measured",
+        "training step|rollouts|4 to 16|memory|fast, recomputing|50 to 50 MiB|0|not measured",
+        f"training step|rollouts|4 to 16|memory|{PUBLISHED}|640 to 10,240 MiB|2|not measured",
+    ):
+        assert line in growths
+    assert "it has 96 cores" in page
+    for title in ("training step: memory against rollouts", "CARFT step: time against ranks"):
+        assert f"<figcaption>{title}</figcaption><svg" in page
+    runs = ["|".join(tables["long-runs"][i : i + 9]) for i in range(0, len(tables["long-runs"]), 9)]
+    what = COLUMNS["resident_mb"].what
+    assert f"vllm|1,000|{what}|MiB|536.1|738.6|748.6|250|not measured" in runs
+    assert f"<figcaption>{html.escape(what)}, against steps</figcaption><svg" in page
 
 
 def test_fit() -> None:
