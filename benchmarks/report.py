@@ -210,14 +210,16 @@ def step(found: Measured) -> list[str]:
         groups = {row["path"]: {"log-probs": row["logprobs_s"], "update": row["update_s"]} for row in of_case}
         drawn.append(bar_chart(f"{case}: seconds of the two phases", groups, "seconds"))
         memory = {row["path"]: {"peak": row["update_peak_mb"]} for row in of_case}
-        drawn.append(bar_chart(f"{case}: memory of the update", memory, "MiB beyond model and optimizer state"))
+        drawn.append(
+            bar_chart(f"{case}: memory of look and first epoch", memory, "MiB beyond model and optimizer state")
+        )
     return [
         page.paragraph(
             "CARFT on the same rollouts, two PPO epochs, float32 on the CPU. “reference, recomputing” is the published "
             "trainers' way: a device's rows at once, padded to the longest prompt plus the longest completion."
         ),
         page.charts(*drawn),
-        page.table((*heads, "update peak MiB", f"step, s, {ON_GPU}"), table),
+        page.table((*heads, "peak MiB", f"step, s, {ON_GPU}"), table),
     ]
 
 

@@ -47,7 +47,7 @@ COLUMNS: dict[str, Column] = {
         "share", "of what this machine did for a copy (bytes) or a square matmul (FLOPs) in the same run", "higher"
     ),
     "peak_mb": Column(
-        "MiB", "most memory of one call beyond its inputs, results included; of a step, beyond model and optimizer", "lower"
+        "MiB", "most memory of one call beyond its inputs, results included; of a step, beyond its state", "lower"
     ),
     "logprobs_s": Column("s", "the no-gradient pass: old log-probs, values, z_1, z_2, reference", "lower"),
     "update_s": Column("s", "PPO epochs: forward, backward, optimizer", "lower"),
