@@ -4,8 +4,8 @@ operators: ours against plain torch. group size: a Dr.GRPO step (look and update
 number of prompts, from two samples a prompt on, since one alone has no advantage. ranks: the same CARFT step on several
 processes of one thread, from a common barrier to the slowest one's end; neither strategy divides anything on one.
 Variants take turns, and are compared before they are timed. Memory of a step is that of its first epoch, beyond model
-and optimizer state, and of the process that takes most. Writes benchmarks/results/growth_cpu.json; the exponents are fitted
-where the rows are shown.
+and optimizer state, and of the process that takes most. Writes benchmarks/results/growth_cpu.json; the exponents are
+fitted where the rows are shown.
 """
 
 import argparse
