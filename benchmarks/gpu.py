@@ -179,7 +179,7 @@ def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) 
 
 def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
     """The rows of one case of the step benchmark."""
-    from benchmarks.step import Prepared, matmul_ceiling
+    from benchmarks.step import RIGHT, Prepared, matmul_ceiling
     from carft_fast.flops import ModelCost, StepShape, fast_step
 
     inputs = inputs_of(path)
@@ -187,7 +187,7 @@ def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
     ceiling = matmul_ceiling(torch.bfloat16, device)
     for name, options in PATHS.items():
         config = model_config(path, device, *options)
-        prepared = Prepared(config, str(path), inputs, ["answer is: 1"] * ROWS, device)
+        prepared = Prepared(config, str(path), inputs, [RIGHT] * ROWS, device)
         prepared.update()  # warms up
         times: dict[str, list[float]] = {"log-probs": [], "update": []}
         for _ in range(repeats):
