@@ -260,7 +260,8 @@ def slope(repeats: int) -> list[dict[str, float]]:
         n = tokens // 128
         config = load_config(
             str(QUICKSTART_CONFIG),
-            [f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=2"],
+            # one micro-batch: cut into several, a step makes one forward more
+            [f"rl.batch_size={n}", f"rl.mini_batch_size={n}", f"rl.micro_batch_tokens={tokens}", "rl.ppo_epochs=2"],
         )
         prepared = Prepared(config, "synthetic", random_inputs(n, 64, 97, generator), [RIGHT] * n)
         prepared.update()
