@@ -209,7 +209,7 @@ class DeepSpeedLearner(Learner):
         return contents
 
     def replace_weights(self, restored: CarftModel) -> None:
-        raise NotImplementedError("check_strategy refuses it before the run")
+        raise RuntimeError("check_strategy refuses it before the run")
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
