@@ -1,8 +1,9 @@
 """carft_fast against TRL's GRPOTrainer and the published trainers, in turns, on the same work. `make bench-peers`
 
-Cases: "given completions" and "ReFT" time the training half alone, on the same samples for every side; "own samples"
-times whole steps, each side sampling completions of one length. No ratio is reported before counts, losses, gradients
-and weights agree (work.py). Writes benchmarks/results/peers_cpu.{json,md}; a case that is left out keeps its rows.
+Cases: "given completions", "ReFT" and "CARFT" time the training half alone, on the same samples for every side; "own
+samples" times whole steps, each side sampling completions of one length. No ratio is reported before counts, losses,
+gradients and weights agree (work.py). Writes benchmarks/results/peers_cpu.{json,md}; a case that is left out keeps its
+rows.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from carft_fast.rollout import SamplingParams, build_engine
 
 OURS = "carft_fast"
 SAMPLES_PER_PROMPT = 4
+PUBLISHED = ("reft", "carft")
 PLAIN = ["model.impl=reference", "rl.micro_batch_tokens=65536"]
 TRL_NOTE = (
     "GRPOTrainer, loss_type dr_grpo, no KL, one update per batch; sdpa, no gradient checkpointing, fused AdamW; its "
@@ -89,17 +91,21 @@ def own_sides(rows: int, sampler: str) -> list[SideSpec]:
     ]
 
 
-def published_sides(repo: Path | None) -> list[SideSpec]:
+CARFT_OPTIONS = ["contrastive.gradient=published", "contrastive.coef=0.1"]
+"""The sum over all rows, whose other CoTs carry no gradient, and the published trainer's coefficient."""
+
+
+def published_sides(repo: Path | None, name: str, options: list[str]) -> list[SideSpec]:
     """Without a clone the published step is there as carft_fast's plain path alone."""
-    note = "its own train_one_epoch, imported from the clone; generate gives the case's samples, the grader its rewards"
-    head = 'model.value_head="separate"'
+    note = "its own training loop, imported from the clone; generate gives the case's samples, the grader its rewards"
+    setting = {"repo": str(repo), "options": options}
     return [
-        ours(f"{OURS}, ReFT", "packed, defaults", head),
-        *([SideSpec("published ReFT step", "published_side", {"repo": str(repo)}, note)] if repo else []),
+        ours(f"{OURS}, {name}", f"packed, defaults; {', '.join(options)}", *options),
+        *([SideSpec(f"published {name} step", "published_side", setting, note)] if repo else []),
         ours(
             "published step, modelled",
-            "model.impl reference: padded rows, float32 logits, no recomputation",
-            head,
+            f"model.impl reference: padded rows, float32 logits, no recomputation; {', '.join(options)}",
+            *options,
             *PLAIN,
         ),
     ]
@@ -117,7 +123,8 @@ CASES = (
     Case("given completions", "dr_grpo", True, lambda model, repo: given_sides(model.trl_rows)),
     Case("own samples by generate", "dr_grpo", False, lambda model, repo: own_sides(model.trl_rows, "generate")),
     Case("own samples by vLLM", "dr_grpo", False, lambda model, repo: own_sides(model.trl_rows, "vllm")),
-    Case("ReFT", "reft", True, lambda model, repo: published_sides(repo)),
+    Case("ReFT", "reft", True, lambda model, repo: published_sides(repo, "ReFT", ['model.value_head="separate"'])),
+    Case("CARFT", "carft", True, lambda model, repo: published_sides(repo, "CARFT", CARFT_OPTIONS)),
 )
 
 
@@ -183,14 +190,18 @@ def make_work(model: Model, prompts: int, k: int, steps: int, *, method: str, gi
         completions=completions,
         steps=steps,
         lr=1e-6,
-        updates_per_step=2 if method == "reft" else 1,  # the published setting
+        updates_per_step=2 if method in PUBLISHED else 1,  # the published setting
+        annotated=[row.completion_ids for row in rows] if method == "carft" else None,
     )
 
 
 def compare(work: Work, sides: Sequence[Side], done: Mapping[str, Sequence[Done]]) -> str:
     """What was checked, in words. Raises UnequalWorkError."""
     check_counts(work, done)
-    counted = f"{work.samples} samples, {work.completion_tokens} completion tokens in every step of every side"
+    tokens = f"{work.completion_tokens} completion tokens"
+    if work.annotated:
+        tokens += f" and {sum(map(len, work.annotated))} annotated ones"
+    counted = f"{work.samples} samples, {tokens} in every step of every side"
     if work.completions is None:
         return counted + "; the samples are each side's own."
     loss = check_losses(done)
@@ -285,8 +296,8 @@ def main() -> None:
                 name = f"{model.name}, {case.name}"
                 if arguments.only not in name:
                     continue
-                # ReFT samples one CoT a question
-                n, k = (prompts * SAMPLES_PER_PROMPT, 1) if case.method == "reft" else (prompts, SAMPLES_PER_PROMPT)
+                one = case.method in PUBLISHED  # which sample one CoT a question
+                n, k = (prompts * SAMPLES_PER_PROMPT, 1) if one else (prompts, SAMPLES_PER_PROMPT)
                 work = make_work(model, n, k, 1 + repeats, method=case.method, given=case.given)
                 found = run_case(name, work, case.sides(model, arguments.repo), folder / "case")
                 print(record(name, *found))

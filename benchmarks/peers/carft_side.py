@@ -80,9 +80,10 @@ class CarftSide:
         reference = Reference(config, work.model, self.policy) if Needs.of(config).reference else None
         self._step = Step(config, Learner(self.policy, self._optimizer), reference)
         self._engine = None if work.completions else fixed_length_engine(config, self.policy, tokenizer)
+        annotated = work.annotated or [prompt[:1] for prompt in work.prompts]  # nothing reads the latter
         self._rows = [
-            EncodedExample(Example(str(i), "", (), answer), prompt, (prompt[:1],))
-            for i, (prompt, answer) in enumerate(zip(work.prompts, work.answers, strict=True))
+            EncodedExample(Example(str(i), "", (), answer), prompt, (cot,))
+            for i, (prompt, answer, cot) in enumerate(zip(work.prompts, work.answers, annotated, strict=True))
             for _ in range(work.samples_per_prompt)
         ]
         self._steps_done = 0
@@ -103,17 +104,17 @@ class CarftSide:
         return self._engine.generate(self.work.prompts, sampling)
 
     def step(self, done: Done) -> None:
-        """A step of train_rl.py: sample, decode, grade, advantages, update, sync. The grades are then replaced."""
+        """A step of train_rl.py: sample, decode, grade, advantages, update, sync. The case's rewards then count."""
         rollouts = self._rollouts()
         completions = [self._format.decode(rollout.completion_ids) for rollout in rollouts]
-        grades = grade_all(completions, self._rows, self._grader)
+        grade_all(completions, self._rows, self._grader)
         samples = as_samples(self._rows, rollouts, CPU)
         plan = self._step.plan(samples, derive_seed(0, "peers", self._steps_done))
         experience = self._step.look(samples, plan[0])
         advantages = estimate_advantages(torch.tensor(self.work.rewards), experience, self._config)
         live = self._step.live(samples, advantages)
         assert live is None or all(live), "a sample without advantage would be left out here and not elsewhere"
-        correct = [grade.correct for grade in grades]
+        correct = [reward == 1 for reward in self.work.rewards]
         updated = self._step.update(samples, plan, experience, advantages, correct, live, self._config.rl.lr)
         if self._engine is not None:
             self._engine.sync(self.policy)
@@ -124,6 +125,7 @@ class CarftSide:
         done.prompt_tokens = sum(len(samples.rollouts.prompts[i]) for i in rows)
         done.completion_tokens = sum(samples.rollouts.lengths[i] for i in rows)
         done.positions = sum(self._positions(samples.rollouts.pick(micro)) for micro in micros)
+        done.annotated_tokens = sum(samples.annotated.lengths) if self.work.annotated else 0
         done.optimizer_steps = sum(map(len, plan))
         done.loss = updated.metrics["loss"]
 

@@ -39,6 +39,8 @@ class Work:
     lr: float
     updates_per_step: int = 1
     """Optimizer steps on each batch."""
+    annotated: list[list[int]] | None = None
+    """CARFT's annotated completion of every prompt."""
 
     @property
     def samples(self) -> int:
@@ -80,6 +82,8 @@ class Done:
     loss: float = 0.0
     peak_mb: float = 0.0
     """Resident memory at its highest in the step above what was there when it began."""
+    annotated_tokens: int = 0
+    """Of the annotated completions that went through the model."""
 
 
 class UnequalWorkError(Exception):
@@ -87,12 +91,13 @@ class UnequalWorkError(Exception):
 
 
 def check_counts(work: Work, done: Mapping[str, Sequence[Done]]) -> None:
-    """Every step of every side: the samples, prompt and completion tokens and updates of the case."""
+    """Every step of every side: the samples, tokens and updates of the case."""
     prompt_tokens = work.samples_per_prompt * sum(map(len, work.prompts))
     wanted = {
         "samples": work.samples,
         "prompt_tokens": prompt_tokens,
         "completion_tokens": work.completion_tokens,
+        "annotated_tokens": work.samples_per_prompt * sum(map(len, work.annotated or [])),
         "optimizer_steps": work.updates_per_step,
     }
     for side, steps in done.items():

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.peers import stand_ins
-from benchmarks.peers.__main__ import compare, make_work, ours, quickstart, run_case
+from benchmarks.peers.__main__ import CARFT_OPTIONS, PLAIN, Model, compare, make_work, ours, quickstart, run_case
 from benchmarks.peers.carft_side import CarftSide
-from benchmarks.peers.published_side import trainer_folder
+from benchmarks.peers.published_side import CARFT, REFT, trainer_file
 from benchmarks.peers.table import case_rows, report
 from benchmarks.peers.turns import Side, Turns, serve
 from benchmarks.peers.work import (
@@ -59,7 +59,7 @@ def test_the_report_names_every_side_and_what_was_checked():
 
 def test_equal_counts_pass_and_any_difference_is_named():
     check_counts(WORK, {"we": recorded(1, 1, 1)})
-    for field in ("samples", "prompt_tokens", "completion_tokens", "optimizer_steps"):
+    for field in ("samples", "prompt_tokens", "completion_tokens", "annotated_tokens", "optimizer_steps"):
         steps = recorded(1, 1, 1)
         setattr(steps[2], field, getattr(steps[2], field) + 1)
         with pytest.raises(UnequalWorkError, match=f"they, step 2: {field}"):
@@ -100,8 +100,12 @@ def test_relative_difference_is_over_all_tensors():
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Work:
-    model = quickstart(tmp_path_factory.mktemp("peers") / "model")
+def model(tmp_path_factory) -> Model:
+    return quickstart(tmp_path_factory.mktemp("peers") / "model")
+
+
+@pytest.fixture(scope="module")
+def tiny(model) -> Work:
     return make_work(model, 2, 4, 2, method="dr_grpo", given=True)
 
 
@@ -124,6 +128,19 @@ def test_the_side_counts_what_it_computes_and_has_the_plain_paths_gradient(tiny)
     assert [d.loss for d in done] == pytest.approx([expected] * 3, abs=1e-6)
     assert relative_difference(gradients[0], gradients[2]) < 1e-4
     assert relative_difference(gradients[1], gradients[2]) < 1e-4
+
+
+def test_carfts_side_trains_on_its_annotated_cots(model):
+    work = make_work(model, 4, 1, 1, method="carft", given=True)
+    gradients = []
+    for options in (CARFT_OPTIONS, [*CARFT_OPTIONS, *PLAIN], [*CARFT_OPTIONS, "contrastive.coef=0"]):
+        side = CarftSide(work, options)
+        side.step(done := Done())
+        gradients.append(side.gradient)
+    assert done.annotated_tokens == sum(map(len, work.annotated)) > 4
+    assert done.optimizer_steps == work.updates_per_step == 2
+    assert relative_difference(gradients[0], gradients[1]) < 1e-4
+    assert relative_difference(gradients[0], gradients[2]) > 0.01
 
 
 @pytest.mark.slow
@@ -196,9 +213,11 @@ def test_what_is_not_installed_raises_where_it_is_used_and_leaves_no_trace(tmp_p
 
 
 def test_a_clone_without_the_trainer_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"train_rl_reft\.py"):
-        trainer_folder(tmp_path)
+    with pytest.raises(InputError, match=r"mwp_ReFT holds train_rl_reft\.py"):
+        trainer_file(tmp_path, REFT)
+    with pytest.raises(InputError, match=r"vae/scripts holds my_cl_trainer_v4\.py"):
+        trainer_file(tmp_path, CARFT)
     inner = tmp_path / "code" / "mwp_ReFT"
     inner.mkdir(parents=True)
     (inner / "train_rl_reft.py").touch()
-    assert trainer_folder(tmp_path) == trainer_folder(Path(inner)) == inner
+    assert trainer_file(tmp_path, REFT) == trainer_file(Path(inner), REFT) == inner / "train_rl_reft.py"
