@@ -100,7 +100,7 @@ bench-step: sampler
 	$(BIN)/python -m benchmarks.predict
 
 # On SmolLM2 as well (many minutes): make bench-peers SVAMP=path/to/svamp_nl.json SMOLLM2=folder of an SFT'd model
-# With the published ReFT trainer itself: REPO=path of a clone
+# With the published trainers themselves: REPO=path of a clone
 bench-peers: sampler build/peers
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=build/peers $(BIN)/python -m benchmarks.peers \
 		$(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP)) $(if $(REPO),--repo $(REPO)) $(ARGS)

@@ -154,6 +154,19 @@ def test_zero3_goes_on_where_it_was_killed(tmp_path: Path, tiny_run: list[str], 
     assert_same_run(run([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *ZERO3, "--resume"]), alone)
 
 
+@pytest.mark.slow
+def test_adapters_under_zero3_go_on_with_as_many_processes_and_with_one(tmp_path: Path, tiny_run: list[str]) -> None:
+    options = [*tiny_run, "--set", "lora.rank=4", "--set", "rl.lr=3e-3"]
+    whole = run([], tmp_path / "alone", options)
+    before, after = (load_file(whole / stage / "model.safetensors") for stage in ("sft", "model"))
+    assert max(float((after[name] - x).abs().max()) for name, x in before.items()) > 1e-3
+    killed, moved = tmp_path / "killed", tmp_path / "moved"
+    kill_a_rank_after(start([*TORCHRUN, "2"], killed, [*options, *ZERO3]), killed, "rl-000001")
+    shutil.copytree(killed, moved, symlinks=True)
+    assert_same_run(run([*TORCHRUN, "2"], killed, [*options, *ZERO3, "--resume"]), whole)
+    assert_same_run(run([], moved, [*options, "--resume"]), whole)
+
+
 def broken_on_rank_1(completions: list[str], examples: list[Any]) -> list[float]:
     """A user's reward function."""
     if os.environ["RANK"] == "1":
@@ -233,11 +246,14 @@ def test_an_engine_in_every_process_samples_what_one_would(
 
 
 @pytest.mark.slow
-def test_servers_sample_ahead_for_processes_that_share_the_weights(tmp_path: Path, tiny_run: list[str]) -> None:
+@pytest.mark.parametrize("how", [FSDP2, ZERO3], ids=["fsdp2", "zero3"])
+def test_servers_sample_ahead_for_processes_that_share_the_weights(
+    how: list[str], tmp_path: Path, tiny_run: list[str]
+) -> None:
     """The main process drives the server, with weights gathered from both; the probe compares them after every step."""
     more = [*CACHE, "--set", "rollout.engine=vllm-server", "--set", "rollout.async_depth=1"]
     more += ["--set", "rollout.probe_every=1"]
-    code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *more, *FSDP2]))
+    code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *more, *how]))
     assert code == 0, output[-4000:]
     probes = re.findall(r"trainer and sampler agree: .*? max (\S+) nats", output.replace("\n", " "))
     assert len(probes) == 5
