@@ -179,7 +179,7 @@ def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) 
 
 def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
     """The rows of one case of the step benchmark."""
-    from benchmarks.step import RIGHT, Prepared, matmul_ceiling
+    from benchmarks.step import RIGHT, Prepared, matmul_ceiling, timings
     from carft_fast.flops import ModelCost, StepShape, fast_step
 
     inputs = inputs_of(path)
@@ -189,26 +189,22 @@ def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
         config = model_config(path, device, *options)
         prepared = Prepared(config, str(path), inputs, [RIGHT] * ROWS, device)
         prepared.update()  # warms up
-        times: dict[str, list[float]] = {"log-probs": [], "update": []}
-        for _ in range(repeats):
-            times["log-probs"].append(seconds(prepared.look, device))
-            times["update"].append(seconds(prepared.update, device))
+        phases = timings([prepared.turn() for _ in range(repeats)])
         peak = peak_of(prepared.both, device)
         lengths = [PROMPT] * ROWS
         shape = StepShape(lengths, lengths, lengths, config.rl.ppo_epochs)
         work = fast_step(ModelCost.of(prepared.policy.lm), shape)
-        median = {phase: statistics.median(found) for phase, found in times.items()}
-        total = sum(median.values())
+        total = sum(phases["seconds"].values())
         rows.append(
             {
                 "path": name,
                 "sampler": "none",
-                "seconds": median,
-                "range": {phase: [min(found), max(found)] for phase, found in times.items()},
+                **phases,
                 "step_seconds": total,
                 "samples_per_second": ROWS / total,
                 "utilisation": (work["log-probs"].flops + work["update"].flops) / total / ceiling,
                 "update_peak_extra_mb": peak,
+                "beyond_gradients_mb": peak - prepared.gradients_mb,
             }
         )
         del prepared

@@ -140,14 +140,15 @@ def _rank(rank: int, size: int, sequences: int, rounds: int, folder: str) -> Non
     prepared, found = {}, {}
     for name, strategy in STRATEGIES.items():
         config = load_config(str(QUICKSTART_CONFIG), [*words, f"distributed.strategy={strategy}"])
-        prepared[name] = Prepared(config, "synthetic", inputs, [RIGHT] * sequences)
-        found[name] = {"loss": prepared[name].update()["loss"], "seconds": []}
+        make = partial(Prepared, config, "synthetic", inputs, [RIGHT] * sequences)
+        with training.blocks_of_the_system():
+            peak_mb = training.step_peak_mb(make())
+        prepared[name] = make()
+        found[name] = {"loss": prepared[name].update()["loss"], "seconds": [], "peak_mb": peak_mb}
     for _ in range(rounds):
         for name, p in prepared.items():
             dist.barrier()
             found[name]["seconds"].append(seconds(lambda p=p: (p.look(), p.update())))
-    for name, p in prepared.items():  # last, since it makes the allocator slower
-        found[name]["peak_mb"] = training.step_peak_mb(p)
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

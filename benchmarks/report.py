@@ -199,10 +199,11 @@ def step(found: Measured) -> list[str]:
                 row["samples_per_s"],
                 (row["utilisation"], f"{row['utilisation']:.0%}"),
                 row["update_peak_mb"],
+                row["beyond_gradients_mb"],
                 found.on_gpu(row, "step_s"),
             )
         )
-    table += [(row["case"], row["path"], *[None] * 7, row["step_s"]) for row in found.only_on_gpu()]
+    table += [(row["case"], row["path"], *[None] * 8, row["step_s"]) for row in found.only_on_gpu()]
     heads = ("case", "path", "log-probs, s", "update, s", "step, s", "published way / this", "samples/s", "utilisation")
     drawn = []
     for case in dict.fromkeys(row["case"] for row in rows):
@@ -219,7 +220,7 @@ def step(found: Measured) -> list[str]:
             "trainers' way: a device's rows at once, padded to the longest prompt plus the longest completion."
         ),
         page.charts(*drawn),
-        page.table((*heads, "peak MiB", f"step, s, {ON_GPU}"), table),
+        page.table((*heads, "peak MiB", "beyond gradients, MiB", f"step, s, {ON_GPU}"), table),
     ]
 
 

@@ -6,7 +6,8 @@ of a device at once, padded to the longest prompt plus the longest completion, f
 "reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved. Before anything is
 timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in look and first
 epoch, above what was there when they began (model and optimizer state are), in a process of its own whose allocator
-gives back what is freed. Writes benchmarks/results/step_cpu.{json,md}.
+gives back what is freed; also without the gradients, which every path holds in full. Writes
+benchmarks/results/step_cpu.{json,md}.
 """
 
 import argparse
@@ -18,7 +19,9 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,6 +56,7 @@ PATHS: dict[str, list[str]] = {
     "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, "model.gradient_checkpointing=true"],
 }
 PUBLISHED = "reference, recomputing"
+UPDATE_ALONE = "update alone"
 CASES: dict[str, list[str]] = {
     "quickstart": ["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"],
     "SmolLM2-135M": [
@@ -67,8 +71,8 @@ SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
 ROLLOUTS, ROLLOUT_VOCABULARY = (4, 8, 16, 32, 64), 49_152
 ROLLOUT_PATHS = ("fast, recomputing", PUBLISHED)
-M_MMAP_THRESHOLD = -3
-"""Of malloc.h, for mallopt: the size of a block from which on it is the system's and not of the heap."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h, for mallopt: how much free memory the heap's end keeps, and from which size on a block is none of it."""
 
 
 class Inputs(NamedTuple):
@@ -111,6 +115,19 @@ class Prepared:
             self.samples, self.plan[:epochs], self.experience, advantages, correct, None, lr=0.0
         ).metrics
 
+    def turn(self) -> dict[str, float]:
+        """Seconds of a look, of the update after it, and of an update that makes all its forwards itself."""
+        device = self.policy.device.type
+        found = {"log-probs": seconds(self.look, device)}
+        shared = self.experience.first is not None
+        found["update"] = seconds(self.update, device)
+        self.experience = self.experience._replace(first=None)
+        return found | {UPDATE_ALONE: seconds(self.update, device) if shared else found["update"]}
+
+    @property
+    def gradients_mb(self) -> float:
+        return sum(p.nbytes for p in self.policy.parameters() if p.requires_grad) / 2**20
+
     def both(self) -> None:
         """Look and the first epoch."""
         self.look()
@@ -133,42 +150,55 @@ def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> f
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def step_peak_mb(prepared: Prepared) -> float:
-    """Of look and first epoch, above what this process held when it began.
+@contextmanager
+def blocks_of_the_system() -> Iterator[None]:
+    """The C library gives freed blocks back to the system at once, which costs time.
 
-    The C library gives freed blocks back to the system from here on, which costs time: its heap falls to pieces as
-    micro-batches come and go, and then holds up to three times what the step needs.
+    Its heap falls to pieces as micro-batches come and go, and then holds up to three times what the step needs: what is
+    measured has to be allocated in here from the start.
     """
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    try:
+        yield
+    finally:  # where its own adjustment ends
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+
+
+def step_peak_mb(prepared: Prepared) -> float:
+    """Of look and first epoch, above what this process held when it began; see `blocks_of_the_system`."""
     prepared.both()  # gradients are freed by the step, moments stay, imports are done
     gc.collect()
-    libc.malloc_trim(0)  # else what was freed before counts as there already
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before counts as there already
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_kb("VmRSS")
     prepared.both()
-    return (resident_kb("VmHWM") - before) / 1024
+    return round((resident_kb("VmHWM") - before) / 1024, 1)
 
 
-def _peak_in_child(make: Callable[[], Prepared], pipe: Any) -> None:
-    pipe.send(step_peak_mb(make()))
+def _made_and_measured(make: Callable[[], Prepared]) -> float:
+    with blocks_of_the_system():
+        return step_peak_mb(make())
 
 
 def peaks_mb(makers: dict[str, Callable[[], Prepared]]) -> dict[str, float]:
-    """Of look and first epoch of each, in processes side by side."""
-    context = multiprocessing.get_context("fork")
-    children = {}
-    for name, make in makers.items():
-        receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_peak_in_child, args=(make, sender))
-        child.start()
-        children[name] = child, receiver
-    for child, _ in children.values():
-        child.join()
-    for name, (child, receiver) in children.items():
-        if not receiver.poll():
-            raise RuntimeError(f"{name}: the process that measures memory ended with code {child.exitcode}")
-    return {name: round(float(receiver.recv()), 1) for name, (_, receiver) in children.items()}
+    """Of look and first epoch of each, in new processes, whose heap nothing was in."""
+    workers, context = min(len(makers), os.cpu_count() or 1), multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+        return dict(zip(makers, pool.map(_made_and_measured, makers.values()), strict=True))
+
+
+def timings(turns: Sequence[dict[str, float]]) -> dict[str, Any]:
+    """Medians and ranges of the two phases, and what log-probs add to an update that makes all its forwards itself."""
+    median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
+    added = median["log-probs"] + median["update"] - median.pop(UPDATE_ALONE)
+    every = {phase: [turn[phase] for turn in turns] for phase in median}
+    return {
+        "seconds": {phase: round(value, 4) for phase, value in median.items()},
+        "range": {phase: [round(min(times), 4), round(max(times), 4)] for phase, times in every.items()},
+        "log_probs_added_seconds": round(added, 4),
+    }
 
 
 def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
@@ -193,23 +223,22 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
     inputs = Inputs(rows, rollouts)
 
-    def make(path: str) -> Prepared:
-        return Prepared(case_config(name, model, data, *PATHS[path]), model_path, inputs, decoded)
-
-    # memory first, in children of a process that has not yet run a parallel region
-    peaks = peaks_mb({path: partial(make, path) for path in PATHS})
+    makers: dict[str, Callable[[], Prepared]] = {
+        path: partial(Prepared, case_config(name, model, data, *options), model_path, inputs, decoded)
+        for path, options in PATHS.items()
+    }
+    peaks = peaks_mb(makers)
     print(name, peaks, flush=True)
-    prepared = {path: make(path) for path in PATHS}
+    prepared = {path: make() for path, make in makers.items()}
     losses = {path: p.update(epochs=1)["loss"] for path, p in prepared.items()}  # also warms up
     for path, loss in losses.items():
         if abs(loss - losses["fast"]) > 1e-4 * max(1.0, abs(loss)):
             raise RuntimeError(f"{name}: {path} has loss {loss}, fast {losses['fast']}: not timed")
-    found: dict[str, dict[str, list[float]]] = {path: {"log-probs": [], "update": []} for path in PATHS}
+    turns: dict[str, list[dict[str, float]]] = {path: [] for path in PATHS}
     for _ in range(repeats):
         for path, p in prepared.items():
-            found[path]["log-probs"].append(seconds(p.look))
-            found[path]["update"].append(seconds(p.update))
-            print(name, path, {phase: round(times[-1], 2) for phase, times in found[path].items()}, flush=True)
+            turns[path].append(p.turn())
+            print(name, path, {phase: round(taken, 2) for phase, taken in turns[path][-1].items()}, flush=True)
 
     lengths = [len(r.completion_ids) for r in rollouts]
     shape = StepShape(
@@ -218,9 +247,11 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     work = fast_step(ModelCost.of(prepared["fast"].policy.lm), shape)
     ceiling = matmul_ceiling()
     tokens = sum(lengths)
+    gradients_mb = prepared["fast"].gradients_mb
     result: list[dict[str, Any]] = []
-    for path, phases in found.items():
-        median = {phase: statistics.median(times) for phase, times in phases.items()}
+    for path, of_path in turns.items():
+        phases = timings(of_path)
+        median = phases["seconds"]
         engine_name = "vllm" if path.startswith("fast") else "hf"
         step = sum(median.values()) + tokens * rollout_seconds[engine_name]
         step += sync_seconds if engine_name == "vllm" else 0.0
@@ -229,8 +260,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
             {
                 "path": path,
                 "sampler": engine_name,
-                "seconds": {phase: round(value, 4) for phase, value in median.items()},
-                "range": {phase: [round(min(times), 4), round(max(times), 4)] for phase, times in phases.items()},
+                **phases,
                 "rollout_seconds": round(tokens * rollout_seconds[engine_name], 4),
                 "sync_seconds": round(sync_seconds, 4) if engine_name == "vllm" else 0.0,
                 "step_seconds": round(step, 4),
@@ -238,6 +268,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
                 "completion_tokens_per_second": round(tokens / step, 1),
                 "utilisation": round(useful / sum(median.values()) / ceiling, 4),
                 "update_peak_extra_mb": peaks[path],
+                "beyond_gradients_mb": round(peaks[path] - gradients_mb, 1),
             }
         )
     return {
@@ -247,6 +278,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
         "completion_tokens": tokens,
         "padded_tokens": len(rows) * (max(shape.prompts) + max(lengths)),
         "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
+        "gradients_mb": round(gradients_mb, 1),
         "repeats": repeats,
         "rows": result,
     }
@@ -344,10 +376,12 @@ def report(results: dict[str, Any]) -> str:
         "adds sampling (vLLM and its weight sync for the fast paths, transformers' generate for the reference),",
         "counted by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path",
         "needs, over the time of both phases, over the matmul ceiling. Memory: peak of look and first epoch above",
-        "model, optimizer state and what the process held. Nothing here ran on a GPU.",
+        "model, optimizer state and what the process held, with the gradients and, `beyond gradients`, without.",
+        "Nothing here ran on a GPU.",
         "",
         "Where all rows are one micro-batch (`fast`; `fast, recomputing`) the log-probs hold the forward that the",
-        "first epoch's backward goes on from, so the two phases are to be read together.",
+        "first epoch's backward goes on from, so the two phases are to be read together. `added` is what log-probs add",
+        "to an update that makes all its forwards itself: both phases less such an update, timed in the same turns.",
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)
@@ -356,9 +390,9 @@ def report(results: dict[str, Any]) -> str:
             f"## {case['case']}: {case['rollouts']} rollouts, {case['tokens']} tokens of which "
             f"{case['completion_tokens']} in completions, {case['padded_tokens']} if padded to the longest",
             "",
-            "| path | log-probs, s | x | update, s | x | both, x | step, s | x | samples/s | completion tokens/s "
-            "| utilisation | peak, MB | x |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| path | log-probs, s | x | added, s | x | update, s | x | both, x | step, s | x | samples/s "
+            "| completion tokens/s | utilisation | peak, MB | x | beyond gradients, MB | x |",
+            "|" + " --- |" * 17,
         ]
         for row in case["rows"]:
             cells = [row["path"]]
@@ -368,14 +402,20 @@ def report(results: dict[str, Any]) -> str:
                     f"{row['seconds'][phase]:.2f} ({low:.2f} to {high:.2f})",
                     f"{base['seconds'][phase] / row['seconds'][phase]:.2f}",
                 ]
+                if phase == "log-probs":
+                    added = row["log_probs_added_seconds"]
+                    cells += [f"{added:.2f}", f"{base['log_probs_added_seconds'] / added:.2f}"]
             cells.append(f"{sum(base['seconds'].values()) / sum(row['seconds'].values()):.2f}")
             cells += [f"{row['step_seconds']:.2f}", f"{base['step_seconds'] / row['step_seconds']:.2f}"]
             cells += [f"{row['samples_per_second']:.2f}", f"{row['completion_tokens_per_second']:.0f}"]
             cells += [f"{row['utilisation']:.0%}", f"{row['update_peak_extra_mb']:.0f}"]
             cells += [f"{base['update_peak_extra_mb'] / row['update_peak_extra_mb']:.1f}"]
+            cells += [f"{row['beyond_gradients_mb']:.0f}"]
+            cells += [f"{base['beyond_gradients_mb'] / row['beyond_gradients_mb']:.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
         lines += [
             "",
+            f"Gradients {case['gradients_mb']} MB.",
             f"Matmul ceiling {case['matmul_ceiling_gflops']} GFLOP/s, {case['repeats']} repeats; {case['machine']}",
         ]
     lines += [

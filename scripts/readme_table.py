@@ -40,6 +40,7 @@ def table(folder: Path = RESULTS) -> str:
         for what, unit, path, figures in (
             ("log-probs and update", "s", "fast", ("logprobs_s", "update_s")),
             ("memory of both, activations recomputed", "MiB", "fast, recomputing", ("update_peak_mb",)),
+            ("the same beyond the gradients", "MiB", "fast, recomputing", ("beyond_gradients_mb",)),
         ):
             ours, theirs = (sum(row[f] for f in figures) for row in (only(step, case=case, path=path), published))
             against = f"{number(theirs)} {unit}, the published trainers' way"
