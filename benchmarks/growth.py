@@ -35,6 +35,7 @@ from benchmarks.rows import RESULTS, Row, read, this_machine, write
 from benchmarks.step import RIGHT, Inputs, Prepared, random_inputs
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
+from carft_fast.distributed import leave
 from carft_fast.methods import METHODS
 
 BASE = {"T": 512, "V": 8192, "D": 128}
@@ -150,7 +151,7 @@ def _rank(rank: int, size: int, sequences: int, rounds: int, folder: str) -> Non
             dist.barrier()
             found[name]["seconds"].append(seconds(lambda p=p: (p.look(), p.update())))
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave()
 
 
 def ranks(

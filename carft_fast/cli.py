@@ -251,7 +251,18 @@ def run_cli() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input (nothing written), 130 or 143 stopped by Ctrl-C or SIGTERM after
     saving.
     """
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        _run_app("")
+        return
+    from carft_fast.distributed import leave
+
+    try:
+        _run_app(f"[rank {os.environ['RANK']}] ")
+    except SystemExit as end:
+        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+
+
+def _run_app(rank: str) -> None:
     try:
         app()
     except InputError as error:

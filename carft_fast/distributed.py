@@ -5,10 +5,12 @@ what the forwards find is gathered. So whitening, metrics and every decision are
 all, and only forwards, backwards and sampling are divided.
 """
 
+import atexit
 import os
+import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,9 +49,19 @@ def join(device_type: str, timeout_s: float) -> None:
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 
-def leave() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def leave(exit_code: int = 0) -> NoReturn:
+    """End a process that may have joined others, without taking Python's interpreter down.
+
+    gloo's threads let go of a collective's tensors when they get to it, and FSDP2's meshes keep those threads beyond
+    `destroy_process_group`: one that then needs an interpreter which is going down aborts the process, all its work
+    done (pytorch#190489).
+    """
+    if exit_code == 0 and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()  # after a failure it might wait for a process that is gone
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def each_rank(work: Callable[[], T]) -> list[T]:

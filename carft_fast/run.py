@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -147,12 +147,12 @@ class Run:
 
     def close(self) -> None:
         """End the sampler, the grader's processes and the metrics files; what is on disk is whole without it."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-        self.grader.close()
-        self.metrics.close()
-        self.store.close()
+        with ExitStack() as ends:  # each is called whatever those before it raise
+            for part in (self.store, self.metrics, self.grader):
+                ends.callback(part.close)
+            if self._engine is not None:
+                ends.callback(self._engine.close)
+                self._engine = None
 
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""

@@ -25,7 +25,7 @@ import carft_fast.parallel
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
 from carft_fast.console import Console
-from carft_fast.distributed import on_main
+from carft_fast.distributed import leave, on_main
 from carft_fast.model import CarftModel, Gathered, load_model
 from carft_fast.parallel import Learner, build_learner
 from carft_fast.passes import Loss, PackedPasses
@@ -222,7 +222,7 @@ def _rank(rank: int, group: str, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     for name, work in works(group).items():
         torch.save(work(strategy), f"{folder}/{name}-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def chosen(group: str) -> list[Setting]:

@@ -61,6 +61,39 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
+BUSY_TO_THE_END = """
+import sys, time, torch, torch.distributed as dist
+import carft_fast.cli
+from carft_fast.distributed import join
+
+def app():
+    join("cpu", 60)
+    dist.barrier()
+    sys.setswitchinterval(1000)  # no other thread gets the interpreter from here on, so gloo's has to wait for it
+    dist.all_reduce(torch.ones(3), async_op=True)
+    until = time.monotonic() + 1
+    while time.monotonic() < until:
+        pass
+    sys.exit({code})
+
+carft_fast.cli.app = app
+carft_fast.cli.run_cli()
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_process_ends_with_its_own_exit_code_whatever_gloo_still_holds(code: int, tmp_path: Path) -> None:
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY_TO_THE_END.format(code=code))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    found = subprocess.run(
+        [sys.executable, *TORCHRUN, "2", str(script)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "terminate called" not in found.stderr
+    assert found.returncode == bool(code)
+    assert bool(re.search(r"exitcode *: 3 ", found.stderr)) == bool(code), found.stderr
+
+
 def assert_same_run(ours: Path, expected: Path) -> None:
     """Every record but for rounding, the same samples, and the same weights within 1e-5."""
     for mine, theirs in zip(records(ours), records(expected), strict=True):

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from carft_fast.config_io import load_config
+from carft_fast.distributed import leave
 from carft_fast.model import CarftModel, load_model
 from carft_fast.rollout import Rollout, SamplingParams
 from carft_fast.rollout.hf import HFEngine
@@ -46,7 +47,7 @@ def _rank(rank: int, folder: str) -> None:
     fully_shard(model.lm, mesh=mesh)
     found = [sample(model, sampling, *share[rank]) for sampling, share in CASES]
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_processes_with_sharded_weights_sample_what_one_would() -> None:

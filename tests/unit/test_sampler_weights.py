@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from carft_fast.distributed import leave
 from carft_fast.errors import InputError
 from carft_fast.rollout.weights import SamplerWeights
 
@@ -142,7 +143,7 @@ def _sharded_rank(rank: int, port: int, folder: str) -> None:
     assert names == list(expected)
     assert max(live) == 9  # a layer's tensors at a time, never the model's
     torch.save(len(names), Path(folder) / f"rank{rank}")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_fsdp2_shards_are_gathered_a_layer_at_a_time(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from carft_fast.batch import pack
 from carft_fast.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
+from carft_fast.distributed import leave
 from carft_fast.errors import TrainingError
 from carft_fast.export import export_checkpoint
 from carft_fast.files import find_damage
@@ -136,6 +137,7 @@ def _rank(rank: int, folder: Path) -> None:
             resumed.step(2, rank)
             resumed.step(3, rank)
             note("resumed", resumed.whole())
+    leave()
 
 
 @pytest.fixture(scope="module")
