@@ -1,6 +1,7 @@
 """README's table, from the committed rows: `python scripts/readme_table.py` writes it, --check compares."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,16 @@ from carft_fast.html_report import number  # noqa: E402
 
 BEGIN, END = "<!-- measured: begin, written by scripts/readme_table.py -->", "<!-- measured: end -->"
 PUBLISHED = "reference, recomputing"
+PEERS_MODEL = "SmolLM2-135M"
+PEERS = {
+    "CARFT": ("CARFT step", "published CARFT step", "the published CARFT trainer"),
+    "ReFT": ("ReFT step", "published ReFT step", "the published ReFT trainer"),
+    "given completions": ("Dr.GRPO step, given completions", "TRL, completion positions", "TRL"),
+    "own samples by generate": ("Dr.GRPO step, sampled by `generate`", "TRL, completion positions", "TRL"),
+    "own samples by vLLM": ("Dr.GRPO step, sampled by vLLM", "TRL, completion positions", "TRL, same vLLM engine"),
+}
+"""By case: what it is, and the side it is held against, in the rows' words and the table's."""
+PROCESSOR_TIME = "processor time of a step"
 
 
 def rows_of(name: str, folder: Path) -> list[Row]:
@@ -45,6 +56,12 @@ def table(folder: Path = RESULTS) -> str:
             ours, theirs = (sum(row[f] for f in figures) for row in (only(step, case=case, path=path), published))
             against = f"{number(theirs)} {unit}, the published trainers' way"
             add(f"{what}, {case}", f"{number(ours)} {unit}", against, theirs / ours)
+    peers = json.loads((folder / "peers_cpu.json").read_text(encoding="utf-8"))["rows"]
+    for case, (what, side, whose) in PEERS.items():
+        sides = [row for row in peers if row["case"] == f"{PEERS_MODEL}, {case}"]
+        ours, theirs = (only(sides, side=name, measure=PROCESSOR_TIME)["value"] for name in (sides[0]["side"], side))
+        ratio = only(sides, side=side, measure=f"processor time over {sides[0]['side']}'s")["value"]
+        add(f"{what}, {PEERS_MODEL}", f"{number(ours)} s", f"{number(theirs)} s, {whose}", ratio)
     rollout = rows_of("rollout", folder)
     for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in rollout):
         if model == "quickstart":  # too small a model for an engine to matter
