@@ -202,10 +202,11 @@ def _step(data: Any) -> Iterator[Row]:
         for path in ("fast", "reference"):
             case = {"case": "growth with the vocabulary", "path": path, "size": row["vocabulary"]}
             yield case | {"machine": data["growth_machine"], "memory_mb": row[path]}
-    for row in data.get("rollouts", ()):
-        for path in (name for name in row if name != "rollouts"):
-            case = {"case": "growth with rollouts", "path": path, "size": row["rollouts"]}
-            yield case | {"machine": data["growth_machine"], "memory_mb": row[path]}
+    for row in (*data.get("rollouts", ()), *data.get("smollm2_rollouts", ())):
+        model = f"{row['model']}, " if "model" in row else ""
+        for path in (name for name in row if name not in ("rollouts", "model", "machine")):
+            case = {"case": "growth with rollouts", "path": f"{model}{path}", "size": row["rollouts"]}
+            yield case | {"machine": row.get("machine", data["growth_machine"]), "memory_mb": row[path]}
 
 
 def _rollout(data: Any) -> Iterator[Row]:

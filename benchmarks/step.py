@@ -70,6 +70,7 @@ CASES: dict[str, list[str]] = {
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
 ROLLOUTS, ROLLOUT_VOCABULARY = (4, 8, 16, 32, 64), 49_152
+SMOLLM2_ROLLOUTS = (8, 16, 32)
 ROLLOUT_PATHS = ("fast, recomputing", PUBLISHED)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h, for mallopt: how much free memory the heap's end keeps, and from which size on a block is none of it."""
@@ -365,6 +366,33 @@ def rollout_memory(folder: Path) -> list[dict[str, float]]:
     return result
 
 
+def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
+    """The same with SmolLM2-135M on what vLLM samples for SVAMP's first rows; 2,048 tokens a micro-batch."""
+    name = "SmolLM2-135M"
+
+    def config(n: int, *options: str) -> Config:
+        return case_config(name, model, data, f"rl.batch_size={n}", f"rl.mini_batch_size={n}", *options)
+
+    most = config(max(SMOLLM2_ROLLOUTS), "rollout.engine=vllm")
+    run = prepare(most, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
+    rows, path = run.train_rows[: max(SMOLLM2_ROLLOUTS)], run.config.model.path
+    engine = build_engine(most, load_model(most, path, run.device, heads=True), run.tokenizer)
+    try:
+        rollouts, _ = sampled(engine, most, rows)
+    finally:
+        engine.close()
+    decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
+    result: list[dict[str, Any]] = []
+    for n in SMOLLM2_ROLLOUTS:
+        inputs = Inputs(rows[:n], rollouts[:n])
+        makers: dict[str, Callable[[], Prepared]] = {
+            p: partial(Prepared, config(n, *PATHS[p]), path, inputs, decoded[:n]) for p in ROLLOUT_PATHS
+        }
+        result.append({"model": name, "rollouts": n, **peaks_mb(makers), "machine": machine()})
+        print(result[-1], flush=True)
+    return result
+
+
 def report(results: dict[str, Any]) -> str:
     lines = [
         "# The training step on the CPU",
@@ -438,16 +466,21 @@ def report(results: dict[str, Any]) -> str:
         "| --- | --- | --- | --- |",
         *(f"| {r['vocabulary']} | {r['head_mb']} | {r['fast']} | {r['reference']} |" for r in results["vocabulary"]),
     ]
-    if "rollouts" in results:
-        lines += [
-            "",
-            "Peak of a step (MB) with the rollouts of a device, 64 tokens of prompt and 64 of completion each; the",
+    for rows, what in (
+        (
+            results.get("rollouts", ()),
+            "64 tokens of prompt and 64 of completion each; the\n"
             f"same model with a vocabulary of {ROLLOUT_VOCABULARY:,}; micro-batches of 1,024 tokens on the fast path:",
-            "",
-            f"| rollouts | {' | '.join(ROLLOUT_PATHS)} | x |",
-            "| --- | --- | --- | --- |",
-        ]
-        for row in results["rollouts"]:
+        ),
+        (
+            results.get("smollm2_rollouts", ()),
+            "SmolLM2-135M on SVAMP, as vLLM sampled them; micro-batches of 2,048 tokens\non the fast path:",
+        ),
+    ):
+        if rows:
+            lines += ["", f"Peak of a step (MB) with the rollouts of a device, {what}", ""]
+            lines += [f"| rollouts | {' | '.join(ROLLOUT_PATHS)} | x |", "| --- | --- | --- | --- |"]
+        for row in rows:
             fast, published = (row[path] for path in ROLLOUT_PATHS)
             lines.append(f"| {row['rollouts']} | {fast} | {published} | {published / fast:.1f} |")
     lines += [
@@ -488,6 +521,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             results["vocabulary"] = vocabulary_memory(Path(folder))
             results["rollouts"] = rollout_memory(Path(folder))
+        if arguments.smollm2:
+            results["smollm2_rollouts"] = smollm2_rollout_memory(arguments.smollm2, arguments.data)
         results["slope"] = slope(arguments.repeats)
         results["growth_machine"] = machine()
     RESULTS.mkdir(exist_ok=True)
