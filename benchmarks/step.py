@@ -483,6 +483,8 @@ def report(results: dict[str, Any]) -> str:
         for row in rows:
             fast, published = (row[path] for path in ROLLOUT_PATHS)
             lines.append(f"| {row['rollouts']} | {fast} | {published} | {published / fast:.1f} |")
+        if rows and "machine" in rows[-1]:
+            lines += ["", rows[-1]["machine"]]
     lines += [
         "",
         f"Growth: {results['growth_machine']}",

@@ -251,7 +251,7 @@ def run_cli() -> None:
     """Exit codes: 0 done, 1 failed, 2 bad input (nothing written), 130 or 143 stopped by Ctrl-C or SIGTERM after
     saving.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         _run_app("")
         return
     from carft_fast.distributed import leave
