@@ -1,7 +1,8 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
 Paths: "fast" is the default, with all rows in one micro-batch; "fast, recomputing" adds activation checkpointing, and
-"fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all rows
+"fast, small micro-batches" cuts the rows as well; "stored prompts" is `rl.reference_prompts = "stored"` (storing is in
+no time). "reference" is the plain path (`model.impl = "reference"`: all rows
 of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
 "reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved. Before anything is
 timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in look and first
@@ -48,9 +49,12 @@ from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
+STORED = "rl.reference_prompts=stored"
 PATHS: dict[str, list[str]] = {
     "fast": [],
+    "fast, stored prompts": [STORED],
     "fast, recomputing": ["model.gradient_checkpointing=true"],
+    "fast, recomputing, stored prompts": ["model.gradient_checkpointing=true", STORED],
     "fast, small micro-batches": ["model.gradient_checkpointing=true", "rl.micro_batch_tokens=1024"],
     "reference": ["model.impl=reference", DEVICE_AT_ONCE],
     "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, "model.gradient_checkpointing=true"],
@@ -99,6 +103,8 @@ class Prepared:
         self.policy: CarftModel = load_model(config, model_path, torch.device(device), heads=True)
         learner = build_learner(config, self.policy, config.rl, self.policy.device)
         self.step = Step(config, learner, Reference(config, model_path, self.policy))
+        if config.rl.reference_prompts == "stored":
+            self.step.store_reference_prompts([row.prompt_ids for row in inputs.rows])
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
         self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
         self.grades = grade_all(decoded, inputs.rows, Grader(config.reward))
@@ -245,7 +251,8 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     shape = StepShape(
         [len(row.prompt_ids) for row in rows], lengths, [len(row.completion_ids) for row in rows], config.rl.ppo_epochs
     )
-    work = fast_step(ModelCost.of(prepared["fast"].policy.lm), shape)
+    cost = ModelCost.of(prepared["fast"].policy.lm)
+    needed = {stored: fast_step(cost, shape, stored_prompts=stored) for stored in (False, True)}
     ceiling = matmul_ceiling()
     tokens = sum(lengths)
     gradients_mb = prepared["fast"].gradients_mb
@@ -256,6 +263,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
         engine_name = "vllm" if path.startswith("fast") else "hf"
         step = sum(median.values()) + tokens * rollout_seconds[engine_name]
         step += sync_seconds if engine_name == "vllm" else 0.0
+        work = needed[STORED in PATHS[path]]
         useful = work["log-probs"].flops + work["update"].flops
         result.append(
             {
@@ -410,6 +418,7 @@ def report(results: dict[str, Any]) -> str:
         "Where all rows are one micro-batch (`fast`; `fast, recomputing`) the log-probs hold the forward that the",
         "first epoch's backward goes on from, so the two phases are to be read together. `added` is what log-probs add",
         "to an update that makes all its forwards itself: both phases less such an update, timed in the same turns.",
+        'Stored prompts: `rl.reference_prompts = "stored"`; storing them, once a run, is in no time here.',
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)

@@ -2,13 +2,15 @@
 
 Registered with transformers under `PACKED`. A batch is cut into segments; a segment's queries see its keys, the last
 query all of them. Without sharing, a segment is a whole sequence. With sharing, a prompt is one segment and each of its
-completions another, whose keys are the prompt's followed by its own: the prompt goes through the model once.
+completions another, whose keys are the prompt's followed by its own: the prompt goes through the model once. Keys of
+prompts may also come from an earlier forward: `PromptStates`.
 
 On CUDA in half precision one FlashAttention kernel of torch takes all segments; elsewhere torch's SDPA takes them one
 by one, which on a CPU is as fast: its work is linear in the segments, and no [T, T] mask exists.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,12 +21,33 @@ from transformers import AttentionInterface
 PACKED = "carft_packed"
 
 
+@dataclass(slots=True)
+class PromptStates:
+    """Keys and values of P prompt tokens in every layer, without gradient: what a completion needs of its prompt.
+
+    `at`: where each prompt begins. `layers`: by attention module, keys and values [1, H_kv, P, d].
+    """
+
+    at: Mapping[tuple[int, ...], int]
+    tokens: int
+    layers: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    closed: bool = False
+    """Nothing is kept any more: activation checkpointing runs the layers again."""
+
+    def close(self) -> None:
+        self.closed = True
+        self.layers.clear()
+
+    def has(self, prompts: Sequence[Sequence[int]]) -> bool:
+        return all(tuple(prompt) in self.at for prompt in prompts)
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Which keys each run of queries sees. T queries, K keys, S segments; `lengths` are the host's copy of the offsets.
 
     `cu_q`, `cu_k`: int32 [S + 1] on the batch's device. `key_index`: int64 [K], positions of the keys in the packed
-    order; None where the keys are the tokens themselves.
+    order, after those of `before` where there are some; None where the keys are the tokens themselves.
     """
 
     cu_q: Tensor
@@ -32,6 +55,10 @@ class Segments:
     key_index: Tensor | None
     q_lengths: tuple[int, ...]
     k_lengths: tuple[int, ...]
+    before: PromptStates | None = None
+    keep: PromptStates | None = None
+    """To be filled with the states at `keep_index` (int64 [P])."""
+    keep_index: Tensor | None = None
 
 
 @torch.compiler.disable
@@ -61,6 +88,12 @@ def packed_attention(
         )
     if attention_mask is not None or softcap or s_aux is not None or dropout:
         raise ValueError(f"{type(module).__name__} uses a mask, a soft cap, sinks or dropout: it cannot be packed")
+    if segments.keep is not None and not segments.keep.closed:
+        assert segments.keep_index is not None
+        key_P, value_P = (x.detach().index_select(2, segments.keep_index) for x in (key, value))
+        segments.keep.layers[module] = key_P, value_P
+    if segments.before is not None:
+        key, value = (torch.cat(pair, 2) for pair in zip(segments.before.layers[module], (key, value), strict=True))
     if segments.key_index is not None:
         key, value = (x.index_select(2, segments.key_index) for x in (key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):

@@ -17,6 +17,14 @@ last state.
     position_T         0 1 2   3 4   3 4 5
     read_index_C       [3, 4, 5, 6, 7]
     predict_index_C    [2, 3, 2, 5, 6]
+
+After an earlier forward that kept the states of `p p p`: its last token alone is laid again, for its state predicts the
+first one.
+
+    ids_T              p c c | p c c c
+    position_T         2 3 4   2 3 4 5
+    read_index_C       [1, 2, 4, 5, 6]
+    predict_index_C    [0, 1, 3, 4, 5]
 """
 
 import hashlib
@@ -28,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carft_fast.attention import Segments
+from carft_fast.attention import PromptStates, Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,19 +61,27 @@ def pack(
     device: torch.device,
     *,
     share_prompts: bool = False,
+    keep_prompts: bool = False,
+    after: PromptStates | None = None,
 ) -> PackedBatch:
     """Lay prompt and completion ids end to end. Every prompt needs a token: it is what predicts the first one.
 
-    `share_prompts` lays a prompt that several sequences have only once; needs an attention that knows `Segments`.
+    `share_prompts` lays a prompt that several sequences have only once. `keep_prompts` has the forward keep all
+    prompts' states (`segments.keep`), and `after` goes on from such states: of a prompt only the last token is laid.
+    All three need an attention that knows `Segments`.
     """
+    assert after is None or not keep_prompts
     ids: list[int] = []
     position: list[int] = []
     read: list[int] = []
     predict: list[int] = []
     keys: list[int] = []
+    kept: list[int] = []
+    kept_at: dict[tuple[int, ...], int] = {}
+    first_key = after.tokens if after is not None else 0
     q_lengths: list[int] = []
     k_lengths: list[int] = []
-    uses = Counter(tuple(prompt) for prompt in prompts) if share_prompts else Counter()
+    uses = Counter(map(tuple, prompts)) if share_prompts and after is None else Counter()
     shared_at: dict[tuple[int, ...], int] = {}
 
     def lay(tokens: Sequence[int], before: Iterable[int] = ()) -> int:
@@ -74,7 +90,7 @@ def pack(
         start = len(ids)
         ids.extend(tokens)
         position.extend(range(len(seen), len(seen) + len(tokens)))
-        keys.extend([*seen, *range(start, len(ids))])
+        keys.extend([*seen, *range(first_key + start, first_key + len(ids))])
         q_lengths.append(len(tokens))
         k_lengths.append(len(seen) + len(tokens))
         return start
@@ -82,27 +98,39 @@ def pack(
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         if not prompt:
             raise ValueError(f"prompts[{row}] is empty: nothing would predict its first completion token")
-        if uses[tuple(prompt)] > 1 and completion:
-            key = tuple(prompt)
+        key = tuple(prompt)
+        if uses[key] > 1 and completion:
             at = shared_at[key] if key in shared_at else shared_at.setdefault(key, lay(prompt))
             start = lay(completion, range(at, at + len(prompt)))
             predict += [at + len(prompt) - 1, *range(start, start + len(completion) - 1)]
         else:
-            start = lay([*prompt, *completion]) + len(prompt)
+            if after is None:
+                at = lay([*prompt, *completion])
+                start = at + len(prompt)
+            else:
+                seen = after.at[key]
+                start = lay([prompt[-1], *completion], range(seen, seen + len(prompt) - 1)) + 1
             predict += range(start - 1, start + len(completion) - 1)
+        if keep_prompts and key not in kept_at:
+            kept_at[key] = len(kept)
+            kept += range(at, at + len(prompt))
         read += range(start, start + len(completion))
     lengths = [len(completion) for completion in completions]
-    columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths)]
-    shipped = _to_device([*columns, keys] if shared_at else columns, device)
+    columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths), kept]
+    indexed = bool(shared_at) or after is not None
+    shipped = _to_device([*columns, keys] if indexed else columns, device)
     return PackedBatch(
         ids_T=shipped[0],
         position_T=shipped[1],
         segments=Segments(
             shipped[5].int(),
             shipped[6].int(),
-            shipped[7] if shared_at else None,
+            shipped[8] if indexed else None,
             tuple(q_lengths),
             tuple(k_lengths),
+            before=after,
+            keep=PromptStates(kept_at, len(kept)) if keep_prompts else None,
+            keep_index=shipped[7],
         ),
         completion_cu=shipped[4],
         read_index_C=shipped[2],

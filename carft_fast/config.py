@@ -159,6 +159,10 @@ class RlConfig(StageConfig):
     reference_offload: bool = False
     """Keep the reference's weights in host memory, and on the GPU only while they are used, once a step. LoRA needs no
     copy at all."""
+    reference_prompts: Literal["forward", "stored"] = "forward"
+    """"stored": the reference's keys and values of all training prompts are computed once, when stage 2 begins, and
+    kept in the host memory of every process; a step's reference forward is then over completions alone. Pays from the
+    second pass over the data on."""
     share_prompts: bool = False
     """Forward a prompt once for all its completions in a micro-batch; needs model.attention = "packed"."""
     clip_low: float = Field(0.2, gt=0, lt=1)
@@ -472,10 +476,16 @@ class Config(Section):
                 raise ValueError(
                     f"{stage}.micro_batch_tokens = {tokens} must be at least data.max_length = {self.data.max_length}"
                 )
-        if rl.share_prompts and (self.model.attention, self.model.impl) != ("packed", "fast"):
+        stored = rl.reference_prompts == "stored"
+        for asked, setting in ((rl.share_prompts, "rl.share_prompts"), (stored, 'rl.reference_prompts = "stored"')):
+            if asked and (self.model.attention, self.model.impl) != ("packed", "fast"):
+                raise ValueError(
+                    f'{setting} needs model.attention = "packed" and model.impl = "fast", these are '
+                    f'"{self.model.attention}" and "{self.model.impl}"'
+                )
+        if stored and not (rl.kl_coef or rl.kl_loss_coef):
             raise ValueError(
-                f'rl.share_prompts needs model.attention = "packed" and model.impl = "fast", these are '
-                f'"{self.model.attention}" and "{self.model.impl}"'
+                'rl.reference_prompts = "stored" needs a reference: rl.kl_coef or rl.kl_loss_coef above 0, both are 0'
             )
         if rl.estimator != "gae":
             if per_prompt == 1:

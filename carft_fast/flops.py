@@ -109,25 +109,37 @@ class StepShape:
 
 
 def fast_step(
-    cost: ModelCost, shape: StepShape, *, recompute: bool = False, one_micro_batch: bool = True
+    cost: ModelCost,
+    shape: StepShape,
+    *,
+    recompute: bool = False,
+    one_micro_batch: bool = True,
+    stored_prompts: bool = False,
 ) -> dict[str, Work]:
-    """Work of this trainer's step (CARFT), by phase: packed, LM head on completion tokens only, 3 matmuls in the loss.
+    """Work of this trainer's step (CARFT), by phase: packed, LM head on completion tokens only, 3 matmuls in the loss,
+    annotated CoTs after the prompts of their rollouts.
 
     `recompute` is model.gradient_checkpointing. `one_micro_batch`: a mini-batch is one, so that the look at the first
-    is its update's forward.
+    is its update's forward. `stored_prompts` is rl.reference_prompts.
     """
     rows = list(zip(shape.prompts, shape.completions, strict=True))
     tokens, completion_tokens = sum(map(sum, rows)), sum(shape.completions)
     layers = cost.layers_flops(tokens, sum(causal_pairs(p + c) for p, c in rows))
-    annotated = [p + a for p, a in zip(shape.prompts, shape.annotated, strict=True)]
-    layers_annotated = cost.layers_flops(sum(annotated), sum(map(causal_pairs, annotated)))
+
+    def after_prompts(lengths: Sequence[int]) -> float:
+        """Of sequences whose prompts have gone through before; a prompt's last token does again."""
+        pairs = (causal_pairs(p + n) - causal_pairs(p - 1) for p, n in zip(shape.prompts, lengths, strict=True))
+        return cost.layers_flops(sum(lengths) + len(lengths), sum(pairs))
+
+    layers_annotated = after_prompts(shape.annotated)
+    layers_reference = after_prompts(shape.completions) if stored_prompts else layers
     head = cost.head_flops(completion_tokens)
     weights = cost.all_weights * shape.bytes_per_weight
     backward = (4 if recompute else 3) * layers + 3 * head
     spared = Work(-layers, -weights) * (1 / shape.updates_per_epoch if one_micro_batch else 0)
     return {
         "rollout": _decode(cost, shape),
-        "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
+        "log-probs": Work(layers + layers_reference + 2 * head + layers_annotated, 3 * weights),
         "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs + spared,
         "sync": Work(0, 2 * weights),
     }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from carft_fast import padded
+from carft_fast.attention import PromptStates
 from carft_fast.batch import PackedBatch, balanced_batches, chunks, pack
 from carft_fast.config import Config
 from carft_fast.flops import ModelCost
@@ -40,8 +41,9 @@ class Rows(NamedTuple):
         """Prompt and completion of every sequence."""
         return zip(self.prompts, self.completions, strict=True)
 
-    def pack(self, device: torch.device, *, share_prompts: bool) -> PackedBatch:
-        return pack(self.prompts, self.completions, device, share_prompts=share_prompts)
+    def pack(self, device: torch.device, **options: Any) -> PackedBatch:
+        """`options` of `batch.pack`."""
+        return pack(self.prompts, self.completions, device, **options)
 
     def pad(self, device: torch.device) -> padded.PaddedBatch:
         return padded.pad(self.prompts, self.completions, device)
@@ -73,6 +75,8 @@ class Forward(NamedTuple):
     """PackedBatch or PaddedBatch."""
     output: Any
     """ModelOutput or PlainOutput: last hidden states, with their graph or without."""
+    prompts: PromptStates | None = None
+    """Where they were to be kept."""
 
 
 class Look(NamedTuple):
@@ -82,6 +86,11 @@ class Look(NamedTuple):
     support_logprob_C: Tensor | None
     value_C: Tensor | None
     z_BPE: Tensor | None
+
+    @property
+    def nothing(self) -> "Look":
+        """What a process without rows of its own found."""
+        return Look(*(None if x is None else x[:0] for x in self))
 
 
 class Loss(NamedTuple):
@@ -95,6 +104,9 @@ class Loss(NamedTuple):
 class Passes(Protocol):
     """How sequences go through the model."""
 
+    goes_on: bool
+    """Whether a forward can go on from prompts that an earlier one has kept."""
+
     def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
         """Indices of the sequences that go through the model together. Their number is a multiple of `multiple_of`:
         processes take them in turn, and all have as many; some may be empty."""
@@ -104,7 +116,17 @@ class Passes(Protocol):
         """Of the completion tokens, divided by `total_tokens`."""
         ...
 
-    def forward(self, model: CarftModel, rows: Rows, *, need_logits: bool = True) -> Forward: ...
+    def forward(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        *,
+        need_logits: bool = True,
+        keep_prompts: bool = False,
+        after: PromptStates | None = None,
+    ) -> Forward:
+        """`keep_prompts` and `after`, where `goes_on`: see `batch.pack`."""
+        ...
 
     def look(self, model: CarftModel, forward: Forward, want: Want) -> Look: ...
 
@@ -127,6 +149,7 @@ class PackedPasses:
 
     def __init__(self, config: Config, micro_batch_tokens: int, cost: ModelCost, *, share_prompts: bool) -> None:
         self._config, self._cost, self._budget, self._share = config, cost, micro_batch_tokens, share_prompts
+        self.goes_on = config.model.attention == "packed"
 
     def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
         units = self._units(rows)
@@ -145,7 +168,7 @@ class PackedPasses:
         units: list[list[int]] = []
         newest: dict[tuple[int, ...], tuple[list[int], int]] = {}
         for i, (prompt, completion) in enumerate(rows.pairs):
-            unit, tokens = newest.get(tuple(prompt), ([], self._budget))
+            unit, tokens = newest.get(tuple(prompt), ([], self._budget + 1))
             if tokens + len(completion) > self._budget:
                 unit, tokens = [], len(prompt)
                 units.append(unit)
@@ -157,13 +180,21 @@ class PackedPasses:
         batch = rows.pack(model.device, share_prompts=self._share)
         return sft_loss(model, model(batch), batch, total_tokens)
 
-    def forward(self, model: CarftModel, rows: Rows, *, need_logits: bool = True) -> Forward:
-        batch = rows.pack(model.device, share_prompts=self._share)
-        return Forward(rows, batch, model(batch, need_logits=need_logits))
+    def forward(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        *,
+        need_logits: bool = True,
+        keep_prompts: bool = False,
+        after: PromptStates | None = None,
+    ) -> Forward:
+        batch = rows.pack(model.device, share_prompts=self._share, keep_prompts=keep_prompts, after=after)
+        return Forward(rows, batch, model(batch, need_logits=need_logits), batch.segments.keep)
 
     @torch.no_grad()
     def look(self, model: CarftModel, forward: Forward, want: Want) -> Look:
-        (rows, batch, output), sampling = forward, self._config.rollout
+        (rows, batch, output, _), sampling = forward, self._config.rollout
         logprob_C = support_logprob_C = None
         if want.logprob:
             logprob_C = completion_logprobs(model, output, batch, temperature=sampling.temperature)
@@ -194,7 +225,7 @@ class PackedPasses:
         embedding: bool,
     ) -> Loss:
         assert all(live), "rollouts without a gradient are in no micro-batch"
-        (rows, batch, output), rl = forward, self._config.rl
+        (rows, batch, output, _), rl = forward, self._config.rl
         weight_C = normaliser.weights(batch, rl.loss_mean)
         temperature = self._config.rollout.temperature
         found = update_loss(model, output, batch, targets, rl, weight_C=weight_C, temperature=temperature)
@@ -203,6 +234,8 @@ class PackedPasses:
 
 class PaddedPasses:
     """Rows in the order drawn, as many as fit the token budget, pads included."""
+
+    goes_on = False
 
     def __init__(self, config: Config, micro_batch_tokens: int) -> None:
         self._config, self._budget = config, micro_batch_tokens
@@ -216,13 +249,22 @@ class PaddedPasses:
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
         return padded.sft_loss(model, rows.pad(model.device), total_tokens)
 
-    def forward(self, model: CarftModel, rows: Rows, *, need_logits: bool = True) -> Forward:
+    def forward(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        *,
+        need_logits: bool = True,
+        keep_prompts: bool = False,
+        after: PromptStates | None = None,
+    ) -> Forward:
+        assert not keep_prompts, "see goes_on"
         batch = rows.pad(model.device)
         return Forward(rows, batch, padded.forward(model, batch))
 
     @torch.no_grad()
     def look(self, model: CarftModel, forward: Forward, want: Want) -> Look:
-        rows, batch, output = forward
+        rows, batch, output, _ = forward
         logprob_C = None
         if want.logprob:
             logprob_C = padded.logprobs(output, batch, self._config.rollout.temperature)[0][batch.predicted]
@@ -243,7 +285,7 @@ class PaddedPasses:
         *,
         embedding: bool,
     ) -> Loss:
-        (rows, batch, output), config = forward, self._config
+        (rows, batch, output, _), config = forward, self._config
         live_B = torch.tensor(live, device=model.device)
         found = padded.update_loss(
             model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from carft_fast.advantage import Advantages
+from carft_fast.attention import PromptStates
 from carft_fast.batch import chunks, derive_seed, permutation
 from carft_fast.config import Config
 from carft_fast.distributed import gather_by_row, global_sum, own_turns, world_size
 from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.model import CarftModel
 from carft_fast.parallel import Learner
-from carft_fast.passes import Forward, Look, Loss, Rows, Want, build_passes
-from carft_fast.reference import Reference
+from carft_fast.passes import Forward, Look, Loss, Passes, Rows, Want, build_passes
+from carft_fast.reference import Reference, StoredPrompts
 from carft_fast.rollout.probe import Mismatch
 from carft_kernels import lcs_mask
 
@@ -123,6 +124,63 @@ class Experience(NamedTuple):
         return torch.cosine_similarity(self.z_1_NE, self.z_2_NPE[:, 0])
 
 
+class _Annotated:
+    """The annotated CoTs of a step, a question's once for all its samples, and the looks at them."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._has_parts = rows.parts is not None
+        samples: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+        for i, (prompt, cot) in enumerate(rows.pairs):
+            samples.setdefault((tuple(prompt), tuple(cot)), []).append(i)
+        self._samples = list(samples.values())
+        self.unique = rows.pick([members[0] for members in self._samples])
+        if rows.parts is not None:  # of one CoT the whole, then what each sample has in common with it
+            most = max(map(len, self._samples))
+            parts = []
+            for members in self._samples:
+                common = [rows.parts[i][1:] for i in members]
+                padding = [torch.zeros_like(common[0])] * (most - len(members))
+                parts.append(torch.cat([rows.parts[members[0]][:1], *common, *padding]))
+            self.unique = self.unique._replace(parts=parts)
+        self.turns: list[list[list[int]]] = []
+        """Micro-batches of `unique`, dealt to the processes in turn; in a turn all have as many, some maybe empty."""
+        self.looks: list[Look] = []
+        """Of this process's micro-batches."""
+
+    def follow(self, micros: Sequence[Sequence[int]], passes: Passes) -> None:
+        """Each comes after the micro-batch that has the first rollout of its question."""
+        of_rollout = {members[0]: k for k, members in enumerate(self._samples)}
+        for turn in range(0, len(micros), world_size()):
+            dealt = []
+            for micro in micros[turn : turn + world_size()]:
+                rows = [of_rollout[i] for i in micro if i in of_rollout]
+                dealt.append([[rows[j] for j in batch] for batch in passes.micro_batches(self.unique.pick(rows))])
+            most = max(map(len, dealt))
+            self.turns.append([batches[k] if k < len(batches) else [] for k in range(most) for batches in dealt])
+
+    def one_of(self, prompts: PromptStates) -> int:
+        """A row with one of the prompts, for a process that has to look at some."""
+        return next(k for k, prompt in enumerate(self.unique.prompts) if tuple(prompt) in prompts.at)
+
+    def embeddings(self) -> tuple[Tensor, Tensor | None]:
+        """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it."""
+        z_BPE = _gathered(self.looks, self.unique, [micro for turn in self.turns for micro in turn]).z_BPE
+        assert z_BPE is not None
+        places = {i: (row, k) for row, members in enumerate(self._samples) for k, i in enumerate(members)}
+        index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
+        return z_BPE[index_2N[0], 0], z_BPE[index_2N[0], 1 + index_2N[1]] if self._has_parts else None
+
+
+def _gathered(looks: Sequence[Look], rows: Rows, micros: Sequence[Sequence[int]]) -> Look:
+    """What all processes found in their micro-batches, in the order of the rows."""
+    found: list[Tensor | None] = []
+    for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
+        tensors = [x for x in own if x is not None]
+        by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
+        found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
+    return Look(*found)
+
+
 class Update(NamedTuple):
     metrics: dict[str, float]
     """Means over the optimizer steps; `skipped_updates` is their number that was left out."""
@@ -140,9 +198,29 @@ class Step:
         self.needs = Needs.of(config)
         assert reference is not None or not self.needs.reference
         self._padded = config.model.impl == "reference"
+        self._stored: StoredPrompts | None = None
         self._passes = build_passes(
             config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.rl.share_prompts
         )
+
+    @torch.no_grad()
+    def store_reference_prompts(self, prompts: Sequence[list[int]]) -> int:
+        """From now on the reference goes on from these prompts' states; returns their bytes. Raises InputError."""
+        assert self._reference is not None
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        rows = Rows([list(prompt) for prompt in unique], [[]] * len(unique))
+        stored = StoredPrompts()
+        with self._reference.model() as reference:
+            for micro in self._passes.micro_batches(rows):
+                work = functools.partial(
+                    self._passes.forward, rows=rows.pick(micro), need_logits=False, keep_prompts=True
+                )
+                kept = reference.run(work).prompts
+                assert kept is not None
+                stored.add(kept)
+                stored.check_room(sum(map(len, unique)))
+        self._stored = stored
+        return stored.bytes
 
     def plan(self, samples: Samples, seed: int, live: Sequence[bool] | None = None) -> list[list[MiniBatch]]:
         """Random mini-batches of every PPO epoch; how they are cut into micro-batches changes no sum.
@@ -168,9 +246,11 @@ class Step:
     def look(self, samples: Samples, first_epoch: Sequence[MiniBatch]) -> Experience:
         """One pass of policy and reference over the rollouts, one of the policy over the annotated CoTs, as needed.
 
+        An annotated CoT goes on from the states that its prompt has before a rollout, where the attention can.
+
         It goes by the first PPO epoch's micro-batches, so that epoch's first forward repeats it bit for bit and the
         ratio starts at exactly 1. Where the first mini-batch is one micro-batch it is that forward: its graph stays,
-        in no more memory than a micro-batch is given, and comes last so that nothing else is held beside it.
+        in no more memory than a micro-batch is given.
         """
         needs, rollouts = self.needs, samples.rollouts
         micros = [micro for mini in first_epoch for micro in mini.micro]
@@ -179,13 +259,15 @@ class Step:
         if needs.reference:
             assert self._reference is not None
             with self._reference.model() as model:
-                ref, _ = self._sweep(model, rollouts, micros, Want(logprob=True))
-        z_1_NE, common_NE = self._annotated_embeddings(samples.annotated) if needs.embedding else (None, None)
+                ref, _ = self._sweep(model, rollouts, micros, Want(logprob=True), stored=self._stored)
+        annotated = self._annotated(samples.annotated, micros) if needs.embedding else None
+        beside = annotated if self._passes.goes_on else None
         if needs.old or needs.value or needs.embedding:
             want = Want(needs.old, needs.value, needs.embedding)
             possible = self._learner.keeps_graphs and not (self._padded or self._may_drop)
             keep = possible and len(own_turns(first_epoch[0].micro)) == 1
-            own, first = self._sweep(self._policy, rollouts, micros, want, keep_first=keep)
+            own, first = self._sweep(self._policy, rollouts, micros, want, keep_first=keep, beside=beside)
+        z_1_NE, common_NE = annotated.embeddings() if annotated is not None else (None, None)
         sampled = self._config.rl.old_logprobs == "sampled"
         return Experience(
             sum(rollouts.lengths),
@@ -208,18 +290,16 @@ class Step:
         want: Want,
         *,
         keep_first: bool = False,
+        beside: "_Annotated | None" = None,
+        stored: StoredPrompts | None = None,
     ) -> tuple[Look, Forward | None]:
         """A look at all rows, the processes' micro-batches in turn; on each all results, in the order of the rows.
 
-        `keep_first`: with this process's first forward, and its graph.
+        `keep_first`: with this process's first forward, and its graph. `beside` is looked at after each micro-batch.
+        `stored`: prompts to go on from.
         """
-        looks, first = self.own_looks(model, rows, micros, want, keep_first=keep_first)
-        found: list[Tensor | None] = []
-        for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
-            tensors = [x for x in own if x is not None]
-            by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
-            found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
-        return Look(*found), first
+        looks, first = self.own_looks(model, rows, micros, want, keep_first=keep_first, beside=beside, stored=stored)
+        return _gathered(looks, rows, micros), first
 
     def own_looks(
         self,
@@ -229,47 +309,59 @@ class Step:
         want: Want,
         *,
         keep_first: bool = False,
+        beside: "_Annotated | None" = None,
+        stored: StoredPrompts | None = None,
     ) -> tuple[list[Look], Forward | None]:
         """Of this process's micro-batches; an empty one gives empty results."""
         looks: list[Look] = []
         first = None
         for number, micro in enumerate(own_turns(micros)):
-            picked, keep = rows.pick(micro or [rows.shortest]), keep_first and number == 0
-            look, forward = model.run(functools.partial(self._look, rows=picked, want=want, keep=keep))
-            looks.append(look if micro else Look(*(None if x is None else x[:0] for x in look)))
+            keep = keep_first and number == 0
+            picked = micro or [rows.shortest]
+            after = stored.of([rows.prompts[i] for i in picked], self._device) if stored is not None else None
+            states = beside is not None
+            look, forward = self._look(model, rows, picked, want, keep=keep, keep_prompts=states, after=after)
+            looks.append(look if micro else look.nothing)
             first = forward if keep else first
+            if beside is not None:
+                assert forward.prompts is not None
+                for following in own_turns(beside.turns[number]):
+                    picked = following or [beside.one_of(forward.prompts)]
+                    look, _ = self._look(model, beside.unique, picked, Want(embedding=True), after=forward.prompts)
+                    beside.looks.append(look if following else look.nothing)
+                forward.prompts.close()
         return looks, first
 
-    def _look(self, model: CarftModel, *, rows: Rows, want: Want, keep: bool) -> tuple[Look, Forward | None]:
-        with torch.set_grad_enabled(keep):
-            forward = self._passes.forward(model, rows, need_logits=want.logprob or keep)
-        return self._passes.look(model, forward, want), forward if keep else None
+    def _look(
+        self,
+        model: CarftModel,
+        rows: Rows,
+        picked: Sequence[int],
+        want: Want,
+        *,
+        keep: bool = False,
+        **prompts: Any,
+    ) -> tuple[Look, Forward]:
+        """`keep`: the forward with its graph."""
 
-    def _annotated_embeddings(self, annotated: Rows) -> tuple[Tensor, Tensor | None]:
-        """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it.
+        def work(model: CarftModel) -> tuple[Look, Forward]:
+            with torch.set_grad_enabled(keep):
+                forward = self._passes.forward(model, rows.pick(picked), need_logits=want.logprob or keep, **prompts)
+            return self._passes.look(model, forward, want), forward
 
-        The samples of one question share its forward; each has its own common part.
-        """
-        samples: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-        for i, (prompt, cot) in enumerate(annotated.pairs):
-            samples.setdefault((tuple(prompt), tuple(cot)), []).append(i)
-        unique = annotated.pick([members[0] for members in samples.values()])
-        if annotated.parts is not None:
-            most = max(map(len, samples.values()))
-            parts = []
-            for members in samples.values():
-                common = [annotated.parts[i][1:] for i in members]
-                padding = [torch.zeros_like(common[0])] * (most - len(members))
-                parts.append(torch.cat([annotated.parts[members[0]][:1], *common, *padding]))
-            unique = unique._replace(parts=parts)
-        micros = self._passes.micro_batches(unique, world_size())
-        look, _ = self._sweep(self._policy, unique, micros, Want(embedding=True))
-        z_BPE = look.z_BPE
-        assert z_BPE is not None
-        places = {i: (row, k) for row, members in enumerate(samples.values()) for k, i in enumerate(members)}
-        index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
-        z_1_NE = z_BPE[index_2N[0], 0]
-        return z_1_NE, None if annotated.parts is None else z_BPE[index_2N[0], 1 + index_2N[1]]
+        return model.run(work)
+
+    def _annotated(self, rows: Rows, micros: Sequence[Sequence[int]]) -> "_Annotated":
+        """To be looked at beside the rollouts in `micros` where their prompts serve; else looked at by themselves."""
+        annotated = _Annotated(rows)
+        if self._passes.goes_on:
+            annotated.follow(micros, self._passes)
+        else:
+            annotated.turns = [self._passes.micro_batches(annotated.unique, world_size())]
+            annotated.looks, _ = self.own_looks(
+                self._policy, annotated.unique, annotated.turns[0], Want(embedding=True)
+            )
+        return annotated
 
     @property
     def _may_drop(self) -> bool:

@@ -37,6 +37,17 @@ def test_group_methods_run_without_a_value_head(tmp_path: Path, tiny_run: list[s
     assert (weights[0] != weights[1]) == any(r["grad_norm"] > 0 for r in records(tmp_path / "run", "rl", "train"))
 
 
+def test_a_run_with_stored_prompts_trains_as_one_without(tmp_path: Path, tiny_run: list[str]) -> None:
+    found = []
+    for name, options in (("forward", []), ("stored", ["rl.reference_prompts=stored"])):
+        run_pipeline(tmp_path / name, tiny_config(tiny_run, "rl.max_steps=3", *options))
+        found.append(records(tmp_path / name, "rl", "train"))
+    for ours, theirs in zip(*found, strict=True):
+        for key in ("kl", "loss", "value_loss", "grad_norm", "reward"):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=1e-5), key
+    assert [r["kl"] for r in found[0]] != [r["kl"] for r in found[1]], "the reference took no other way"
+
+
 LORA = ["--set", "lora.rank=4", "--set", "sft.lr=1e-2", "--set", "rl.lr=1e-2"]
 
 
@@ -136,6 +147,12 @@ def test_the_estimator_needs_what_it_compares(tiny_run: list[str]) -> None:
     assert "rl.kl_coef = 0.05 is a per-token reward" in refused("rl.estimator=grpo", "rollout.samples_per_prompt=4")
     assert 'rl.share_prompts needs model.attention = "packed"' in refused(
         "rl.share_prompts=true", "model.attention=sdpa"
+    )
+    assert 'rl.reference_prompts = "stored" needs model.attention = "packed"' in refused(
+        "rl.reference_prompts=stored", "model.attention=sdpa"
+    )
+    assert "needs a reference: rl.kl_coef or rl.kl_loss_coef above 0" in refused(
+        "rl.reference_prompts=stored", "rl.kl_coef=0.0"
     )
     assert "needs rollout.top_p = 1 and top_k = 0, these are 0.9 and 0" in refused(
         "rl.old_logprobs=sampled", "rollout.top_p=0.9"

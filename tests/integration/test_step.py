@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from carft_fast.advantage import group_advantages, ppo_advantages
 from carft_fast.batch import derive_seed
 from carft_fast.config import RlConfig
+from carft_fast.errors import InputError
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.losses import ContrastTargets, contrastive_loss
+from carft_fast.passes import Want
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
 from carft_fast.step import Needs
@@ -237,12 +240,15 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
         "forward",
         lambda model, rows, **options: (seen.append(len(rows.prompts)), forward(model, rows, **options))[1],
     )
-    z_1, _ = parts.step._annotated_embeddings(case.samples.annotated)
-    assert sum(seen) == 3
+    z_1 = parts.step.look(case.samples, parts.plan[0]).z_1_NE
+    assert sorted(seen) == [3, 12, 12], "and the rollouts by policy and reference"
+    monkeypatch.undo()
     torch.testing.assert_close(z_1, parts.experience.z_1_NE)
+    annotated = case.samples.annotated
     for row in range(12):
-        alone, _ = take_apart(config, case).step._annotated_embeddings(case.samples.annotated.pick([row]))
-        torch.testing.assert_close(z_1[row], alone[0], rtol=1e-5, atol=1e-6)
+        alone = parts.step._passes.forward(parts.policy, annotated.pick([row]))
+        expected = parts.step._passes.look(parts.policy, alone, Want(embedding=True)).z_BPE
+        torch.testing.assert_close(z_1[row], expected[0, 0], rtol=1e-5, atol=1e-6)
 
 
 # --- what is not computed ---------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
     """Counted in the layers: tokens forwarded without gradient, per method."""
     case = random_case(12, "mixed", prompts=3, per_prompt=4)
     rollout_tokens = sum(len(p) + len(c) for p, c in case.samples.rollouts.pairs)
-    annotated_tokens = sum(len(p) + len(c) for p, c in list(case.samples.annotated.pairs)[::4])
+    annotated_tokens = sum(1 + len(c) for _, c in list(case.samples.annotated.pairs)[::4])
 
     def forwarded(*options: str) -> tuple[int, int]:
         """Tokens through policy and reference in `look`."""
@@ -268,7 +274,7 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
         parts.step.look(case.samples, parts.plan[0])
         return counts[0], counts[1]
 
-    assert forwarded() == (rollout_tokens + annotated_tokens, rollout_tokens)
+    assert forwarded() == (rollout_tokens + annotated_tokens, rollout_tokens), "a prompt goes with its rollouts alone"
     assert forwarded(*METHODS["reft"]) == (rollout_tokens, rollout_tokens)
     assert forwarded(*METHODS["reft"], "rl.kl_coef=0.0") == (rollout_tokens, 0)
     one_update = ["rl.ppo_epochs=1", "rl.mini_batch_size=12"]
@@ -288,7 +294,8 @@ def test_the_look_at_the_first_micro_batch_is_its_forward(method: str, checkpoin
     parts = take_apart(quick_config(*options), case := random_case(3, "mixed"))
     parts.policy.lm.model.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
     again = parts._replace(experience=parts.step.look(case.samples, parts.plan[0]))
-    assert forwards == [False] * (method == "carft") + [True, False]
+    beside = [False] * (method == "carft")
+    assert forwards == [True, *beside, False, *beside]
     forwards.clear()
     update(again, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
     assert forwards == [True] * (2 * len(parts.plan) - 1)
@@ -349,6 +356,12 @@ def test_the_cost_model_counts_what_a_step_computes() -> None:
     with FlopCounterMode(display=False) as counter:
         parts.step.look(case.samples, parts.plan[0])
     assert counter.get_total_flops() == work["log-probs"].flops + heads(2 * tokens + annotated_tokens, 24)
+    of_heads = heads(2 * tokens + annotated_tokens, 24)
+    parts.step.store_reference_prompts(rollouts.prompts)
+    with FlopCounterMode(display=False) as counter:
+        parts.step.look(case.samples, parts.plan[0])
+    stored = fast_step(layers_alone, shape, stored_prompts=True)
+    assert counter.get_total_flops() == stored["log-probs"].flops + of_heads < work["log-probs"].flops
     with FlopCounterMode(display=False) as counter:
         update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
     # z_2 for the loss; nothing asks for a gradient twice
@@ -448,6 +461,50 @@ def test_with_lora_the_reference_is_the_model_without_adapters() -> None:
     for name, p in parts.policy.named_parameters():
         if name in base:
             assert torch.equal(p, base[name]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["lora.rank=4"], ["rl.micro_batch_tokens=160", "rl.reference_offload=true"], ["rl.share_prompts=true"]],
+    ids=["one micro-batch", "lora", "several micro-batches, offloaded", "shared prompts"],
+)
+def test_stored_prompts_spare_the_reference_their_forward(options: list[str]) -> None:
+    """The same log-probs, from forwards over the completions and each prompt's last token."""
+    case = random_case(15, "mixed", prompts=6, per_prompt=2)
+    parts = take_apart(quick_config("rollout.samples_per_prompt=2", *options), case)
+    rollouts = case.samples.rollouts
+    stored = parts.step.store_reference_prompts([*rollouts.prompts, [5, 6, 7]])
+    with parts.step._reference.model() as reference:
+        lm = reference.lm.config
+        per_token = 2 * lm.num_hidden_layers * lm.num_key_value_heads * lm.head_dim * 4
+        assert stored == per_token * (sum(map(len, rollouts.prompts[::2])) + 3)
+        counts = [0]
+        reference.lm.model.layers[0].register_forward_hook(
+            lambda _m, inputs, _o: counts.__setitem__(0, counts[0] + inputs[0].shape[1])
+        )
+    again = parts.step.look(case.samples, parts.plan[0])
+    of_policy = sum(map(len, rollouts.prompts)) + sum(rollouts.lengths) + sum(case.samples.annotated.lengths[::2]) + 6
+    if parts.policy.has_adapters:
+        counts[0] -= of_policy
+    assert counts[0] == sum(rollouts.lengths) + len(rollouts.prompts)
+    assert not torch.equal(again.ref_logprob_C, parts.experience.ref_logprob_C), "it took another way"
+    torch.testing.assert_close(again.ref_logprob_C, parts.experience.ref_logprob_C, rtol=1e-5, atol=1e-5)
+    assert torch.equal(again.old_logprob_C, parts.experience.old_logprob_C)
+
+
+def test_prompts_that_do_not_fit_host_memory_are_refused_at_the_first_micro_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    parts = take_apart(quick_config("rl.micro_batch_tokens=160"), random_case(15, "mixed"))
+    forwards: list[bool] = []
+    parts.step._reference._copy.lm.register_forward_hook(lambda *_: forwards.append(True))
+    parts.step._reference._copy.lm.model.register_forward_hook(lambda *_: forwards.append(True))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    prompts = [[5 + i, *range(3, 90)] for i in range(80)]
+    with pytest.raises(InputError, match=r'rl.reference_prompts = "stored" needs .* in 2 processes\), .* are free'):
+        parts.step.store_reference_prompts(prompts)
+    assert forwards == [True]
 
 
 def test_an_offloaded_reference_holds_device_weights_only_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,55 @@ def test_shared_prompts_follow_the_worked_example() -> None:
     assert batch.segments.cu_k.tolist() == [0, 3, 8, 14]
 
 
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("share", [False, True])
+def test_a_forward_after_kept_prompts_is_as_if_it_had_them(name: str, share: bool) -> None:
+    """Other completions, in another order, some of them of the same prompt and one empty."""
+    model = build(MODELS[name], PACKED)
+    prompts, completions = PROMPTS[3::-1], [[7], [], [40, 41, 42, 43], [2, 3]]
+    first = pack(PROMPTS, COMPLETIONS, CPU, share_prompts=share, keep_prompts=True)
+    whole = pack(prompts, completions, CPU)
+    with torch.no_grad():
+        model(first)
+        after = pack(prompts, completions, CPU, share_prompts=share, after=first.segments.keep)
+        found, expected = model(after).hidden_TD, model(whole).hidden_TD
+    assert len(after.ids_T) == sum(map(len, completions)) + len(prompts)
+    assert torch.equal(after.target_C, whole.target_C)
+    for index in ("predict_index_C", "read_index_C"):
+        torch.testing.assert_close(
+            found[getattr(after, index)], expected[getattr(whole, index)], rtol=1e-4, atol=1e-5, msg=index
+        )
+
+
+def test_prompts_are_kept_once_without_gradient_until_closed() -> None:
+    model = build(MODELS["llama"], PACKED)
+    batch = pack(PROMPTS, COMPLETIONS, CPU, keep_prompts=True)
+    kept = batch.segments.keep
+    assert kept is not None
+    assert kept.at == {(5, 6, 7): 0, (8, 9, 10, 11, 12, 13): 3, (14,): 9}
+    model(batch)
+    shapes = {tuple(x.shape) for states in kept.layers.values() for x in states}
+    assert shapes == {(1, SMALL["num_key_value_heads"], 10, 8)}
+    assert len(kept.layers) == SMALL["num_hidden_layers"]
+    assert not any(x.requires_grad for states in kept.layers.values() for x in states)
+    kept.close()
+    model(batch)
+    assert not kept.layers
+
+
+def test_a_batch_after_kept_prompts_follows_the_worked_example() -> None:
+    kept = pack([[9], [1, 2, 3]], [[4], [4]], CPU, keep_prompts=True).segments.keep
+    batch = pack([[1, 2, 3], [1, 2, 3]], [[4, 5], [6, 7, 8]], CPU, after=kept)
+    assert batch.ids_T.tolist() == [3, 4, 5, 3, 6, 7, 8]
+    assert batch.position_T.tolist() == [2, 3, 4, 2, 3, 4, 5]
+    assert batch.read_index_C.tolist() == [1, 2, 4, 5, 6]
+    assert batch.predict_index_C.tolist() == [0, 1, 3, 4, 5]
+    assert batch.segments.key_index is not None
+    assert batch.segments.key_index.tolist() == [1, 2, 4, 5, 6, 1, 2, 7, 8, 9, 10]  # of [9, 1, 2, 3] and then the batch
+    assert batch.segments.cu_q.tolist() == [0, 3, 7]
+    assert batch.segments.cu_k.tolist() == [0, 5, 11]
+
+
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("share", [False, True])
 def test_the_call_of_the_varlen_kernel_means_the_same(
@@ -246,7 +295,9 @@ def test_the_published_step_without_padding_costs_recomputation_and_prompt_logit
     ours, published = fast_step(cost, shape, one_micro_batch=False), published_step(cost, shape)
     layers = 4 * cost.layers_flops(30, causal_pairs(30))
     assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * cost.head_flops(4 * 10))
-    assert published["log-probs"].flops - ours["log-probs"].flops == cost.head_flops(2 * 4 * 10 + 4 * 30)
+    prompts_again = 4 * cost.layers_flops(9, causal_pairs(9))
+    head = cost.head_flops(2 * 4 * 10 + 4 * 30)
+    assert published["log-probs"].flops - ours["log-probs"].flops == head + prompts_again
     recomputing = fast_step(cost, shape, recompute=True, one_micro_batch=False)
     assert recomputing["update"].flops - ours["update"].flops == 2 * layers
     assert ours["update"].flops - fast_step(cost, shape)["update"].flops == pytest.approx(layers / 3)
