@@ -9,7 +9,7 @@ On CUDA in half precision one FlashAttention kernel of torch takes all segments;
 by one, which on a CPU is as fast: its work is linear in the segments, and no [T, T] mask exists.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,14 +32,11 @@ class PromptStates:
     tokens: int
     layers: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
     closed: bool = False
-    """Nothing is kept any more: activation checkpointing runs the layers again."""
+    """Nothing more is to be kept when activation checkpointing runs the layers again."""
 
     def close(self) -> None:
         self.closed = True
         self.layers.clear()
-
-    def has(self, prompts: Sequence[Sequence[int]]) -> bool:
-        return all(tuple(prompt) in self.at for prompt in prompts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,16 +64,19 @@ class StoredPrompts:
     def __init__(self) -> None:
         self._states: dict[tuple[int, ...], torch.Tensor] = {}
         self._modules: list[torch.nn.Module] = []
-
-    @property
-    def bytes(self) -> int:
-        return sum(states.nbytes for states in self._states.values())
+        self.bytes = 0
 
     def add(self, kept: PromptStates) -> None:
         self._modules = list(kept.layers)
+        if len({key.shape for key, _ in kept.layers.values()}) > 1:
+            raise InputError(
+                'rl.reference_prompts = "stored": the layers of this model have key-value heads of different number or '
+                'size, allowed here is "forward"'
+            )
         states = torch.stack([torch.cat(pair) for pair in kept.layers.values()]).cpu()
         for prompt, at in kept.at.items():
             self._states[prompt] = states[..., at : at + len(prompt), :].clone()
+            self.bytes += self._states[prompt].nbytes
 
     def of(self, prompts: Sequence[Sequence[int]], device: torch.device) -> PromptStates:
         """On the device, by one copy that nobody waits for."""

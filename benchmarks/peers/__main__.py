@@ -50,6 +50,10 @@ TRL_NOTE = (
     "fused LM head, which never holds the logits; no padding-free mode exists for GRPO, Liger's kernels need a GPU"
 )
 VALID = "only completion positions go through the LM head, as TRL does where it runs Triton"
+OWN_VLLM = (
+    "its own colocated vLLM, with our engine's dtype, cache and enforce_eager; no importance sampling; weights by "
+    "vLLM's reload_weights, since what TRL calls fails on a CPU"
+)
 ALL = "every position goes through the LM head, as TRL does on a CPU"
 
 
@@ -85,10 +89,13 @@ def own_sides(rows: int, sampler: str) -> list[SideSpec]:
     }[sampler]
     options = ["rl.share_prompts=true", f"rollout.engine={'hf' if sampler == 'generate' else sampler}"]
     through = ", through rollout_func" if sampler == "vllm" else ""
-    return [
+    sides = [
         ours(OURS, f"packed, rl.share_prompts; {by}", *options),
         trl_spec("TRL, completion positions", f"{VALID}; {by}{through}", rows, valid=True, sampler=sampler),
     ]
+    if sampler == "vllm":
+        sides.append(trl_spec("TRL, use_vllm", f"{VALID}; {OWN_VLLM}", rows, valid=True, sampler="use_vllm"))
+    return sides
 
 
 CARFT_OPTIONS = ["contrastive.gradient=published", "contrastive.coef=0.1"]

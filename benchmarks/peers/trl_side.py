@@ -20,8 +20,10 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.peers.carft_side import CPU, fixed_length_engine, side_config
 from benchmarks.peers.turns import Turns
 from benchmarks.peers.work import Done, Work
+from carft_fast.config import Config
 from carft_fast.model import CarftModel
-from carft_fast.rollout import RolloutEngine, SamplingParams
+from carft_fast.rollout import RolloutEngine, SamplingParams, vllm_adapter
+from carft_fast.rollout.weights import SamplerWeights
 
 
 class Setting(NamedTuple):
@@ -30,7 +32,26 @@ class Setting(NamedTuple):
     valid_positions: bool
     """Only completion positions through the LM head. TRL does so where it runs Triton; on the CPU it projects all."""
     sampler: str = "generate"
-    """"generate" or "vllm": carft_fast's vLLM engine, through rollout_func."""
+    """"generate"; "vllm": carft_fast's vLLM engine, through rollout_func; "use_vllm": its own, see `its_own_vllm`."""
+
+
+def its_own_vllm(config: Config) -> None:
+    """TRL's colocated vLLM as it runs on a CPU: with our engine's options for one, and the weights put in as our engine
+    does it, by vLLM's own reload. What TRL calls fails there: packed layers keep no loaders."""
+    import trl.generation.vllm_generation as module
+
+    vllm_adapter.prepare_environment()
+    options = vllm_adapter.engine_options(config, "cpu", dedicated=False)
+    wanted = ("dtype", "enforce_eager", "kv_cache_memory_bytes", "enable_chunked_prefill")
+    start = module.LLM
+    module.LLM = lambda **given: start(**given, **{name: options[name] for name in wanted})
+
+    def sync_weights(self: Any) -> None:
+        weights = SamplerWeights(self.model, torch.float32)  # with the tied head, which named_parameters() lacks
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        self.llm.reset_prefix_cache()
+
+    module.VLLMGeneration.sync_weights = sync_weights
 
 
 class CountingTrainer(GRPOTrainer):
@@ -60,6 +81,8 @@ class TrlSide(TrainerCallback):
         tokenizer = AutoTokenizer.from_pretrained(work.model)
         if tokenizer(text=work.texts)["input_ids"] != work.prompts:
             raise ValueError("the tokenizer gives TRL other prompt ids than the case's")
+        if setting.sampler == "use_vllm":
+            its_own_vllm(side_config(work, ["rollout.engine=vllm"]))
         self._engine = self._vllm(model, tokenizer) if setting.sampler == "vllm" else None
         given = work.completions is not None or self._engine is not None
         self.trainer = CountingTrainer(
@@ -73,7 +96,7 @@ class TrlSide(TrainerCallback):
         )
 
     def _config(self, setting: Setting) -> GRPOConfig:
-        work = self._work
+        work, own_vllm = self._work, setting.sampler == "use_vllm"
         return GRPOConfig(
             output_dir=str(self._folder / "trl"),
             loss_type="dr_grpo",
@@ -85,7 +108,11 @@ class TrlSide(TrainerCallback):
             gradient_accumulation_steps=work.samples // setting.micro_batch,
             max_completion_length=work.max_new_tokens,
             temperature=1.0,
-            generation_kwargs={"min_new_tokens": work.max_new_tokens},
+            generation_kwargs={"min_tokens" if own_vllm else "min_new_tokens": work.max_new_tokens},
+            use_vllm=own_vllm,
+            vllm_mode="colocate",
+            vllm_max_model_length=max(map(len, work.prompts)) + work.max_new_tokens,
+            vllm_importance_sampling_correction=False,  # which would cost it a look
             max_steps=work.steps,
             learning_rate=work.lr,
             lr_scheduler_type="constant",

@@ -17,10 +17,10 @@ from carft_fast.config import RlConfig
 from carft_fast.errors import InputError
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.losses import ContrastTargets, contrastive_loss
-from carft_fast.passes import Want
+from carft_fast.passes import Rows, Want
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
-from carft_fast.step import Needs
+from carft_fast.step import Needs, Samples
 from carft_fast.train_rl import estimate_advantages, score_rollouts
 from carft_kernels import set_index_checks
 
@@ -249,6 +249,23 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
         alone = parts.step._passes.forward(parts.policy, annotated.pick([row]))
         expected = parts.step._passes.look(parts.policy, alone, Want(embedding=True)).z_BPE
         torch.testing.assert_close(z_1[row], expected[0, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_annotated_cots_longer_than_their_rollouts_are_cut_to_the_budget() -> None:
+    prompts = [[5 + i] * 5 for i in range(12)]
+    cots = [[20 + i] * 60 for i in range(12)]
+    case = random_case(16, "mixed")
+    samples = Samples(Rows(prompts, [[9]] * 12), Rows(prompts, cots), case.samples.sampled_logprob_C[:12])
+    parts = take_apart(quick_config("rl.micro_batch_tokens=160"), case._replace(samples=samples))
+    forwards: list[int] = []
+    parts.policy.lm.model.layers[0].register_forward_hook(lambda _m, inputs, _o: forwards.append(inputs[0].shape[1]))
+    z_1 = parts.step.look(samples, parts.plan[0]).z_1_NE
+    assert forwards[0] == 12 * 6, "all rollouts"
+    assert max(forwards) <= 160
+    assert sum(forwards[1:]) == 12 * 61
+    alone = parts.step._passes.forward(parts.policy, samples.annotated.pick([7]))
+    expected = parts.step._passes.look(parts.policy, alone, Want(embedding=True)).z_BPE
+    torch.testing.assert_close(z_1[7], expected[0, 0], rtol=1e-5, atol=1e-6)
 
 
 # --- what is not computed ---------------------------------------------------------------------------------------------
