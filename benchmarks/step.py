@@ -52,7 +52,6 @@ DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
 STORED = "rl.reference_prompts=stored"
 PATHS: dict[str, list[str]] = {
     "fast": [],
-    "fast, stored prompts": [STORED],
     "fast, recomputing": ["model.gradient_checkpointing=true"],
     "fast, recomputing, stored prompts": ["model.gradient_checkpointing=true", STORED],
     "fast, small micro-batches": ["model.gradient_checkpointing=true", "rl.micro_batch_tokens=1024"],
@@ -75,7 +74,12 @@ SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
 ROLLOUTS, ROLLOUT_VOCABULARY = (4, 8, 16, 32, 64), 49_152
 SMOLLM2_ROLLOUTS = (8, 16, 32)
-ROLLOUT_PATHS = ("fast, recomputing", PUBLISHED)
+ROLLOUT_PATHS = {path: PATHS[path] for path in ("fast, recomputing", PUBLISHED)}
+SMOLLM2_PATHS = {
+    "fast, recomputing": PATHS["fast, recomputing"],
+    "fast, recomputing, one micro-batch": [*PATHS["fast, recomputing"], DEVICE_AT_ONCE],
+    PUBLISHED: PATHS[PUBLISHED],
+}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h, for mallopt: how much free memory the heap's end keeps, and from which size on a block is none of it."""
 
@@ -236,8 +240,12 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     }
     peaks = peaks_mb(makers)
     print(name, peaks, flush=True)
-    prepared = {path: make() for path, make in makers.items()}
-    losses = {path: p.update(epochs=1)["loss"] for path, p in prepared.items()}  # also warms up
+    prepared: dict[str, Prepared] = {}
+    losses: dict[str, float] = {}
+    for path, make in makers.items():
+        prepared[path] = p = make()
+        losses[path] = p.update(epochs=1)["loss"]  # also warms up
+        p.experience = p.experience._replace(first=None)  # else every path's graph is there at once
     for path, loss in losses.items():
         if abs(loss - losses["fast"]) > 1e-4 * max(1.0, abs(loss)):
             raise RuntimeError(f"{name}: {path} has loss {loss}, fast {losses['fast']}: not timed")
@@ -366,8 +374,8 @@ def rollout_memory(folder: Path) -> list[dict[str, float]]:
         options = [f"model.path={path}", f"rl.batch_size={n}", f"rl.mini_batch_size={n}", "rl.ppo_epochs=1"]
         inputs = random_inputs(n, 64, ROLLOUT_VOCABULARY, torch.Generator().manual_seed(0))
         makers: dict[str, Callable[[], Prepared]] = {}
-        for name in ROLLOUT_PATHS:
-            config = load_config(str(QUICKSTART_CONFIG), [*options, "rl.micro_batch_tokens=1024", *PATHS[name]])
+        for name, words in ROLLOUT_PATHS.items():
+            config = load_config(str(QUICKSTART_CONFIG), [*options, "rl.micro_batch_tokens=1024", *words])
             makers[name] = partial(Prepared, config, path, inputs, [RIGHT] * n)
         result.append({"rollouts": n, **peaks_mb(makers)})
         print(result[-1], flush=True)
@@ -375,7 +383,7 @@ def rollout_memory(folder: Path) -> list[dict[str, float]]:
 
 
 def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
-    """The same with SmolLM2-135M on what vLLM samples for SVAMP's first rows; 2,048 tokens a micro-batch."""
+    """The same with SmolLM2-135M on what vLLM samples for SVAMP's first rows, 2,048 tokens a micro-batch or all."""
     name = "SmolLM2-135M"
 
     def config(n: int, *options: str) -> Config:
@@ -394,7 +402,7 @@ def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
     for n in SMOLLM2_ROLLOUTS:
         inputs = Inputs(rows[:n], rollouts[:n])
         makers: dict[str, Callable[[], Prepared]] = {
-            p: partial(Prepared, config(n, *PATHS[p]), path, inputs, decoded[:n]) for p in ROLLOUT_PATHS
+            p: partial(Prepared, config(n, *words), path, inputs, decoded[:n]) for p, words in SMOLLM2_PATHS.items()
         }
         result.append({"model": name, "rollouts": n, **peaks_mb(makers), "machine": machine()})
         print(result[-1], flush=True)
@@ -483,15 +491,17 @@ def report(results: dict[str, Any]) -> str:
         ),
         (
             results.get("smollm2_rollouts", ()),
-            "SmolLM2-135M on SVAMP, as vLLM sampled them; micro-batches of 2,048 tokens\non the fast path:",
+            "SmolLM2-135M on SVAMP, as vLLM sampled them; micro-batches of 2,048 tokens\non the fast path, or one:",
         ),
     ):
         if rows:
             lines += ["", f"Peak of a step (MB) with the rollouts of a device, {what}", ""]
-            lines += [f"| rollouts | {' | '.join(ROLLOUT_PATHS)} | x |", "| --- | --- | --- | --- |"]
+            paths = [path for path in SMOLLM2_PATHS if path in rows[0] and path != PUBLISHED]
+            lines += [f"| rollouts | {''.join(f'{path} | x | ' for path in paths)}{PUBLISHED} |"]
+            lines += ["|" + " --- |" * (2 + 2 * len(paths))]
         for row in rows:
-            fast, published = (row[path] for path in ROLLOUT_PATHS)
-            lines.append(f"| {row['rollouts']} | {fast} | {published} | {published / fast:.1f} |")
+            cells = "".join(f"{row[path]} | {row[PUBLISHED] / row[path]:.1f} | " for path in paths)
+            lines.append(f"| {row['rollouts']} | {cells}{row[PUBLISHED]} |")
         if rows and "machine" in rows[-1]:
             lines += ["", rows[-1]["machine"]]
     lines += [
