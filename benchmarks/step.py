@@ -500,8 +500,9 @@ def report(results: dict[str, Any]) -> str:
             lines += [f"| rollouts | {''.join(f'{path} | x | ' for path in paths)}{PUBLISHED} |"]
             lines += ["|" + " --- |" * (2 + 2 * len(paths))]
         for row in rows:
-            cells = "".join(f"{row[path]} | {row[PUBLISHED] / row[path]:.1f} | " for path in paths)
-            lines.append(f"| {row['rollouts']} | {cells}{row[PUBLISHED]} |")
+            ratios = {path: f"{row[PUBLISHED] / row[path]:.1f}" for path in paths if path in row}
+            cells = [f"{row.get(path, 'not measured')} | {ratios.get(path, '')}" for path in paths]
+            lines.append(f"| {' | '.join([str(row['rollouts']), *cells, str(row[PUBLISHED])])} |")
         if rows and "machine" in rows[-1]:
             lines += ["", rows[-1]["machine"]]
     lines += [
