@@ -114,11 +114,14 @@ SPOILT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def held(learner: Learner) -> list[Tensor]:
-    """This process's own part of weights, moments and counts of steps."""
+    """The bits of this process's own part of weights, moments and counts of steps.
+
+    Bits, for a last part is padded under ZeRO-3 by memory as it was, which may hold a NaN: unlike itself.
+    """
     optimizer: Any = getattr(learner.optimizer, "optimizer", learner.optimizer)  # DeepSpeed's wraps ours
     tensors = [x for p, state in optimizer.state.items() for x in (p, *state.values())]
     tensors += [getattr(p, "ds_tensor", p) for p in learner.model.parameters()]  # under ZeRO not the optimizer's
-    return [getattr(x, "_local_tensor", x).detach().clone() for x in tensors]
+    return [getattr(x, "_local_tensor", x).detach().flatten().view(torch.uint8).clone() for x in tensors]
 
 
 def train_around(strategy: str, *, spoilt: bool) -> dict[str, Any]:
