@@ -28,7 +28,7 @@ def profiled(model: str, data: str) -> tuple[Any, str]:
     """The profiler after one step on annotated CoTs in the place of rollouts; their lengths are what matters here."""
     name = "SmolLM2-135M" if model else "quickstart"
     count = ROLLOUTS if model else 64
-    CASES[name] += [f"rl.batch_size={count}", f"rl.mini_batch_size={count}", "rl.ppo_epochs=1"]
+    CASES[name].options.extend([f"rl.batch_size={count}", f"rl.mini_batch_size={count}", "rl.ppo_epochs=1"])
     config = case_config(name, model, data)
     run = prepare(config, Path("runs/profile"), Console(), stages=("rl",), write=False).run
     rows = run.train_rows[:count]

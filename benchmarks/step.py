@@ -1,13 +1,13 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
-Paths: "fast" is the default, with all rows in one micro-batch; "fast, recomputing" adds activation checkpointing, and
-"fast, small micro-batches" cuts the rows as well; "stored prompts" is `rl.reference_prompts = "stored"` (storing is in
-no time). "reference" is the plain path (`model.impl = "reference"`: all rows
-of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
-"reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved. Before anything is
-timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in look and first
-epoch, above what was there when they began (model and optimizer state are), in a process of its own whose allocator
-gives back what is freed; also without the gradients, which every path holds in full. Writes
+Paths: "fast" is the default, with all rows in one micro-batch; "compiled" is `model.compile` and "stored prompts"
+`rl.reference_prompts = "stored"` (compiling and storing are in no time); "fast, recomputing" adds activation
+checkpointing, and "fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl =
+"reference"`: all rows of a device at once, padded to the longest prompt plus the longest completion, float32 logits of
+every position); "reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved.
+Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
+look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
+whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
 benchmarks/results/step_cpu.{json,md}.
 """
 
@@ -49,26 +49,39 @@ from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
-STORED = "rl.reference_prompts=stored"
+COMPILED, STORED = "model.compile=true", "rl.reference_prompts=stored"
 PATHS: dict[str, list[str]] = {
     "fast": [],
+    "fast, compiled": [COMPILED],
+    "fast, compiled, stored prompts": [COMPILED, STORED],
     "fast, recomputing": ["model.gradient_checkpointing=true"],
-    "fast, recomputing, stored prompts": ["model.gradient_checkpointing=true", STORED],
     "fast, small micro-batches": ["model.gradient_checkpointing=true", "rl.micro_batch_tokens=1024"],
     "reference": ["model.impl=reference", DEVICE_AT_ONCE],
     "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, "model.gradient_checkpointing=true"],
 }
 PUBLISHED = "reference, recomputing"
 UPDATE_ALONE = "update alone"
-CASES: dict[str, list[str]] = {
-    "quickstart": ["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"],
-    "SmolLM2-135M": [
-        "rl.batch_size=8",  # what the paper's setting gives each of its 8 GPUs
-        "rl.mini_batch_size=8",
-        "rl.micro_batch_tokens=2048",
-        "rollout.max_new_tokens=256",
-        "data.max_length=512",
-    ],
+
+
+class Case(NamedTuple):
+    options: list[str]
+    paths: list[str]
+
+
+def smollm2_case(rollouts: int, *without: str) -> Case:
+    """All rollouts in one micro-batch, on all paths but those `without`."""
+    sizes = [f"rl.{name}={rollouts}" for name in ("batch_size", "mini_batch_size")]
+    lengths = [f"rl.micro_batch_tokens={256 * rollouts}", "rollout.max_new_tokens=256", "data.max_length=512"]
+    return Case([*sizes, *lengths], [path for path in PATHS if path not in without])
+
+
+CASES = {
+    "quickstart": Case(["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"], list(PATHS)),
+    # what the paper's setting gives each of its 8 GPUs, and twice that
+    "SmolLM2-135M": smollm2_case(8, "fast, small micro-batches"),
+    "SmolLM2-135M, 16 rollouts": smollm2_case(
+        16, "fast, small micro-batches", "fast, compiled, stored prompts", "reference"
+    ),
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
@@ -94,7 +107,8 @@ def case_config(name: str, model: str, data: str, *options: str) -> Config:
     if name != "quickstart":
         path = "configs/svamp_smollm2_cpu.toml"
         words = [f"model.path={model}", f"data.train={data}", f"data.eval={data}"]
-    return load_config(path, [*words, "model.compute_dtype=float32", "data.eval_rows=1", *CASES[name], *options])
+    words += ["model.compute_dtype=float32", "data.eval_rows=1"]
+    return load_config(path, [*words, *CASES[name].options, *options])
 
 
 class Prepared:
@@ -203,12 +217,13 @@ def peaks_mb(makers: dict[str, Callable[[], Prepared]]) -> dict[str, float]:
 def timings(turns: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Medians and ranges of the two phases, and what log-probs add to an update that makes all its forwards itself."""
     median = {name: statistics.median(turn[name] for turn in turns) for name in turns[0]}
-    added = median["log-probs"] + median["update"] - median.pop(UPDATE_ALONE)
+    alone = median.pop(UPDATE_ALONE)
     every = {phase: [turn[phase] for turn in turns] for phase in median}
     return {
         "seconds": {phase: round(value, 4) for phase, value in median.items()},
         "range": {phase: [round(min(times), 4), round(max(times), 4)] for phase, times in every.items()},
-        "log_probs_added_seconds": round(added, 4),
+        "log_probs_added_seconds": round(sum(median.values()) - alone, 4),
+        "update_alone_seconds": round(alone, 4),
     }
 
 
@@ -235,8 +250,8 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     inputs = Inputs(rows, rollouts)
 
     makers: dict[str, Callable[[], Prepared]] = {
-        path: partial(Prepared, case_config(name, model, data, *options), model_path, inputs, decoded)
-        for path, options in PATHS.items()
+        path: partial(Prepared, case_config(name, model, data, *PATHS[path]), model_path, inputs, decoded)
+        for path in CASES[name].paths
     }
     peaks = peaks_mb(makers)
     print(name, peaks, flush=True)
@@ -249,7 +264,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     for path, loss in losses.items():
         if abs(loss - losses["fast"]) > 1e-4 * max(1.0, abs(loss)):
             raise RuntimeError(f"{name}: {path} has loss {loss}, fast {losses['fast']}: not timed")
-    turns: dict[str, list[dict[str, float]]] = {path: [] for path in PATHS}
+    turns: dict[str, list[dict[str, float]]] = {path: [] for path in prepared}
     for _ in range(repeats):
         for path, p in prepared.items():
             turns[path].append(p.turn())
@@ -423,10 +438,11 @@ def report(results: dict[str, Any]) -> str:
         "model, optimizer state and what the process held, with the gradients and, `beyond gradients`, without.",
         "Nothing here ran on a GPU.",
         "",
-        "Where all rows are one micro-batch (`fast`; `fast, recomputing`) the log-probs hold the forward that the",
-        "first epoch's backward goes on from, so the two phases are to be read together. `added` is what log-probs add",
-        "to an update that makes all its forwards itself: both phases less such an update, timed in the same turns.",
-        'Stored prompts: `rl.reference_prompts = "stored"`; storing them, once a run, is in no time here.',
+        "Where all rows are one micro-batch (`fast` without small ones) the log-probs hold the forward that the first",
+        "epoch's backward goes on from, so the two phases are to be read together. `alone`: an update that makes all",
+        "its forwards itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
+        '`compiled`: `model.compile`; `stored prompts`: `rl.reference_prompts = "stored"`. Compiling and storing, once',
+        "a run, are in no time here.",
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)
@@ -435,9 +451,9 @@ def report(results: dict[str, Any]) -> str:
             f"## {case['case']}: {case['rollouts']} rollouts, {case['tokens']} tokens of which "
             f"{case['completion_tokens']} in completions, {case['padded_tokens']} if padded to the longest",
             "",
-            "| path | log-probs, s | x | added, s | x | update, s | x | both, x | step, s | x | samples/s "
-            "| completion tokens/s | utilisation | peak, MB | x | beyond gradients, MB | x |",
-            "|" + " --- |" * 17,
+            "| path | log-probs, s | x | added, s | x | update, s | x | alone, s | x | both, x | step, s | x "
+            "| samples/s | completion tokens/s | utilisation | peak, MB | x | beyond gradients, MB | x |",
+            "|" + " --- |" * 19,
         ]
         for row in case["rows"]:
             cells = [row["path"]]
@@ -447,9 +463,8 @@ def report(results: dict[str, Any]) -> str:
                     f"{row['seconds'][phase]:.2f} ({low:.2f} to {high:.2f})",
                     f"{base['seconds'][phase] / row['seconds'][phase]:.2f}",
                 ]
-                if phase == "log-probs":
-                    added = row["log_probs_added_seconds"]
-                    cells += [f"{added:.2f}", f"{base['log_probs_added_seconds'] / added:.2f}"]
+                other = {"log-probs": "log_probs_added_seconds", "update": "update_alone_seconds"}[phase]
+                cells += [f"{row[other]:.2f}", f"{base[other] / row[other]:.2f}"]
             cells.append(f"{sum(base['seconds'].values()) / sum(row['seconds'].values()):.2f}")
             cells += [f"{row['step_seconds']:.2f}", f"{base['step_seconds'] / row['step_seconds']:.2f}"]
             cells += [f"{row['samples_per_second']:.2f}", f"{row['completion_tokens_per_second']:.0f}"]
@@ -533,10 +548,11 @@ def main() -> None:
     file = RESULTS / "step_cpu.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"cases": []}
     if arguments.only != "growth":
-        cases = [("quickstart", "")] + [("SmolLM2-135M", arguments.smollm2)] * bool(arguments.smollm2)
-        for name, path in cases:
-            case = run_case(name, path, arguments.data, arguments.repeats) | {"machine": machine()}
-            results["cases"] = [c for c in results["cases"] if c["case"] != name] + [case]
+        known = {case["case"]: case for case in results["cases"]}
+        for name in CASES if arguments.smollm2 else ["quickstart"]:
+            case = run_case(name, arguments.smollm2, arguments.data, arguments.repeats)
+            known[name] = case | {"machine": machine()}
+        results["cases"] = [known[name] for name in CASES if name in known]
     if arguments.only != "cases":
         import tempfile
 
