@@ -10,6 +10,7 @@ from carft_fast import padded
 from carft_fast.attention import PromptStates
 from carft_fast.batch import PackedBatch, balanced_batches, chunks, pack
 from carft_fast.config import Config
+from carft_fast.distributed import gather_by_row
 from carft_fast.flops import ModelCost
 from carft_fast.losses import (
     Normaliser,
@@ -91,6 +92,16 @@ class Look(NamedTuple):
     def nothing(self) -> "Look":
         """What a process without rows of its own found."""
         return Look(*(None if x is None else x[:0] for x in self))
+
+
+def gathered(looks: Sequence[Look], rows: Rows, micros: Sequence[Sequence[int]]) -> Look:
+    """What all processes found in their micro-batches, in the order of the rows."""
+    found: list[Tensor | None] = []
+    for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
+        tensors = [x for x in own if x is not None]
+        by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
+        found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
+    return Look(*found)
 
 
 class Loss(NamedTuple):

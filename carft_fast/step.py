@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from carft_fast.advantage import Advantages
-from carft_fast.attention import PromptStates
+from carft_fast.annotated import Annotated
 from carft_fast.batch import chunks, derive_seed, permutation
 from carft_fast.config import Config
 from carft_fast.distributed import gather_by_row, global_sum, own_turns, world_size
 from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.model import CarftModel
 from carft_fast.parallel import Learner
-from carft_fast.passes import Forward, Look, Loss, Passes, Rows, Want, build_passes
+from carft_fast.passes import Forward, Look, Loss, Rows, Want, build_passes, gathered
 from carft_fast.reference import Reference, StoredPrompts
 from carft_fast.rollout.probe import Mismatch
-from carft_kernels import lcs_mask
 
 # Means over the tokens that have a weight in the policy loss: correction may take it from some.
 TOKEN_MEANS = ("clip_fraction", "approx_kl", "entropy")
@@ -37,25 +36,6 @@ class Samples:
     rollouts: Rows
     annotated: Rows
     sampled_logprob_C: Tensor
-
-
-def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[Rows, Rows]:
-    """Both with their parts: a rollout's are the whole, the tokens of a longest common subsequence of its completion
-    and the annotated CoT, and the other tokens; an annotated CoT's are the whole and the same common tokens there.
-
-    Completions only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
-    """
-
-    def packed(rows: Rows) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([token for completion in rows.completions for token in completion], device=device)
-        return ids, torch.tensor([0, *itertools.accumulate(rows.lengths)], device=device)
-
-    in_annotated, in_rollout = lcs_mask(*packed(annotated), *packed(rollouts))
-    common = in_rollout.split(rollouts.lengths)
-    return (
-        rollouts._replace(parts=[torch.stack([torch.ones_like(c), c, ~c]) for c in common]),
-        annotated._replace(parts=[torch.stack([torch.ones_like(c), c]) for c in in_annotated.split(annotated.lengths)]),
-    )
 
 
 class MiniBatch(NamedTuple):
@@ -122,63 +102,6 @@ class Experience(NamedTuple):
         if self.z_1_NE is None or self.z_2_NPE is None:
             return None
         return torch.cosine_similarity(self.z_1_NE, self.z_2_NPE[:, 0])
-
-
-class _Annotated:
-    """The annotated CoTs of a step, a question's once for all its samples, and the looks at them."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._has_parts = rows.parts is not None
-        samples: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
-        for i, (prompt, cot) in enumerate(rows.pairs):
-            samples.setdefault((tuple(prompt), tuple(cot)), []).append(i)
-        self._samples = list(samples.values())
-        self.unique = rows.pick([members[0] for members in self._samples])
-        if rows.parts is not None:  # of one CoT the whole, then what each sample has in common with it
-            most = max(map(len, self._samples))
-            parts = []
-            for members in self._samples:
-                common = [rows.parts[i][1:] for i in members]
-                padding = [torch.zeros_like(common[0])] * (most - len(members))
-                parts.append(torch.cat([rows.parts[members[0]][:1], *common, *padding]))
-            self.unique = self.unique._replace(parts=parts)
-        self.turns: list[list[list[int]]] = []
-        """Micro-batches of `unique`, dealt to the processes in turn; in a turn all have as many, some maybe empty."""
-        self.looks: list[Look] = []
-        """Of this process's micro-batches."""
-
-    def follow(self, micros: Sequence[Sequence[int]], passes: Passes) -> None:
-        """Each comes after the micro-batch that has the first rollout of its question."""
-        of_rollout = {members[0]: k for k, members in enumerate(self._samples)}
-        for turn in range(0, len(micros), world_size()):
-            dealt = []
-            for micro in micros[turn : turn + world_size()]:
-                rows = [of_rollout[i] for i in micro if i in of_rollout]
-                dealt.append([[rows[j] for j in batch] for batch in passes.micro_batches(self.unique.pick(rows))])
-            most = max(map(len, dealt))
-            self.turns.append([batches[k] if k < len(batches) else [] for k in range(most) for batches in dealt])
-
-    def one_of(self, prompts: PromptStates) -> int:
-        """A row with one of the prompts, for a process that has to look at some."""
-        return next(k for k, prompt in enumerate(self.unique.prompts) if tuple(prompt) in prompts.at)
-
-    def embeddings(self) -> tuple[Tensor, Tensor | None]:
-        """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it."""
-        z_BPE = _gathered(self.looks, self.unique, [micro for turn in self.turns for micro in turn]).z_BPE
-        assert z_BPE is not None
-        places = {i: (row, k) for row, members in enumerate(self._samples) for k, i in enumerate(members)}
-        index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
-        return z_BPE[index_2N[0], 0], z_BPE[index_2N[0], 1 + index_2N[1]] if self._has_parts else None
-
-
-def _gathered(looks: Sequence[Look], rows: Rows, micros: Sequence[Sequence[int]]) -> Look:
-    """What all processes found in their micro-batches, in the order of the rows."""
-    found: list[Tensor | None] = []
-    for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
-        tensors = [x for x in own if x is not None]
-        by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
-        found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
-    return Look(*found)
 
 
 class Update(NamedTuple):
@@ -290,7 +213,7 @@ class Step:
         want: Want,
         *,
         keep_first: bool = False,
-        beside: "_Annotated | None" = None,
+        beside: Annotated | None = None,
         stored: StoredPrompts | None = None,
     ) -> tuple[Look, Forward | None]:
         """A look at all rows, the processes' micro-batches in turn; on each all results, in the order of the rows.
@@ -299,7 +222,7 @@ class Step:
         `stored`: prompts to go on from.
         """
         looks, first = self.own_looks(model, rows, micros, want, keep_first=keep_first, beside=beside, stored=stored)
-        return _gathered(looks, rows, micros), first
+        return gathered(looks, rows, micros), first
 
     def own_looks(
         self,
@@ -309,7 +232,7 @@ class Step:
         want: Want,
         *,
         keep_first: bool = False,
-        beside: "_Annotated | None" = None,
+        beside: Annotated | None = None,
         stored: StoredPrompts | None = None,
     ) -> tuple[list[Look], Forward | None]:
         """Of this process's micro-batches; an empty one gives empty results."""
@@ -351,9 +274,9 @@ class Step:
 
         return model.run(work)
 
-    def _annotated(self, rows: Rows, micros: Sequence[Sequence[int]]) -> "_Annotated":
+    def _annotated(self, rows: Rows, micros: Sequence[Sequence[int]]) -> Annotated:
         """To be looked at beside the rollouts in `micros` where their prompts serve; else looked at by themselves."""
-        annotated = _Annotated(rows)
+        annotated = Annotated(rows)
         if self._passes.goes_on:
             annotated.follow(micros, self._passes)
         else:

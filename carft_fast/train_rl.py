@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from carft_fast.advantage import Advantages, group_advantages, ppo_advantages
+from carft_fast.annotated import mark_common
 from carft_fast.batch import derive_seed
 from carft_fast.config import Config
 from carft_fast.grading import Grader
 from carft_fast.losses import explained_variance
 from carft_fast.model import CarftModel
 from carft_fast.optim import learning_rate
+from carft_fast.passes import Rows
 from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade, base_score, embedding_partial_score
@@ -24,7 +26,7 @@ from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.probe import check_agreement, sampled_logprobs
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.run import Run, StageLoop, picked_rows, stage_total_steps
-from carft_fast.step import Experience, Needs, Rows, Samples, Step, mark_common
+from carft_fast.step import Experience, Needs, Samples, Step
 
 
 def train_rl(run: Run, model_path: str) -> StageLoop:

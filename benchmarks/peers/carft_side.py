@@ -17,10 +17,11 @@ from carft_fast.methods import load_method_config
 from carft_fast.model import CarftModel, load_model, load_tokenizer
 from carft_fast.optim import build_optimizer
 from carft_fast.parallel import Learner
+from carft_fast.passes import Rows
 from carft_fast.prompts import EncodedExample, PromptFormat
 from carft_fast.reference import Reference
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter
-from carft_fast.step import Needs, Rows, Step
+from carft_fast.step import Needs, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all
 from carft_fast.types import Example
 

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from carft_fast.advantage import Advantages
+from carft_fast.annotated import mark_common
 from carft_fast.batch import derive_seed
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import Learner
+from carft_fast.passes import Rows
 from carft_fast.reference import Reference
 from carft_fast.reward import Grade
-from carft_fast.step import Experience, MiniBatch, Rows, Samples, Step, mark_common
+from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import estimate_advantages, score_rollouts
 
 CPU = torch.device("cpu")
@@ -102,6 +104,8 @@ def look_at(config: Config, case: Case, learner: Learner) -> Parts:
     policy, device = learner.model, learner.model.device
     step = Step(config, learner, Reference(config, "synthetic", policy))
     seed, samples = derive_seed(0, "case"), case.samples
+    if config.rl.reference_prompts == "stored":
+        step.store_reference_prompts(samples.rollouts.prompts)
     if step.needs.negative:
         samples = Samples(*mark_common(samples.rollouts, samples.annotated, device), samples.sampled_logprob_C)
     plan = step.plan(samples, seed)
