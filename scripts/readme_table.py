@@ -50,6 +50,7 @@ def table(folder: Path = RESULTS) -> str:
         published = only(step, case=case, path=PUBLISHED)
         for what, unit, path, figures in (
             ("log-probs and update", "s", "fast", ("logprobs_s", "update_s")),
+            ("log-probs and update, compiled", "s", "fast, compiled", ("logprobs_s", "update_s")),
             ("memory of both, activations recomputed", "MiB", "fast, recomputing", ("update_peak_mb",)),
             ("the same beyond the gradients", "MiB", "fast, recomputing", ("beyond_gradients_mb",)),
         ):
