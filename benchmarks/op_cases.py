@@ -243,6 +243,14 @@ def value_loss(make: Maker, T: int) -> Variants:
 LOOP = "not applicable: a Python loop over data"
 
 
+def cpu_linear(make: Maker, N: int, K: int, M: int) -> Variants:
+    x, weight = make.randn(N, K), make.randn(M, K)
+    return {
+        name: with_gradients(lambda x, w, f=f: f(x, w).square().sum(), x, weight)
+        for name, f in (("cpu_linear", ck.cpu_linear), (PLAIN, torch.nn.functional.linear))
+    }
+
+
 def value_pool(make: Maker, T: int, D: int, length: int) -> Variants:
     cu, hidden, value = make.offsets(T, length), make.randn(T, D), make.randn(T, wide=True)
 
@@ -327,6 +335,10 @@ def half_of_the_gradients(**sizes: int) -> float:
     return three_products(**sizes) * 2 / 3
 
 
+def three_matmuls(N: int, K: int, M: int) -> float:
+    return 6.0 * N * K * M
+
+
 def three_similarities(N: int, D: int) -> float:
     return 6.0 * N * N * D
 
@@ -383,6 +395,7 @@ def _cases() -> list[Case]:
         cases.append(
             Case(operator, {"T": 8192, "length": 128}, build, bytes=partial(floats_a_token, count=count), devices=BOTH)
         )
+    cases.append(Case("cpu_linear", {"N": 1310, "K": 576, "M": 1536}, cpu_linear, three_matmuls))
     cases.append(Case("lcs_mask", {"T": 8192, "length": 1024}, lcs_mask, devices=BOTH))
     return cases
 

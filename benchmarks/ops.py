@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.op_cases import CASES, MATMULS, PLAIN, Case, Step, Variants
 from benchmarks.rows import COLUMNS, RESULTS, Row, this_machine, write
+from carft_kernels import cpu_linear
 
 BUDGET_SECONDS, FEWEST, MOST = 10.0, 5, 101
 WRONG = "wrong"
@@ -41,7 +42,7 @@ def seconds(step: Callable[[], Any], device: str = "cpu", clock: str = "wall") -
 
 
 def ceilings(device: str, clock: str) -> dict[str, float]:
-    """Bytes a second of a copy, FLOP a second of a square matmul; the best of several."""
+    """Bytes a second of a copy, FLOP a second of a square matmul, torch's or oneDNN's; the best of several."""
     wide = device == "cuda"
     x = torch.ones((1 << 30) if wide else (1 << 26), dtype=torch.float32, device=device)
     y = torch.empty_like(x)
@@ -51,11 +52,12 @@ def ceilings(device: str, clock: str) -> dict[str, float]:
     def copy() -> float:
         return 2 * x.numel() * 4 / seconds(lambda: y.copy_(x), device, clock)
 
-    def matmul() -> float:
-        return 2 * n**3 / seconds(lambda: a @ b, device, clock)
+    def matmul(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
+        return 2 * n**3 / seconds(lambda: multiply(a, b), device, clock)
 
-    copy(), matmul()
-    return {"bytes": max(copy() for _ in range(7)), "flops": max(matmul() for _ in range(7))}
+    products = [torch.matmul, cpu_linear]
+    copy(), *map(matmul, products)
+    return {"bytes": max(copy() for _ in range(7)), "flops": max(matmul(p) for p in products for _ in range(7))}
 
 
 def disagreement(found: list[Tensor], wanted: list[Tensor]) -> str:

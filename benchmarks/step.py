@@ -1,10 +1,11 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
-Paths: "fast" is the default, with all rows in one micro-batch; "compiled" is `model.compile` and "stored prompts"
-`rl.reference_prompts = "stored"` (compiling and storing are in no time); "fast, recomputing" adds activation
-checkpointing, and "fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl =
-"reference"`: all rows of a device at once, padded to the longest prompt plus the longest completion, float32 logits of
-every position); "reference, recomputing" adds checkpointing: what the published trainers do. Repeats are interleaved.
+Paths: "fast" is the default, with all rows in one micro-batch; "compiled" is `model.compile`, with vLLM's model
+compiled as well, and "stored prompts" `rl.reference_prompts = "stored"` (compiling and storing are in no time);
+"torch's matmuls" does without oneDNN, which the fast path takes in float32; "recomputing" is activation checkpointing,
+and "fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all
+rows of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
+"reference, recomputing" is what the published trainers do. Repeats are interleaved.
 Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
 look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
 whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
@@ -19,7 +20,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -43,23 +43,33 @@ from carft_fast.parallel import build_learner
 from carft_fast.pipeline import prepare
 from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
-from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
-from carft_fast.run import versions
+from carft_fast.rollout import Rollout, SamplingParams, build_engine
+from carft_fast.run import Run, versions
 from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
+from carft_kernels import cpu_linear
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
-COMPILED, STORED = "model.compile=true", "rl.reference_prompts=stored"
+COMPILED = ["model.compile=true", "rollout.enforce_eager=false"]
+STORED, RECOMPUTING = "rl.reference_prompts=stored", "model.gradient_checkpointing=true"
+TORCH_MATMULS = "fast, torch's matmuls"
 PATHS: dict[str, list[str]] = {
     "fast": [],
-    "fast, compiled": [COMPILED],
-    "fast, compiled, stored prompts": [COMPILED, STORED],
-    "fast, recomputing": ["model.gradient_checkpointing=true"],
-    "fast, small micro-batches": ["model.gradient_checkpointing=true", "rl.micro_batch_tokens=1024"],
+    TORCH_MATMULS: [],
+    "fast, compiled": COMPILED,
+    "fast, compiled, stored prompts": [*COMPILED, STORED],
+    "fast, compiled, recomputing": [*COMPILED, RECOMPUTING],
+    "fast, recomputing": [RECOMPUTING],
+    "fast, small micro-batches": [RECOMPUTING, "rl.micro_batch_tokens=1024"],
     "reference": ["model.impl=reference", DEVICE_AT_ONCE],
-    "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, "model.gradient_checkpointing=true"],
+    "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, RECOMPUTING],
 }
 PUBLISHED = "reference, recomputing"
+SAMPLERS = {
+    "hf": ["rollout.engine=hf"],
+    "vllm": ["rollout.engine=vllm"],
+    "vllm, compiled": ["rollout.engine=vllm", *COMPILED],
+}
 UPDATE_ALONE = "update alone"
 
 
@@ -80,7 +90,7 @@ CASES = {
     # what the paper's setting gives each of its 8 GPUs, and twice that
     "SmolLM2-135M": smollm2_case(8, "fast, small micro-batches"),
     "SmolLM2-135M, 16 rollouts": smollm2_case(
-        16, "fast, small micro-batches", "fast, compiled, stored prompts", "reference"
+        16, TORCH_MATMULS, "fast, small micro-batches", "fast, compiled, stored prompts", "reference"
     ),
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
@@ -159,20 +169,38 @@ class Prepared:
         self.update(epochs=1)
 
 
-def sampled(engine: RolloutEngine, config: Config, rows: list[EncodedExample]) -> tuple[list[Rollout], float]:
-    """Rollouts of the rows and the seconds they took."""
-    sampling = SamplingParams(config.rollout.max_new_tokens, seed=1)
-    engine.generate([row.prompt_ids for row in rows[:4]], SamplingParams(8))
-    start = time.perf_counter()
-    rollouts = engine.generate([row.prompt_ids for row in rows], sampling)
-    return rollouts, time.perf_counter() - start
+class Sampling(NamedTuple):
+    rollouts: list[Rollout]
+    seconds: list[float]
+    sync_seconds: list[float]
+
+
+def sampled(config: Config, policy: CarftModel, run: Run, rows: list[EncodedExample], repeats: int) -> Sampling:
+    """The rows sampled by the config's engine once untimed, then `repeats` times, each from weights just synced."""
+    prompts, sampling = [row.prompt_ids for row in rows], SamplingParams(config.rollout.max_new_tokens, seed=1)
+    engine = build_engine(config, policy, run.tokenizer)
+    try:
+        rollouts = engine.generate(prompts, sampling)
+        found = Sampling(rollouts, [], [])
+        for _ in range(repeats):
+            found.sync_seconds.append(seconds(lambda: engine.sync(policy)))  # also empties vLLM's prefix cache
+            found.seconds.append(seconds(lambda: engine.generate(prompts, sampling)))
+        return found
+    finally:
+        engine.close()
+
+
+def sampler_of(path: str) -> str:
+    if path.startswith("reference"):
+        return "hf"
+    return "vllm, compiled" if set(COMPILED) <= set(PATHS[path]) else "vllm"
 
 
 def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
-    """FLOP/s of a large square matmul, the best of five."""
+    """FLOP/s of a large square matmul, torch's or oneDNN's, the best of five."""
     n = 2048 if device == "cpu" else 8192
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
+    return 2 * n**3 / min(seconds(lambda p=p: p(a, b), device) for p in (torch.matmul, cpu_linear) for _ in range(5))
 
 
 @contextmanager
@@ -233,19 +261,11 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     model_path = run.config.model.path
     rows = run.train_rows[: config.rl.batch_size]
     policy = load_model(config, model_path, run.device, heads=True)
-    rollout_seconds: dict[str, float] = {}
-    sync_seconds = 0.0
-    for engine_name in ("hf", "vllm"):
-        engine_config = case_config(name, model, data, f"rollout.engine={engine_name}", "rollout.batch_size=64")
-        engine = build_engine(engine_config, policy, run.tokenizer)
-        try:
-            rollouts, taken = sampled(engine, config, rows)
-            # the two draw different samples: count by the token
-            rollout_seconds[engine_name] = taken / sum(len(r.completion_ids) for r in rollouts)
-            if engine_name == "vllm":
-                sync_seconds = statistics.median(seconds(lambda e=engine: e.sync(policy)) for _ in range(3))
-        finally:
-            engine.close()
+    samplings = {
+        sampler: sampled(case_config(name, model, data, "rollout.batch_size=64", *words), policy, run, rows, repeats)
+        for sampler, words in SAMPLERS.items()
+    }
+    rollouts = samplings["vllm"].rollouts
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
     inputs = Inputs(rows, rollouts)
 
@@ -267,7 +287,8 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     turns: dict[str, list[dict[str, float]]] = {path: [] for path in prepared}
     for _ in range(repeats):
         for path, p in prepared.items():
-            turns[path].append(p.turn())
+            with torch.backends.mkldnn.flags(enabled=path != TORCH_MATMULS):
+                turns[path].append(p.turn())
             print(name, path, {phase: round(taken, 2) for phase, taken in turns[path][-1].items()}, flush=True)
 
     lengths = [len(r.completion_ids) for r in rollouts]
@@ -283,18 +304,21 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     for path, of_path in turns.items():
         phases = timings(of_path)
         median = phases["seconds"]
-        engine_name = "vllm" if path.startswith("fast") else "hf"
-        step = sum(median.values()) + tokens * rollout_seconds[engine_name]
-        step += sync_seconds if engine_name == "vllm" else 0.0
+        sampling = samplings[sampler_of(path)]
+        # the engines draw different samples: count by the token
+        scale = tokens / sum(len(r.completion_ids) for r in sampling.rollouts)
+        sampling_s, sync_s = scale * statistics.median(sampling.seconds), statistics.median(sampling.sync_seconds)
+        step = sum(median.values()) + sampling_s + sync_s
         work = needed[STORED in PATHS[path]]
         useful = work["log-probs"].flops + work["update"].flops
         result.append(
             {
                 "path": path,
-                "sampler": engine_name,
+                "sampler": sampler_of(path),
                 **phases,
-                "rollout_seconds": round(tokens * rollout_seconds[engine_name], 4),
-                "sync_seconds": round(sync_seconds, 4) if engine_name == "vllm" else 0.0,
+                "rollout_seconds": round(sampling_s, 4),
+                "rollout_range": [round(scale * end(sampling.seconds), 4) for end in (min, max)],
+                "sync_seconds": round(sync_s, 4),
                 "step_seconds": round(step, 4),
                 "samples_per_second": round(len(rows) / step, 3),
                 "completion_tokens_per_second": round(tokens / step, 1),
@@ -404,14 +428,10 @@ def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
     def config(n: int, *options: str) -> Config:
         return case_config(name, model, data, f"rl.batch_size={n}", f"rl.mini_batch_size={n}", *options)
 
-    most = config(max(SMOLLM2_ROLLOUTS), "rollout.engine=vllm")
+    most = config(max(SMOLLM2_ROLLOUTS), *SAMPLERS["vllm"])
     run = prepare(most, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
     rows, path = run.train_rows[: max(SMOLLM2_ROLLOUTS)], run.config.model.path
-    engine = build_engine(most, load_model(most, path, run.device, heads=True), run.tokenizer)
-    try:
-        rollouts, _ = sampled(engine, most, rows)
-    finally:
-        engine.close()
+    rollouts = sampled(most, load_model(most, path, run.device, heads=True), run, rows, 0).rollouts
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
     result: list[dict[str, Any]] = []
     for n in SMOLLM2_ROLLOUTS:
@@ -432,17 +452,18 @@ def report(results: dict[str, Any]) -> str:
         "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
         "medians, with their range; `x` is the published trainers' way (`reference, recomputing`: a device's rows at",
         "once, padded to the longest prompt plus the longest completion) over this. `step`",
-        "adds sampling (vLLM and its weight sync for the fast paths, transformers' generate for the reference),",
-        "counted by the completion token since the two draw different samples. Utilisation: FLOPs that the fast path",
-        "needs, over the time of both phases, over the matmul ceiling. Memory: peak of look and first epoch above",
-        "model, optimizer state and what the process held, with the gradients and, `beyond gradients`, without.",
-        "Nothing here ran on a GPU.",
+        "adds `sampling`: vLLM and its weight sync for the fast paths, transformers' generate for the reference,",
+        "medians as well, counted by the completion token since the engines draw different samples. Utilisation:",
+        "FLOPs that the fast path needs, over the time of both phases, over the matmul ceiling. Memory: peak of look",
+        "and first epoch above model, optimizer state and what the process held, with the gradients and, `beyond",
+        "gradients`, without. Nothing here ran on a GPU.",
         "",
         "Where all rows are one micro-batch (`fast` without small ones) the log-probs hold the forward that the first",
         "epoch's backward goes on from, so the two phases are to be read together. `alone`: an update that makes all",
         "its forwards itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
-        '`compiled`: `model.compile`; `stored prompts`: `rl.reference_prompts = "stored"`. Compiling and storing, once',
-        "a run, are in no time here.",
+        "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`, and for",
+        'vLLM its `rollout.enforce_eager = false`; `stored prompts`: `rl.reference_prompts = "stored"`. Compiling and',
+        "storing, once a run, are in no time here.",
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)
@@ -451,9 +472,10 @@ def report(results: dict[str, Any]) -> str:
             f"## {case['case']}: {case['rollouts']} rollouts, {case['tokens']} tokens of which "
             f"{case['completion_tokens']} in completions, {case['padded_tokens']} if padded to the longest",
             "",
-            "| path | log-probs, s | x | added, s | x | update, s | x | alone, s | x | both, x | step, s | x "
-            "| samples/s | completion tokens/s | utilisation | peak, MB | x | beyond gradients, MB | x |",
-            "|" + " --- |" * 19,
+            "| path | log-probs, s | x | added, s | x | update, s | x | alone, s | x | both, x "
+            "| sampling, s | x | step, s | x | samples/s | completion tokens/s | utilisation "
+            "| peak, MB | x | beyond gradients, MB | x |",
+            "|" + " --- |" * 21,
         ]
         for row in case["rows"]:
             cells = [row["path"]]
@@ -466,6 +488,8 @@ def report(results: dict[str, Any]) -> str:
                 other = {"log-probs": "log_probs_added_seconds", "update": "update_alone_seconds"}[phase]
                 cells += [f"{row[other]:.2f}", f"{base[other] / row[other]:.2f}"]
             cells.append(f"{sum(base['seconds'].values()) / sum(row['seconds'].values()):.2f}")
+            sampling, of_base = (r["rollout_seconds"] + r["sync_seconds"] for r in (row, base))
+            cells += [f"{sampling:.2f}", f"{of_base / sampling:.2f}"]
             cells += [f"{row['step_seconds']:.2f}", f"{base['step_seconds'] / row['step_seconds']:.2f}"]
             cells += [f"{row['samples_per_second']:.2f}", f"{row['completion_tokens_per_second']:.0f}"]
             cells += [f"{row['utilisation']:.0%}", f"{row['update_peak_extra_mb']:.0f}"]

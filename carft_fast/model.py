@@ -24,6 +24,7 @@ from carft_fast.distributed import is_main, world_size
 from carft_fast.errors import InputError
 from carft_fast.safe_weights import check_hub, check_safetensors
 from carft_fast.synthetic import build_model_config, build_tokenizer
+from carft_kernels import cpu_linear
 
 T = TypeVar("T")
 
@@ -31,6 +32,13 @@ HEADS_WEIGHTS = "carft_heads.safetensors"
 HEADS_CONFIG = "carft_heads.json"
 
 logger = logging.getLogger(__name__)
+
+
+class CPULinear(nn.Linear):
+    """What linear layers become on a CPU in float32, see `cpu_linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return cpu_linear(input, self.weight, self.bias)
 
 
 class CarftHeads(nn.Module):
@@ -258,6 +266,11 @@ class CarftModel(nn.Module):
                 for parameter in module.parameters():
                     parameter.data = parameter.data.to(self.compute_dtype)
 
+    def use_cpu_linear(self) -> None:
+        for module in self.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = CPULinear
+
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises InputError for a model that does not keep them in a list."""
         depth = self.lm.config.get_text_config().num_hidden_layers
@@ -375,6 +388,8 @@ def load_model(
     if lora:
         _add_adapters(lm, lora, config.seed, trained)
     model.hold_frozen_weights_in_compute_dtype()
+    if device.type == "cpu" and model.compute_dtype == torch.float32 and config.model.impl == "fast":
+        model.use_cpu_linear()
     if heads and config.model.gradient_checkpointing:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         lm.train()  # transformers checkpoints in training mode only; dropout is zero in the config

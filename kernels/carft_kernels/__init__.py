@@ -1,6 +1,7 @@
 """Operators for reinforced and contrastive fine-tuning of language models; depends on torch and triton alone."""
 
 from carft_kernels._runtime import set_index_checks
+from carft_kernels.cpu_linear import cpu_linear
 from carft_kernels.gae import gae, kl_shaped_reward, whiten
 from carft_kernels.lcs import lcs_mask
 from carft_kernels.linear_logprob import linear_logprob
@@ -11,6 +12,7 @@ from carft_kernels.token_logprob import token_logprob
 from carft_kernels.value_pool import value_pool
 
 __all__ = [
+    "cpu_linear",
     "gae",
     "kl_shaped_reward",
     "lcs_mask",

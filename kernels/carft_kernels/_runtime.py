@@ -19,6 +19,10 @@ FUSED = {"enable_fp_fusion": True}
 # Triton reads the same variable when a kernel is defined, that is, when this package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_FROM = 1 << 20
+"""Multiplications, from which on a product goes by oneDNN."""
+
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _TRITON_DTYPES = _FLOAT_DTYPES[1:]
 _log = logging.getLogger("carft_kernels")
@@ -207,11 +211,29 @@ def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for a matrix x; in float32 on a CPU by oneDNN, see cpu_linear.
+
+    oneDNN prepares itself for every new shape, which small matrices do not bring back.
+    """
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[0] * x.shape[1] * weight.shape[0] >= ONEDNN_FROM
+        and ONEDNN
+        and torch.backends.mkldnn.enabled
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where `total` may be float32 for half-precision factors."""
-    if total.dtype == a.dtype:
+    if total.device.type == "cpu":  # some rows at a time: a matrix beside `total` would be as large
+        step = max(1, (1 << 20) // max(1, total.shape[1]))
+        for s in range(0, total.shape[0], step):
+            total[s : s + step] += linear(a[s : s + step], b.T)
+    elif total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

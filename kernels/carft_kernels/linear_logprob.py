@@ -30,6 +30,7 @@ from carft_kernels._runtime import (
     check_same_dtype,
     chunk_size,
     d_logits_,
+    linear,
     log_implementation,
     rows_scratch,
     softmax_parts_,
@@ -55,7 +56,7 @@ def linear_logprob_reference(
 
 
 def _chunk_logits(h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    x = torch.nn.functional.linear(h, weight_VD, bias).to(accumulation_dtype(h))
+    x = linear(h, weight_VD, bias).to(accumulation_dtype(h))
     return x if temperature == 1.0 else x.div_(temperature)
 
 
@@ -171,7 +172,7 @@ def _backward(
             d_bias_V += d.sum(0, dtype=dtype)
         d = d.to(hidden_TD.dtype)
         if need_hidden:
-            torch.mm(d, weight_VD, out=d_hidden_TD[rows])
+            d_hidden_TD[rows] = linear(d, weight_VD.T)
         if need_weight:
             add_product_(d_weight_VD, d.T, h)
     return d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)

@@ -30,6 +30,7 @@ from carft_kernels._runtime import (
     check_rows,
     check_same_dtype,
     chunk_size,
+    linear,
     log_implementation,
     rows_scratch,
     softmax_parts_,
@@ -107,7 +108,7 @@ def _forward(
             wide_matmul(h, weight_VD.T, out=x)
             logprob, entropy, top, log_total = logprob_forward(x, target_T[rows], temperature, True)
         else:
-            x = (h @ weight_VD.T).to(dtype)
+            x = linear(h, weight_VD).to(dtype)
             if temperature != 1.0:
                 x.div_(temperature)
             logprob, _, p, sum_exp = softmax_parts_(x, target_T1[rows])
@@ -170,10 +171,7 @@ def _forward(
                 d.div_(temperature)
             d = d.to(hidden_TD.dtype)
         if need_hidden:
-            if everyone:
-                torch.mm(d, weight_VD, out=d_hidden_TD[rows])
-            else:
-                d_hidden_TD[s + index] = d @ weight_VD
+            d_hidden_TD[rows if everyone else s + index] = linear(d, weight_VD.T)
         if need_weight:
             add_product_(d_weight_VD, d.T, h if everyone else h[index])
     return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD.to(weight_VD.dtype)

@@ -45,6 +45,7 @@ from carft_kernels._runtime import (
     check_same_dtype,
     chunk_size,
     index_checks_on,
+    linear,
     log_implementation,
     on_device,
     rows_scratch,
@@ -233,7 +234,7 @@ def _check_positives_allowed(positive_N: Tensor, row_mask_N: Tensor | None, allo
 def _similarity_chunks(anchor_ND: Tensor, candidate_MD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = chunk_size(len(anchor_ND), len(candidate_MD), anchor_ND.device)
     for s in range(0, len(anchor_ND), step):
-        yield slice(s, s + step), anchor_ND[s : s + step] @ candidate_MD.T
+        yield slice(s, s + step), linear(anchor_ND[s : s + step], candidate_MD)
 
 
 def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tensor:
@@ -273,8 +274,8 @@ def _backward(
             x.sub_(top_N[rows, None].nan_to_num(neginf=0.0)).div_(temperature)
             d = x.sub_(log_total_N[rows, None].nan_to_num(neginf=0.0)).exp_().mul_(d_logit_N[rows, None])
             d.scatter_add_(1, column, -pull[:, None])
-            torch.mm(d, candidate_hat, out=d_anchor_ND[rows])
-            d_candidate_MD.addmm_(d.T, anchor_hat[rows])
+            d_anchor_ND[rows] = linear(d, candidate_hat.T)
+            add_product_(d_candidate_MD, d.T, anchor_hat[rows])
         d_anchor_ND.mul_(inverse_N[:, None])
         d_candidate_MD.mul_(inverse_M[:, None])
         return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)

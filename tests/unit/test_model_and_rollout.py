@@ -19,6 +19,7 @@ from carft_fast.config_io import load_config
 from carft_fast.errors import EngineError
 from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
+from carft_fast.passes import Rows, build_passes
 from carft_fast.reward import Grade
 from carft_fast.rollout import SamplingParams
 from carft_fast.rollout.base import request_seed
@@ -45,6 +46,31 @@ def model() -> CarftModel:
 @pytest.fixture
 def batch() -> PackedBatch:
     return pack(PROMPTS, COMPLETIONS, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("override", "by_onednn"),
+    [
+        ("model.compute_dtype=float32", True),
+        ("lora.rank=2", True),
+        ("model.compute_dtype=bfloat16", False),
+        ("model.impl=reference", False),  # the published trainers' way
+    ],
+)
+def test_linear_layers_on_a_cpu(override: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 every product goes to oneDNN, also the LM head's, the heads' and LoRA's; and the way back."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr("carft_kernels._runtime.ONEDNN_FROM", 1)
+    model = load_model(config(override), "synthetic", torch.device("cpu"), heads=True)
+    passes = build_passes(config(override), model, 100)
+    with torch.profiler.profile() as profile:
+        loss = passes.cross_entropy(model, Rows(PROMPTS, COMPLETIONS), 10) + model.value(torch.ones(4, 64)).sum()
+        loss.backward()
+    names = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_linear_pointwise" in names) == by_onednn
+    if by_onednn:
+        assert not names & {"aten::mm", "aten::addmm", "aten::linear"}
 
 
 @pytest.mark.parametrize(("version", "value_head"), [("v1", "separate"), ("v2", "shared")])
