@@ -93,7 +93,6 @@ CASES = {
         16,
         TORCH_MATMULS,
         "fast, compiled, stored prompts",
-        "fast, recomputing",
         "fast, small micro-batches",
         "reference",
     ),

@@ -201,39 +201,46 @@ def rows_scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype | Non
     return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype)[:, :columns]
 
 
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """oneDNN prepares itself for every new shape, which small matrices do not bring back."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and x.shape[0] * x.shape[1] * weight.shape[0] >= ONEDNN_FROM
+        and ONEDNN
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias for a matrix x; in float32 on a CPU by oneDNN, see cpu_linear."""
+    if _by_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """out = a @ b, where `out` may be float32 for half-precision factors: on CUDA their sum is never rounded."""
     if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
+        if _by_onednn(a, b.T):
+            out.copy_(linear(a, b.T))
+        else:
+            torch.mm(a, b, out=out)
     elif a.is_cuda:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # what CUDA computes, for kernels in the interpreter
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias for a matrix x; in float32 on a CPU by oneDNN, see cpu_linear.
-
-    oneDNN prepares itself for every new shape, which small matrices do not bring back.
-    """
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.shape[0] * x.shape[1] * weight.shape[0] >= ONEDNN_FROM
-        and ONEDNN
-        and torch.backends.mkldnn.enabled
-    ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(x, weight, bias)
-
-
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where `total` may be float32 for half-precision factors."""
-    if total.device.type == "cpu":  # some rows at a time: a matrix beside `total` would be as large
-        step = max(1, (1 << 20) // max(1, total.shape[1]))
+    if _by_onednn(a, b.T):
+        step = max(1, (1 << 20) // total.shape[1])  # a few rows at a time: the product of all would be as large again
         for s in range(0, total.shape[0], step):
             total[s : s + step] += linear(a[s : s + step], b.T)
     elif total.dtype == a.dtype:
         total.addmm_(a, b)
-    else:
+    elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b

@@ -172,7 +172,7 @@ def _backward(
             d_bias_V += d.sum(0, dtype=dtype)
         d = d.to(hidden_TD.dtype)
         if need_hidden:
-            d_hidden_TD[rows] = linear(d, weight_VD.T)
+            wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
         if need_weight:
             add_product_(d_weight_VD, d.T, h)
     return d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)

@@ -171,7 +171,10 @@ def _forward(
                 d.div_(temperature)
             d = d.to(hidden_TD.dtype)
         if need_hidden:
-            d_hidden_TD[rows if everyone else s + index] = linear(d, weight_VD.T)
+            if everyone:
+                wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
+            else:
+                d_hidden_TD[s + index] = linear(d, weight_VD.T)
         if need_weight:
             add_product_(d_weight_VD, d.T, h if everyone else h[index])
     return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD.to(weight_VD.dtype)

@@ -274,7 +274,7 @@ def _backward(
             x.sub_(top_N[rows, None].nan_to_num(neginf=0.0)).div_(temperature)
             d = x.sub_(log_total_N[rows, None].nan_to_num(neginf=0.0)).exp_().mul_(d_logit_N[rows, None])
             d.scatter_add_(1, column, -pull[:, None])
-            d_anchor_ND[rows] = linear(d, candidate_hat.T)
+            wide_matmul(d, candidate_hat, out=d_anchor_ND[rows])
             add_product_(d_candidate_MD, d.T, anchor_hat[rows])
         d_anchor_ND.mul_(inverse_N[:, None])
         d_candidate_MD.mul_(inverse_M[:, None])

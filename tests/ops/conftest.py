@@ -30,6 +30,9 @@ class LargestTensor(TorchDispatchMode):
         if func.overloadpacket in (aten.matmul, aten.mm, aten.addmm, aten.addmm_):
             a, b = args[-2:]
             self.matmul_flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        elif func.overloadpacket in (aten.linear, torch.ops.mkldnn._linear_pointwise):
+            x, weight = args[:2]
+            self.matmul_flops += 2 * x.shape[0] * x.shape[1] * weight.shape[0]
         return result
 
 

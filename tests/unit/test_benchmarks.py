@@ -167,6 +167,7 @@ SMALL = {
     "whiten": {"T": 32},
     "gae": {"T": 32, "length": 8},
     "kl_shaped_reward": {"T": 32, "length": 8},
+    "cpu_linear": {"N": 9, "K": 8, "M": 7},
     "lcs_mask": {"T": 32, "length": 8},
 }
 
