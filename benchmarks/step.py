@@ -584,11 +584,12 @@ def main() -> None:
         if "slope" in results:
             file.with_suffix(".md").write_text(report(results))
 
+    here = machine()  # before files change
     if arguments.only != "growth":
         known = {case["case"]: case for case in results["cases"]}
         for name in CASES if arguments.smollm2 else ["quickstart"]:
             case = run_case(name, arguments.smollm2, arguments.data, arguments.repeats)
-            known[name] = case | {"machine": machine()}
+            known[name] = case | {"machine": here}
             results["cases"] = [known[name] for name in CASES if name in known]
             save()
     if arguments.only != "cases":
@@ -600,7 +601,7 @@ def main() -> None:
         if arguments.smollm2:
             results["smollm2_rollouts"] = smollm2_rollout_memory(arguments.smollm2, arguments.data)
         results["slope"] = slope(arguments.repeats)
-        results["growth_machine"] = machine()
+        results["growth_machine"] = here
         save()
     if "slope" in results:
         print(report(results))

@@ -208,7 +208,7 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == torch.float32
         and x.shape[0] * x.shape[1] * weight.shape[0] >= ONEDNN_FROM
         and ONEDNN
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 

@@ -254,7 +254,7 @@ def test_several_processes_train_like_one(group: str, name: str) -> None:
         for ours, expected in zip(metrics, expected_metrics, strict=True):
             assert ours.keys() == expected.keys()
             for key, value in expected.items():
-                # where rollouts are dropped the update's micro-batches are not the look's, and log-probs round otherwise
+                # where rollouts are dropped the update's micro-batches, and so the rounding, are not the look's
                 rounding = 1e-5 if key == "first_ratio_error" else 1e-6
                 assert ours[key] == pytest.approx(value, rel=1e-5, abs=rounding), key
     _, weights = together(group)[name][0]
