@@ -1,11 +1,11 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
-Paths: "fast" is the default, with all rows in one micro-batch; "compiled" is `model.compile`, with vLLM's model
-compiled as well, and "stored prompts" `rl.reference_prompts = "stored"` (compiling and storing are in no time);
-"torch's matmuls" does without oneDNN, which the fast path takes in float32; "recomputing" is activation checkpointing,
-and "fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all
-rows of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
-"reference, recomputing" is what the published trainers do. Repeats are interleaved.
+Paths: "fast" is the default, with all rows in one micro-batch; "torch's matmuls" does without oneDNN, which the fast
+path takes in float32; "compiled" is `model.compile` and "stored prompts" `rl.reference_prompts = "stored"` (compiling
+and storing are in no time); "recomputing" is activation checkpointing, and "fast, small micro-batches" cuts the rows as
+well. "reference" is the plain path (`model.impl = "reference"`: all rows of a device at once, padded to the longest
+prompt plus the longest completion, float32 logits of every position); "reference, recomputing" is what the published
+trainers do. Repeats are interleaved.
 Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
 look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
 whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
@@ -50,26 +50,21 @@ from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, scor
 from carft_kernels import cpu_linear
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
-COMPILED = ["model.compile=true", "rollout.enforce_eager=false"]
-STORED, RECOMPUTING = "rl.reference_prompts=stored", "model.gradient_checkpointing=true"
+COMPILED, STORED = "model.compile=true", "rl.reference_prompts=stored"
+RECOMPUTING = "model.gradient_checkpointing=true"
 TORCH_MATMULS = "fast, torch's matmuls"
 PATHS: dict[str, list[str]] = {
     "fast": [],
     TORCH_MATMULS: [],
-    "fast, compiled": COMPILED,
-    "fast, compiled, stored prompts": [*COMPILED, STORED],
-    "fast, compiled, recomputing": [*COMPILED, RECOMPUTING],
+    "fast, compiled": [COMPILED],
+    "fast, compiled, stored prompts": [COMPILED, STORED],
+    "fast, compiled, recomputing": [COMPILED, RECOMPUTING],
     "fast, recomputing": [RECOMPUTING],
     "fast, small micro-batches": [RECOMPUTING, "rl.micro_batch_tokens=1024"],
     "reference": ["model.impl=reference", DEVICE_AT_ONCE],
     "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, RECOMPUTING],
 }
 PUBLISHED = "reference, recomputing"
-SAMPLERS = {
-    "hf": ["rollout.engine=hf"],
-    "vllm": ["rollout.engine=vllm"],
-    "vllm, compiled": ["rollout.engine=vllm", *COMPILED],
-}
 UPDATE_ALONE = "update alone"
 
 
@@ -195,9 +190,7 @@ def sampled(config: Config, policy: CarftModel, run: Run, rows: list[EncodedExam
 
 
 def sampler_of(path: str) -> str:
-    if path.startswith("reference"):
-        return "hf"
-    return "vllm, compiled" if set(COMPILED) <= set(PATHS[path]) else "vllm"
+    return "hf" if path.startswith("reference") else "vllm"
 
 
 def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
@@ -265,10 +258,10 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     model_path = run.config.model.path
     rows = run.train_rows[: config.rl.batch_size]
     policy = load_model(config, model_path, run.device, heads=True)
-    samplings = {
-        sampler: sampled(case_config(name, model, data, "rollout.batch_size=64", *words), policy, run, rows, repeats)
-        for sampler, words in SAMPLERS.items()
-    }
+    samplings: dict[str, Sampling] = {}
+    for sampler in ("hf", "vllm"):
+        engine_config = case_config(name, model, data, f"rollout.engine={sampler}", "rollout.batch_size=64")
+        samplings[sampler] = sampled(engine_config, policy, run, rows, repeats)
     rollouts = samplings["vllm"].rollouts
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
     inputs = Inputs(rows, rollouts)
@@ -432,7 +425,7 @@ def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
     def config(n: int, *options: str) -> Config:
         return case_config(name, model, data, f"rl.batch_size={n}", f"rl.mini_batch_size={n}", *options)
 
-    most = config(max(SMOLLM2_ROLLOUTS), *SAMPLERS["vllm"])
+    most = config(max(SMOLLM2_ROLLOUTS), "rollout.engine=vllm")
     run = prepare(most, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
     rows, path = run.train_rows[: max(SMOLLM2_ROLLOUTS)], run.config.model.path
     rollouts = sampled(most, load_model(most, path, run.device, heads=True), run, rows, 0).rollouts
@@ -465,9 +458,8 @@ def report(results: dict[str, Any]) -> str:
         "Where all rows are one micro-batch (`fast` without small ones) the log-probs hold the forward that the first",
         "epoch's backward goes on from, so the two phases are to be read together. `alone`: an update that makes all",
         "its forwards itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
-        "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`, and for",
-        'vLLM its `rollout.enforce_eager = false`; `stored prompts`: `rl.reference_prompts = "stored"`. Compiling and',
-        "storing, once a run, are in no time here.",
+        "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`;",
+        '`stored prompts`: `rl.reference_prompts = "stored"`. Compiling and storing, once a run, are in no time here.',
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)
