@@ -72,7 +72,7 @@ def draw(tree: Tree, title: str, output: Path) -> None:
     figure = Figure(figsize=(14, 6), layout="constrained")
     axes = figure.subplots()
     total = sum(t for t, _ in tree.values())
-    colours = {"mm": "#d1603d", "attention": "#3d7ed1", "carft": "#4a9d5b"}
+    colours = {"mm": "#d1603d", "linear_pointwise": "#d1603d", "attention": "#3d7ed1", "carft": "#4a9d5b"}
 
     def colour(name: str) -> str:
         return next((c for part, c in colours.items() if part in name.lower()), "#cfc7b8")
