@@ -85,11 +85,7 @@ CASES = {
     # what the paper's setting gives each of its 8 GPUs, and twice that
     "SmolLM2-135M": smollm2_case(8, "fast, compiled, recomputing", "fast, small micro-batches", "reference"),
     "SmolLM2-135M, 16 rollouts": smollm2_case(
-        16,
-        TORCH_MATMULS,
-        "fast, compiled, stored prompts",
-        "fast, small micro-batches",
-        "reference",
+        16, TORCH_MATMULS, "fast, compiled, stored prompts", "fast, small micro-batches", "reference"
     ),
 }
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)

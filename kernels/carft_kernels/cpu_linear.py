@@ -2,7 +2,7 @@
 
     y = x weight^T + bias
 
-torch takes oneDNN for half precision and MKL for float32; MKL does without AVX-512 on a processor that is not Intel's.
+torch takes oneDNN for half precision and MKL for float32, which on an AMD processor may be half as fast (docs/LOG.md).
 The weight is read as it is, and kept for backward with x. Cost: 2 N M K, backward 4 N M K, as torch's.
 """
 
