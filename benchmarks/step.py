@@ -1,11 +1,11 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
 Paths: "fast" is the default, with all rows in one micro-batch; "torch's matmuls" does without oneDNN, which the fast
-path takes in float32; "compiled" is `model.compile` and "stored prompts" `rl.reference_prompts = "stored"` (compiling
-and storing are in no time); "recomputing" is activation checkpointing, and "fast, small micro-batches" cuts the rows as
-well. "reference" is the plain path (`model.impl = "reference"`: all rows of a device at once, padded to the longest
-prompt plus the longest completion, float32 logits of every position); "reference, recomputing" is what the published
-trainers do. Repeats are interleaved.
+path takes in float32; "compiled" is `model.compile`, which has vLLM compile its model as well, and "stored prompts"
+`rl.reference_prompts = "stored"` (compiling and storing are in no time); "recomputing" is activation checkpointing, and
+"fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all rows
+of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
+"reference, recomputing" is what the published trainers do. Engines and paths take turns.
 Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
 look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
 whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
@@ -22,7 +22,7 @@ import platform
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,12 +65,19 @@ PATHS: dict[str, list[str]] = {
     "reference, recomputing": ["model.impl=reference", DEVICE_AT_ONCE, RECOMPUTING],
 }
 PUBLISHED = "reference, recomputing"
+SAMPLERS = {
+    "hf": ["rollout.engine=hf"],
+    "vllm": ["rollout.engine=vllm"],
+    "vllm, compiled": ["rollout.engine=vllm", COMPILED],
+}
 UPDATE_ALONE = "update alone"
 
 
 class Case(NamedTuple):
     options: list[str]
     paths: list[str]
+    turns: int = 1
+    """In a repeat."""
 
 
 def smollm2_case(rollouts: int, *without: str) -> Case:
@@ -81,7 +88,7 @@ def smollm2_case(rollouts: int, *without: str) -> Case:
 
 
 CASES = {
-    "quickstart": Case(["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"], list(PATHS)),
+    "quickstart": Case(["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"], list(PATHS), 5),
     # what the paper's setting gives each of its 8 GPUs, and twice that
     "SmolLM2-135M": smollm2_case(8, "fast, compiled, recomputing", "fast, small micro-batches", "reference"),
     "SmolLM2-135M, 16 rollouts": smollm2_case(
@@ -164,29 +171,31 @@ class Prepared:
         self.update(epochs=1)
 
 
-class Sampling(NamedTuple):
-    rollouts: list[Rollout]
-    seconds: list[float]
-    sync_seconds: list[float]
+class Sampler:
+    """An engine that samples for some rows."""
+
+    def __init__(self, config: Config, policy: CarftModel, run: Run, rows: list[EncodedExample]) -> None:
+        self.policy, self.prompts = policy, [row.prompt_ids for row in rows]
+        self.sampling = SamplingParams(config.rollout.max_new_tokens, seed=1)
+        self.engine = build_engine(config, policy, run.tokenizer)
+        self.rollouts: list[Rollout] = self.generate()
+
+    def generate(self) -> list[Rollout]:
+        return self.engine.generate(self.prompts, self.sampling)
+
+    def turn(self) -> dict[str, float]:
+        """Seconds of a weight sync, which also empties vLLM's prefix cache, and of sampling."""
+        return {"sync": seconds(lambda: self.engine.sync(self.policy)), "sampling": seconds(self.generate)}
 
 
-def sampled(config: Config, policy: CarftModel, run: Run, rows: list[EncodedExample], repeats: int) -> Sampling:
-    """The rows sampled by the config's engine once untimed, then `repeats` times, each from weights just synced."""
-    prompts, sampling = [row.prompt_ids for row in rows], SamplingParams(config.rollout.max_new_tokens, seed=1)
-    engine = build_engine(config, policy, run.tokenizer)
-    try:
-        rollouts = engine.generate(prompts, sampling)
-        found = Sampling(rollouts, [], [])
-        for _ in range(repeats):
-            found.sync_seconds.append(seconds(lambda: engine.sync(policy)))  # also empties vLLM's prefix cache
-            found.seconds.append(seconds(lambda: engine.generate(prompts, sampling)))
-        return found
-    finally:
-        engine.close()
+def matmuls_of(path: str) -> AbstractContextManager[None]:
+    return torch.backends.mkldnn.flags(enabled=path != TORCH_MATMULS)
 
 
 def sampler_of(path: str) -> str:
-    return "hf" if path.startswith("reference") else "vllm"
+    if path.startswith("reference"):
+        return "hf"
+    return "vllm, compiled" if COMPILED in PATHS[path] else "vllm"
 
 
 def matmul_ceiling(dtype: torch.dtype = torch.float32, device: str = "cpu") -> float:
@@ -254,11 +263,11 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     model_path = run.config.model.path
     rows = run.train_rows[: config.rl.batch_size]
     policy = load_model(config, model_path, run.device, heads=True)
-    samplings: dict[str, Sampling] = {}
-    for sampler in ("hf", "vllm"):
-        engine_config = case_config(name, model, data, f"rollout.engine={sampler}", "rollout.batch_size=64")
-        samplings[sampler] = sampled(engine_config, policy, run, rows, repeats)
-    rollouts = samplings["vllm"].rollouts
+    samplers: dict[str, Sampler] = {}
+    for sampler, options in SAMPLERS.items():
+        engine_config = case_config(name, model, data, *options, "rollout.batch_size=64")
+        samplers[sampler] = Sampler(engine_config, policy, run, rows)
+    rollouts = samplers["vllm"].rollouts
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
     inputs = Inputs(rows, rollouts)
 
@@ -271,18 +280,23 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     prepared: dict[str, Prepared] = {}
     losses: dict[str, float] = {}
     for path, make in makers.items():
-        prepared[path] = p = make()
-        losses[path] = p.update(epochs=1)["loss"]  # also warms up
+        prepared[path] = p = prepared["fast"] if path == TORCH_MATMULS else make()
+        with matmuls_of(path):
+            losses[path] = p.update(epochs=1)["loss"]  # also warms up
         p.experience = p.experience._replace(first=None)  # else every path's graph is there at once
     for path, loss in losses.items():
         if abs(loss - losses["fast"]) > 1e-4 * max(1.0, abs(loss)):
             raise RuntimeError(f"{name}: {path} has loss {loss}, fast {losses['fast']}: not timed")
-    turns: dict[str, list[dict[str, float]]] = {path: [] for path in prepared}
-    for _ in range(repeats):
+    turns: dict[str, list[dict[str, float]]] = {who: [] for who in (*samplers, *prepared)}
+    for _ in range(repeats * CASES[name].turns):
+        for sampler, s in samplers.items():
+            turns[sampler].append(s.turn())
         for path, p in prepared.items():
-            with torch.backends.mkldnn.flags(enabled=path != TORCH_MATMULS):
+            with matmuls_of(path):
                 turns[path].append(p.turn())
-            print(name, path, {phase: round(taken, 2) for phase, taken in turns[path][-1].items()}, flush=True)
+        print(name, {who: {what: round(s, 2) for what, s in of[-1].items()} for who, of in turns.items()}, flush=True)
+    for s in samplers.values():
+        s.engine.close()
 
     lengths = [len(r.completion_ids) for r in rollouts]
     shape = StepShape(
@@ -294,23 +308,24 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     tokens = sum(lengths)
     gradients_mb = prepared["fast"].gradients_mb
     result: list[dict[str, Any]] = []
-    for path, of_path in turns.items():
-        phases = timings(of_path)
+    for path in prepared:
+        phases = timings(turns[path])
         median = phases["seconds"]
-        sampling = samplings[sampler_of(path)]
+        sampler = sampler_of(path)
         # the engines draw different samples: count by the token
-        scale = tokens / sum(len(r.completion_ids) for r in sampling.rollouts)
-        sampling_s, sync_s = scale * statistics.median(sampling.seconds), statistics.median(sampling.sync_seconds)
+        scale = tokens / sum(len(r.completion_ids) for r in samplers[sampler].rollouts)
+        sampling = [scale * turn["sampling"] for turn in turns[sampler]]
+        sampling_s, sync_s = statistics.median(sampling), statistics.median(turn["sync"] for turn in turns[sampler])
         step = sum(median.values()) + sampling_s + sync_s
         work = needed[STORED in PATHS[path]]
         useful = work["log-probs"].flops + work["update"].flops
         result.append(
             {
                 "path": path,
-                "sampler": sampler_of(path),
+                "sampler": sampler,
                 **phases,
                 "rollout_seconds": round(sampling_s, 4),
-                "rollout_range": [round(scale * end(sampling.seconds), 4) for end in (min, max)],
+                "rollout_range": [round(end(sampling), 4) for end in (min, max)],
                 "sync_seconds": round(sync_s, 4),
                 "step_seconds": round(step, 4),
                 "samples_per_second": round(len(rows) / step, 3),
@@ -328,7 +343,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
         "padded_tokens": len(rows) * (max(shape.prompts) + max(lengths)),
         "matmul_ceiling_gflops": round(ceiling / 1e9, 1),
         "gradients_mb": round(gradients_mb, 1),
-        "repeats": repeats,
+        "repeats": repeats * CASES[name].turns,
         "rows": result,
     }
 
@@ -424,7 +439,9 @@ def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
     most = config(max(SMOLLM2_ROLLOUTS), "rollout.engine=vllm")
     run = prepare(most, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
     rows, path = run.train_rows[: max(SMOLLM2_ROLLOUTS)], run.config.model.path
-    rollouts = sampled(most, load_model(most, path, run.device, heads=True), run, rows, 0).rollouts
+    sampler = Sampler(most, load_model(most, path, run.device, heads=True), run, rows)
+    rollouts = sampler.rollouts
+    sampler.engine.close()
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]
     result: list[dict[str, Any]] = []
     for n in SMOLLM2_ROLLOUTS:
@@ -454,8 +471,9 @@ def report(results: dict[str, Any]) -> str:
         "Where all rows are one micro-batch (`fast` without small ones) the log-probs hold the forward that the first",
         "epoch's backward goes on from, so the two phases are to be read together. `alone`: an update that makes all",
         "its forwards itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
-        "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`;",
-        '`stored prompts`: `rl.reference_prompts = "stored"`. Compiling and storing, once a run, are in no time here.',
+        "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`, vLLM's",
+        'model too; `stored prompts`: `rl.reference_prompts = "stored"`. Compiling and storing, once a run, are in no',
+        "time here.",
     ]
     for case in results["cases"]:
         base = next(row for row in case["rows"] if row["path"] == PUBLISHED)

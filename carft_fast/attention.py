@@ -10,7 +10,7 @@ by one, which on a CPU is as fast: its work is linear in the segments, and no [T
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from carft_fast.last_layer import ATTRIBUTE, ReadTokens, put, take
+
 PACKED = "carft_packed"
+KEPT_MASK = 1 << 16
+"""Elements: larger ones cost little beside what they are for, and much memory together."""
 
 
 @dataclass(slots=True)
@@ -56,6 +60,10 @@ class Segments:
     keep: PromptStates | None = None
     """To be filled with the states at `keep_index` (int64 [P])."""
     keep_index: Tensor | None = None
+    read: ReadTokens | None = None
+    """For the last layer; None where all are read."""
+    masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    """The small ones, by queries, keys and window: made once for all layers."""
 
 
 @torch.compiler.disable
@@ -93,8 +101,19 @@ def packed_attention(
         key, value = (torch.cat(pair, 2) for pair in zip(segments.before.layers[module], (key, value), strict=True))
     if segments.key_index is not None:
         key, value = (x.index_select(2, segments.key_index) for x in (key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(query, key, value, scaling, sliding_window, segments), None
+    read, tokens = None, query.shape[2]
+    if (last := getattr(module, ATTRIBUTE, None)) is not None:
+        read = last.read = segments.read
+    if read is not None:
+        query, segments = take(query, read, 2), replace(segments, cu_q=read.cu, q_lengths=read.lengths)
+    attend = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _by_segment
+    output = attend(query, key, value, scaling, sliding_window, segments)
+    return output if read is None else put(output, read, 1, tokens), None
+
+
+def _by_segment(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, segments: Segments
+) -> Tensor:
     outputs = []
     parts = (
         query.split(segments.q_lengths, 2),
@@ -102,17 +121,19 @@ def packed_attention(
         value.split(segments.k_lengths, 2),
     )
     for q, k, v in zip(*parts, strict=True):
-        mask = _causal_mask(q.shape[2], k.shape[2], sliding_window, q.device)
+        if q.shape[2] == 0:
+            continue
+        mask = _causal_mask(q, k.shape[2], window, segments.masks)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2)
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, sliding_window: int | None, segments: Segments
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, segments: Segments
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -126,19 +147,28 @@ def _varlen(
         max(segments.q_lengths),
         max(segments.k_lengths),
         scale=scaling,
-        window_size=((sliding_window or 0) - 1, 0),
+        window_size=((window or 0) - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor)
     return output[None]
 
 
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """bool [queries, keys]; None where it is the plain triangle that SDPA knows by itself."""
+def _causal_mask(
+    query: Tensor, keys: int, window: int | None, made: dict[tuple[int, int, int | None], Tensor]
+) -> Tensor | None:
+    """[queries, keys], to be added to the scores; None where it is the plain triangle that SDPA knows by itself."""
+    queries = query.shape[2]
     if queries == keys and (window is None or window >= keys):
         return None
-    behind = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    return (behind >= 0) if window is None else (behind >= 0) & (behind < window)
+    if (mask := made.get((queries, keys, window))) is None:
+        at = torch.arange(keys, device=query.device)
+        behind = at[keys - queries :, None] - at
+        unseen = (behind < 0) if window is None else (behind < 0) | (behind >= window)
+        mask = query.new_zeros(queries, keys).masked_fill_(unseen, -torch.inf)
+        if mask.numel() <= KEPT_MASK:
+            made[queries, keys, window] = mask
+    return mask
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -29,6 +29,7 @@ first one.
 
 import hashlib
 import itertools
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.attention import PromptStates, Segments
+from carft_fast.last_layer import ReadTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +83,12 @@ def pack(
     first_key = after.tokens if after is not None else 0
     q_lengths: list[int] = []
     k_lengths: list[int] = []
+    read_lengths: list[int] = []
     uses = Counter(map(tuple, prompts)) if share_prompts and after is None else Counter()
     shared_at: dict[tuple[int, ...], int] = {}
 
-    def lay(tokens: Sequence[int], before: Iterable[int] = ()) -> int:
-        """A segment of its own, after the keys `before`; returns where it starts."""
+    def lay(tokens: Sequence[int], reads: int, before: Iterable[int] = ()) -> int:
+        """A segment of its own, after the keys `before`, whose last `reads` states are read; returns its start."""
         seen = list(before)
         start = len(ids)
         ids.extend(tokens)
@@ -93,6 +96,7 @@ def pack(
         keys.extend([*seen, *range(first_key + start, first_key + len(ids))])
         q_lengths.append(len(tokens))
         k_lengths.append(len(seen) + len(tokens))
+        read_lengths.append(reads)
         return start
 
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -100,23 +104,27 @@ def pack(
             raise ValueError(f"prompts[{row}] is empty: nothing would predict its first completion token")
         key = tuple(prompt)
         if uses[key] > 1 and completion:
-            at = shared_at[key] if key in shared_at else shared_at.setdefault(key, lay(prompt))
-            start = lay(completion, range(at, at + len(prompt)))
+            at = shared_at[key] if key in shared_at else shared_at.setdefault(key, lay(prompt, 1))
+            start = lay(completion, len(completion), range(at, at + len(prompt)))
             predict += [at + len(prompt) - 1, *range(start, start + len(completion) - 1)]
         else:
+            reads = len(completion) + 1 if completion else 0
             if after is None:
-                at = lay([*prompt, *completion])
+                at = lay([*prompt, *completion], reads)
                 start = at + len(prompt)
             else:
                 seen = after.at[key]
-                start = lay([prompt[-1], *completion], range(seen, seen + len(prompt) - 1)) + 1
+                start = lay([prompt[-1], *completion], reads, range(seen, seen + len(prompt) - 1)) + 1
             predict += range(start - 1, start + len(completion) - 1)
         if keep_prompts and key not in kept_at:
             kept_at[key] = len(kept)
             kept += range(at, at + len(prompt))
         read += range(start, start + len(completion))
     lengths = [len(completion) for completion in completions]
+    ends = zip(itertools.accumulate(q_lengths), read_lengths, strict=True)
+    last = [at for end, reads in ends for at in range(end - reads, end)]
     columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths), kept]
+    columns += [last, _offsets(read_lengths)]
     indexed = bool(shared_at) or after is not None
     shipped = _to_device([*columns, keys] if indexed else columns, device)
     return PackedBatch(
@@ -125,12 +133,14 @@ def pack(
         segments=Segments(
             shipped[5].int(),
             shipped[6].int(),
-            shipped[8] if indexed else None,
+            shipped[10] if indexed else None,
             tuple(q_lengths),
             tuple(k_lengths),
             before=after,
             keep=PromptStates(kept_at, len(kept)) if keep_prompts else None,
             keep_index=shipped[7],
+            # where nothing is read somebody asks for the states themselves
+            read=ReadTokens(shipped[8], shipped[9].int(), tuple(read_lengths)) if 0 < len(last) < len(ids) else None,
         ),
         completion_cu=shipped[4],
         read_index_C=shipped[2],
@@ -144,7 +154,7 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
 
 def _to_device(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor, ...]:
     """int64 tensors by one copy that nobody waits for."""
-    host = torch.tensor(list(itertools.chain.from_iterable(columns)), dtype=torch.int64)
+    host = torch.frombuffer(array("q", list(itertools.chain.from_iterable(columns))), dtype=torch.int64)
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True).split([len(column) for column in columns])

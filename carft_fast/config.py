@@ -294,7 +294,7 @@ class RolloutConfig(Section):
     kv_cache_gib: float | None = Field(None, gt=0)
     """Size of vLLM's KV cache (GiB); when absent what memory_fraction leaves, and 1 GiB on the CPU."""
     enforce_eager: bool | None = None
-    """Run vLLM without CUDA graphs and compilation; when absent only on the CPU."""
+    """Run vLLM without CUDA graphs and compilation; when absent only on the CPU, and there not with model.compile."""
     tensor_parallel: int = Field(1, ge=1)
     """GPUs a vLLM server shares the model over ("vllm-server" only)."""
     sleep_level: Literal[0, 1, 2] = 0

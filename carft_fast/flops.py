@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from carft_fast.last_layer import decoder_layers, token_wise
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
@@ -29,6 +31,8 @@ class ModelCost:
     layers: int
     linear_width: int
     """Inputs and outputs of all linear layers in the decoder layers, summed: elements per token."""
+    read_weights: int
+    """Elements of those matrices of the last layer that only tokens go through whose state is read."""
 
     @classmethod
     def of(cls, lm: nn.Module) -> "ModelCost":
@@ -42,6 +46,8 @@ class ModelCost:
         head: Any = lm.get_output_embeddings()  # type: ignore[operator]
         vocabulary, hidden = getattr(head.weight, "ds_shape", head.weight.shape)
         linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
+        layers = decoder_layers(lm)
+        mlp = token_wise(layers[-1]) if layers else None
         head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         return cls(
             layer_weights=sum(numel(m.weight) for m in linear),
@@ -52,6 +58,7 @@ class ModelCost:
             vocabulary=vocabulary,
             layers=config.num_hidden_layers,
             linear_width=sum(m.in_features + m.out_features for m in linear),
+            read_weights=0 if mlp is None else sum(numel(m.weight) for m in mlp.modules() if isinstance(m, nn.Linear)),
         )
 
     @classmethod
@@ -64,14 +71,19 @@ class ModelCost:
         """Forward of all layers over `tokens` tokens with `pairs` (query, key) pairs in each head."""
         return 2 * self.layer_weights * tokens + 4 * self.attention_width * pairs
 
+    def unread_flops(self, tokens: float, pairs: float) -> float:
+        """What of this the last layer leaves out for `tokens` tokens whose state nobody reads, with `pairs` pairs."""
+        return 2 * self.read_weights * tokens + 4 * self.attention_width / self.layers * pairs
+
     def head_flops(self, tokens: float) -> float:
         """One matmul with the LM head: logits, or either of its two gradients."""
         return 2 * self.head_weights * tokens
 
     def sequence_flops(self, prompt: int, completion: int) -> float:
         """Forward of one packed sequence, the LM head on its completion only."""
-        n = prompt + completion
-        return self.layers_flops(n, causal_pairs(n)) + self.head_flops(completion)
+        n, unread = prompt + completion, prompt - 1
+        layers = self.layers_flops(n, causal_pairs(n)) - self.unread_flops(unread, causal_pairs(unread))
+        return layers + self.head_flops(completion)
 
 
 def causal_pairs(n: float) -> float:
@@ -116,8 +128,8 @@ def fast_step(
     one_micro_batch: bool = True,
     stored_prompts: bool = False,
 ) -> dict[str, Work]:
-    """Work of this trainer's step (CARFT), by phase: packed, LM head on completion tokens only, 3 matmuls in the loss,
-    annotated CoTs after the prompts of their rollouts.
+    """Work of this trainer's step (CARFT), by phase: packed, LM head and what it can of the last layer on completion
+    tokens only, 3 matmuls in the loss, annotated CoTs after the prompts of their rollouts.
 
     `recompute` is model.gradient_checkpointing. `one_micro_batch`: a mini-batch is one, so that the look at the first
     is its update's forward. `stored_prompts` is rl.reference_prompts.
@@ -125,6 +137,7 @@ def fast_step(
     rows = list(zip(shape.prompts, shape.completions, strict=True))
     tokens, completion_tokens = sum(map(sum, rows)), sum(shape.completions)
     layers = cost.layers_flops(tokens, sum(causal_pairs(p + c) for p, c in rows))
+    layers -= cost.unread_flops(sum(shape.prompts) - len(rows), sum(causal_pairs(p - 1) for p in shape.prompts))
 
     def after_prompts(lengths: Sequence[int]) -> float:
         """Of sequences whose prompts have gone through before; a prompt's last token does again."""

@@ -22,6 +22,7 @@ from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.distributed import is_main, world_size
 from carft_fast.errors import InputError
+from carft_fast.last_layer import LastLayer, decoder_layers
 from carft_fast.safe_weights import check_hub, check_safetensors
 from carft_fast.synthetic import build_model_config, build_tokenizer
 from carft_kernels import cpu_linear
@@ -121,6 +122,8 @@ class CarftModel(nn.Module):
         self.attention: str = lm.config._attn_implementation
         self._compiled = False
         self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
+        layers = decoder_layers(lm) if self.attention == PACKED else None
+        self._last_layer = LastLayer(layers[-1]) if layers else None
         self._check_attention()
         self.plain_head = self._has_plain_head()
         if not self.plain_head:
@@ -155,7 +158,8 @@ class CarftModel(nn.Module):
         return self.heads.embed(pooled_BD)
 
     def forward(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
-        """Last hidden states [T, D] after the final norm, in the packed order of `batch`.
+        """Last hidden states [T, D] after the final norm, in the packed order of `batch`: those at its indices. What
+        the others are is undefined where `batch.segments.read` says that nobody reads them.
 
         `need_logits=False` skips the LM head where it would be materialised.
         """
@@ -189,6 +193,8 @@ class CarftModel(nn.Module):
         self.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
         if self.attention == PACKED:
             self.lm.config._attn_implementation = "sdpa"
+        if self._last_layer:
+            self._last_layer.read = None
         try:
             with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
                 yield self.lm
@@ -225,7 +231,8 @@ class CarftModel(nn.Module):
         vocabulary = int(embedding.weight.shape[0])
         sequences = [[i % vocabulary for i in range(5)], [i % vocabulary for i in range(3, 10)]]
         try:
-            found_TD = self(pack(sequences, [[], []], self.device)).hidden_TD
+            batch = pack([ids[:3] for ids in sequences], [ids[3:] for ids in sequences], self.device)
+            found_TD = self(batch, need_logits=False).hidden_TD
         except ValueError as error:
             difference = str(error)
         else:
@@ -233,7 +240,8 @@ class CarftModel(nn.Module):
                 expected_TD = torch.cat(
                     [lm.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0] for ids in sequences]
                 )
-            worst = float((found_TD - expected_TD).abs().max() / expected_TD.abs().max())
+            read = torch.cat([batch.predict_index_C, batch.read_index_C])
+            worst = float((found_TD - expected_TD)[read].abs().max() / expected_TD.abs().max())
             if worst < (1e-3 if self.compute_dtype == torch.float32 else 0.1):
                 return
             difference = f"its states differ by {worst:.1e} of the largest"
@@ -273,13 +281,10 @@ class CarftModel(nn.Module):
 
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises InputError for a model that does not keep them in a list."""
-        depth = self.lm.config.get_text_config().num_hidden_layers
-        stacks = [m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-        if not stacks:
-            raise InputError(
-                f"{type(self.lm).__name__} has no list of {depth} layers, which model.compile and fsdp2 need"
-            )
-        return stacks[0]
+        layers = decoder_layers(self.lm)
+        if layers is None:
+            raise InputError(f"{type(self.lm).__name__} has no list of its layers, which model.compile and fsdp2 need")
+        return layers
 
     def compile_layers(self) -> None:
         """torch.compile of every decoder layer."""

@@ -74,6 +74,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
     """vLLM's engine arguments but for the model. `dedicated`: on GPUs that the trainer does not use."""
     rollout = config.rollout
     on_cpu = device_type == "cpu"
+    eager = on_cpu and not config.model.compile if rollout.enforce_eager is None else rollout.enforce_eager
     default = RolloutConfig.model_fields["memory_fraction"].default
     given = rollout.memory_fraction != default or not dedicated
     cache_gib = rollout.kv_cache_gib or (1.0 if on_cpu else None)
@@ -86,7 +87,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
         "max_num_seqs": rollout.batch_size,
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
         "enable_prefix_caching": True,  # a prompt's samples share its prefill
-        "enforce_eager": on_cpu if rollout.enforce_eager is None else rollout.enforce_eager,
+        "enforce_eager": eager,
         "gpu_memory_utilization": rollout.memory_fraction if given else 0.9,
         "tensor_parallel_size": rollout.tensor_parallel,
         "seed": config.seed,

@@ -25,6 +25,13 @@ def _(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_MK.shape[0])
 
 
+def _product(d_NM: Tensor, x_NK: Tensor) -> Tensor:
+    """d^T x. oneDNN transposes its left factor in memory: the narrower one, if the product's own transpose is less."""
+    if d_NM.shape[1] >= 3 * x_NK.shape[1]:
+        return linear(x_NK.T, d_NM.T).T.contiguous()
+    return linear(d_NM.T, x_NK.T)
+
+
 @torch.library.custom_op("carft::cpu_linear_backward", mutates_args=())
 def _backward(
     d_y: Tensor, x: Tensor, weight_MK: Tensor, need_x: bool, need_weight: bool, need_bias: bool
@@ -33,7 +40,7 @@ def _backward(
     d_NM, x_NK = d_y.reshape(-1, d_y.shape[-1]), x.reshape(-1, x.shape[-1])
     return (
         linear(d_NM, weight_MK.T).view(x.shape) if need_x else x.new_empty(0),
-        linear(d_NM.T, x_NK.T) if need_weight else x.new_empty(0),
+        _product(d_NM, x_NK) if need_weight else x.new_empty(0),
         d_NM.sum(0) if need_bias else x.new_empty(0),
     )
 

@@ -53,7 +53,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("d_layout", ["plain", "transposed", "one element for all"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("n", "k", "m"), [SMALL, LARGE, (9000, 130, 1), (1, 1100, 1000), (1100, 1, 1000)])
+@pytest.mark.parametrize(
+    ("n", "k", "m"), [SMALL, LARGE, (9000, 130, 1), (1, 1100, 1000), (1100, 1, 1000), (1300, 30, 100)]
+)
 def test_value_and_gradients_against_float64(n: int, k: int, m: int, layout: str, d_layout: str) -> None:
     x, weight, bias = LAYOUTS[layout](n, k), randn(m, k, seed=1), randn(m, seed=2)
     d = LAYOUTS[d_layout](n, m).expand(*x.shape[:-1], m)

@@ -42,6 +42,36 @@ def test_greedy_text_and_logprobs_are_transformers_over_three_syncs(engine: Roll
         version += 1
 
 
+def test_a_compiled_model_follows_the_weights(model: CarftModel) -> None:
+    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), model, EOS)
+    try:
+        for change in range(3):
+            perturb(model, change)
+            engine.sync(model)
+            for sampling in (GREEDY, SAMPLED):
+                assert_samples_of(model.lm, engine.generate(PROMPTS, sampling), sampling)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "eager"),
+    [
+        ("cpu", [], True),
+        ("cpu", ["model.compile=true"], False),
+        ("cpu", ["rollout.enforce_eager=false"], False),
+        ("cpu", ["model.compile=true", "rollout.enforce_eager=true"], True),
+        ("cuda", [], False),
+        ("cuda", ["rollout.enforce_eager=true"], True),
+    ],
+)
+def test_vllm_compiles_its_model_on_a_gpu_and_where_the_trainer_does(
+    device: str, overrides: list[str], eager: bool
+) -> None:
+    options = vllm_adapter.engine_options(make_config("rollout.engine=vllm", *overrides), device, dedicated=False)
+    assert options["enforce_eager"] is eager
+
+
 def test_sampled_logprobs_are_of_the_distribution_sampled_from(engine: RolloutEngine, model: CarftModel) -> None:
     engine.sync(model)
     for sampling in (SAMPLED, SamplingParams(16, temperature=1.4, seed=3), SamplingParams(16, top_p=0.5, seed=4)):

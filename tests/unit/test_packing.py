@@ -1,8 +1,12 @@
 """Packed attention and micro-batches, against each sequence alone, token by token."""
 
+import copy
+import itertools
+import sys
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -51,15 +55,14 @@ def test_every_sequence_is_as_if_alone(name: str, attention: str) -> None:
         return  # transformers' own, compiled anew for each model: once is enough
     model = build(MODELS[name], attention)
     alone = build(MODELS[name], "eager")
+    sequences = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    batch = pack(PROMPTS, COMPLETIONS, CPU)
     with torch.no_grad():
-        packed = model(pack(PROMPTS, COMPLETIONS, CPU)).hidden_TD
-        expected = torch.cat(
-            [
-                alone.lm.base_model(torch.tensor([p + c])).last_hidden_state[0]
-                for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
-            ]
-        )
+        packed, read = model(pack(sequences, [[]] * len(sequences), CPU)).hidden_TD, model(batch).hidden_TD
+        expected = torch.cat([alone.lm.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in sequences])
     torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-5)
+    for index in (batch.predict_index_C, batch.read_index_C):
+        torch.testing.assert_close(read[index], expected[index], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window 4"])
@@ -73,14 +76,10 @@ def test_a_token_reaches_exactly_those_that_may_see_it(name: str) -> None:
     ids = [x for p, c in zip(PROMPTS, COMPLETIONS, strict=True) for x in [*p, *c]]
 
     def states(changed: int | None) -> Tensor:
-        at, prompts, completions = 0, [], []
-        new = [(x + 17 if i == changed else x) for i, x in enumerate(ids)]
-        for p, c in zip(PROMPTS, COMPLETIONS, strict=True):
-            prompts.append(new[at : at + len(p)])
-            completions.append(new[at + len(p) : at + len(p) + len(c)])
-            at += len(p) + len(c)
+        new = iter([(x + 17 if i == changed else x) for i, x in enumerate(ids)])
+        sequences = [list(itertools.islice(new, n)) for n in lengths]
         with torch.no_grad():
-            return model(pack(prompts, completions, CPU)).hidden_TD
+            return model(pack(sequences, [[]] * len(sequences), CPU)).hidden_TD
 
     before = states(None)
     for i in range(len(ids)):
@@ -106,6 +105,61 @@ def test_a_shared_prompt_changes_no_state_and_no_gradient(name: str) -> None:
     assert torch.equal(apart.target_C, shared.target_C)
     for ours, expected in zip(found(shared), found(apart), strict=True):
         assert float((ours - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_last_layers_mlp_takes_what_is_read(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = (
+        build(MODELS["llama"], PACKED),
+        [pack(PROMPTS, COMPLETIONS[i:] + COMPLETIONS[:i], CPU) for i in (0, 1)],
+    )
+    model.use_cpu_linear()
+    if compiled:
+        model.compile_layers()
+    rows: dict[int, list[int]] = {layer.mlp.up_proj.weight.data_ptr(): [] for layer in model.layers()}
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows.get(weight.data_ptr(), []).append(len(x))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(sys.modules["carft_kernels.cpu_linear"], "linear", linear)
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    read = len(PROMPTS) + sum(map(len, COMPLETIONS))
+    assert list(rows.values()) == [[len(batches[0].ids_T)] * 2, [read] * 2]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "llama, LoRA", "llama, compiled"])
+@pytest.mark.parametrize("recomputing", [False, True])
+def test_what_the_last_layer_leaves_out_changes_nothing_that_is_read(name: str, recomputing: bool) -> None:
+    """Two forwards whose backwards come after both, and in between one over whole sequences."""
+    model = build(MODELS[name.partition(", LoRA")[0].partition(", compiled")[0]], PACKED)
+    if "LoRA" in name:
+        model.lm.add_adapter(peft.LoraConfig(r=2, target_modules=["o_proj", "up_proj"], init_lora_weights=False))
+    if recomputing:
+        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.lm.train()
+    plain = copy.deepcopy(model)
+    if "compiled" in name:
+        model.compile_layers()
+    batches = [pack(PROMPTS, COMPLETIONS, CPU), pack(PROMPTS[::-1], [[7], [], [40, 41, 42], [2], [3, 4]], CPU)]
+    whole = [replace(batch, segments=replace(batch.segments, read=None)) for batch in batches]
+    assert [batch.segments.read is None for batch in batches] == [False, False]
+
+    def found(model: CarftModel, batches: list[PackedBatch]) -> list[Tensor]:
+        outputs = [model(batch).hidden_TD for batch in batches]
+        with torch.no_grad(), model.padded() as lm:
+            logits = lm(torch.tensor([PROMPTS[1]])).logits
+        index = [torch.cat([batch.predict_index_C, batch.read_index_C]) for batch in batches]
+        states = [output[at] for output, at in zip(outputs, index, strict=True)]
+        sum((state * torch.linspace(-1, 1, state.numel()).view_as(state)).sum() for state in states).backward()
+        return [logits, *states, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours, expected = found(model, batches), found(plain, whole)
+    assert len(ours) == len(expected) > 6
+    for a, b in zip(ours, expected, strict=True):
+        assert float((a - b).norm()) <= 1e-5 * float(b.norm())
 
 
 def test_shared_prompts_follow_the_worked_example() -> None:
@@ -208,6 +262,10 @@ def test_the_call_of_the_varlen_kernel_means_the_same(
         k, v = k[:, :, segments.key_index], v[:, :, segments.key_index]
     monkeypatch.setattr(varlen, "varlen_attn", documented)
     torch.testing.assert_close(_varlen(q, k, v, 0.3, window, segments), expected)
+    read = segments.read
+    assert read is not None
+    narrow = replace(segments, cu_q=read.cu, q_lengths=read.lengths)
+    torch.testing.assert_close(_varlen(q[:, :, read.index], k, v, 0.3, window, narrow), expected[:, read.index])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +342,9 @@ def test_predicted_flops_are_those_torch_counts(name: str) -> None:
     )
     ours = sum(cost.sequence_flops(len(p), len(c)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True))
     pairs = sum(causal_pairs(n) for n in lengths)
-    assert ours == cost.layers_flops(sum(lengths), pairs) + cost.head_flops(completion_tokens)
+    unread = [len(p) - 1 for p in PROMPTS]
+    left_out = cost.unread_flops(sum(unread), sum(map(causal_pairs, unread)))
+    assert ours == cost.layers_flops(sum(lengths), pairs) + cost.head_flops(completion_tokens) - left_out
     assert ModelCost.of_config(MODELS[name]) == cost
 
 
@@ -293,14 +353,14 @@ def test_the_published_step_without_padding_costs_recomputation_and_prompt_logit
     cost = ModelCost.of_config(MODELS["llama"])
     shape = StepShape([10] * 4, [20] * 4, [20] * 4, epochs=2, updates_per_epoch=3)
     ours, published = fast_step(cost, shape, one_micro_batch=False), published_step(cost, shape)
-    layers = 4 * cost.layers_flops(30, causal_pairs(30))
-    assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * cost.head_flops(4 * 10))
+    layers, unread = 4 * cost.layers_flops(30, causal_pairs(30)), 4 * cost.unread_flops(9, causal_pairs(9))
+    assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * unread + 3 * cost.head_flops(4 * 10))
     prompts_again = 4 * cost.layers_flops(9, causal_pairs(9))
     head = cost.head_flops(2 * 4 * 10 + 4 * 30)
-    assert published["log-probs"].flops - ours["log-probs"].flops == head + prompts_again
+    assert published["log-probs"].flops - ours["log-probs"].flops == head + prompts_again + 2 * unread
     recomputing = fast_step(cost, shape, recompute=True, one_micro_batch=False)
-    assert recomputing["update"].flops - ours["update"].flops == 2 * layers
-    assert ours["update"].flops - fast_step(cost, shape)["update"].flops == pytest.approx(layers / 3)
+    assert recomputing["update"].flops - ours["update"].flops == 2 * (layers - unread)
+    assert ours["update"].flops - fast_step(cost, shape)["update"].flops == pytest.approx((layers - unread) / 3)
     assert published["rollout"] == ours["rollout"]
     # AdamW moves 32 bytes a parameter and update, whatever the path; the rest of `bytes` are weights and logits
     one = fast_step(cost, replace(shape, updates_per_epoch=1), one_micro_batch=False)["update"].bytes
