@@ -91,20 +91,29 @@ def token_wise(layer: nn.Module) -> nn.Module | None:
 
 
 class LastLayer:
-    """Of one model.
+    """Of one model, by `of`.
 
     `read` is of the forward under way: packed attention sets it, also when activation checkpointing runs it again; for
     any other forward it has to be None.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.read: ReadTokens | None = None
-        if mlp := token_wise(layer):
-            setattr(layer.self_attn, ATTRIBUTE, self)
-            setattr(mlp, ATTRIBUTE, self)
+    read: ReadTokens | None = None
+
+    @staticmethod
+    def of(layer: nn.Module) -> "LastLayer | None":
+        """From now on `layer`, a model's last, leaves out what is not read. None where it has no such MLP."""
+        mlp = token_wise(layer)
+        if mlp is None:
+            return None
+        if not hasattr(mlp, ATTRIBUTE):
+            last = LastLayer()
+            setattr(layer.self_attn, ATTRIBUTE, last)
+            setattr(mlp, ATTRIBUTE, last)
             # Not by hooks: torch.compile takes a layer without them for one with them.
             kind = type(mlp)
             mlp.__class__ = type(kind.__name__, (_OnReadTokens, kind), {})
+        found: LastLayer = getattr(mlp, ATTRIBUTE)
+        return found
 
 
 class _OnReadTokens(nn.Module):

@@ -123,7 +123,7 @@ class CarftModel(nn.Module):
         self._compiled = False
         self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
         layers = decoder_layers(lm) if self.attention == PACKED else None
-        self._last_layer = LastLayer(layers[-1]) if layers else None
+        self._last_layer = LastLayer.of(layers[-1]) if layers else None
         self._check_attention()
         self.plain_head = self._has_plain_head()
         if not self.plain_head:

@@ -34,7 +34,7 @@ def assert_same(
     """Gradients within `tolerance` of their norm, metrics of their size; the same metrics.
 
     Two sums may cancel to less than the rounding of their terms: the gradient of a bias, which goes with its layer's
-    weight, and the loss, which goes with its largest term.
+    weight, and the loss, which goes with its largest term. `first_ratio_error` is the distance of a ratio from 1.
     """
     of_layer: dict[str, float] = {}
     for name, gradient in expected[0].items():
@@ -45,7 +45,8 @@ def assert_same(
         assert error <= tolerance * size, f"{name}: {error:.1e} of {size:.1e}"
     largest = max(abs(expected[1].get(name, 0.0)) for name in ("loss", "policy_loss", "value_loss"))
     for name, value in expected[1].items():
-        assert found[1].pop(name) == pytest.approx(value, rel=tolerance, abs=tolerance * largest), name
+        size = 1.0 if name == "first_ratio_error" else largest
+        assert found[1].pop(name) == pytest.approx(value, rel=tolerance, abs=tolerance * size), name
     assert not found[1]
 
 

@@ -37,6 +37,14 @@ def local_engine(base_model: CarftModel) -> Iterator[VLLMEngine]:
 
 
 @pytest.fixture(scope="session")
+def compiled_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterator[VLLMEngine]:
+    """Beside the other one: the first that closes takes with it what vLLM's engines of a process share."""
+    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), base_model, EOS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
 def server_lines() -> list[str]:
     """What the servers' engine has said."""
     return []

@@ -42,16 +42,12 @@ def test_greedy_text_and_logprobs_are_transformers_over_three_syncs(engine: Roll
         version += 1
 
 
-def test_a_compiled_model_follows_the_weights(model: CarftModel) -> None:
-    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), model, EOS)
-    try:
-        for change in range(3):
-            perturb(model, change)
-            engine.sync(model)
-            for sampling in (GREEDY, SAMPLED):
-                assert_samples_of(model.lm, engine.generate(PROMPTS, sampling), sampling)
-    finally:
-        engine.close()
+def test_a_compiled_model_follows_the_weights(compiled_engine: VLLMEngine, model: CarftModel) -> None:
+    for change in range(3):
+        perturb(model, change)
+        compiled_engine.sync(model)
+        for sampling in (GREEDY, SAMPLED):
+            assert_samples_of(model.lm, compiled_engine.generate(PROMPTS, sampling), sampling)
 
 
 @pytest.mark.parametrize(
