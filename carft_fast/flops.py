@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from carft_fast.last_layer import decoder_layers, token_wise
+from carft_fast.last_layer import decoder_layers, dense_mlp
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class ModelCost:
         vocabulary, hidden = getattr(head.weight, "ds_shape", head.weight.shape)
         linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
         layers = decoder_layers(lm)
-        mlp = token_wise(layers[-1]) if layers else None
+        mlp = dense_mlp(layers[-1]) if layers else None
         head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         return cls(
             layer_weights=sum(numel(m.weight) for m in linear),

@@ -79,7 +79,7 @@ def decoder_layers(lm: nn.Module) -> nn.ModuleList | None:
     return next((m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
 
 
-def token_wise(layer: nn.Module) -> nn.Module | None:
+def dense_mlp(layer: nn.Module) -> nn.Module | None:
     """The MLP, where it is one: linear layers alone, which a mixture of experts is not, under transformers' name."""
     mlp = getattr(layer, "mlp", None)
     if not isinstance(mlp, nn.Module) or not hasattr(layer, "self_attn"):
@@ -102,7 +102,7 @@ class LastLayer:
     @staticmethod
     def of(layer: nn.Module) -> "LastLayer | None":
         """From now on `layer`, a model's last, leaves out what is not read. None where it has no such MLP."""
-        mlp = token_wise(layer)
+        mlp = dense_mlp(layer)
         if mlp is None:
             return None
         if not hasattr(mlp, ATTRIBUTE):
