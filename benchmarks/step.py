@@ -88,7 +88,8 @@ def smollm2_case(rollouts: int, *without: str) -> Case:
 
 
 CASES = {
-    "quickstart": Case(["rl.batch_size=64", "rl.mini_batch_size=64", "rl.micro_batch_tokens=8192"], list(PATHS), 5),
+    # as many as the quickstart has in a step
+    "quickstart": Case(["rl.mini_batch_size=128", "rl.micro_batch_tokens=16384"], list(PATHS), 5),
     # what the paper's setting gives each of its 8 GPUs, and twice that
     "SmolLM2-135M": smollm2_case(8, "fast, compiled, recomputing", "fast, small micro-batches", "reference"),
     "SmolLM2-135M, 16 rollouts": smollm2_case(
@@ -265,7 +266,7 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     policy = load_model(config, model_path, run.device, heads=True)
     samplers: dict[str, Sampler] = {}
     for sampler, options in SAMPLERS.items():
-        engine_config = case_config(name, model, data, *options, "rollout.batch_size=64")
+        engine_config = case_config(name, model, data, *options, f"rollout.batch_size={len(rows)}")
         samplers[sampler] = Sampler(engine_config, policy, run, rows)
     rollouts = samplers["vllm"].rollouts
     decoded = [run.prompt_format.decode(r.completion_ids) for r in rollouts]

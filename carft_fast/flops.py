@@ -73,6 +73,8 @@ class ModelCost:
 
     def unread_flops(self, tokens: float, pairs: float) -> float:
         """What of this the last layer leaves out for `tokens` tokens whose state nobody reads, with `pairs` pairs."""
+        if not self.read_weights:
+            return 0.0
         return 2 * self.read_weights * tokens + 4 * self.attention_width / self.layers * pairs
 
     def head_flops(self, tokens: float) -> float:
