@@ -74,6 +74,7 @@ def put(x: Tensor, read: ReadTokens, dim: int, tokens: int) -> Tensor:
 
 
 def decoder_layers(lm: nn.Module) -> nn.ModuleList | None:
+    """Of a transformers causal LM; None where it does not keep them in a list."""
     config: Any = lm.config
     depth = config.get_text_config().num_hidden_layers
     return next((m for m in lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
@@ -109,7 +110,7 @@ class LastLayer:
             last = LastLayer()
             setattr(layer.self_attn, ATTRIBUTE, last)
             setattr(mlp, ATTRIBUTE, last)
-            # Not by hooks: torch.compile takes a layer without them for one with them.
+            # Not by hooks: torch.compile does not guard on them and may take a layer without them for this one.
             kind = type(mlp)
             mlp.__class__ = type(kind.__name__, (_OnReadTokens, kind), {})
         found: LastLayer = getattr(mlp, ATTRIBUTE)
