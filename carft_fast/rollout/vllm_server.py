@@ -166,10 +166,8 @@ class VLLMServerEngine:
         async with ServerApi.open(self._config.server_timeout_s, self._token) as api:
             for server in self._servers:
                 server.usable = False
-                if server.process and not server.process.running:
-                    self._restart(server)
-            ready = await asyncio.gather(*(api.healthy(server.url) for server in self._servers))
-            present = [server for server, healthy in zip(self._servers, ready, strict=True) if healthy]
+            ready = await asyncio.gather(*(self._answers(api, server) for server in self._servers))
+            present = [server for server, answers in zip(self._servers, ready, strict=True) if answers]
             if not present:
                 await asyncio.gather(*(self._wait_healthy(api, server) for server in self._servers))
                 present = self._servers
@@ -184,11 +182,17 @@ class VLLMServerEngine:
         if not any(server.usable for server in self._servers):
             raise EngineError(f"no vLLM server took the weights: {_reasons(lost)}")
 
-    def _restart(self, server: _Server) -> None:
-        assert server.process is not None
-        self._log(f"starting the vLLM server at {server.url} again; its log is {server.process.log}")
-        server.process.start()
-        server.answered = False
+    async def _answers(self, api: ServerApi, server: _Server) -> bool:
+        """Starts this run's server again when it ended, or answered once and does not now."""
+        ended = server.process is not None and not server.process.running
+        if not ended and await api.healthy(server.url):
+            server.answered = True
+            return True
+        if server.process and (ended or server.answered):
+            self._log(f"starting the vLLM server at {server.url} again; its log is {server.process.log}")
+            server.process.start()
+            server.answered = False
+        return False
 
     async def _generate(
         self, bodies: Sequence[dict[str, Any]], samples: int, on_progress: Callable[[int], None]
@@ -245,10 +249,7 @@ class VLLMServerEngine:
         async def mend(server: _Server) -> None:
             if server.failures > MENDS or not (self._transfer.repeatable or self._config.async_depth == 0):
                 return  # too often, or the trainer's weights have moved on: the next sync brings it back
-            if server.process and (
-                not server.process.running or (server.answered and not await api.healthy(server.url))
-            ):
-                self._restart(server)
+            await self._answers(api, server)
             await self._wait_healthy(api, server)
             if still_lost := await self._transfer.send(api, [server.url]):
                 raise EngineError(f"a vLLM server did not come back: {_reasons(still_lost)}")
