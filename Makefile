@@ -93,17 +93,19 @@ build/playwright: | setup
 bench-rollout: sampler $(if $(SVAMP),models/smollm2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rollout $(if $(SVAMP),--smollm2 models/smollm2 --data $(SVAMP)) $(ARGS)
 
-# On SmolLM2 as well (about forty minutes): make bench-step SVAMP=path/to/svamp_nl.json SMOLLM2=folder of an SFT'd model
+SMOLLM2_ON_SVAMP = $(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP))
+
+# On SmolLM2 as well (more than an hour): make bench-step SVAMP=path/to/svamp_nl.json SMOLLM2=folder of an SFT'd model
 bench-step: sampler
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step \
-		$(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP)) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step $(SMOLLM2_ON_SVAMP) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step_growth $(SMOLLM2_ON_SVAMP)
 	$(BIN)/python -m benchmarks.predict
 
 # On SmolLM2 as well (many minutes): make bench-peers SVAMP=path/to/svamp_nl.json SMOLLM2=folder of an SFT'd model
 # With the published trainers themselves: REPO=path of a clone
 bench-peers: sampler build/peers
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=build/peers $(BIN)/python -m benchmarks.peers \
-		$(if $(SVAMP),--smollm2 $(or $(SMOLLM2),models/smollm2) --data $(SVAMP)) $(if $(REPO),--repo $(REPO)) $(ARGS)
+		$(SMOLLM2_ON_SVAMP) $(if $(REPO),--repo $(REPO)) $(ARGS)
 
 test-peers: sampler build/peers
 	$(TEST_ENV) PYTHONPATH=build/peers $(BIN)/python -m pytest benchmarks/peers $(ARGS)

@@ -21,7 +21,7 @@ from benchmarks import compare, gpu, growth, long_run, op_cases, ops
 from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, read, write
-from benchmarks.step import PUBLISHED
+from benchmarks.step_report import PUBLISHED
 from carft_fast.errors import InputError
 
 MACHINE = {"device": "cpu", "processor": "x86_64", "model": "Some CPU", "cores": "2", "threads": "1", "commit": "abc"}
