@@ -145,11 +145,13 @@ def hardware(machine: dict[str, str]) -> dict[str, str]:
     return {"device": "cpu", "clock": "wall"} | {name: machine[name] for name in HARDWARE if name in machine}
 
 
-def processor_model() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
+def processor_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, and the numbers that tell generations apart: in virtual machines all may be just "AMD EPYC"."""
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", text, re.MULTILINE))
+    numbers = [f"{name} {found[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in found]
     # the name goes into lists that commas part
-    return re.sub(r"[\s,]+", " ", found.group(1)).strip() if found else "unknown"
+    return re.sub(r"[\s,]+", " ", " ".join([found.get("model name", ""), *numbers])).strip() or "unknown"
 
 
 def this_machine(device: str = "cpu") -> dict[str, str]:
@@ -167,8 +169,14 @@ def this_machine(device: str = "cpu") -> dict[str, str]:
 
 
 def commit() -> str:
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    """Of the working directory's repository; "-dirty" where a file has changed that is no result."""
+    found = _git("describe", "--always").stdout.strip()
+    changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results").returncode
+    return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
 
 
 def _flat(data: Any) -> Iterator[Row]:

@@ -20,7 +20,7 @@ import torch
 from benchmarks import compare, gpu, growth, long_run, op_cases, ops
 from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
-from benchmarks.rows import COLUMNS, RESULTS, read, write
+from benchmarks.rows import COLUMNS, RESULTS, commit, processor_model, read, write
 from benchmarks.step_report import PUBLISHED
 from carft_fast.errors import InputError
 
@@ -40,6 +40,43 @@ def outcome(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
         compare.main()
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_processors_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    one = "processor\t: {}\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD, EPYC\nstepping\t: 1\n\n"
+    info.write_text(one.format(0, 25, 17) + one.format(1, 25, 17))
+    assert processor_model(info) == "AMD EPYC family 25 model 17"
+    info.write_text(one.format(0, 26, 2))
+    assert processor_model(info) == "AMD EPYC family 26 model 2"
+    info.write_text("processor\t: 0\nBogoMIPS\t: 50.00\n")
+    assert processor_model(info) == processor_model(tmp_path / "missing") == "unknown"
+
+
+def test_new_rows_do_not_make_a_commit_dirty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert commit() == "unknown"
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
+
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    files = [tmp_path / "benchmarks" / "results" / "rows.json", tmp_path / "benchmarks" / "step.py"]
+    for file in files:
+        file.write_text("old")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "rows")
+    clean = commit()
+    assert re.fullmatch("[0-9a-f]{7,}", clean)
+    files[0].write_text("new")
+    monkeypatch.chdir(tmp_path / "benchmarks")
+    assert commit() == clean
+    files[1].write_text("new")
+    assert commit() == f"{clean}-dirty"
 
 
 # --- compare ----------------------------------------------------------------------------------------------------------
