@@ -18,6 +18,8 @@ from carft_kernels.masked_infonce import masked_infonce_reference
 from carft_kernels.policy_loss import policy_loss_reference, value_loss_reference
 from carft_kernels.value_pool import value_pool_reference
 
+from .half_precision import ProductIn
+
 DEVICE = os.environ.get("CARFT_TEST_DEVICE", "cuda" if torch.cuda.is_available() else "cpu")
 EXAMPLES = int(os.environ.get("CARFT_TEST_EXAMPLES", "15"))
 # no shrinking: interpreted examples take seconds
@@ -460,21 +462,6 @@ def test_value_pool_long_sequence_whose_first_tokens_do_not_count() -> None:
 # --- InfoNCE ----------------------------------------------------------------------------------------------------------
 
 
-class _ProductIn(torch.autograd.Function):
-    """a @ c.T in float32, with the gradients of that product in the dtype that a and c came in."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, c: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(a, c)
-        ctx.dtype = dtype
-        return a @ c.T
-
-    @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, Tensor, None]:
-        a, c, d = (x.to(ctx.dtype) for x in (*ctx.saved_tensors, d))
-        return (d @ c).float(), (d.T @ a).float(), None
-
-
 @FEW
 @given(
     seed=seeds,
@@ -516,7 +503,7 @@ def test_masked_infonce(
             loss, row_loss = masked_infonce_reference(a.to(y), c.to(y), **options)
             return loss + row_loss.mean()
         a, c = a.float(), c.float()
-        x = _ProductIn.apply(a, c, dtype) / (a.norm(dim=1, keepdim=True) * c.norm(dim=1)) / temperature
+        x = ProductIn.apply(a, c, dtype) / (a.norm(dim=1, keepdim=True) * c.norm(dim=1)) / temperature
         pull = x.gather(1, positive[:, None])[:, 0].clamp(max=clamp / temperature)
         row_loss = (x if mask is None else x.masked_fill(~mask, -torch.inf)).logsumexp(1) - pull
         return row_loss[rows].mean() + row_loss.mean()
