@@ -380,6 +380,8 @@ def main() -> None:
         "--case", choices=CASES, nargs="+", help="the rest keep their rows; default: all there is data for"
     )
     arguments, here = parser.parse_args(), machine()  # before files change
+    if set(arguments.case or ()) - {"quickstart"} and not (arguments.smollm2 and arguments.data):
+        parser.error(f"--case {' '.join(arguments.case)} needs --smollm2 and --data")
     results = load()
     known = {case["case"]: case for case in results["cases"]}
     for name in arguments.case or (CASES if arguments.smollm2 else ["quickstart"]):
