@@ -183,9 +183,9 @@ def go_back(strategy: str) -> dict[str, Any]:
         prepared = prepare(config, folder, Console(), stages=("rl",))
         train_run(prepared, ("rl",), resume=False)
     records = [{key: value for key, value in r.items() if key != "seconds"} for r in prepared.run.metrics.records]
-    found = {"records": records, "after": after, "saved": saved_whole(folder / "checkpoints" / "rl-000003")}
+    saved = on_main(lambda: saved_whole(folder / "checkpoints" / "rl-000003"))  # who removes the folder has read it
     on_main(lambda: shutil.rmtree(folder))
-    return found
+    return {"records": records, "after": after, "saved": saved}
 
 
 def whole_state(learner: Learner) -> dict[str, Tensor]:
