@@ -302,9 +302,9 @@ def policy_kernel(
         ratio = tl.exp(log_ratio)
         plain = -a * ratio
         clipped = -a * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-        token_loss = tl.maximum(plain, clipped)
-        # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows
-        d = tl.where(plain >= clipped, plain, 0.0)
+        token_loss = tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL)
+        # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
+        d = tl.where(plain < clipped, 0.0, plain)
         if HAS_REF:
             difference = tl.load(ref_logprob + t, mask=live, other=0.0).to(tl.float32) - new
             k3 = _exp_less_linear(difference)
@@ -404,8 +404,8 @@ def _policy_terms_torch(
     ratio = log_ratio.exp()
     plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
     token_loss = torch.maximum(plain, clipped)
-    # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows
-    d = torch.where(plain >= clipped, plain, 0.0)
+    # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
+    d = torch.where(plain < clipped, 0.0, plain)
     if ref_logprob_T is not None:
         difference = torch.where(live, ref_logprob_T - logprob_T, 0.0)
         token_loss = token_loss + kl_coef * (difference.expm1() - difference)

@@ -213,10 +213,12 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias for a matrix x; in float32 on a CPU by oneDNN, see cpu_linear."""
+    """x @ weight.T + bias for a matrix x, in its own dtype under autocast too; in float32 on a CPU by oneDNN, see
+    cpu_linear."""
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return torch.nn.functional.linear(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x, weight, bias)
 
 
 def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
@@ -243,4 +245,20 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif a.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
-        total += a @ b
+        total += linear(a, b.T)
+
+
+@torch.library.custom_op("carft::scaled_gradient", mutates_args=())
+def scaled_gradient(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Tensor:
+    """A loss's gradient, found in its forward pass, times that of the loss. It has no autograd formula: what was found
+    once cannot be differentiated again.
+
+    As an array and not a scalar `d_loss` stays as wide as it is: rounded to half precision first, it would bias every
+    element alike.
+    """
+    return torch.mul(gradient, d_loss.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
+
+
+@scaled_gradient.register_fake
+def _(gradient: Tensor, _: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)

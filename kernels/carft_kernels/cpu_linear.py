@@ -93,14 +93,22 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: [M].
 
     Returns:
-        [..., M]. Can be differentiated once, with respect to all three. Under autocast, for other dtypes and devices,
-        for small matrices, with `torch.backends.mkldnn.enabled` off, and where torch was built without oneDNN: torch's
-        own result.
+        [..., M]. Can be differentiated once, with respect to all three. Under autocast, for other dtypes, devices and
+        shapes of the bias, for small matrices, with `torch.backends.mkldnn.enabled` off, and where torch was built
+        without oneDNN: torch's own result.
 
     Raises:
         RuntimeError: torch's own, for shapes that do not go together.
     """
-    takes = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and weight.ndim == 2
+    takes = (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.ndim == 2
+        and x.ndim > 0
+        and x.shape[-1] == weight.shape[1]
+        and weight.numel() > 0
+        and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
+    )
     if not takes or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
-    return _forward(x, weight, bias)
+    return _forward(x, weight, None if bias is None else bias.contiguous())

@@ -13,6 +13,7 @@ pair, a row at a time; then one program a pair walks back.
 
 # mypy: disable-error-code="no-untyped-def"
 
+import itertools
 from typing import Any
 
 import torch
@@ -149,34 +150,36 @@ def _groups(cells: list[int]) -> list[tuple[int, int]]:
 
 
 @torch.library.custom_op("carft::lcs_mask", mutates_args=())
-def _lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool) -> tuple[Tensor, Tensor]:
-    log_implementation("lcs_mask", via_triton, a.device.type)
+def _lcs_mask(
+    a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool, any_length: bool
+) -> tuple[Tensor, Tensor]:
+    """`any_length`: torch takes over what is too long for Triton."""
     check_offsets("a_cu", a_cu, len(a))
     check_offsets("b_cu", b_cu, len(b))
     mask_a, mask_b = torch.zeros_like(a, dtype=torch.bool), torch.zeros_like(b, dtype=torch.bool)
-    a_offsets, b_offsets = a_cu.tolist(), b_cu.tolist()
-    pairs = len(a_offsets) - 1
+    pairs = [*zip(itertools.pairwise(a_cu.tolist()), itertools.pairwise(b_cu.tolist()), strict=True)]
+    longest_b = max((end - start for _, (start, end) in pairs), default=0)
+    if via_triton and longest_b > _LONGEST_B:
+        if not any_length:
+            raise ValueError(
+                f"b holds a sequence of {longest_b} tokens: impl='triton' takes up to {_LONGEST_B}; use 'torch'"
+            )
+        via_triton = False
+    log_implementation("lcs_mask", via_triton, a.device.type)
     if not via_triton:
         x, y = a.tolist(), b.tolist()
         in_a, in_b = [], []
-        for p in range(pairs):
-            s, t = a_offsets[p], b_offsets[p]
-            i, j = _common_positions(x[s : a_offsets[p + 1]], y[t : b_offsets[p + 1]])
-            in_a += [s + k for k in i]
-            in_b += [t + k for k in j]
+        for (a_start, a_end), (b_start, b_end) in pairs:
+            i, j = _common_positions(x[a_start:a_end], y[b_start:b_end])
+            in_a += [a_start + k for k in i]
+            in_b += [b_start + k for k in j]
         mask_a[torch.tensor(in_a, dtype=torch.int64, device=a.device)] = True
         mask_b[torch.tensor(in_b, dtype=torch.int64, device=b.device)] = True
         return mask_a, mask_b
-    lengths_a, lengths_b = a_cu.diff().tolist(), b_cu.diff().tolist()
-    longest_b = max(lengths_b, default=0)
-    if longest_b > _LONGEST_B:
-        raise ValueError(
-            f"b holds a sequence of {longest_b} tokens: impl='triton' takes up to {_LONGEST_B}; use 'torch'"
-        )
-    if min(max(lengths_a, default=0), longest_b) == 0:
+    cells = [(a_end - a_start) * (b_end - b_start) for (a_start, a_end), (b_start, b_end) in pairs]
+    if not any(cells):
         return mask_a, mask_b
     options: dict[str, Any] = table_config(longest_b)
-    cells = [m * n for m, n in zip(lengths_a, lengths_b, strict=True)]
     for first, end in _groups(cells):
         offsets = torch.tensor([0, *cells[first:end]]).cumsum(0)
         steps = a.new_empty(int(offsets[-1]), dtype=torch.int8)
@@ -203,7 +206,7 @@ def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "
         a: int64 or int32 [T_a], packed token ids.
         a_cu: int64 or int32 [B + 1], offsets of its sequences, from 0 to T_a.
         b, b_cu: the other sides, as many sequences; dtype and device as `a`.
-        impl: "auto" (Triton on CUDA, torch elsewhere), "triton" (sequences of `b` up to 8,192 tokens) or "torch".
+        impl: "auto" (Triton on CUDA for sequences of `b` up to 8,192 tokens, torch else), "triton" or "torch".
 
     Returns:
         bool [T_a] and bool [T_b]; pair by pair as many tokens on one side as on the other, equal in order. No gradient.
@@ -225,4 +228,4 @@ def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "
     if b_cu.numel() != a_cu.numel():
         raise ValueError(f"b_cu has shape {tuple(b_cu.shape)}: expected {tuple(a_cu.shape)}, that of a_cu")
     via_triton = use_triton("lcs_mask", impl, a)
-    return _lcs_mask(a.contiguous(), a_cu.contiguous(), b.contiguous(), b_cu.contiguous(), via_triton)
+    return _lcs_mask(a.contiguous(), a_cu.contiguous(), b.contiguous(), b_cu.contiguous(), via_triton, impl == "auto")

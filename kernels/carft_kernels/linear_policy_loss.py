@@ -33,6 +33,7 @@ from carft_kernels._runtime import (
     linear,
     log_implementation,
     rows_scratch,
+    scaled_gradient,
     softmax_parts_,
     use_triton,
     wide_matmul,
@@ -203,9 +204,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     d_hidden_TD, d_weight_VD = ctx.saved_tensors
     return (
-        # d_loss stays as wide as it is: rounded to half precision first, it would bias every element alike
-        (d_hidden_TD * d_loss).to(d_hidden_TD.dtype) if ctx.need_hidden else None,
-        (d_weight_VD * d_loss).to(d_weight_VD.dtype) if ctx.need_weight else None,
+        scaled_gradient(d_hidden_TD, d_loss, d_hidden_TD.dtype) if ctx.need_hidden else None,
+        scaled_gradient(d_weight_VD, d_loss, d_weight_VD.dtype) if ctx.need_weight else None,
         *([None] * (ctx.inputs - 2)),
     )
 
@@ -273,8 +273,10 @@ def linear_policy_loss(
     check_integer("target_T", target_T)
     per_token = {"advantage_T": advantage_T, "old_logprob_T": old_logprob_T, "weight_T": weight_T}
     for name, x in per_token.items():
-        if x is None:
+        if x is None and name == "old_logprob_T":
             continue
+        if x is None:
+            raise ValueError(f"{name} is None: expected a tensor of shape ({tokens},)")
         check_like(name, x, (tokens,), "hidden_TD", hidden_TD)
         check_float(name, x, 1)
     if ref_logprob_T is not None:

@@ -257,6 +257,8 @@ def _backward(
     via_triton: bool,
 ) -> tuple[Tensor, Tensor]:
     n, m, dtype = len(anchor_ND), len(candidate_MD), stats_2N.dtype
+    if n == 0:
+        return torch.zeros_like(anchor_ND), torch.zeros_like(candidate_MD)
     inverse_N, inverse_M = _inverse_norm(anchor_ND, via_triton), _inverse_norm(candidate_MD, via_triton)
     # the row loss of a row without candidates is the constant 0
     top_N, log_total_N = stats_2N

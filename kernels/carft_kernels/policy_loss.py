@@ -25,6 +25,7 @@ from carft_kernels._runtime import (
     check_like,
     log_implementation,
     on_device,
+    scaled_gradient,
     use_triton,
 )
 
@@ -127,10 +128,11 @@ def value_kernel(
         r = tl.load(return_ + t, mask=live, other=0.0).to(tl.float32)
         clipped = tl.minimum(tl.maximum(v, old - clip), old + clip) - r
         plain = v - r
-        # where the two are equal the value is inside the clip range: gradient flows
-        flows = plain * plain >= clipped * clipped
-        tl.store(d_value + t, tl.where(live & flows, w * plain, 0.0), mask=inside)
-        loss += tl.where(live, 0.5 * w * tl.maximum(plain * plain, clipped * clipped), 0.0)
+        # where the two are equal the value is inside the clip range: gradient flows, NaN too
+        stops = plain * plain < clipped * clipped
+        tl.store(d_value + t, tl.where(live, tl.where(stops, 0.0, w * plain), 0.0), mask=inside)
+        larger = tl.maximum(plain * plain, clipped * clipped, propagate_nan=tl.PropagateNan.ALL)
+        loss += tl.where(live, 0.5 * w * larger, 0.0)
         counted += live.to(tl.float32)
         outside += (live & (tl.abs(v - old) > clip)).to(tl.float32)
     tl.store(stats, tl.sum(loss, 0))
@@ -158,7 +160,7 @@ def _value_forward(
     live = w != 0
     plain, clipped = v - r, v.clamp(old - clip, old + clip) - r
     loss = torch.where(live, 0.5 * w * torch.maximum(plain.square(), clipped.square()), 0.0).sum()
-    d_value_T = torch.where(live & (plain.square() >= clipped.square()), w * plain, 0.0)
+    d_value_T = torch.where(live & ~(plain.square() < clipped.square()), w * plain, 0.0)
     outside = (live & ((v - old).abs() > clip)).sum()
     return loss, d_value_T, torch.stack([loss, live.sum().to(dtype), outside.to(dtype)])
 
@@ -182,7 +184,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     (gradient_T,) = ctx.saved_tensors
-    return (gradient_T * d_loss).to(ctx.dtype), *([None] * (ctx.inputs - 1))
+    return scaled_gradient(gradient_T, d_loss, ctx.dtype), *([None] * (ctx.inputs - 1))
 
 
 _policy_forward.register_autograd(_autograd, setup_context=_setup_context)

@@ -194,8 +194,8 @@ def token_logprob(
         target_T: int64 or int32 [T], values in [0, V).
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
-        inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards. Under
-            torch.compile, which plans memory itself, it is ignored.
+        inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards. It is
+            ignored for rows that share memory, and under torch.compile, which plans memory itself.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
@@ -213,7 +213,8 @@ def token_logprob(
     check_positive("temperature", temperature)
     if via_triton:
         check_rows("logits_TV", logits_TV)
-    inplace = inplace_backward and not torch.compiler.is_compiling()
+    apart = len(logits_TV) < 2 or logits_TV.stride(0) >= logits_TV.shape[1]
+    inplace = inplace_backward and apart and not torch.compiler.is_compiling()
     logprob_T, entropy_T, *_ = _forward(
         logits_TV, target_T.contiguous(), temperature, with_entropy, inplace, via_triton
     )

@@ -1,5 +1,6 @@
 """float32 matmuls on a CPU by oneDNN: `cpu_linear`, and what the other operators' torch implementations take."""
 
+import re
 from typing import Any
 
 import pytest
@@ -74,6 +75,25 @@ def test_value_and_gradients_against_float64(n: int, k: int, m: int, layout: str
         assert found.dtype == torch.float32
         # the bound of a sum's rounding, which like terms may reach: Higham, Accuracy and Stability, section 3.1
         assert ((found.double() - expected).abs() <= length * torch.finfo(torch.float32).eps / 2 * terms).all()
+
+
+@pytest.mark.parametrize(("n", "k", "m"), [SMALL, LARGE, (9000, 0, 4), (9000, 4, 0)])
+@pytest.mark.parametrize("layout", ["every other", "one for all", "one", "a number", "a row for each"])
+def test_a_bias_of_any_layout(layout: str, n: int, k: int, m: int) -> None:
+    layouts = {
+        "every other": lambda: randn(2 * m)[::2],
+        "one for all": lambda: randn(1).expand(m),
+        "one": lambda: randn(1),
+        "a number": lambda: randn(),
+        "a row for each": lambda: randn(n, m),
+    }
+    inputs = [t.requires_grad_() for t in (randn(n, k), randn(m, k, seed=1), layouts[layout]())]
+    results = []
+    for function in (ck.cpu_linear, linear):
+        y = function(*inputs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_oneDNN_computes_large_products_and_torch_the_rest() -> None:
@@ -159,5 +179,8 @@ def test_flops_are_torchs(leaves: int) -> None:
 
 def test_shapes_that_do_not_go_together_are_refused() -> None:
     for n in (3, 3000):
-        with pytest.raises(RuntimeError):
-            ck.cpu_linear(randn(n, 40), randn(30, 41))
+        for bad in ((randn(n, 40), randn(30, 41)), (randn(n, 40), randn(30, 40), randn(29))):
+            with pytest.raises(RuntimeError) as torchs:
+                linear(*bad)
+            with pytest.raises(RuntimeError, match=re.escape(str(torchs.value))):
+                ck.cpu_linear(*bad)

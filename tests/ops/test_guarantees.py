@@ -383,6 +383,9 @@ def test_more_bad_calls_name_the_argument() -> None:
         ck.token_logprob(x.to(torch.float8_e4m3fn), i)
     with pytest.raises(ValueError, match=r"kl_coef = -0.1: expected a number of at least 0"):
         ck.linear_policy_loss(x, w, i, **rest, ref_logprob_T=t, kl_coef=-0.1)
+    for name in ("advantage_T", "weight_T"):
+        with pytest.raises(ValueError, match=rf"{name} is None: expected a tensor of shape \(3,\)"):
+            ck.linear_policy_loss(x, w, i, **rest | {name: None})
     with pytest.raises(ValueError, match=r"ref_logprob_T has dtype torch.int64"):
         ck.linear_policy_loss(x, w, i, **rest, ref_logprob_T=i, kl_coef=0.1)
     with pytest.raises(ValueError, match=r"cu_seqlens\[2\] = 1 comes after 2: offsets must not fall"):
