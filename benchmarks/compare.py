@@ -53,7 +53,7 @@ def differences(base: Results, head: Results, band: float) -> Iterator[Differenc
                 continue
             limit = 0.0 if column.exact else band
             low, high = (old[figure], new[figure]) if column.better == "lower" else (new[figure], old[figure])
-            yield Difference(name, figure, old[figure], new[figure], high > low * (1 + limit))
+            yield Difference(name, figure, old[figure], new[figure], high > low + limit * abs(low))
 
 
 def _name(row: dict[str, object], key: tuple[str, ...]) -> str:

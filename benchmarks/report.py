@@ -239,7 +239,7 @@ def rollout(found: Measured) -> list[str]:
             *(row[name] for name in ("model", "dtype", "engine")),
             with_range(row, "tokens_per_s", *row["tokens_per_s_range"]),
             row["tokens_per_s"] / groups[f"{row['model']}, {row['dtype']}"]["hf"],
-            row["sync_ms"],
+            row.get("sync_ms"),
             found.on_gpu(row, "tokens_per_s"),
         )
         for row in rows

@@ -114,8 +114,10 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"{high:.0f} | {row['tokens_per_second'] / base[row['model'], row['dtype']]:.2f} | "
             f"{1000 * row['sync_seconds']:.1f} | {row['sync_seconds'] / row['seconds']:.2%} |"
         )
-    machines = {row["machine"]: row["model"] for row in reversed(rows)}
-    return "\n".join([*lines, "", *(f"{model}: {machine}\n" for machine, model in reversed(machines.items()))])
+    machines: dict[str, dict[str, None]] = {}
+    for row in rows:
+        machines.setdefault(row["machine"], {})[row["model"]] = None
+    return "\n".join([*lines, "", *(f"{', '.join(models)}: {machine}\n" for machine, models in machines.items())])
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
 _WALL_PER_CPU = 10  # a comparison gets its processor time within this many times as long, on a busy machine too
+_PROGRAM_SECONDS = 10.0
+"""What a program may take at least that waits, or whose machine is busy."""
 _START_SECONDS = 120.0
 
 
@@ -84,7 +86,10 @@ class Grader(AbstractContextManager["Grader"]):
             from carft_fast.sandbox import ProgramPool
 
             self._programs = ProgramPool(
-                rule.program_workers, cpu_seconds=rule.program_cpu_s, memory_mb=rule.program_memory_mb
+                rule.program_workers,
+                cpu_seconds=rule.program_cpu_s,
+                wall_seconds=max(_PROGRAM_SECONDS, 2 * rule.program_cpu_s),
+                memory_mb=rule.program_memory_mb,
             )
         programs = [extract_answer(text, answer_type="program") for text, _ in pairs]
         outcomes = iter(self._programs.run([str(program) for program in programs if program is not None]))

@@ -7,14 +7,17 @@ between can be taken for a rollout.
 import asyncio
 import os
 import platform
+import re
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from carft_fast.errors import EngineError
@@ -66,8 +69,9 @@ class FileTransfer:
         root = Path(folder) if folder else Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
         root = root or Path(tempfile.gettempdir())
         machine = platform.node()
-        for left in root.glob(f"{_PREFIX}*-{machine}-*"):
-            if not Path(f"/proc/{left.name.split('-')[2]}").exists():
+        own = re.compile(rf"{_PREFIX}(\d+)-{re.escape(machine)}-[^-]+")
+        for left in root.glob(f"{_PREFIX}*"):
+            if (found := own.fullmatch(left.name)) and not Path(f"/proc/{found[1]}").exists():
                 shutil.rmtree(left, ignore_errors=True)
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{machine}-", dir=root))
         self._version = ""
@@ -82,7 +86,7 @@ class FileTransfer:
             self._files.append(path)
             try:
                 save_file({name: tensor.contiguous() for name, tensor in group}, path)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise EngineError(
                     f"the weights could not be written to {path.parent} ({error}): set rollout.transfer_dir to a "
                     "folder with room for them"
@@ -119,6 +123,7 @@ class DeviceTransfer:
         self._version = ""
         self._sender: Any = None
         self._members: tuple[str, ...] = ()
+        self._one_at_a_time = threading.Lock()  # servers that come back together each get a group
 
     def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
         self._weights, self._version = weights, weight_version
@@ -129,30 +134,31 @@ class DeviceTransfer:
         members = tuple(url for url in urls if url not in lost)
         if members:
             sizes = [await api.world_size(url) for url in members]
-            try:
-                # In a thread: vLLM's sender blocks, and calls `_ControlPlane`, which runs a loop of its own.
-                await asyncio.to_thread(self._send, members, sizes)
-            except Exception:
-                self.close()  # a broken group cannot be used again
-                raise
+            # In a thread: vLLM's sender blocks, and calls `_ControlPlane`, which runs a loop of its own.
+            await asyncio.to_thread(self._send, members, sizes)
             lost |= await _each(members, lambda url: api.close_update(url, self._version))
         return lost
 
     def _send(self, urls: tuple[str, ...], sizes: Sequence[int]) -> None:
         assert self._weights is not None
-        if urls != self._members:
-            self.close()
-            self._sender = vllm_adapter.device_sender(
-                self._backend,
-                _ControlPlane(urls, sizes, self._timeout_s, self._token),
-                self._weights,
-                address=_address_towards(urls[0]),
-                port=free_port(),
-                world_size=1 + sum(sizes),
-            )
-            self._members = urls
-        self._sender.source = vllm_adapter.transfer_source(self._weights)
-        self._sender.send_weights()
+        with self._one_at_a_time:
+            try:
+                if urls != self._members:
+                    self.close()
+                    self._sender = vllm_adapter.device_sender(
+                        self._backend,
+                        _ControlPlane(urls, sizes, self._timeout_s, self._token),
+                        self._weights,
+                        address=_address_towards(urls[0]),
+                        port=free_port(),
+                        world_size=1 + sum(sizes),
+                    )
+                    self._members = urls
+                self._sender.source = vllm_adapter.transfer_source(self._weights)
+                self._sender.send_weights()
+            except Exception:
+                self.close()  # a broken group cannot be used again
+                raise
 
     def close(self) -> None:
         if self._sender is not None:

@@ -15,6 +15,8 @@ from carft_fast.rollout.vllm_adapter import INCOMPLETE
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"
 TOKEN = "CARFT_SERVER_TOKEN"
 """Environment variable with the token that servers ask for."""
+ENGINE_S = 30.0
+"""Time within which an engine answers, at the latest after its step."""
 
 
 def bearer(token: str | None) -> dict[str, str]:
@@ -73,27 +75,41 @@ class ServerApi:
             raise EngineError(f"the server at {url} has no {path} ({_message(text)}): {HINT}")
         if status >= 400:
             raise EngineError(f"the server at {url} refused {path}: {_message(text)}")
-        return json.loads(text) if text else None
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            raise EngineError(f"the server at {url} answered {path} with {text[:80]!r}: {HINT}") from None
 
     async def healthy(self, url: str) -> bool:
-        """Whether the server and its engine answer within five seconds."""
+        """Whether the server answers within five seconds, and its engine, which may be at work, within `ENGINE_S`."""
         try:
             await self.call(url, "/health", post=False, timeout_s=5)
+            await self.weight_version(url)
         except ServerLost:
             return False
         return True
 
     async def context_length(self, url: str) -> int:
         """Tokens of prompt and completion together."""
-        models = await self.call(url, "/v1/models", post=False, timeout_s=30)
-        return int(models["data"][0]["max_model_len"])
+        return int(await self._ask(url, "/v1/models", "data", 0, "max_model_len"))
 
     async def world_size(self, url: str) -> int:
         """GPUs (workers) of the server."""
-        return int((await self.call(url, "/get_world_size", post=False, timeout_s=30))["world_size"])
+        return int(await self._ask(url, "/get_world_size", "world_size"))
 
     async def weight_version(self, url: str) -> str:
-        return str((await self.call(url, "/weight_info", post=False, timeout_s=30))["weight_version"])
+        """As the engine itself says it; a server whose engine hangs answers everything else."""
+        return str(await self._ask(url, "/weight_info", "weight_version"))
+
+    async def _ask(self, url: str, path: str, *keys: str | int) -> Any:
+        """What the answer holds there."""
+        found = await self.call(url, path, post=False, timeout_s=ENGINE_S)
+        try:
+            for key in keys:
+                found = found[key]
+        except (KeyError, IndexError, TypeError):
+            raise EngineError(f"the server at {url} answered {path} without {keys[-1]}: {HINT}") from None
+        return found
 
     async def generate(self, url: str, body: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
         """Choices in the order of their index."""

@@ -5,7 +5,6 @@ that started it is gone, however that died (0: nobody to watch).
 """
 
 import contextlib
-import hashlib
 import ipaddress
 import os
 import re
@@ -85,6 +84,7 @@ class ServerProcess:
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
         self._arguments, self.log, self._environment = list(arguments), log, environment
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
         self.url = ""
 
     def start(self) -> None:
@@ -94,6 +94,7 @@ class ServerProcess:
         self.url = f"http://{LOOPBACK}:{port}"
         address = ["--host", LOOPBACK, "--port", str(port)]
         with self.log.open("ab") as log:
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, str(os.getpid()), *self._arguments, *address],
                 stdin=subprocess.DEVNULL,
@@ -112,8 +113,9 @@ class ServerProcess:
         return self._process.pid if self._process is not None else None
 
     def failure(self) -> EngineError:
-        """Why it ended, from the last error in its log."""
-        found = re.findall(r"\w+Error: (.+)", self.log.read_text(errors="replace"))
+        """Why it ended, from the last error it printed."""
+        printed = self.log.read_bytes()[self._log_start :].decode(errors="replace")
+        found = re.findall(r"\w+Error: (.+)", printed)
         reason = next((text for text in reversed(found) if "root cause above" not in text), "it printed no error")
         return EngineError(f"{vllm_adapter.start_failure(RuntimeError(reason))}; the server's log is {self.log}")
 
@@ -140,9 +142,12 @@ def _group_alive(group: int) -> bool:
 
 
 def _end_with(parent: int) -> None:
+    """First politely: vLLM's processes then remove what they share in memory."""
     while os.getppid() == parent:
         time.sleep(1)
-    os.killpg(os.getpgid(0), signal.SIGKILL)
+    group = os.getpgid(0)
+    subprocess.Popen(["/bin/sh", "-c", f"sleep 5; kill -KILL -{group}"], start_new_session=True)
+    os.killpg(group, signal.SIGTERM)
 
 
 def serve(config: Config, host: str, port: int) -> NoReturn:
@@ -160,8 +165,7 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     device_type = resolve_device(config.model.device).type
     lm_config = load_lm_config(config.model)
     check_engine(config, lm_config, device_type)
-    digest = hashlib.sha256(lm_config.to_json_string().encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"carft-model-{digest}"
+    folder = Path(tempfile.mkdtemp(prefix="carft-model-"))
     vllm_adapter.write_model_folder(lm_config, folder)
     transfer = vllm_adapter.transfer_backend(config, device_type)
     arguments = vllm_adapter.server_arguments(

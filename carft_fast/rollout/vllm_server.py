@@ -74,8 +74,9 @@ class VLLMServerEngine:
             vllm_adapter.write_model_folder(model.lm.config, scratch / "model")
             options = vllm_adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
             arguments = vllm_adapter.server_arguments(options, scratch / "model", backend)
+            logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
             for index, devices in enumerate(rollout.server_devices or [None]):
-                log_file = (folder or Path(tempfile.gettempdir())) / f"vllm-server-{index}.log"
+                log_file = logs / f"vllm-server-{index}.log"
                 environment = server_environment(devices, vllm_adapter.LOOPBACK, self._token, backend)
                 process = ServerProcess(arguments, log_file, environment)
                 process.start()
@@ -247,14 +248,17 @@ class VLLMServerEngine:
                 await asyncio.sleep(WATCH_SECONDS)
 
         async def mend(server: _Server) -> None:
-            if server.failures > MENDS or not (self._transfer.repeatable or self._config.async_depth == 0):
-                return  # too often, or the trainer's weights have moved on: the next sync brings it back
-            await self._answers(api, server)
-            await self._wait_healthy(api, server)
-            if still_lost := await self._transfer.send(api, [server.url]):
-                raise EngineError(f"a vLLM server did not come back: {_reasons(still_lost)}")
-            self._log(f"the vLLM server at {server.url} is back, with the current weights")
-            employ(server)
+            while server.failures <= MENDS and (self._transfer.repeatable or self._config.async_depth == 0):
+                await self._answers(api, server)
+                await self._wait_healthy(api, server)
+                if still_lost := await self._transfer.send(api, [server.url]):
+                    server.failures += 1
+                    self._log(f"a vLLM server did not come back: {_reasons(still_lost)}")
+                    continue
+                self._log(f"the vLLM server at {server.url} is back, with the current weights")
+                employ(server)
+                return
+            # too often, or the trainer's weights have moved on: the next sync brings it back
 
         def crews() -> set[asyncio.Task[None]]:
             return {task for server in self._servers for task in server.crew}

@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import json
 import os
+import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,16 +17,17 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.errors import EngineError, InputError
 from carft_fast.model import CarftModel
-from carft_fast.rollout import vllm_adapter
+from carft_fast.rollout import vllm_adapter, vllm_http
 from carft_fast.rollout.base import SamplingParams
-from carft_fast.rollout.transfer import FileTransfer
+from carft_fast.rollout.transfer import DeviceTransfer, FileTransfer
 from carft_fast.rollout.vllm_http import TOKEN, ServerApi, bearer
 from carft_fast.rollout.vllm_serve import ServerProcess, check_port, free_port
 from carft_fast.rollout.vllm_server import VLLMServerEngine
@@ -125,13 +128,24 @@ def test_servers_listen_on_this_machine_alone(server_engine: VLLMServerEngine) -
     assert {host for host, _ in found} <= {"0100007F", "00000000000000000000000001000000"}, found
 
 
-def listening(group: int) -> list[tuple[str, int]]:
-    """(address as the kernel writes it, port) of the TCP sockets on which a process group listens."""
-    sockets = set()
+def processes(group: int) -> Iterator[Path]:
+    """Of a process group, in /proc."""
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.getpgid(int(process.name)) == group:
-                sockets |= {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
+                yield process
+
+
+def engine_of(server: int) -> int:
+    return next(int(p.name) for p in processes(server) if b"EngineCore" in (p / "cmdline").read_bytes())
+
+
+def listening(group: int) -> list[tuple[str, int]]:
+    """(address as the kernel writes it, port) of the TCP sockets on which a process group listens."""
+    sockets = set()
+    for process in processes(group):
+        with contextlib.suppress(OSError):
+            sockets |= {os.readlink(descriptor) for descriptor in (process / "fd").iterdir()}
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
     return [
         (line[1].partition(":")[0], int(line[1].partition(":")[2], 16))
@@ -200,15 +214,39 @@ def test_all_servers_killed_come_back_with_the_current_weights(
     everybody_back(server_engine)  # one was enough for the prompts
 
 
-def test_a_server_that_hangs_at_a_sync_is_replaced(server_engine: VLLMServerEngine, model: CarftModel) -> None:
-    """As one that was killed a moment ago: its process is still there, and does not answer."""
+def test_a_server_whose_engine_hangs_at_a_sync_is_replaced(
+    server_engine: VLLMServerEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest of it answers."""
+    monkeypatch.setattr(vllm_http, "ENGINE_S", 10.0)
     server_engine.sync(model)
     victim = server_engine.pids[0]
-    os.kill(victim, signal.SIGSTOP)
+    os.kill(engine_of(victim), signal.SIGSTOP)
     server_engine.sync(model)
     assert victim not in server_engine.pids
     assert_samples_of(model.lm, server_engine.generate(PROMPTS, GREEDY), GREEDY)
     everybody_back(server_engine)
+
+
+def test_a_server_whose_engine_hangs_while_sampling_is_replaced(
+    server_engine: VLLMServerEngine, server_lines: list[str], model: CarftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_http, "ENGINE_S", 10.0)
+    server_engine.sync(model)
+    expected = server_engine.generate(PROMPTS, LONG)
+    victims = server_engine.pids
+    engines = [engine_of(victim) for victim in victims]
+    said = len(server_lines)
+
+    def stop(_: int) -> None:
+        while engines:
+            os.kill(engines.pop(), signal.SIGSTOP)
+
+    rollouts = server_engine.generate(PROMPTS, LONG, on_progress=stop)
+    assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    assert any("is back, with the current weights" in line for line in server_lines[said:])
+    everybody_back(server_engine)
+    assert not set(victims) & set(server_engine.pids)
 
 
 def test_weights_that_do_not_arrive_whole_are_never_served(
@@ -326,6 +364,79 @@ def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(model: CarftMo
     assert not list(tmp_path.glob("carft-weights-*"))
 
 
+def test_weights_of_another_machines_trainer_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a folder that machines share: a name may end like another one's."""
+    monkeypatch.setattr(platform, "node", lambda: "node1")
+    gone = 2**22 + 1  # no process id
+    theirs, own = (tmp_path / f"carft-weights-{gone}-{machine}-abcd_012" for machine in ("gpu-node1", "node1"))
+    theirs.mkdir()
+    own.mkdir()
+    FileTransfer(str(tmp_path)).close()
+    assert theirs.is_dir()
+    assert not own.exists()
+
+
+def test_a_full_disk_is_named_with_what_to_do(model: CarftModel, tmp_path: Path) -> None:
+    transfer = FileTransfer(str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(EngineError, match=rf"could not be written to {tmp_path}.*set rollout\.transfer_dir"):
+            transfer.stage(SamplerWeights(model.lm, torch.float32), "1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        transfer.close()
+
+
+def test_servers_that_come_back_together_are_sent_to_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a group of its own, which the next one's ends. The sender stands for vLLM's, which needs GPUs."""
+    events: list[str] = []
+
+    class Sender:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            events.append("group")
+
+        def send_weights(self) -> None:
+            events.append("begin")
+            time.sleep(0.3)
+            events.append("end")
+
+        def shutdown(self) -> None:
+            events.append("shutdown")
+
+    class Api:
+        async def nothing(self, *_: Any) -> None:
+            pass
+
+        async def world_size(self, _: str) -> int:
+            return 1
+
+        open_update = close_update = nothing
+
+    monkeypatch.setattr(vllm_adapter, "device_sender", Sender)
+    monkeypatch.setattr(vllm_adapter, "transfer_source", lambda _: None)
+    transfer = DeviceTransfer("nccl", 5.0, None)
+    transfer.stage(cast(Any, ()), "1")
+
+    async def both() -> None:
+        api = cast(Any, Api())
+        await asyncio.gather(*(transfer.send(api, [f"http://127.0.0.1:{port}"]) for port in (1, 2)))
+
+    asyncio.run(both())
+    assert events == ["group", "begin", "end", "shutdown", "group", "begin", "end"]
+
+
+def test_a_failure_is_not_taken_from_an_earlier_servers_log(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("ValueError: the KV cache of yesterday did not fit\n")
+    server = ServerProcess(["--model", "nowhere"], log, os.environ)
+    server.start()
+    os.kill(server.pid or 0, signal.SIGKILL)
+    server.stop()
+    assert "yesterday" not in str(server.failure())
+    assert "it printed no error" in str(server.failure())
+
+
 def test_a_server_that_does_not_start_says_why(model: CarftModel, tmp_path: Path) -> None:
     config = make_config("rollout.engine=vllm-server", "rollout.kv_cache_gib=100000.0")
     with pytest.raises(EngineError, match=r"vLLM has not enough memory .*rollout\.kv_cache_gib.*vllm-server-0\.log"):
@@ -358,26 +469,35 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_1(tmp_path: Path) -
     assert "vllm-server, 1 server(s), at most 56 tokens" in plan.stdout
 
 
-def test_something_else_than_vllm_is_told_apart(model: CarftModel, other_server: str) -> None:
-    config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{other_server}"]')
-    with pytest.raises(EngineError, match=r"has no /v1/models .*carft-fast serve"):
-        VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
-
-
-@pytest.fixture
-def other_server() -> Iterator[str]:
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"/health": ""}, "has no /weight_info"),
+        ({"/health": "<html>"}, "answered /health with '<html>'"),
+        ({"/health": "", "/weight_info": "{}"}, "answered /weight_info without weight_version"),
+        (
+            {"/health": "", "/weight_info": '{"weight_version": 1}', "/v1/models": '{"data": [{"id": "gpt"}]}'},
+            "answered /v1/models without max_model_len",
+        ),
+    ],
+)
+def test_something_else_than_vllm_is_told_apart(model: CarftModel, answers: dict[str, str], message: str) -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/health" else 404)
+            self.send_response(200 if self.path in answers else 404)
             self.end_headers()
+            self.wfile.write(answers.get(self.path, "").encode())
 
         def log_message(self, *_: Any) -> None:
             pass
 
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{url}"]')
+        with pytest.raises(EngineError, match=rf"the server at {url} {re.escape(message)}.*carft-fast serve"):
+            VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+        server.shutdown()
 
 
 def test_a_server_with_a_shorter_context_is_refused(server_engine: VLLMServerEngine, model: CarftModel) -> None:

@@ -99,6 +99,13 @@ def test_a_figure_worse_beyond_the_band_fails(
     assert outcome(monkeypatch, base, less) == 1  # higher is better
 
 
+@pytest.mark.parametrize("name", ["ops_cpu.json", "step_cpu.json", "growth_cpu.json", "rollout_cpu.json"])
+def test_no_committed_figure_is_worse_than_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Differences may be below 0."""
+    file = ROOT / "benchmarks/results" / name
+    assert outcome(monkeypatch, file, file, "--band", "0") == 0
+
+
 def test_counted_figures_have_no_band(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, registers in (("base", 40), ("more", 41), ("fewer", 39)):
         row = {"kernel": "k", "configuration": "c", "chip": "sm_90", "registers": registers, "failed": []}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from carft_fast import grading
 from carft_fast.config import RewardConfig
 from carft_fast.errors import InputError, RewardError
 from carft_fast.grading import Grader
@@ -66,6 +67,13 @@ def test_latex_survives_what_never_ends() -> None:
     )
     assert [g.correct for g in grades] == [True, False, True, False, False]
     assert [g.extractable for g in grades] == [True, False, True, False, True]
+
+
+def test_a_programs_time_follows_its_processor_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that may compute for long is not ended before."""
+    monkeypatch.setattr(grading, "_PROGRAM_SECONDS", 0.2)
+    program = "def solution():\n    for i in range(2 * 10**7):\n        pass\n    return i + 1"
+    assert graded([program], [str(2 * 10**7)], answer_type="program", program_cpu_s=30.0)[0].correct
 
 
 def test_programs() -> None:
