@@ -342,6 +342,7 @@ def _plain_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[
 def _write_plain(folder: Path, model: CarftModel, contents: Mapping[str, Tensors]) -> None:
     assert model.heads is not None
     model.lm.save_pretrained(folder, state_dict=contents["lm"])  # with LoRA: the adapters of it
+    model.write_generation_config(folder)
     save_file(_on_host(contents["heads"]), folder / HEADS_WEIGHTS)
     save_file(_on_host(contents["optimizer"]), folder / OPTIMIZER_FILE)
     (folder / HEADS_CONFIG).write_text(json.dumps(model.heads.description, indent=2) + "\n")
@@ -365,8 +366,7 @@ def _write_description(folder: Path, model: CarftModel) -> None:
     """What a sharded checkpoint's model is built from."""
     assert model.heads is not None
     model.lm.config.save_pretrained(folder)
-    if model.lm.can_generate():
-        model.lm.generation_config.save_pretrained(folder)
+    model.write_generation_config(folder)
     (folder / HEADS_CONFIG).write_text(json.dumps(model.heads.description, indent=2) + "\n")
 
 

@@ -5,7 +5,8 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.checkpoint import (
@@ -49,7 +50,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     def write(target: Path) -> None:
         for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with something more
             if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
-                shutil.copyfile(path, target / path.name)
+                copy = shutil.copytree if path.is_dir() else shutil.copyfile  # a tokenizer's chat templates
+                copy(path, target / path.name)
         if config.lora.rank:
             _load_adapted(config, start, checkpoint).save(target)
         elif has_sharded(checkpoint):
@@ -74,6 +76,8 @@ def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
 def _load_sharded(config: Config, checkpoint: Path) -> CarftModel:
     lm_config = AutoConfig.from_pretrained(checkpoint)
     lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    if (checkpoint / GENERATION_CONFIG_NAME).is_file():
+        lm.generation_config = GenerationConfig.from_pretrained(checkpoint)
     heads = CarftHeads(**json.loads((checkpoint / HEADS_CONFIG).read_text()))
     model = CarftModel(lm, heads, getattr(torch, config.model.compute_dtype))
     load_sharded(checkpoint, model)

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from carft_fast.attention import PACKED
 from carft_fast.batch import PackedBatch, derive_seed, pack
@@ -120,6 +121,9 @@ class CarftModel(nn.Module):
         self.heads = heads
         self.compute_dtype = compute_dtype
         self.attention: str = lm.config._attn_implementation
+        # `generate` would take each of these that is left open: Qwen2.5's top_k is 20, its top_p 0.8
+        self._generation_config: GenerationConfig | None = lm.generation_config
+        lm.generation_config = GenerationConfig()
         self._compiled = False
         self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
         layers = decoder_layers(lm) if self.attention == PACKED else None
@@ -311,6 +315,11 @@ class CarftModel(nn.Module):
 
         return Gathered(on_host(self.lm), {} if self.heads is None else on_host(self.heads))
 
+    def write_generation_config(self, folder: Path) -> None:
+        """The one the model came with, as it was: transformers would refuse to write some that it reads."""
+        if self._generation_config is not None:
+            self._generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
+
     def save(self, folder: Path, gathered: "Gathered | None" = None) -> None:
         """Write a plain Hugging Face model folder, LoRA merged in, with the heads beside it."""
         gathered = gathered or self.gather()
@@ -323,6 +332,7 @@ class CarftModel(nn.Module):
             names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
             plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})
+        self.write_generation_config(folder)
         if self.heads is not None:
             self.heads.save(folder, None if gathered is None else gathered.heads)
 

@@ -205,20 +205,9 @@ class HFEngine:
         return Rollout(ids[:length], logprobs[:length], "stop" if stopped else "length", self.version)
 
     def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        # Greedy: `_TokenPicker` leaves one token. Every field a model's own generation_config.json might set is stated,
-        # or generate() would merge it in: Qwen2.5 ships top_k 20, top_p 0.8 and a repetition penalty.
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
-            max_length=None,
-            do_sample=False,
-            num_beams=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=None,  # transformers warns of a top_k that greedy decoding ignores
-            min_p=None,
-            typical_p=1.0,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
+            do_sample=False,  # `_TokenPicker` leaves one token
             eos_token_id=self._eos_id,
             pad_token_id=self._pad_id,
             use_cache=True,

@@ -258,8 +258,6 @@ def engine(model: CarftModel) -> HFEngine:
 def test_sampled_logprobs_are_of_the_distribution_sampled_from(
     model: CarftModel, engine: HFEngine, temperature: float, top_p: float, top_k: int
 ) -> None:
-    # a model's own generation config must not reach the sampler
-    model.lm.generation_config.update(top_k=3, top_p=0.5, repetition_penalty=1.7, temperature=0.1, do_sample=True)
     sampling = SamplingParams(12, temperature=temperature, top_p=top_p, top_k=top_k, samples_per_prompt=2, seed=5)
     rollouts = engine.generate(PROMPTS, sampling)
     assert len(rollouts) == 2 * len(PROMPTS)
@@ -279,6 +277,24 @@ def test_sampled_logprobs_are_of_the_distribution_sampled_from(
     assert [r.completion_ids for r in again] == [r.completion_ids for r in rollouts]
     other = engine.generate(PROMPTS, SamplingParams(12, temperature=temperature, samples_per_prompt=2, seed=6))
     assert [r.completion_ids for r in other] != [r.completion_ids for r in rollouts]
+
+
+def test_a_models_generation_config_reaches_its_copies_and_not_the_sampler(
+    model: CarftModel, engine: HFEngine, tmp_path: Path
+) -> None:
+    own = {"top_k": 3, "top_p": 0.5, "repetition_penalty": 1.7, "temperature": 0.1, "suppress_tokens": [5, 6]}
+    own |= {"min_new_tokens": 6, "max_time": 1e-9, "return_dict_in_generate": True, "guidance_scale": 2.0}
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save(first)
+    build_tokenizer().save_pretrained(first)
+    (first / "generation_config.json").write_text(json.dumps(own))  # transformers reads it, and would not write it
+    loaded = load_model(config(), str(first), torch.device("cpu"), heads=True)
+    sampling = SamplingParams(12, samples_per_prompt=2, seed=5)
+    expected = engine.generate(PROMPTS, sampling)
+    assert HFEngine(loaded, build_tokenizer(), batch_size=2).generate(PROMPTS, sampling) == expected
+    loaded.save(second)
+    written = json.loads((second / "generation_config.json").read_text())
+    assert own.items() <= written.items()
 
 
 def test_sampling_leaves_the_global_random_state_alone(engine: HFEngine) -> None:
