@@ -518,6 +518,11 @@ class Config(Section):
                 f"rollout.max_new_tokens = {self.rollout.max_new_tokens} must be below data.max_length = "
                 f"{self.data.max_length}: the prompt needs room"
             )
+        if self.guard.action != "off" and self.guard.kl_max and not (rl.kl_coef or rl.kl_loss_coef):
+            raise ValueError(
+                f"guard.kl_max = {self.guard.kl_max:g} needs a reference: rl.kl_coef or rl.kl_loss_coef above 0, both "
+                "are 0"
+            )
         if self.guard.action == "rollback" and self.rollout.async_depth:
             raise ValueError(
                 'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'

@@ -134,6 +134,9 @@ def _to_example(
             report.reject(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
             return None
         texts[name] = [text for part in parts if (text := str(part).strip())]
+        if not all(map(_is_text, texts[name])):
+            report.reject(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
+            return None
     question, answer = ("".join(texts[name]) for name in ("question", "answer"))
     cots = texts["cot"]
     if names.get("cot") == names["answer"] or (not cots and "####" in answer):
@@ -154,6 +157,11 @@ def _to_example(
             return None
         return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer)
     return None
+
+
+def _is_text(text: str) -> bool:
+    """JSON can hold half of a surrogate pair, which no tokenizer takes and no file."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _open(

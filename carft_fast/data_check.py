@@ -82,7 +82,7 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     common: dict[str, Any] = {
         "format": data.format,
         "fields": data.fields or None,
-        "answer_type": rule.answer_type,
+        "answer_type": None if rule.fn else rule.answer_type,
         "calculator_marks": data.calculator_marks,
         "require_cot": False,
     }
@@ -122,6 +122,8 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     for example in examples:
         if not example.cots:
             check.not_annotated.add(example, example.question)
+        if rule.fn:  # which alone knows what an annotation answers
+            continue
         target = parse_target(example.answer, answer_type=rule.answer_type)
         for cot in example.cots:
             stated = extract_answer(cot, answer_type=rule.answer_type)
@@ -159,10 +161,11 @@ def _look_at_limits(
 
 def _look_for_repeats(check: Check, examples: Sequence[Example], config: Config) -> None:
     seen: dict[str, list[Any]] = {}
+    rule = config.reward
     for example in examples:
-        answer = parse_target(example.answer, answer_type=config.reward.answer_type)
+        answer = example.answer if rule.fn else parse_target(example.answer, answer_type=rule.answer_type)
         earlier = seen.setdefault(normalised(example.question), [])
-        if any(same_answer(answer, other, config.reward.tolerance) for other in earlier):
+        if any(same_answer(answer, other, rule.tolerance) for other in earlier):
             check.repeated_with_the_same_answer.add(example, example.question)
         elif earlier:
             check.repeated_with_another_answer.add(example, f"{answer}, before {earlier[0]}: {example.question}")

@@ -135,7 +135,8 @@ def add_samples(
     grader: Grader,
     on_progress: Callable[[int], None] | None = None,
 ) -> EvalResult:
-    """The greedy result of the same rows, with eval.samples sampled completions each, their pass@k and their maj@k."""
+    """The greedy result of the same rows, with eval.samples sampled completions each, their pass@k and, but with a
+    `reward.fn`, their maj@k."""
     n = config.eval.samples
     sampling = SamplingParams(
         max_new_tokens=config.eval_max_new_tokens,
@@ -153,7 +154,7 @@ def add_samples(
         metrics[f"pass@{k}"] = sum(values) / len(rows)
         metrics[f"pass@{k}_ci95"] = list(bootstrap_interval(values, derive_seed(config.seed, "bootstrap", k)))
     voted: list[dict[str, Any]] = [{} for _ in rows]
-    for k in config.eval.maj_k or [n]:
+    for k in [] if config.reward.fn else config.eval.maj_k or [n]:  # a score says nothing of which answers are one
         for row, verdicts in zip(per_row, voted, strict=True):
             winner = majority([answer["extracted"] for answer in row[:k]], config.reward.tolerance)
             chosen = {"extracted": None, "correct": False} if winner is None else row[winner]

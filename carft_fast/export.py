@@ -63,7 +63,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    plain = {"device": "cpu", "attention": "sdpa", "compile": False, "gradient_checkpointing": False}
+    plain = {"device": "cpu", "impl": "reference", "compile": False, "gradient_checkpointing": False}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     sharded = has_sharded(checkpoint)
     trained = None if sharded else checkpoint
@@ -79,6 +79,6 @@ def _load_sharded(config: Config, checkpoint: Path) -> CarftModel:
     if (checkpoint / GENERATION_CONFIG_NAME).is_file():
         lm.generation_config = GenerationConfig.from_pretrained(checkpoint)
     heads = CarftHeads(**json.loads((checkpoint / HEADS_CONFIG).read_text()))
-    model = CarftModel(lm, heads, getattr(torch, config.model.compute_dtype))
+    model = CarftModel(lm, heads, getattr(torch, config.model.compute_dtype), packs=False)
     load_sharded(checkpoint, model)
     return model

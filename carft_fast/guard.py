@@ -27,8 +27,9 @@ def find_collapse(records: Sequence[dict[str, Any]], config: GuardConfig) -> str
         return None
     for name, share in (("reward", config.reward_drop), ("extractable", config.extractable_drop)):
         means = _moving_means([step[name] for step in steps], config.window)
-        if means[-1] < (1 - share) * max(means):
-            return f"{name} fell to {means[-1]:.3f}, mean of {config.window} steps, from {max(means):.3f} at its best"
+        best = max(means)
+        if means[-1] < best - share * abs(best):
+            return f"{name} fell to {means[-1]:.3f}, mean of {config.window} steps, from {best:.3f} at its best"
     for name, low, high in (
         ("entropy", config.entropy_min, config.entropy_max),
         ("kl", None, config.kl_max),

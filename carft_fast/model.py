@@ -115,7 +115,10 @@ class ModelOutput(NamedTuple):
 class CarftModel(nn.Module):
     """Policy (with heads) or frozen reference (without)."""
 
-    def __init__(self, lm: PreTrainedModel, heads: CarftHeads | None, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, lm: PreTrainedModel, heads: CarftHeads | None, compute_dtype: torch.dtype, *, packs: bool = True
+    ) -> None:
+        """`packs`: sequences are packed, or never are."""
         super().__init__()
         self.lm = lm
         self.heads = heads
@@ -128,7 +131,8 @@ class CarftModel(nn.Module):
         self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
         layers = decoder_layers(lm) if self.attention == PACKED else None
         self._last_layer = LastLayer.of(layers[-1]) if layers else None
-        self._check_attention()
+        if packs:
+            self._check_attention()
         self.plain_head = self._has_plain_head()
         if not self.plain_head:
             logger.warning("the LM head is not hidden @ weight.T (bias, scale or soft cap): logits are materialised")
@@ -225,46 +229,66 @@ class CarftModel(nn.Module):
         finally:
             handle.remove()
 
-    @torch.no_grad()
     def _check_attention(self) -> None:
         """Raises InputError where packing changes what a sequence's own attention gives, found with a few tokens."""
-        if self.attention != PACKED:
+        difference = self._packing_difference()
+        if difference is None:
             return
+        own, allowed = self.attention, ['model.impl = "reference", which pads']
+        for shown, name in (("eager", "eager"), ("sdpa", "sdpa"), ("packed", PACKED)):
+            self.attention = self.lm.config._attn_implementation = name
+            if name != own and self._packing_difference() is None:
+                allowed.insert(0, f'"{shown}"')
+        raise InputError(
+            f'model.attention = "{"packed" if own == PACKED else own}": {type(self.lm).__name__} cannot run it '
+            f"({difference}); allowed here: {' or '.join(allowed)}"
+        )
+
+    @torch.no_grad()
+    def _packing_difference(self) -> str | None:
+        """What packing would change, None where nothing."""
         self.plain_head = True
+        if self.attention == "sdpa" and _soft_cap(self.lm.config):
+            return "it leaves the soft cap of attention logits out"
         embedding: Any = self.lm.get_input_embeddings()
         vocabulary = int(embedding.weight.shape[0])
         sequences = [[i % vocabulary for i in range(5)], [i % vocabulary for i in range(3, 10)]]
         try:
             batch = pack([ids[:3] for ids in sequences], [ids[3:] for ids in sequences], self.device)
             found_TD = self(batch, need_logits=False).hidden_TD
-        except ValueError as error:
-            difference = str(error)
-        else:
             with self.padded() as lm, self.autocast():
                 expected_TD = torch.cat(
                     [lm.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0] for ids in sequences]
                 )
-            read = torch.cat([batch.predict_index_C, batch.read_index_C])
-            worst = float((found_TD - expected_TD)[read].abs().max() / expected_TD.abs().max())
-            if worst < (1e-3 if self.compute_dtype == torch.float32 else 0.1):
-                return
-            difference = f"its states differ by {worst:.1e} of the largest"
-        raise InputError(
-            f'model.attention = "packed": {type(self.lm).__name__} cannot run it ({difference}); allowed here: '
-            '"flash_attention_2", "sdpa" or "eager", or model.impl = "reference", which pads'
-        )
+        except Exception as error:  # whatever a model's code makes of it
+            return _first_line(error)
+        read = torch.cat([batch.predict_index_C, batch.read_index_C])
+        worst = float((found_TD - expected_TD)[read].abs().max() / expected_TD.abs().max())
+        if worst < (1e-3 if self.compute_dtype == torch.float32 else 0.1):
+            return None
+        return f"its states differ by {worst:.1e} of the largest"
 
     @torch.no_grad()
     def _has_plain_head(self) -> bool:
-        """Whether logits are hidden @ weight.T, found by asking the model with a few tokens."""
+        """Whether logits are hidden @ weight.T, found by asking the model with a few tokens. Raises InputError where
+        neither that is so nor the hidden states can be had beside the logits."""
         head = self.lm.get_output_embeddings()
-        if head is None or not isinstance(getattr(head, "weight", None), Tensor):
-            return False
-        ids_BL = torch.arange(8, device=self.device)[None] % head.weight.shape[0]
+        weight = getattr(head, "weight", None)
+        vocabulary = weight.shape[0] if isinstance(weight, Tensor) else 8
+        ids_BL = torch.arange(8, device=self.device)[None] % vocabulary
         with self.padded() as lm, self._captured_hidden() as captured:
             logits_BLV = lm(input_ids=ids_BL, use_cache=False).logits.float()
-        plain_BLV = captured[0].float() @ head.weight.float().T
-        return plain_BLV.shape == logits_BLV.shape and torch.allclose(plain_BLV, logits_BLV, rtol=1e-3, atol=1e-3)
+            hidden_BLD = lm.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        if isinstance(weight, Tensor):
+            plain_BLV = hidden_BLD.float() @ weight.float().T
+            if plain_BLV.shape == logits_BLV.shape and torch.allclose(plain_BLV, logits_BLV, rtol=1e-3, atol=1e-3):
+                return True
+        if len(captured) < 2:
+            raise InputError(
+                f"{type(self.lm).__name__}: its LM head is more than a matrix, and its hidden states cannot be had "
+                "beside the logits"
+            )
+        return False
 
     @torch.no_grad()
     def hold_frozen_weights_in_compute_dtype(self) -> None:
@@ -388,6 +412,8 @@ def load_model(
     if trained is not None and lora is None:
         path = str(trained)
     lm = _load_lm(config, path).to(device).eval()
+    if heads and getattr(lm, "_hf_peft_config_loaded", False):
+        raise _has_adapter(path)
     carft_heads = None
     if heads:
         size = lm.get_input_embeddings().weight.shape[1]
@@ -397,7 +423,8 @@ def load_model(
         if (saved / HEADS_CONFIG).is_file():
             carft_heads.load(saved)
         carft_heads.to(device)
-    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype))
+    packs = config.model.impl == "fast"
+    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype), packs=packs)
     if not heads:
         model.requires_grad_(False)
     if lora:
@@ -418,7 +445,7 @@ def _load_lm(config: Config, path: str) -> Any:
     lm_config = load_lm_config(model_config)
     attention = PACKED if config.model.attention == "packed" else config.model.attention
     if config.model.impl == "reference" and attention == PACKED:
-        attention = "sdpa"
+        attention = "eager" if _soft_cap(lm_config) else "sdpa"
     try:
         if path == SYNTHETIC:
             with torch.random.fork_rng(devices=[]):
@@ -426,7 +453,7 @@ def _load_lm(config: Config, path: str) -> Any:
                 return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
         if not Path(path).is_dir():
             check_hub(path, config.model.revision)
-        return AutoModelForCausalLM.from_pretrained(
+        lm, found = AutoModelForCausalLM.from_pretrained(
             path,
             config=lm_config,
             revision=config.model.revision,
@@ -434,11 +461,20 @@ def _load_lm(config: Config, path: str) -> Any:
             attn_implementation=attention,
             use_safetensors=True,
             trust_remote_code=config.model.trust_remote_code,
+            output_loading_info=True,
         )
     except InputError:
         raise
     except (OSError, ValueError, ImportError) as error:
         raise _load_failure(path, "weights could not be loaded", error) from None
+    except Exception as error:  # broken files, and what a model's own code makes of its config
+        raise _load_failure(path, "weights could not be loaded", error) from error
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f'model.path = "{path}": {len(missing)} weights are missing in its files and would be random, {missing[0]} '
+            "is the first"
+        )
+    return lm
 
 
 def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) -> None:
@@ -457,6 +493,14 @@ def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) ->
             lm.add_adapter(settings)
         except ValueError as error:
             raise InputError(f"lora.target_modules = {lora.target_modules}: {_first_line(error)}") from None
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    for module, what in ((head, "LM head"), (embedding, "input embedding, whose weight is also its LM head's")):
+        if isinstance(module, peft.tuners.lora.LoraLayer) and (tied or module is head):
+            raise InputError(
+                f"lora.target_modules = {lora.target_modules}: an adapter on the model's {what}, cannot be trained: "
+                "the losses read the head's weight itself"
+            )
     if trained is not None:
         loaded: Any = peft.set_peft_model_state_dict(lm, load_file(trained / "adapter_model.safetensors"))
         if loaded.unexpected_keys:
@@ -476,10 +520,19 @@ def _check_folder(path: str) -> None:
         raise InputError(f'model.path = "{path}": the folder has no tokenizer (tokenizer.json)')
 
 
-def check_weights(path: str) -> None:
-    """Raises InputError for a local folder whose weights are not safetensors; a dry run does not need them."""
+def check_weights(path: str, *, training: bool = False) -> None:
+    """Raises InputError for a local folder whose weights are not safetensors, or cannot be trained."""
     if Path(path).is_dir():
         check_safetensors(Path(path), heads=(HEADS_CONFIG, HEADS_WEIGHTS))
+        if training and (Path(path) / "adapter_config.json").is_file():
+            raise _has_adapter(path)
+
+
+def _has_adapter(path: str) -> InputError:
+    return InputError(
+        f'model.path = "{path}": it comes with a LoRA adapter, which would be neither trained nor part of the frozen '
+        "reference: merge it into the weights first (peft's merge_and_unload)"
+    )
 
 
 def _load_failure(path: str, what: str, error: Exception) -> InputError:
@@ -491,5 +544,12 @@ def _load_failure(path: str, what: str, error: Exception) -> InputError:
     return InputError(f'model.path = "{path}": {what}: {_first_line(error)}')
 
 
+def _soft_cap(lm_config: Any) -> bool:
+    """Whether attention logits are capped (Gemma 2), which sdpa cannot."""
+    return bool(getattr(lm_config.get_text_config(), "attn_logit_softcapping", None))
+
+
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip().partition("\n")[0]
+    plain = isinstance(error, (OSError, ValueError, ImportError))
+    return text if text and plain else f"{type(error).__name__}: {text}".removesuffix(": ")

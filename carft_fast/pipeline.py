@@ -65,7 +65,7 @@ def prepare(
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
     if not dry_run:
-        check_weights(config.model.path)
+        check_weights(config.model.path, training=bool(stages))
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
     prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
@@ -100,6 +100,9 @@ def prepare(
     eval_rows = encode(held_out, reports[-1], require_cot=False, max_new_tokens=config.eval_max_new_tokens)
     stop = StopRequest(several=world_size() > 1)
     run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, stop, grader)
+    _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows])
+    if resume:
+        on_main(run.check_same_data)
     return Prepared(run, reports, lm_config)
 
 
@@ -108,6 +111,19 @@ def _check_max_length(config: Config, lm_config: Any) -> None:
     if positions and config.data.max_length > positions:
         raise InputError(
             f"data.max_length = {config.data.max_length}: the model at {config.model.path} has {positions} positions"
+        )
+
+
+def _check_vocabulary(config: Config, lm_config: Any, tokenizer: Any, rows: Sequence[EncodedExample]) -> None:
+    """Tokens that were added to a tokenizer may have no embedding."""
+    size = getattr(lm_config.get_text_config(), "vocab_size", None)
+    used = (max(ids) for row in rows for ids in (row.prompt_ids, *row.completions) if ids)
+    largest = max([tokenizer.eos_token_id, tokenizer.pad_token_id, *used])
+    if size and largest >= size:
+        raise InputError(
+            f'model.path = "{config.model.path}": its tokenizer makes token {largest} '
+            f"({tokenizer.convert_ids_to_tokens(largest)}), its embedding has {size} rows: resize it, or use the "
+            "tokenizer it came with"
         )
 
 

@@ -1,9 +1,11 @@
 """One run: its folder, its inputs, and the loop around the steps of a stage."""
 
+import hashlib
 import json
 import os
 import platform
 import sys
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
@@ -92,6 +94,7 @@ class Run:
             "stages": list(stages),
             "seed": self.config.seed,
             "versions": versions(),
+            "data": self._data(),
             "machine": {
                 "cpu_count": os.cpu_count(),
                 "threads": torch.get_num_threads(),
@@ -101,6 +104,29 @@ class Run:
             },
         }
         write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
+
+    def _data(self) -> dict[str, Any]:
+        """What of the rows has to be the same when the run goes on."""
+        found = {}
+        for name, rows in (("train", self.train_rows), ("eval", self.eval_rows)):
+            digest = hashlib.sha256()
+            for row in rows:
+                digest.update(row.example.answer.encode())
+                for ids in (row.prompt_ids, *row.completions):
+                    digest.update(array("q", [len(ids), *ids]).tobytes())
+            found[name] = {"rows": len(rows), "sha256": digest.hexdigest()}
+        return found
+
+    def check_same_data(self) -> None:
+        """On --resume. Raises InputError where the rows are not those that the run began with."""
+        file = self.folder / ENVIRONMENT_FILE
+        before = json.loads(file.read_text()).get("data") if file.is_file() else None
+        for name, now in self._data().items():
+            if before and before[name] != now:
+                raise InputError(
+                    f"--resume: data.{name} has changed since the run in {self.folder} began: {before[name]['rows']} "
+                    f"usable rows then, {now['rows']} now" + ", not the same" * (before[name]["rows"] == now["rows"])
+                )
 
     def write_result(self, result: EvalResult) -> None:
         """What `carft-fast eval --output-dir` leaves: completions and figures. For the main process."""

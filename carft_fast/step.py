@@ -499,12 +499,16 @@ class _Gradient:
                 parameter.grad = torch.zeros_like(parameter)
 
     def agreement(self) -> dict[str, float]:
-        """How far the first forwards are from the old log-probs, and the trainer from the sampler."""
+        """How far the first forwards are from old or reference log-probs, and the trainer from the sampler."""
         values: dict[str, float] = {}
         rows = sorted(self._first)
-        if rows and (old := self._targets[1]) is not None:
+        old = self._targets[1]
+        if rows and old is not None:
             difference_C = torch.cat([self._first[i] for i in rows]) - torch.cat([old[i] for i in rows])
             values["first_ratio_error"] = float(difference_C.expm1().abs().max())
+        if rows and old is None and (ref := self._targets[3]) is not None:
+            difference_C = torch.cat([self._first[i] for i in rows]) - torch.cat([ref[i] for i in rows])
+            values["kl"] = float(difference_C.mean())
         sampled_C, trainer_C = self._samples.sampled_logprob_C, self._experience.support_logprob_C
         if trainer_C is None and rows:
             trainer_C = torch.cat([self._first[i] for i in rows])

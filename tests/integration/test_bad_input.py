@@ -196,6 +196,75 @@ def test_model_with_pickled_weights_only(cli: Cli, tmp_path: Path, model_folder:
     assert_refused(cli("eval", *with_data(folder, "", rows)), [str(folder), "safetensors"])
 
 
+def copy_of(model_folder: Path, folder: Path) -> Path:
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_damaged_weights(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    rows = write(tmp_path / "rows.json", ROWS)
+    folder = copy_of(model_folder, tmp_path / "short")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    outcome = cli("sft", *with_data(folder, rows, rows), "--output-dir", "out")
+    assert_refused(outcome, [str(folder), "weights could not be loaded"])
+
+
+def test_weights_of_other_names(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    """transformers would go on with random ones."""
+    from safetensors.torch import load_file, save_file
+
+    rows = write(tmp_path / "rows.json", ROWS)
+    folder = copy_of(model_folder, tmp_path / "renamed")
+    weights = load_file(folder / "model.safetensors")
+    renamed = {name.replace("q_proj", "query"): tensor for name, tensor in weights.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    outcome = cli("eval", *with_data(folder, rows, rows))
+    assert_refused(outcome, [str(folder), "2 weights are missing", "model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    folder = copy_of(model_folder, tmp_path / "grown")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["annotated"])
+    tokenizer.save_pretrained(folder)
+    rows = write(tmp_path / "rows.json", [{**row, "answer_cot": "annotated"} for row in ROWS])
+    outcome = cli("sft", *with_data(folder, rows, rows), "--dry-run")
+    assert_refused(outcome, [str(folder), f"token {len(tokenizer) - 1} (annotated)", f"{len(tokenizer) - 1} rows"])
+
+
+def test_a_model_with_an_adapter(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    """transformers would load it frozen."""
+    import peft
+
+    folder = copy_of(model_folder, tmp_path / "adapted")
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    lm.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    lm.save_pretrained(folder)
+    rows = write(tmp_path / "rows.json", ROWS)
+    outcome = cli("rl", *with_data(folder, rows, rows), "--output-dir", "out")
+    assert_refused(outcome, [str(folder), "LoRA adapter", "merge_and_unload"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_with_changed_rows(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
+    rows = write(tmp_path / "rows.json", ROWS)
+    words = with_data(model_folder, rows, rows, sft__max_steps="1", sft__batch_size="4", data__eval_rows="2")
+    assert cli("sft", *words, "--output-dir", "out").code == 0
+    (tmp_path / "out" / "summary.json").unlink()
+    before = (tmp_path / "out" / "run.json").read_text()
+    write(tmp_path / "rows.json", ROWS[:-1])
+    outcome = cli("sft", *words, "--output-dir", "out", "--resume")
+    assert_refused(outcome, ["data.train has changed", f"{len(ROWS)} usable rows then, {len(ROWS) - 1} now"])
+    write(tmp_path / "rows.json", ROWS[::-1])
+    assert_refused(cli("sft", *words, "--output-dir", "out", "--resume"), ["data.train has changed", "not the same"])
+    assert (tmp_path / "out" / "run.json").read_text() == before
+    write(tmp_path / "rows.json", ROWS)
+    assert cli("sft", *words, "--output-dir", "out", "--resume").code == 0
+
+
 def test_tokenizer_without_eos(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
     folder = tmp_path / "no_eos"
     folder.mkdir()

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from carft_fast.console import Console
+from carft_fast.errors import InputError
 from carft_fast.pipeline import prepare, train
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
 from carft_fast.run import Run
@@ -136,8 +137,6 @@ def test_the_quickstart_follows_the_same_curve_on_both_paths(
 
 
 def test_the_estimator_needs_what_it_compares(tiny_run: list[str]) -> None:
-    from carft_fast.errors import InputError
-
     def refused(*options: str) -> str:
         with pytest.raises(InputError) as error:
             tiny_config(tiny_run, *options)
@@ -166,9 +165,34 @@ def test_the_estimator_needs_what_it_compares(tiny_run: list[str]) -> None:
     assert "rl.micro_batch_tokens = 100 must be at least data.max_length = 160" in refused("rl.micro_batch_tokens=100")
 
 
-def test_lora_modules_the_model_lacks_are_named(tmp_path: Path, tiny_run: list[str]) -> None:
-    from carft_fast.errors import InputError
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_lora_where_the_losses_would_not_see_it_is_refused(tmp_path: Path, tiny_run: list[str], module: str) -> None:
+    """The quickstart's embedding is its LM head's weight."""
+    config = tiny_config(tiny_run, "lora.rank=4", f'lora.target_modules=["q_proj", "{module}"]')
+    with pytest.raises(InputError, match=r"lora\.target_modules = .* an adapter on the model's .*LM head"):
+        run_pipeline(tmp_path / "run", config)
 
+
+def test_kl_is_known_without_a_forward_for_it(
+    tmp_path: Path, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one update a step nothing else reads old log-probs; a correction that corrects nothing has them computed."""
+    (tmp_path / "vowels.py").write_text("def score(texts, examples):\n    return [text.count('e') for text in texts]\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    size = [*GROUPS, "rl.estimator=grpo", "rl.kl_loss_coef=0.1", "rl.ppo_epochs=1", "rl.mini_batch_size=12"]
+    size += ["rl.batch_size=12", "rl.max_steps=3", "rl.lr=1e-2", "reward.fn=vowels:score"]
+    looked = ["rollout.correction=masked", "rollout.correction_floor=1e-6", "rollout.correction_cap=1e6"]
+    found = []
+    for name, options in (("plain", []), ("looked", looked)):
+        run_pipeline(tmp_path / name, tiny_config(tiny_run, *size, *options))
+        found.append([record["kl"] for record in records(tmp_path / name, "rl", "train")])
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-5)
+    assert abs(found[0][2]) > 1e-3
+    with pytest.raises(InputError, match=r"guard\.kl_max = 0\.5 needs a reference"):
+        tiny_config(tiny_run, *GROUPS, "rl.estimator=dr_grpo", "guard.action=stop", "guard.kl_max=0.5")
+
+
+def test_lora_modules_the_model_lacks_are_named(tmp_path: Path, tiny_run: list[str]) -> None:
     config = tiny_config(tiny_run, "lora.rank=4", 'lora.target_modules=["no_such_proj"]')
     with pytest.raises(InputError, match=r"lora\.target_modules = \['no_such_proj'\]"):
         run_pipeline(tmp_path / "run", config)

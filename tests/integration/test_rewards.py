@@ -12,7 +12,7 @@ from carft_fast.config_io import load_config
 from carft_fast.console import Console
 from carft_fast.data import load_examples
 from carft_fast.errors import InputError
-from carft_fast.pipeline import prepare
+from carft_fast.pipeline import evaluate_only, prepare
 from carft_fast.synthetic import build_model_config
 
 from .test_run import records, run_pipeline, tiny_config
@@ -34,6 +34,11 @@ def test_a_run_with_a_function(tmp_path: Path, tiny_run: list[str], monkeypatch:
     assert [row["reward"] for row in rows] == [round(len(row["completion"]) / 8, 4) for row in rows]
     (record,) = records(tmp_path / "run", "rl", "train")
     assert record["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 12, rel=1e-3)
+    sampled = tiny_config(tiny_run, *FEW, "reward.fn=length_reward:score", "reward.partial=constant", "eval.samples=2")
+    prepared = prepare(sampled, tmp_path / "eval", Console(), stages=())
+    figures = evaluate_only(prepared).metrics
+    assert "pass@2" in figures
+    assert not any(name.startswith("maj@") for name in figures), "scores say nothing of which answers are one"
     last = records(tmp_path / "run", "rl", "eval")[-1]
     evaluated = (tmp_path / "run" / "samples" / "rl-eval-000001.jsonl").read_text().splitlines()
     assert last["correct"] == sum(len(json.loads(x)["completion"]) >= 8 for x in evaluated)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import carft_fast
@@ -66,6 +67,16 @@ def no_file_larger_than(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_an_export_takes_a_tokenizers_folder_of_chat_templates_along(trained: Trained, tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    checkpoint = trained.store.save(
+        "rl", 1, trained.model, tokenizer, trained.optimizer, model_path="synthetic", seed=0
+    )
+    export_checkpoint(checkpoint, tmp_path / "out")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
 def flip_bit(path: Path, at: int = -1) -> None:

@@ -99,6 +99,18 @@ def test_command_prints_table_or_json(tmp_path: Path) -> None:
     assert (found["unit"], found["in_test_set"]["count"]) == ("tokens", 5)
 
 
+def test_answers_of_any_text_are_usable_with_a_function(tmp_path: Path) -> None:
+    """As in training; and half a surrogate pair, which JSON can hold, is no text with or without."""
+    common = {"question": "which?", "answer_cot": "the first"}
+    rows = [common | {"answer_value": text} for text in ("blue", "red", "\ud83d")]
+    path = write(tmp_path / "train.json", rows)
+    config = load_config(None, ["reward.fn=math:floor", "reward.partial=constant"])
+    check = check_data(path, config, None, None)
+    assert (check.rows_read, check.rows_used) == (3, 2)
+    assert 'answer is no Unicode text (field "answer_value")' in check.left_out
+    assert check.repeated_with_another_answer.count == 1
+
+
 def test_unreadable_input_is_bad_input(tmp_path: Path) -> None:
     for words in (["none.json"], [write(tmp_path / "a.json", ROWS), "--against", "none.json"]):
         outcome = CliRunner().invoke(app, ["data", "check", *words])

@@ -32,6 +32,8 @@ def watch(**values: Any) -> GuardConfig:
         ({"reward": [0.6, 0.6, 0.0]}, {}, None),  # one bad step of two
         ({"reward": [0.6, 0.0]}, {"window": 3}, None),  # too few steps for a mean
         ({"reward": [0.0, 0.0, 0.0]}, {}, None),  # nothing to lose
+        ({"reward": [-0.6, -0.4, -0.4, -0.7]}, {}, None),  # half of what it was below its best would be -0.6
+        ({"reward": [-0.6, -0.4, -0.4, -0.9]}, {}, "reward fell to -0.650, mean of 2 steps, from -0.400 at its best"),
         ({"extractable": [1.0, 1.0, 0.5, 0.4]}, {}, "extractable fell to 0.450"),
         ({"entropy": [1.0, 0.2, 0.05]}, {}, None),
         ({"entropy": [1.0, 0.2, 0.05]}, {"entropy_min": 0.2}, "entropy fell to 0.125 nats"),

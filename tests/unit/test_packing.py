@@ -20,6 +20,7 @@ from carft_fast.config_io import load_config
 from carft_fast.errors import InputError
 from carft_fast.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
 from carft_fast.model import CarftModel, load_model
+from carft_fast.synthetic import build_tokenizer
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -279,6 +280,52 @@ def test_the_call_of_the_varlen_kernel_means_the_same(
 def test_models_that_packing_would_change_are_refused(lm_config: Any, why: str) -> None:
     with pytest.raises(InputError, match=rf'model\.attention = "packed": .*{why}.*allowed here'):
         build(lm_config, PACKED)
+
+
+@pytest.mark.parametrize(
+    ("lm_config", "attention", "message"),
+    [
+        (transformers.Gemma2Config(**SMALL, head_dim=8), "sdpa", r'"sdpa": .* soft cap .*allowed here: "eager" or '),
+        (transformers.Gemma2Config(**SMALL, head_dim=8), PACKED, r'"packed": .* soft cap.*allowed here: "eager" or '),
+        (transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4), "eager", "states differ"),
+        (transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4), PACKED, "allowed here: model.i"),
+    ],
+)
+def test_no_attention_that_mixes_sequences_is_taken_or_recommended(
+    lm_config: Any, attention: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        build(lm_config, attention)
+
+
+def test_the_plain_path_keeps_a_soft_cap(tmp_path: Any) -> None:
+    lm_config = transformers.Gemma2Config(**SMALL, head_dim=8, attn_logit_softcapping=0.5)
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(lm_config, attn_implementation="eager").eval()
+    lm.save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    model = load_model(load_config(None, ["model.impl=reference"]), str(tmp_path), CPU, heads=False)
+    ids = torch.tensor([PROMPTS[1] + COMPLETIONS[1]])
+    with torch.no_grad(), model.padded() as padded:
+        torch.testing.assert_close(padded(ids).logits, lm(ids).logits)
+
+
+def test_a_model_that_does_not_go_through_its_base_model() -> None:
+    """And whose masks do not heed positions: packed attention makes its own."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+    lm_config = transformers.OPTConfig(vocab_size=60, num_hidden_layers=2, init_std=0.3, **sizes)
+    with pytest.raises(InputError, match=r'"eager": .*states differ .*allowed here: "packed" or '):
+        build(lm_config, "eager")
+    model = build(lm_config, PACKED)
+    assert model.plain_head
+    batch = pack(PROMPTS, COMPLETIONS, CPU)
+    with torch.no_grad():
+        logits = model(batch).hidden_TD[batch.predict_index_C] @ model.head_weight_VD.T
+        with model.padded() as lm:
+            alone = [
+                lm(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)
+            ]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
 
 
 def test_the_saved_model_names_no_attention_of_ours(tmp_path: Any) -> None:
