@@ -453,7 +453,7 @@ def _load_lm(config: Config, path: str) -> Any:
                 return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
         if not Path(path).is_dir():
             check_hub(path, config.model.revision)
-        lm, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=lm_config,
             revision=config.model.revision,
@@ -469,6 +469,7 @@ def _load_lm(config: Config, path: str) -> Any:
         raise _load_failure(path, "weights could not be loaded", error) from None
     except Exception as error:  # broken files, and what a model's own code makes of its config
         raise _load_failure(path, "weights could not be loaded", error) from error
+    lm, found = loaded
     if missing := sorted(found["missing_keys"]):
         raise InputError(
             f'model.path = "{path}": {len(missing)} weights are missing in its files and would be random, {missing[0]} '
