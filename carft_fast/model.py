@@ -443,9 +443,9 @@ def load_model(
 def _load_lm(config: Config, path: str) -> Any:
     model_config = config.model.model_copy(update={"path": path})
     lm_config = load_lm_config(model_config)
-    attention = PACKED if config.model.attention == "packed" else config.model.attention
+    attention: str | None = PACKED if config.model.attention == "packed" else config.model.attention
     if config.model.impl == "reference" and attention == PACKED:
-        attention = "eager" if _soft_cap(lm_config) else "sdpa"
+        attention = "eager" if _soft_cap(lm_config) else None  # transformers' choice: "sdpa" where the model has it
     try:
         if path == SYNTHETIC:
             with torch.random.fork_rng(devices=[]):
@@ -468,6 +468,11 @@ def _load_lm(config: Config, path: str) -> Any:
     except (OSError, ValueError, ImportError) as error:
         raise _load_failure(path, "weights could not be loaded", error) from None
     except Exception as error:  # broken files, and what a model's own code makes of its config
+        if PACKED in str(error):
+            raise InputError(
+                f'model.attention = "packed": model_type "{lm_config.model_type}" has attention classes of its own: '
+                'try "eager", or model.impl = "reference", which pads'
+            ) from None
         raise _load_failure(path, "weights could not be loaded", error) from error
     lm, found = loaded
     if missing := sorted(found["missing_keys"]):

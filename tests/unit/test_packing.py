@@ -310,6 +310,25 @@ def test_the_plain_path_keeps_a_soft_cap(tmp_path: Any) -> None:
         torch.testing.assert_close(padded(ids).logits, lm(ids).logits)
 
 
+@pytest.mark.parametrize(
+    "lm_config",
+    [
+        transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4),
+        transformers.GPTNeoConfig(
+            vocab_size=60, hidden_size=32, num_layers=1, attention_types=[[["global"], 1]], num_heads=4
+        ),
+    ],
+    ids=["without sdpa", "with attention classes of its own"],
+)
+def test_what_cannot_be_packed_can_be_padded(lm_config: Any, tmp_path: Any) -> None:
+    transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r'model\.attention = "packed": .*model\.impl = "reference", which pads'):
+        load_model(load_config(None, []), str(tmp_path), CPU, heads=True)
+    model = load_model(load_config(None, ["model.impl=reference"]), str(tmp_path), CPU, heads=True)
+    assert model.attention == "eager"
+
+
 def test_a_model_that_does_not_go_through_its_base_model() -> None:
     """And whose masks do not heed positions: packed attention makes its own."""
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
