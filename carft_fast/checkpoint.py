@@ -15,6 +15,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -233,7 +234,8 @@ class CheckpointStore:
 
     def _on_main(self, work: Callable[[], T]) -> T:
         if world_size() > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")  # of the store's own: a thread of its own uses it
+            timeout = timedelta(seconds=self._config.distributed.timeout_s)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # its own: a thread of its own uses it
         return on_main(work, self._group)
 
 
@@ -336,7 +338,10 @@ def _optimizer_state(model: CarftModel, optimizer: torch.optim.Optimizer) -> dic
 def _plain_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
     assert model.heads is not None
     moments = {f"{name}/{key}": value for (name, key), value in _optimizer_state(model, optimizer).items()}
-    return {"lm": model.lm.state_dict(), "heads": model.heads.state_dict(), "optimizer": moments}
+    lm = model.lm.state_dict()
+    if model.has_adapters:  # the rest is where the stage began
+        lm = {name: lm[name] for name, parameter in model.lm.named_parameters() if parameter.requires_grad}
+    return {"lm": lm, "heads": model.heads.state_dict(), "optimizer": moments}
 
 
 def _write_plain(folder: Path, model: CarftModel, contents: Mapping[str, Tensors]) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -63,7 +64,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    plain = {"device": "cpu", "impl": "reference", "compile": False, "gradient_checkpointing": False}
+    plain: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
+    plain |= {"compile": False, "gradient_checkpointing": False}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     sharded = has_sharded(checkpoint)
     trained = None if sharded else checkpoint
@@ -75,7 +77,7 @@ def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
 
 def _load_sharded(config: Config, checkpoint: Path) -> CarftModel:
     lm_config = AutoConfig.from_pretrained(checkpoint)
-    lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="sdpa", dtype=torch.float32).eval()
+    lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="eager", dtype=torch.float32).eval()
     if (checkpoint / GENERATION_CONFIG_NAME).is_file():
         lm.generation_config = GenerationConfig.from_pretrained(checkpoint)
     heads = CarftHeads(**json.loads((checkpoint / HEADS_CONFIG).read_text()))

@@ -352,7 +352,7 @@ class CarftModel(nn.Module):
         else:
             with torch.device("meta"):
                 build: Any = type(base_lm(self.lm))
-                plain = build._from_config(copy.deepcopy(self.lm.config), attn_implementation="sdpa")
+                plain = build._from_config(copy.deepcopy(self.lm.config), attn_implementation="eager")
             names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
             plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})

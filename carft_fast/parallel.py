@@ -195,6 +195,8 @@ class DeepSpeedLearner(Learner):
         contents: dict[str, dict[str, Tensor]] = {"lm": {}, "heads": {}, "optimizer": {}}
         for part, module in (("lm", self.model.lm), ("heads", self.model.heads)):
             for name, tensor in module.state_dict(keep_vars=True).items():
+                if part == "lm" and self.model.has_adapters and not tensor.requires_grad:
+                    continue  # it is where the stage began
                 with gathered([tensor]):
                     if is_main():
                         contents[part][name] = tensor.detach().to("cpu", copy=True)

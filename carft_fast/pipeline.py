@@ -101,8 +101,7 @@ def prepare(
     stop = StopRequest(several=world_size() > 1)
     run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, stop, grader)
     _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows])
-    if resume:
-        on_main(run.check_same_data)
+    run.check_same_data(resume=resume)
     return Prepared(run, reports, lm_config)
 
 
@@ -251,7 +250,8 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
 def evaluate_only(prepared: Prepared) -> EvalResult:
     """Evaluation of the model as it is, greedy and with eval.samples; writes nothing."""
     run = prepared.run
-    run.stop.install()
+    if world_size() == 1:  # several processes end together by the signals' own effect
+        run.stop.install()
     for report in prepared.reports:
         run.console.log(report.summary())
     model = load_model(run.config, run.config.model.path, run.device, heads=False)

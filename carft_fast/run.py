@@ -21,7 +21,7 @@ from carft_fast.checkpoint import CheckpointStore, has_sharded
 from carft_fast.config import Config, SftConfig, StageConfig
 from carft_fast.config_io import differences, load_config, to_toml
 from carft_fast.console import Console, Tracker
-from carft_fast.distributed import is_main, on_main, world_size
+from carft_fast.distributed import each_rank, is_main, on_main, world_size
 from carft_fast.errors import InputError, TrainingError
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.files import write_text
@@ -117,15 +117,23 @@ class Run:
             found[name] = {"rows": len(rows), "sha256": digest.hexdigest()}
         return found
 
-    def check_same_data(self) -> None:
-        """On --resume. Raises InputError where the rows are not those that the run began with."""
+    def check_same_data(self, *, resume: bool) -> None:
+        """Raises InputError where processes have read other rows, or a run that goes on began with others."""
+        own, *others = each_rank(self._data)
+        for process, theirs in enumerate(others, 1):
+            for name in own:
+                if theirs[name] != own[name]:
+                    raise InputError(
+                        f"data.{name} is not the same for all processes: {own[name]['rows']} usable rows for process "
+                        f"0, {theirs[name]['rows']} for process {process}" + _others(own[name], theirs[name])
+                    )
         file = self.folder / ENVIRONMENT_FILE
-        before = json.loads(file.read_text()).get("data") if file.is_file() else None
-        for name, now in self._data().items():
+        before = on_main(lambda: json.loads(file.read_text()).get("data") if resume and file.is_file() else None)
+        for name, now in own.items():
             if before and before[name] != now:
                 raise InputError(
                     f"--resume: data.{name} has changed since the run in {self.folder} began: {before[name]['rows']} "
-                    f"usable rows then, {now['rows']} now" + ", not the same" * (before[name]["rows"] == now["rows"])
+                    f"usable rows then, {now['rows']} now" + _others(before[name], now)
                 )
 
     def write_result(self, result: EvalResult) -> None:
@@ -194,6 +202,10 @@ class Run:
         self.metrics.log(stage, "eval", step, result.metrics, self.timer.flush())
         self.console.log(f"{stage} step {step}: {result.describe()}")
         return result
+
+
+def _others(some: dict[str, Any], more: dict[str, Any]) -> str:
+    return ", not the same" * (some["rows"] == more["rows"])
 
 
 def versions() -> dict[str, str]:
@@ -278,6 +290,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                     return
                 yield self._step
                 self._step += 1
+                run.stop.held = False
                 tracker.advance(note=self._note())
 
     def __exit__(
@@ -352,17 +365,18 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         return not stop
 
     def _evaluate_if_due(self) -> bool:
-        """True when the step was evaluated now and is the stage's best so far."""
+        """True when the step is evaluated and the stage's best so far."""
         run, stage, step = self._run, self._stage, self._step
         known_start = step == 0 and bool(run.metrics.find("sft", "eval"))  # the weights SFT ended with
         if not (step == 0 or self._due(self._config.eval_every)) or known_start:
             return False
-        if run.metrics.find(stage, "eval", step):
-            return False
-        assert self._current_engine is not None
-        earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if record["step"] > 0]
-        result = run.evaluate(self._current_engine(), stage, step)
-        return step > 0 and result.accuracy > max(earlier, default=-1.0)
+        earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if 0 < record["step"] < step]
+        if known := run.metrics.find(stage, "eval", step):  # a kill may have fallen between checkpoint and best link
+            accuracy = known[0]["accuracy"]
+        else:
+            assert self._current_engine is not None
+            accuracy = run.evaluate(self._current_engine(), stage, step).accuracy
+        return step > 0 and accuracy > max(earlier, default=-1.0)
 
     def _save(self, *, best: bool = False) -> Path:
         run = self._run

@@ -21,23 +21,31 @@ class StopRequest:
     def __init__(self, *, several: bool = False) -> None:
         self._several = several
         self._signum: int | None = None
+        self.held = False
+        """Between a step's update and the count of it: what is saved there would be trained on twice."""
 
     def install(self) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
 
     def check(self) -> None:
+        if not self.held:
+            self.check_aside()
+
+    def check_aside(self) -> None:
+        """For work beside the step, which nothing is saved after: a stop ends it at once."""
         if self._signum is not None and not self._several:
             raise Stopped(self._signum)
 
     def check_together(self) -> None:
         """For every process between two steps: raises Stopped on all where one was asked to stop."""
+        signum = self._signum
         if self._several:
             from carft_fast.distributed import global_max
 
-            self._signum = global_max(self._signum or 0) or None
-        if self._signum is not None:
-            raise Stopped(self._signum)
+            signum = global_max(signum or 0) or None  # one that comes while this process waits here counts next time
+        if signum is not None:
+            raise Stopped(signum)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         self._signum = signum

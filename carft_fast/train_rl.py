@@ -57,7 +57,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
             engine = run.sampler(policy)
             probe(run, engine, policy)
         loop.evaluate_with(lambda: engine)
-        stream = stack.enter_context(RolloutStream(engine, request, total_steps, sampling, run.stop.check))
+        stream = stack.enter_context(RolloutStream(engine, request, total_steps, sampling, run.stop.check_aside))
         for step in loop:
             seed = derive_seed(run.config.seed, "rl", step)
             picked = picked_rows(run, "rl", prompts_per_step, step)
@@ -77,6 +77,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 live = work.live(samples, advantages)
                 if live is not None and not all(live):
                     plan = work.plan(samples, seed, live)
+            run.stop.held = True  # until the loop has counted the step
             with timer("update"):
                 lr = learning_rate(step, loop.total_steps, config) * loop.lr_scale
                 correct = [g.correct for g in grades]

@@ -51,8 +51,8 @@ def build_engine(
     several = world_size() > 1
     engine: RolloutEngine
     if rollout.engine == "hf":
-        engine = HFEngine(model, tokenizer, batch_size=rollout.batch_size)
-        return SpreadEngine(engine) if several else engine
+        own = HFEngine(model, tokenizer, batch_size=rollout.batch_size)
+        return SpreadEngine(own, own.forwards_together) if several else own
     if rollout.engine == "vllm":
         from carft_fast.rollout.vllm_engine import VLLMEngine
 

@@ -132,7 +132,7 @@ class HFEngine:
         ]
         by_length = sorted(range(len(jobs)), key=lambda job: len(jobs[job].prompt))  # little padding within a batch
         batches = chunks(by_length, self._batch_size)
-        together = self._forwards_together()
+        together = self.forwards_together()
         idle = 0
         if together:
             own = torch.tensor([len(batches)], device=self._model.device)
@@ -154,7 +154,7 @@ class HFEngine:
         self._model.run(sample)
         return [results[job] for job in range(len(jobs))]
 
-    def _forwards_together(self) -> bool:
+    def forwards_together(self) -> bool:
         """Whether the weights are sharded over processes (FSDP2, ZeRO-3), which makes every forward a collective."""
         return world_size() > 1 and any(
             hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in self._model.lm.parameters()

@@ -35,7 +35,8 @@ class SharedEngine(ABC):
 
     @abstractmethod
     def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
-        """All processes' `own` results in the order of the prompts, on all of them; a failure on any, too."""
+        """All processes' `own` results in the order of the prompts, on all of them; a failure on any, too, where the
+        others could hear of it."""
 
     def generate(
         self,
@@ -50,8 +51,9 @@ class SharedEngine(ABC):
 class SpreadEngine(SharedEngine):
     """An engine in every process ("hf", "vllm"), each with its share of the prompts."""
 
-    def __init__(self, engine: RolloutEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: RolloutEngine, sample_together: Callable[[], bool] = lambda: False) -> None:
+        """`sample_together`: whether the processes need each other while they sample."""
+        self._engine, self._sample_together = engine, sample_together
 
     @property
     def version(self) -> int:
@@ -69,6 +71,9 @@ class SpreadEngine(SharedEngine):
         return self._engine.generate(prompts[share], sampling, on_progress=on_progress)
 
     def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
+        if self._sample_together():  # a failure is not exchanged: the others wait inside the model, not for news
+            found = own()
+            return [rollout for share in each_rank(lambda: found) for rollout in share]
         return [rollout for share in each_rank(own) for rollout in share]
 
     def sync(self, model: CarftModel) -> int:

@@ -17,6 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from carft_fast.config_io import load_config
+from carft_fast.model import load_model
+from carft_fast.synthetic import build_tokenizer
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 FSDP2 = ["--set", "distributed.strategy=fsdp2"]
@@ -216,6 +220,73 @@ def test_what_fails_on_one_rank_ends_all_with_its_error(tmp_path: Path, tiny_run
     assert not workers(tmp_path / "run")
 
 
+FAILS_IN_THE_MODEL = """
+import os
+from carft_fast.rollout import hf
+
+pick = hf._TokenPicker.__call__
+
+def call(self, *arguments):
+    if os.environ["RANK"] == "1" and len(self.logprobs) == 3 and self._uniform_BL is not None:
+        raise ZeroDivisionError("in the middle of a completion")
+    return pick(self, *arguments)
+
+hf._TokenPicker.__call__ = call
+from carft_fast.cli import run_cli
+run_cli()
+"""
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_rank_while_the_others_need_it_ends_all(tmp_path: Path, tiny_run: list[str]) -> None:
+    """Under FSDP2 every forward is a collective: the others learn of it by the process's end."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_IN_THE_MODEL)
+    words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run, *FSDP2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    found = subprocess.run(
+        [sys.executable, *TORCHRUN, "2", str(script), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.returncode != 0
+    assert "in the middle of a completion" in found.stdout + found.stderr
+    assert not workers(tmp_path / "run")
+
+
+OTHER_ROWS = """
+import os, sys
+sys.argv = [word.replace("rows.json", f"rows-{os.environ['RANK']}.json") for word in sys.argv]
+from carft_fast.cli import run_cli
+run_cli()
+"""
+
+
+def test_processes_with_other_rows_are_refused(tmp_path: Path) -> None:
+    """As with a file that one machine holds an older version of."""
+    rows = [
+        {"item_id": str(i), "question": f"{i} plus 1?", "answer_cot": "add", "answer_value": i + 1} for i in range(9)
+    ]
+    for rank, order in enumerate((rows, rows[::-1])):
+        (tmp_path / f"rows-{rank}.json").write_text(json.dumps(order))
+    (tmp_path / "start.py").write_text(OTHER_ROWS)
+    folder = tmp_path / "model"
+    load_model(load_config(None, []), "synthetic", torch.device("cpu"), heads=False).save(folder)
+    build_tokenizer().save_pretrained(folder)
+    words = ["sft", "--output-dir", str(tmp_path / "run"), "--set", f"model.path={folder}"]
+    for option in ("data.max_length=160", "rollout.max_new_tokens=24", "data.train=rows.json", "data.eval=rows.json"):
+        words += ["--set", option]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, *TORCHRUN, "2", "start.py", *words]
+    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert found.returncode != 0
+    message = "data.train is not the same for all processes: 9 usable rows for process 0, 9 for process 1, not the same"
+    assert message in found.stdout + found.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
@@ -243,7 +314,6 @@ def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import carft_fast.parallel
-    from carft_fast.config_io import load_config
     from carft_fast.console import Console
     from carft_fast.errors import InputError
     from carft_fast.pipeline import prepare

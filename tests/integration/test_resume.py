@@ -1,6 +1,8 @@
 """Kill it, resume it: the weights and the records must come out bit for bit as if nothing had happened."""
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -9,8 +11,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+import carft_fast.distributed
+from carft_fast.checkpoint import CheckpointStore
+from carft_fast.console import Console
+from carft_fast.evaluate import EvalResult, evaluate
+from carft_fast.model import CarftModel
+from carft_fast.pipeline import prepare, train
+from carft_fast.rollout.stream import RolloutStream
+from carft_fast.signals import Stopped, StopRequest
+
+from .test_run import run_pipeline, tiny_config
 
 TIMEOUT_SECONDS = 180
 
@@ -124,6 +138,68 @@ def test_stop_request_saves_first(
     assert code == 0, output
     assert f"resumed at step {int(saved[-1].removeprefix('rl-'))}" in output
     assert_same_outcome(folder, uninterrupted)
+
+
+def test_a_stop_between_update_and_the_count_of_it_waits(tmp_path: Path, tiny_run: list[str], monkeypatch: Any) -> None:
+    """An engine's word at a weight sync is no safe point: saved there, the step's update would be made twice."""
+    run_pipeline(tmp_path / "whole", tiny_config(tiny_run))
+    config, folder = tiny_config(tiny_run), tmp_path / "cut"
+    prepared = prepare(config, folder, Console(), stages=("sft", "rl"))
+    sync, calls = RolloutStream.sync, itertools.count()
+
+    def stopped(self: RolloutStream, model: CarftModel) -> None:
+        sync(self, model)
+        if next(calls) == 1:
+            prepared.run.stop._signum = signal.SIGTERM
+            prepared.run.stop.check()  # as Run.sampler's log does
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutStream, "sync", stopped)
+        with pytest.raises(Stopped):
+            train(prepared, ("sft", "rl"), resume=False)
+    assert (folder / "checkpoints" / "rl-000002").is_dir()
+    train(prepare(config, folder, Console(), stages=("sft", "rl"), resume=True), ("sft", "rl"), resume=True)
+    for name in ("model.safetensors", "carft_heads.safetensors"):
+        assert (folder / "model" / name).read_bytes() == (tmp_path / "whole" / "model" / name).read_bytes()
+
+
+def test_a_kill_between_a_checkpoint_and_the_best_link(tmp_path: Path, tiny_run: list[str], monkeypatch: Any) -> None:
+    """The evaluation is on record by then: the link is set when the run goes on."""
+    config, folder = tiny_config(tiny_run, "rl.eval_every=1"), tmp_path / "run"
+    accuracies = iter([0.0, 0.1, 0.2, 0.9, 0.3, 0.4])  # SFT's start and end, then every step
+
+    def forced(*arguments: Any) -> EvalResult:
+        result = evaluate(*arguments)
+        return dataclasses.replace(result, metrics=result.metrics | {"accuracy": next(accuracies)})
+
+    def killed(self: CheckpointStore, target: Path, best: bool) -> None:
+        if target.name == "rl-000002":
+            raise KeyboardInterrupt
+        settle(self, target, best)
+
+    settle = CheckpointStore._settle
+    monkeypatch.setattr("carft_fast.run.evaluate", forced)
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_settle", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(prepare(config, folder, Console(), stages=("sft", "rl")), ("sft", "rl"), resume=False)
+    assert (folder / "checkpoints" / "rl-000002").is_dir()
+    train(prepare(config, folder, Console(), stages=("sft", "rl"), resume=True), ("sft", "rl"), resume=True)
+    assert os.readlink(folder / "checkpoints" / "best") == "rl-000002"
+
+
+def test_a_signal_while_processes_ask_each_other_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = StopRequest(several=True)
+
+    def another(mine: int) -> int:
+        stop._handle(signal.SIGTERM, None)  # arrives while this process waits for the others
+        return mine
+
+    monkeypatch.setattr(carft_fast.distributed, "global_max", another)
+    stop.check_together()
+    monkeypatch.setattr(carft_fast.distributed, "global_max", lambda mine: mine)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        stop.check_together()
 
 
 def test_resume_of_a_finished_run_changes_nothing(uninterrupted: Path, tiny_run: list[str]) -> None:

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 import carft_fast
+import carft_fast.checkpoint as checkpoint_module
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
@@ -77,6 +78,26 @@ def test_an_export_takes_a_tokenizers_folder_of_chat_templates_along(trained: Tr
     )
     export_checkpoint(checkpoint, tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
+
+
+def test_with_lora_a_save_holds_no_frozen_weight(tmp_path: Path) -> None:
+    adapted = load_model(config("lora.rank=2"), "synthetic", CPU, heads=True)
+    store = CheckpointStore(tmp_path, config("lora.rank=2", "output.async_save=true"), print)
+    copied: list[int] = []
+    host_copy = checkpoint_module._host_copy
+
+    def counted(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        copied.append(sum(tensor.numel() for tensor in tensors.values()))
+        return host_copy(tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_module, "_host_copy", counted)
+        optimizer = build_optimizer(adapted, config().rl)
+        saved = store.save("rl", 1, adapted, build_tokenizer(), optimizer, model_path="synthetic", seed=0)
+        store.close()
+    assert sum(copied) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    again = load_model(config("lora.rank=2"), "synthetic", CPU, heads=True, trained=saved)
+    assert all(map(torch.equal, again.parameters(), adapted.parameters()))
 
 
 def flip_bit(path: Path, at: int = -1) -> None:

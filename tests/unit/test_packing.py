@@ -327,6 +327,11 @@ def test_what_cannot_be_packed_can_be_padded(lm_config: Any, tmp_path: Any) -> N
         load_model(load_config(None, []), str(tmp_path), CPU, heads=True)
     model = load_model(load_config(None, ["model.impl=reference"]), str(tmp_path), CPU, heads=True)
     assert model.attention == "eager"
+    module = {"bloom": "query_key_value", "gpt_neo": "q_proj"}[lm_config.model_type]
+    options = ["model.impl=reference", "lora.rank=2", f'lora.target_modules=["{module}"]']
+    load_model(load_config(None, options), str(tmp_path), CPU, heads=True).save(tmp_path / "merged")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    assert all(merged[name].equal(tensor) for name, tensor in model.lm.state_dict().items())
 
 
 def test_a_model_that_does_not_go_through_its_base_model() -> None:
