@@ -145,9 +145,9 @@ class CarftModel(nn.Module):
         """work(self) with the weights it needs in place. Processes that share weights have to call it together."""
         return work(self) if self._outer is None else self._outer(work)
 
-    def run_through(self, outer: nn.Module) -> None:
-        """From now on `run` goes through the module that brings this model's weights together."""
-        self._outer = outer.__call__
+    def run_through(self, outer: nn.Module | None) -> None:
+        """From now on `run` goes through the module that brings this model's weights together; None lets go of it."""
+        self._outer = None if outer is None else outer.__call__
 
     @property
     def head_weight_VD(self) -> Tensor:

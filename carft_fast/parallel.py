@@ -51,6 +51,10 @@ class Learner:
         """For `CheckpointStore.save`, called by all processes; None where it reads model and optimizer itself."""
         return None
 
+    def close(self) -> None:
+        """Let go of what would keep the model in memory: wrappers that it knows and that know it."""
+        self.model.run_through(None)
+
     def replace_weights(self, restored: CarftModel) -> None:
         """Take over another model's weights, and forget the moments."""
         self.model.load_state_dict(restored.state_dict())
@@ -209,6 +213,10 @@ class DeepSpeedLearner(Learner):
                     contents["optimizer"][f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
                     contents["optimizer"][f"{name}/step"] = torch.tensor(step)
         return contents
+
+    def close(self) -> None:
+        self._engine.destroy()
+        super().close()
 
     def replace_weights(self, restored: CarftModel) -> None:
         raise RuntimeError("check_strategy refuses it before the run")

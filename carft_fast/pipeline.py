@@ -1,5 +1,6 @@
 """From a config to a finished run: check everything, then the stages, then the summary and the report."""
 
+import gc
 import json
 from collections.abc import Sequence
 from contextlib import closing
@@ -218,6 +219,7 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
             final = run.folder / ("sft" if stage == "sft" else "model")
             if not run.store.has_model(final):  # else a resumed run that was past this stage
                 _export(run, trainers[stage](run, model_path), final)
+                gc.collect()  # the next stage needs the room
             model_path = str(final)
 
     def finish() -> dict[str, Any]:
@@ -245,6 +247,7 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
         run.tokenizer.save_pretrained(folder)
 
     on_main(lambda: write_folder(final, write))
+    loop.learner.close()
 
 
 def evaluate_only(prepared: Prepared) -> EvalResult:

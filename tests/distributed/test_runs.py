@@ -256,6 +256,41 @@ def test_what_fails_on_one_rank_while_the_others_need_it_ends_all(tmp_path: Path
     assert not workers(tmp_path / "run")
 
 
+WHAT_IS_LEFT = """
+import os, weakref
+import carft_fast.run as run
+
+started = run.StageLoop.__init__
+seen = []
+
+def start(self, *arguments):
+    started(self, *arguments)
+    for stage, model, optimizer in seen:
+        print(f"rank {os.environ['RANK']}: of {stage} left:", model() is not None, optimizer() is not None, flush=True)
+    optimizer = getattr(self.learner.optimizer, "optimizer", self.learner.optimizer)  # under DeepSpeed's own
+    seen.append((arguments[1], weakref.ref(self.learner.model), weakref.ref(optimizer)))
+
+run.StageLoop.__init__ = start
+from carft_fast.cli import run_cli
+run_cli()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
+def test_a_stage_leaves_no_model_and_no_optimizer_in_memory(tmp_path: Path, tiny_run: list[str], strategy: str) -> None:
+    script = tmp_path / "left.py"
+    script.write_text(WHAT_IS_LEFT)
+    words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run]
+    words += ["--set", f"distributed.strategy={strategy}", "--set", "sft.max_steps=1", "--set", "rl.max_steps=1"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, *TORCHRUN, "2", str(script), *words]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-3000:]
+    for rank in (0, 1):
+        assert f"rank {rank}: of sft left: False False" in found.stdout
+
+
 OTHER_ROWS = """
 import os, sys
 sys.argv = [word.replace("rows.json", f"rows-{os.environ['RANK']}.json") for word in sys.argv]
