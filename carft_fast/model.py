@@ -504,8 +504,8 @@ def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) ->
     for module, what in ((head, "LM head"), (embedding, "input embedding, whose weight is also its LM head's")):
         if isinstance(module, peft.tuners.lora.LoraLayer) and (tied or module is head):
             raise InputError(
-                f"lora.target_modules = {lora.target_modules}: an adapter on the model's {what}, cannot be trained: "
-                "the losses read the head's weight itself"
+                f"lora.target_modules = {lora.target_modules}: an adapter on the model's {what}: the losses read the "
+                "head's weight itself and would not see it"
             )
     if trained is not None:
         loaded: Any = peft.set_peft_model_state_dict(lm, load_file(trained / "adapter_model.safetensors"))
