@@ -283,7 +283,7 @@ class CarftModel(nn.Module):
             plain_BLV = hidden_BLD.float() @ weight.float().T
             if plain_BLV.shape == logits_BLV.shape and torch.allclose(plain_BLV, logits_BLV, rtol=1e-3, atol=1e-3):
                 return True
-        if len(captured) < 2:
+        if len(captured) < 2:  # the second is the base model's own call
             raise InputError(
                 f"{type(self.lm).__name__}: its LM head is more than a matrix, and its hidden states cannot be had "
                 "beside the logits"

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +95,7 @@ class Run:
             "stages": list(stages),
             "seed": self.config.seed,
             "versions": versions(),
-            "data": self._data(),
+            "data": self._data,
             "machine": {
                 "cpu_count": os.cpu_count(),
                 "threads": torch.get_num_threads(),
@@ -105,6 +106,7 @@ class Run:
         }
         write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
 
+    @cached_property
     def _data(self) -> dict[str, Any]:
         """What of the rows has to be the same when the run goes on."""
         found = {}
@@ -119,7 +121,7 @@ class Run:
 
     def check_same_data(self, *, resume: bool) -> None:
         """Raises InputError where processes have read other rows, or a run that goes on began with others."""
-        own, *others = each_rank(self._data)
+        own, *others = each_rank(lambda: self._data)
         for process, theirs in enumerate(others, 1):
             for name in own:
                 if theirs[name] != own[name]:

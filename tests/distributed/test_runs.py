@@ -65,6 +65,14 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
+def run_script(folder: Path, script: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """On two processes, in `folder`, with the words as its arguments."""
+    (folder / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, *TORCHRUN, "2", "script.py", *words]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
 BUSY_TO_THE_END = """
 import sys, time, torch, torch.distributed as dist
 import carft_fast.cli
@@ -87,12 +95,7 @@ carft_fast.cli.run_cli()
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_process_ends_with_its_own_exit_code_whatever_gloo_still_holds(code: int, tmp_path: Path) -> None:
-    script = tmp_path / "busy.py"
-    script.write_text(BUSY_TO_THE_END.format(code=code))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    found = subprocess.run(
-        [sys.executable, *TORCHRUN, "2", str(script)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    found = run_script(tmp_path, BUSY_TO_THE_END.format(code=code))
     assert "terminate called" not in found.stderr
     assert found.returncode == bool(code)
     assert bool(re.search(r"exitcode *: 3 ", found.stderr)) == bool(code), found.stderr
@@ -240,17 +243,8 @@ run_cli()
 @pytest.mark.slow
 def test_what_fails_on_one_rank_while_the_others_need_it_ends_all(tmp_path: Path, tiny_run: list[str]) -> None:
     """Under FSDP2 every forward is a collective: the others learn of it by the process's end."""
-    script = tmp_path / "fails.py"
-    script.write_text(FAILS_IN_THE_MODEL)
     words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run, *FSDP2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    found = subprocess.run(
-        [sys.executable, *TORCHRUN, "2", str(script), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    found = run_script(tmp_path, FAILS_IN_THE_MODEL, *words)
     assert found.returncode != 0
     assert "in the middle of a completion" in found.stdout + found.stderr
     assert not workers(tmp_path / "run")
@@ -279,13 +273,9 @@ run_cli()
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_stage_leaves_no_model_and_no_optimizer_in_memory(tmp_path: Path, tiny_run: list[str], strategy: str) -> None:
-    script = tmp_path / "left.py"
-    script.write_text(WHAT_IS_LEFT)
     words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run]
     words += ["--set", f"distributed.strategy={strategy}", "--set", "sft.max_steps=1", "--set", "rl.max_steps=1"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, *TORCHRUN, "2", str(script), *words]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    found = run_script(tmp_path, WHAT_IS_LEFT, *words)
     assert found.returncode == 0, found.stderr[-3000:]
     for rank in (0, 1):
         assert f"rank {rank}: of sft left: False False" in found.stdout
@@ -306,16 +296,13 @@ def test_processes_with_other_rows_are_refused(tmp_path: Path) -> None:
     ]
     for rank, order in enumerate((rows, rows[::-1])):
         (tmp_path / f"rows-{rank}.json").write_text(json.dumps(order))
-    (tmp_path / "start.py").write_text(OTHER_ROWS)
     folder = tmp_path / "model"
     load_model(load_config(None, []), "synthetic", torch.device("cpu"), heads=False).save(folder)
     build_tokenizer().save_pretrained(folder)
     words = ["sft", "--output-dir", str(tmp_path / "run"), "--set", f"model.path={folder}"]
     for option in ("data.max_length=160", "rollout.max_new_tokens=24", "data.train=rows.json", "data.eval=rows.json"):
         words += ["--set", option]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    command = [sys.executable, *TORCHRUN, "2", "start.py", *words]
-    found = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    found = run_script(tmp_path, OTHER_ROWS, *words)
     assert found.returncode != 0
     message = "data.train is not the same for all processes: 9 usable rows for process 0, 9 for process 1, not the same"
     assert message in found.stdout + found.stderr

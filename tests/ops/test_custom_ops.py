@@ -10,7 +10,9 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 
 import carft_kernels as ck
+from carft_kernels import lcs
 from carft_kernels._runtime import chunk_size
+from carft_kernels.lcs import lcs_mask_reference
 
 from .test_triton import DEVICE, offsets, randint, randn
 
@@ -249,3 +251,14 @@ def test_nothing_of_the_size_of_all_logits(name: str, impl: Any, largest_tensor:
                 0
             ].backward()
     assert largest_tensor.numel <= chunk * (vocabulary + 16)
+
+
+def test_lcs_mask_of_what_is_too_long_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch takes it; asked for, Triton refuses it."""
+    monkeypatch.setattr(lcs, "use_triton", lambda *_: True)  # "auto" on CUDA
+    monkeypatch.setattr(lcs, "_LONGEST_B", 20)
+    arguments = (randint(0, 5, 30), offsets([12, 18]), randint(1, 5, 30), offsets([9, 21]))
+    for ours, expected in zip(ck.lcs_mask(*arguments), lcs_mask_reference(*arguments), strict=True):
+        assert torch.equal(ours, expected)
+    with pytest.raises(ValueError, match=r"b holds a sequence of 21 tokens: impl='triton' takes up to 20; use 'torch'"):
+        ck.lcs_mask(*arguments, impl="triton")

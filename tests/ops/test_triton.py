@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import carft_kernels as ck
-from carft_kernels import lcs
 from carft_kernels._runtime import INTERPRETED
 from carft_kernels.gae import gae_reference, kl_shaped_reward_reference, whiten_reference
 from carft_kernels.lcs import lcs_mask_reference
@@ -598,14 +597,3 @@ def test_lcs_mask(seed: int, lengths: list[tuple[int, int]]) -> None:
     arguments = (a, offsets(a_lengths), b, offsets(b_lengths))
     for ours, expected in zip(ck.lcs_mask(*arguments, impl="triton"), lcs_mask_reference(*arguments), strict=True):
         assert torch.equal(ours, expected)
-
-
-def test_lcs_mask_of_what_is_too_long_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default torch takes it; asked for, Triton refuses it."""
-    monkeypatch.setattr(lcs, "use_triton", lambda *_: True)  # "auto" on CUDA
-    monkeypatch.setattr(lcs, "_LONGEST_B", 20)
-    arguments = (randint(0, 5, 30), offsets([12, 18]), randint(1, 5, 30), offsets([9, 21]))
-    for ours, expected in zip(ck.lcs_mask(*arguments), lcs_mask_reference(*arguments), strict=True):
-        assert torch.equal(ours, expected)
-    with pytest.raises(ValueError, match=r"b holds a sequence of 21 tokens: impl='triton' takes up to 20; use 'torch'"):
-        ck.lcs_mask(*arguments, impl="triton")
