@@ -35,7 +35,7 @@ from benchmarks.rows import RESULTS, Row, read, this_machine, write
 from benchmarks.step import RIGHT, Inputs, Prepared, random_inputs
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
-from carft_fast.distributed import leave
+from carft_fast.core.processes import leave
 from carft_fast.methods import METHODS
 
 BASE = {"T": 512, "V": 8192, "D": 128}

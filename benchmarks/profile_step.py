@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.rows import commit
 from benchmarks.step import CASES, Inputs, Prepared, case_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
 from carft_fast.pipeline import prepare
 from carft_fast.rollout import Rollout
 

@@ -35,7 +35,8 @@ from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
+from carft_fast.core.example import Example
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.grading import Grader
 from carft_fast.model import CarftModel, load_model
@@ -47,7 +48,6 @@ from carft_fast.rollout import Rollout, SamplingParams, build_engine
 from carft_fast.run import Run, versions
 from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
-from carft_fast.types import Example
 from carft_kernels import cpu_linear
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"

@@ -30,7 +30,7 @@ from benchmarks.step_report import PUBLISHED, ROLLOUT_VOCABULARY, load, report, 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
 from carft_fast.model import load_model
 from carft_fast.pipeline import prepare
 from carft_fast.synthetic import build_model_config, build_tokenizer

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.attention import PromptStates
-from carft_fast.distributed import world_size
+from carft_fast.core.processes import world_size
 from carft_fast.passes import Look, Passes, Rows, gathered
 from carft_kernels import lcs_mask
 

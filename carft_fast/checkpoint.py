@@ -26,9 +26,7 @@ from torch import Tensor
 
 from carft_fast.config import Config
 from carft_fast.config_io import to_toml
-from carft_fast.distributed import on_main, rank, world_size
-from carft_fast.errors import InputError
-from carft_fast.files import (
+from carft_fast.core.durable import (
     TEMPORARY,
     discarded_on_error,
     find_damage,
@@ -38,6 +36,8 @@ from carft_fast.files import (
     temporary_of,
     writing,
 )
+from carft_fast.core.errors import InputError
+from carft_fast.core.processes import on_main, rank, world_size
 from carft_fast.model import HEADS_CONFIG, HEADS_WEIGHTS, CarftModel
 
 STATE_FILE = "trainer_state.json"

@@ -11,13 +11,13 @@ import typer
 
 from carft_fast.config import SYNTHETIC, Config
 from carft_fast.config_io import load_config, to_toml, value_origins
-from carft_fast.errors import EngineError, InputError, RewardError, TrainingError
+from carft_fast.core.errors import EngineError, InputError, RewardError, TrainingError
+from carft_fast.core.redact import redact
+from carft_fast.core.signals import Stopped
 from carft_fast.methods import METHODS, load_method_config
-from carft_fast.redact import redact
-from carft_fast.signals import Stopped
 
 if TYPE_CHECKING:
-    from carft_fast.console import Console
+    from carft_fast.core.console import Console
     from carft_fast.pipeline import Prepared
 
 QUICKSTART_CONFIG = Path(__file__).with_name("quickstart.toml")
@@ -103,7 +103,7 @@ def compare(
     base = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
     from carft_fast.compare import DEFAULT_METHODS, parse_methods, parse_seeds
     from carft_fast.compare import compare as run_comparison
-    from carft_fast.console import Console
+    from carft_fast.core.console import Console
 
     run_comparison(
         base,
@@ -127,7 +127,7 @@ def evaluate(
     """Greedy accuracy of model.path on data.eval, and maj@k and pass@k with eval.samples; with --output-dir,
     completions and figures are written there.
     """
-    from carft_fast.distributed import is_main
+    from carft_fast.core.processes import is_main
     from carft_fast.pipeline import describe_plan, evaluate_only
 
     resolved = load_config(config, overrides or ())
@@ -162,7 +162,7 @@ def check_data_file(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Rows that can be used, lengths, wrong or repeated annotations, questions of the test set. Loads no model."""
-    from carft_fast.console import Console
+    from carft_fast.core.console import Console
     from carft_fast.data_check import check_data, check_table
 
     resolved = load_config(config, overrides or ())
@@ -226,8 +226,8 @@ def _prepare(
     write: bool = True,
     dry_run: bool = False,
 ) -> "tuple[Prepared, Console]":
-    from carft_fast.console import Console
-    from carft_fast.distributed import join
+    from carft_fast.core.console import Console
+    from carft_fast.core.processes import join
     from carft_fast.model import resolve_device
     from carft_fast.pipeline import prepare
 
@@ -254,7 +254,7 @@ def run_cli() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         _run_app("")
         return
-    from carft_fast.distributed import leave
+    from carft_fast.core.processes import leave
 
     try:
         _run_app(f"[rank {os.environ['RANK']}] ")

@@ -22,12 +22,12 @@ from carft_fast.compare_report import write_comparison
 from carft_fast.compare_stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
 from carft_fast.config import Config
 from carft_fast.config_io import replaced
-from carft_fast.console import Console
-from carft_fast.errors import InputError
+from carft_fast.core.console import Console
+from carft_fast.core.errors import InputError
+from carft_fast.core.signals import StopRequest
 from carft_fast.methods import METHODS, check_method, continued_sft, preset
 from carft_fast.pipeline import describe_schedule, prepare, train
 from carft_fast.run import CONFIG_FILE, stage_total_steps
-from carft_fast.signals import StopRequest
 
 COMPARED = (*METHODS, SFT_TIME)
 DEFAULT_METHODS = (SFT, SFT_TIME, "reft", "grpo", "dr_grpo", "carft")

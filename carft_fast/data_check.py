@@ -8,10 +8,10 @@ from typing import Any
 from rich.table import Table
 
 from carft_fast.config import Config
+from carft_fast.core.example import Example
 from carft_fast.data import load_examples
 from carft_fast.prompts import PromptFormat, too_long
 from carft_fast.reward import extract_answer, parse_target, same_answer
-from carft_fast.types import Example
 
 SHOWN = 3
 

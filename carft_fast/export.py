@@ -21,8 +21,8 @@ from carft_fast.checkpoint import (
 )
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.errors import InputError
-from carft_fast.files import MANIFEST, find_damage, write_folder
+from carft_fast.core.durable import MANIFEST, find_damage, write_folder
+from carft_fast.core.errors import InputError
 from carft_fast.model import HEADS_CONFIG, CarftHeads, CarftModel, load_model
 
 _OF_THE_RUN = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)

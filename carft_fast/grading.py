@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from carft_fast.config import RewardConfig
-from carft_fast.distributed import each_rank, own_share
-from carft_fast.errors import InputError, RewardError
+from carft_fast.core.errors import InputError, RewardError
+from carft_fast.core.example import Example
+from carft_fast.core.processes import each_rank, own_share
 from carft_fast.reward import Grade, LatexVerdict, compare, extract_answer, grade, parse_target, read_number
-from carft_fast.types import Example
 
 if TYPE_CHECKING:
     from carft_fast.sandbox import ProgramPool

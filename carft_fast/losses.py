@@ -8,7 +8,7 @@ from torch import Tensor
 
 from carft_fast.batch import PackedBatch, sequence_mean_weights
 from carft_fast.config import ContrastiveConfig, RlConfig, RolloutConfig
-from carft_fast.distributed import gather_rows, global_sum
+from carft_fast.core.processes import gather_rows, global_sum
 from carft_fast.model import CarftModel, ModelOutput
 from carft_kernels import (
     linear_logprob,

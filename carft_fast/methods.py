@@ -8,7 +8,7 @@ from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 
 GROUP_SIZE = 4
 """Completions per question of the group methods where the base config has 1."""

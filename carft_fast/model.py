@@ -21,8 +21,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from carft_fast.attention import PACKED
 from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
-from carft_fast.distributed import is_main, world_size
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
+from carft_fast.core.processes import is_main, world_size
 from carft_fast.last_layer import LastLayer, decoder_layers
 from carft_fast.safe_weights import check_hub, check_safetensors
 from carft_fast.synthetic import build_model_config, build_tokenizer

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from carft_fast.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
 from carft_fast.config import Config, StageConfig
-from carft_fast.distributed import is_main, rank, world_size
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
+from carft_fast.core.processes import is_main, rank, world_size
 from carft_fast.model import CarftModel
 from carft_fast.optim import build_optimizer, optimizer_step, set_learning_rate
 

@@ -12,12 +12,14 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.config import SYNTHETIC, Config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
+from carft_fast.core.durable import write_folder, write_text
+from carft_fast.core.errors import InputError
+from carft_fast.core.example import Example
+from carft_fast.core.processes import on_main, world_size
+from carft_fast.core.signals import StopRequest
 from carft_fast.data import LoadReport, load_examples
-from carft_fast.distributed import on_main, world_size
-from carft_fast.errors import InputError
 from carft_fast.evaluate import EvalResult, add_samples
-from carft_fast.files import write_folder, write_text
 from carft_fast.flops import ModelCost
 from carft_fast.grading import Grader
 from carft_fast.memory import estimate_memory
@@ -29,11 +31,9 @@ from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, en
 from carft_fast.report import write_report
 from carft_fast.rollout import check_engine
 from carft_fast.run import SUMMARY_FILE, Run, StageLoop, check_run_folder, stage_total_steps, versions
-from carft_fast.signals import StopRequest
 from carft_fast.synthetic import make_task
 from carft_fast.train_rl import train_rl
 from carft_fast.train_sft import train_sft
-from carft_fast.types import Example
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from carft_fast.core.errors import InputError
+from carft_fast.core.example import Example
 from carft_fast.data import LoadReport
-from carft_fast.errors import InputError
 from carft_fast.reward import ANSWER_TRIGGER, REASONING_TRIGGER
-from carft_fast.types import Example
 
 
 @dataclass(frozen=True, slots=True)

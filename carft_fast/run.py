@@ -21,20 +21,20 @@ from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, has_sharded
 from carft_fast.config import Config, SftConfig, StageConfig
 from carft_fast.config_io import differences, load_config, to_toml
-from carft_fast.console import Console, Tracker
-from carft_fast.distributed import each_rank, is_main, on_main, world_size
-from carft_fast.errors import InputError, TrainingError
+from carft_fast.core.console import Console, Tracker
+from carft_fast.core.durable import write_text
+from carft_fast.core.errors import InputError, TrainingError
+from carft_fast.core.processes import each_rank, is_main, on_main, world_size
+from carft_fast.core.redact import redact
+from carft_fast.core.signals import Stopped, StopRequest
 from carft_fast.evaluate import EvalResult, evaluate
-from carft_fast.files import write_text
 from carft_fast.grading import Grader
 from carft_fast.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.metrics import MetricsLog, PhaseTimer
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import Learner, build_learner, strategy
 from carft_fast.prompts import EncodedExample, PromptFormat
-from carft_fast.redact import redact
 from carft_fast.rollout import RolloutEngine, build_engine
-from carft_fast.signals import Stopped, StopRequest
 
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "run.json"

@@ -12,6 +12,7 @@ from benchmarks.peers.turns import Turns, serve
 from benchmarks.peers.work import Done, Work
 from carft_fast.batch import derive_seed
 from carft_fast.config import Config
+from carft_fast.core.example import Example
 from carft_fast.grading import Grader
 from carft_fast.methods import load_method_config
 from carft_fast.model import CarftModel, load_model, load_tokenizer
@@ -23,7 +24,6 @@ from carft_fast.reference import Reference
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter
 from carft_fast.step import Needs, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all
-from carft_fast.types import Example
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_fast.config import Config
-from carft_fast.distributed import world_size
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
+from carft_fast.core.processes import world_size
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from carft_fast.batch import derive_seed
-from carft_fast.errors import EngineError, InputError
+from carft_fast.core.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 
 

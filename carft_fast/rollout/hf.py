@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from carft_fast.batch import chunks
-from carft_fast.distributed import gather_rows, world_size
-from carft_fast.errors import EngineError
+from carft_fast.core.errors import EngineError
+from carft_fast.core.processes import gather_rows, world_size
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from carft_fast.batch import derive_seed, pack
 from carft_fast.config import Config
-from carft_fast.errors import EngineError
+from carft_fast.core.errors import EngineError
 from carft_fast.losses import completion_logprobs, sampler_support_logprobs
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from carft_fast.distributed import each_rank, is_main, on_main, own_share
+from carft_fast.core.processes import each_rank, is_main, on_main, own_share
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.weights import HeldWeights, SamplerWeights

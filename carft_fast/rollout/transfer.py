@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from carft_fast.errors import EngineError
+from carft_fast.core.errors import EngineError
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_http import ServerApi, ServerLost, all_of
 from carft_fast.rollout.vllm_serve import free_port

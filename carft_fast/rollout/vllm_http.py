@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from carft_fast.errors import EngineError
+from carft_fast.core.errors import EngineError
 from carft_fast.rollout.vllm_adapter import INCOMPLETE
 
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from carft_fast.config import Config
-from carft_fast.errors import EngineError, InputError
+from carft_fast.core.errors import EngineError, InputError
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_adapter import LOOPBACK
 from carft_fast.rollout.vllm_http import TOKEN

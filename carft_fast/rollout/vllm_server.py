@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_fast.config import Config
-from carft_fast.errors import EngineError, InputError
+from carft_fast.core.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request

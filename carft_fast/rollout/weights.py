@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 from carft_fast.model import base_lm
 
 _LAYER = re.compile(r"^.*?\.\d+\.")

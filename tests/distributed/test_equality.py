@@ -24,8 +24,8 @@ from torch import Tensor
 import carft_fast.parallel
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
-from carft_fast.distributed import leave, on_main
+from carft_fast.core.console import Console
+from carft_fast.core.processes import leave, on_main
 from carft_fast.model import CarftModel, Gathered, load_model
 from carft_fast.parallel import Learner, build_learner
 from carft_fast.passes import Loss, PackedPasses

@@ -76,7 +76,7 @@ def run_script(folder: Path, script: str, *words: str) -> subprocess.CompletedPr
 BUSY_TO_THE_END = """
 import sys, time, torch, torch.distributed as dist
 import carft_fast.cli
-from carft_fast.distributed import join
+from carft_fast.core.processes import join
 
 def app():
     join("cpu", 60)
@@ -322,7 +322,7 @@ def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
 ) -> None:
     import carft_fast.parallel
     from carft_fast.config import Config
-    from carft_fast.errors import InputError
+    from carft_fast.core.errors import InputError
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -336,8 +336,8 @@ def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import carft_fast.parallel
-    from carft_fast.console import Console
-    from carft_fast.errors import InputError
+    from carft_fast.core.console import Console
+    from carft_fast.core.errors import InputError
     from carft_fast.pipeline import prepare
 
     monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)

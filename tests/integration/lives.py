@@ -23,8 +23,8 @@ from matplotlib.figure import Figure  # noqa: F401
 
 import carft_fast.checkpoint
 import carft_fast.compare
+import carft_fast.core.durable
 import carft_fast.export
-import carft_fast.files
 import carft_fast.pipeline
 from carft_fast.checkpoint import CheckpointStore
 from carft_fast.cli import run_cli
@@ -39,7 +39,7 @@ def die(note: str, where: str) -> None:
 
 def prepare(plan: dict[str, Any]) -> None:
     """ "kill": {phase, entry, calls}: SIGKILL after so many function calls in the entry-th time of a phase, or at its
-    end. "kill_in": {function of carft_fast.files, call}: at its call-th call. "stop_in": {signal, save}: that signal
+    end. "kill_in": {function of core.durable, call}: at its call-th call. "stop_in": {signal, save}: that signal
     while the save-th checkpoint is written, which does not end before the trainer waits for it. "fill": {phase, entry,
     path}: a file that takes the rest of the disk. "largest_file": bytes. "clock": seconds it is wrong by.
     """
@@ -58,7 +58,7 @@ def prepare(plan: dict[str, Any]) -> None:
 
 
 def count_calls(wanted: dict[str, Any], note: str) -> None:
-    original, calls = getattr(carft_fast.files, wanted["function"]), 0
+    original, calls = getattr(carft_fast.core.durable, wanted["function"]), 0
 
     def counted(*args: Any) -> Any:
         nonlocal calls
@@ -67,7 +67,7 @@ def count_calls(wanted: dict[str, Any], note: str) -> None:
             die(note, wanted["function"])
         return original(*args)
 
-    for module in (carft_fast.files, carft_fast.checkpoint):
+    for module in (carft_fast.core.durable, carft_fast.checkpoint):
         if hasattr(module, wanted["function"]):
             setattr(module, wanted["function"], counted)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from carft_fast.files import find_damage
+from carft_fast.core.durable import find_damage
 
 TINY = [
     *("sft.max_steps=6", "sft.batch_size=16", "sft.micro_batch_tokens=400", "sft.save_every=2"),

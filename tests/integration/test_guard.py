@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
+from carft_fast.core.signals import Stopped
 from carft_fast.pipeline import prepare, train
-from carft_fast.signals import Stopped
 
 COLLAPSING = [
     "sft.max_steps=150",

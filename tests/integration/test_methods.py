@@ -10,8 +10,8 @@ import pytest
 import torch
 import transformers
 
-from carft_fast.console import Console
-from carft_fast.errors import InputError
+from carft_fast.core.console import Console
+from carft_fast.core.errors import InputError
 from carft_fast.pipeline import prepare, train
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
 from carft_fast.run import Run

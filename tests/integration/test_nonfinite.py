@@ -11,8 +11,8 @@ from torch import Tensor
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
-from carft_fast.errors import TrainingError
+from carft_fast.core.console import Console
+from carft_fast.core.errors import TrainingError
 from carft_fast.passes import PackedPasses
 from carft_fast.pipeline import prepare, train
 from carft_fast.step import MiniBatch

@@ -8,8 +8,8 @@ from rich.console import Console as RichConsole
 
 from benchmarks import predict
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
-from carft_fast.errors import InputError
+from carft_fast.core.console import Console
+from carft_fast.core.errors import InputError
 from carft_fast.methods import method_name
 from carft_fast.pipeline import describe_plan, prepare
 from carft_fast.synthetic import build_tokenizer

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 from carft_fast.reference import Reference
 
 from .stepcase import quick_config, random_case, take_apart, update

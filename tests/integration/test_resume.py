@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-import carft_fast.distributed
+import carft_fast.core.processes
 from carft_fast.checkpoint import CheckpointStore
-from carft_fast.console import Console
+from carft_fast.core.console import Console
+from carft_fast.core.signals import Stopped, StopRequest
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.model import CarftModel
 from carft_fast.pipeline import prepare, train
 from carft_fast.rollout.stream import RolloutStream
-from carft_fast.signals import Stopped, StopRequest
 
 from .test_run import run_pipeline, tiny_config
 
@@ -195,9 +195,9 @@ def test_a_signal_while_processes_ask_each_other_is_not_forgotten(monkeypatch: p
         stop._handle(signal.SIGTERM, None)  # arrives while this process waits for the others
         return mine
 
-    monkeypatch.setattr(carft_fast.distributed, "global_max", another)
+    monkeypatch.setattr(carft_fast.core.processes, "global_max", another)
     stop.check_together()
-    monkeypatch.setattr(carft_fast.distributed, "global_max", lambda mine: mine)
+    monkeypatch.setattr(carft_fast.core.processes, "global_max", lambda mine: mine)
     with pytest.raises(Stopped, match="SIGTERM"):
         stop.check_together()
 

@@ -9,9 +9,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
+from carft_fast.core.errors import InputError
 from carft_fast.data import load_examples
-from carft_fast.errors import InputError
 from carft_fast.pipeline import evaluate_only, prepare
 from carft_fast.synthetic import build_model_config
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
 from carft_fast.metrics import METRICS, PHASES
 from carft_fast.pipeline import prepare, train
 

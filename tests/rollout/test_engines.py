@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carft_fast.errors import EngineError, InputError
+from carft_fast.core.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout import check_engine, vllm_adapter
 from carft_fast.rollout.base import RolloutEngine, SamplingParams

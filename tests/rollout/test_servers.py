@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.errors import EngineError, InputError
+from carft_fast.core.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter, vllm_http
 from carft_fast.rollout.base import SamplingParams

@@ -22,7 +22,7 @@ from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, commit, processor_model, read, write
 from benchmarks.step_report import PUBLISHED
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 
 MACHINE = {"device": "cpu", "processor": "x86_64", "model": "Some CPU", "cores": "2", "threads": "1", "commit": "abc"}
 ROOT = RESULTS.parents[1]

@@ -18,9 +18,9 @@ import carft_fast.checkpoint as checkpoint_module
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.errors import InputError, TrainingError
+from carft_fast.core.durable import find_damage, write_folder, write_text
+from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.export import export_checkpoint
-from carft_fast.files import find_damage, write_folder, write_text
 from carft_fast.model import CarftModel, load_model
 from carft_fast.optim import build_optimizer
 from carft_fast.synthetic import build_tokenizer

@@ -7,7 +7,7 @@ import torch
 
 from carft_fast.batch import pack
 from carft_fast.config_io import load_config
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 from carft_fast.losses import (
     Normaliser,
     RolloutTargets,

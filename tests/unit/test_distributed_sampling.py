@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from carft_fast.config_io import load_config
-from carft_fast.distributed import leave
+from carft_fast.core.processes import leave
 from carft_fast.model import CarftModel, load_model
 from carft_fast.rollout import Rollout, SamplingParams
 from carft_fast.rollout.hf import HFEngine

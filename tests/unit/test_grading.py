@@ -10,10 +10,10 @@ import pytest
 
 from carft_fast import grading
 from carft_fast.config import RewardConfig
-from carft_fast.errors import InputError, RewardError
+from carft_fast.core.errors import InputError, RewardError
+from carft_fast.core.example import Example
 from carft_fast.grading import Grader
 from carft_fast.reward import Grade, extract_answer
-from carft_fast.types import Example
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 LEAD = "so.\nTherefore, the answer is: "

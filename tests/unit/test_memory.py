@@ -9,7 +9,7 @@ from benchmarks.memory_table import MODELS, PAGE, cell, with_table
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.console import Console
+from carft_fast.core.console import Console
 from carft_fast.flops import ModelCost
 from carft_fast.memory import estimate_memory
 from carft_fast.parallel import Strategy

@@ -24,7 +24,7 @@ from benchmarks.peers.work import (
     check_tensors,
     relative_difference,
 )
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 
 # two prompts of 3 and 2 tokens, two samples each
 WORK = Work(

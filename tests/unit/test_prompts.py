@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from carft_fast.core.errors import InputError
+from carft_fast.core.example import Example
 from carft_fast.data import LoadReport
-from carft_fast.errors import InputError
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
-from carft_fast.types import Example
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"

@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from carft_fast.distributed import leave
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
+from carft_fast.core.processes import leave
 from carft_fast.rollout.weights import SamplerWeights
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from carft_fast import sandbox
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 from carft_fast.sandbox import Outcome, ProgramPool, SandboxError, read_result
 
 INNOCENT = "def solution():\n    return 6 * 7"

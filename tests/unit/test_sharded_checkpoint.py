@@ -18,10 +18,10 @@ from carft_fast.batch import pack
 from carft_fast.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
 from carft_fast.config import Config
 from carft_fast.config_io import load_config
-from carft_fast.distributed import leave
-from carft_fast.errors import TrainingError
+from carft_fast.core.durable import find_damage
+from carft_fast.core.errors import TrainingError
+from carft_fast.core.processes import leave
 from carft_fast.export import export_checkpoint
-from carft_fast.files import find_damage
 from carft_fast.model import load_model
 from carft_fast.optim import build_optimizer
 from carft_fast.synthetic import build_tokenizer

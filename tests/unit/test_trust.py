@@ -21,10 +21,10 @@ import carft_fast
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config, ModelConfig
 from carft_fast.config_io import load_config
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
+from carft_fast.core.redact import redact
 from carft_fast.flops import ModelCost
 from carft_fast.model import check_weights, load_lm_config, load_model, load_tokenizer
-from carft_fast.redact import redact
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_serve import ServerProcess, is_loopback, serve, server_environment
 from carft_fast.synthetic import build_model_config, build_tokenizer
@@ -186,7 +186,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 LOAD_FROM_HUB = """
 import torch
 from carft_fast.config_io import load_config
-from carft_fast.errors import InputError
+from carft_fast.core.errors import InputError
 from carft_fast.model import load_model
 
 for name in ("pickled", "adapter", "good"):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from carft_fast import errors
+from carft_fast.core import errors
 
 T = TypeVar("T")
 

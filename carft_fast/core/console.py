@@ -16,9 +16,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from carft_fast.distributed import is_main
-from carft_fast.files import writing
-from carft_fast.redact import redact
+from carft_fast.core.durable import writing
+from carft_fast.core.processes import is_main
+from carft_fast.core.redact import redact
 
 PLAIN_LINE_SECONDS = 5.0
 

@@ -41,7 +41,7 @@ class StopRequest:
         """For every process between two steps: raises Stopped on all where one was asked to stop."""
         signum = self._signum
         if self._several:
-            from carft_fast.distributed import global_max
+            from carft_fast.core.processes import global_max
 
             signum = global_max(signum or 0) or None  # one that comes while this process waits here counts next time
         if signum is not None:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from carft_fast.errors import TrainingError
+from carft_fast.core.errors import TrainingError
 
 TEMPORARY = ".writing-"
 """What the name of an unfinished file or folder begins with."""

@@ -1,0 +1,1 @@
+"""What every room needs: errors, seeds, processes, files that survive a kill, what a run says."""
