@@ -115,7 +115,7 @@ def random_model(sizes: dict[str, Any]) -> Iterator[Path]:
 
 def model_config(path: Path, device: str, *options: str) -> Any:
     from carft_fast.cli import QUICKSTART_CONFIG
-    from carft_fast.config_io import load_config
+    from carft_fast.config.toml import load_config
 
     fixed = [
         *(f"model.path={path}", f"model.device={device}", "model.compute_dtype=bfloat16", "data.max_length=512"),

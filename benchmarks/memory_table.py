@@ -8,8 +8,8 @@ from typing import Any
 
 import transformers
 
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.flops import ModelCost
 from carft_fast.memory import Strategy, estimate_memory
 

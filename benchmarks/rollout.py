@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.rows import RESULTS, commit
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.model import CarftModel, load_model
 from carft_fast.pipeline import prepare

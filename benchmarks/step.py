@@ -33,8 +33,8 @@ from benchmarks.rows import commit, processor_model
 from benchmarks.step_report import PUBLISHED, load, report, save
 from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.example import Example
 from carft_fast.flops import ModelCost, StepShape, fast_step

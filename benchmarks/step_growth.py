@@ -28,8 +28,8 @@ from benchmarks.step import (
 )
 from benchmarks.step_report import PUBLISHED, ROLLOUT_VOCABULARY, load, report, save
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.model import load_model
 from carft_fast.pipeline import prepare

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from carft_fast.config import Config
-from carft_fast.config_io import to_toml
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import to_toml
 from carft_fast.core.durable import (
     TEMPORARY,
     discarded_on_error,

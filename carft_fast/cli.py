@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carft_fast.config import SYNTHETIC, Config
-from carft_fast.config_io import load_config, to_toml, value_origins
+from carft_fast.config.methods import METHODS, load_method_config
+from carft_fast.config.schema import SYNTHETIC, Config
+from carft_fast.config.toml import load_config, to_toml, value_origins
 from carft_fast.core.errors import EngineError, InputError, RewardError, TrainingError
 from carft_fast.core.redact import redact
 from carft_fast.core.signals import Stopped
-from carft_fast.methods import METHODS, load_method_config
 
 if TYPE_CHECKING:
     from carft_fast.core.console import Console
     from carft_fast.pipeline import Prepared
 
-QUICKSTART_CONFIG = Path(__file__).with_name("quickstart.toml")
+QUICKSTART_CONFIG = Path(__file__).with_name("config") / "quickstart.toml"
 
 app = typer.Typer(
     help="Contrastive reinforced fine-tuning (CARFT) of language models that reason.",

@@ -20,12 +20,12 @@ from rich.table import Table
 
 from carft_fast.compare_report import write_comparison
 from carft_fast.compare_stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
-from carft_fast.config import Config
-from carft_fast.config_io import replaced
+from carft_fast.config.methods import METHODS, check_method, continued_sft, preset
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import replaced
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
 from carft_fast.core.signals import StopRequest
-from carft_fast.methods import METHODS, check_method, continued_sft, preset
 from carft_fast.pipeline import describe_schedule, prepare, train
 from carft_fast.run import CONFIG_FILE, stage_total_steps
 

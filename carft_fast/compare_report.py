@@ -14,7 +14,7 @@ import torch
 
 from carft_fast import html_report as page
 from carft_fast.compare_stats import SFT, SFT_TIME, Accuracy, MethodSummary, Trajectory, summarise, verdict
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.durable import write_text
 from carft_fast.report import tidy
 from carft_fast.run import versions

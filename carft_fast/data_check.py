@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
 from carft_fast.data import load_examples
 from carft_fast.prompts import PromptFormat, too_long

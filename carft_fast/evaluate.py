@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from carft_fast.batch import derive_seed
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.grading import Grader
 from carft_fast.prompts import EncodedExample, PromptFormat
 from carft_fast.reward import Answer, Grade, same_answer

@@ -19,8 +19,8 @@ from carft_fast.checkpoint import (
     load_sharded,
     read_state,
 )
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.durable import MANIFEST, find_damage, write_folder
 from carft_fast.core.errors import InputError
 from carft_fast.model import HEADS_CONFIG, CarftHeads, CarftModel, load_model

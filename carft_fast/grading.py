@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from carft_fast.config import RewardConfig
+from carft_fast.config.schema import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
 from carft_fast.core.processes import each_rank, own_share

@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from carft_fast.attention import PACKED
 from carft_fast.batch import PackedBatch, derive_seed, pack
-from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
+from carft_fast.config.schema import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import is_main, world_size
 from carft_fast.last_layer import LastLayer, decoder_layers

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from carft_fast.config import StageConfig
+from carft_fast.config.schema import StageConfig
 from carft_fast.model import CarftModel
 
 

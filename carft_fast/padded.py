@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.config import RlConfig
+from carft_fast.config.schema import RlConfig
 from carft_fast.losses import Normaliser, RolloutTargets
 from carft_fast.model import CarftModel
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from carft_fast.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
-from carft_fast.config import Config, StageConfig
+from carft_fast.config.schema import Config, StageConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import is_main, rank, world_size
 from carft_fast.model import CarftModel

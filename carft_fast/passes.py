@@ -9,7 +9,7 @@ from torch import Tensor
 from carft_fast import padded
 from carft_fast.attention import PromptStates
 from carft_fast.batch import PackedBatch, balanced_batches, chunks, pack
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.processes import gather_by_row
 from carft_fast.flops import ModelCost
 from carft_fast.losses import (

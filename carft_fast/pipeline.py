@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.config import SYNTHETIC, Config
+from carft_fast.config.methods import method_name
+from carft_fast.config.schema import SYNTHETIC, Config
 from carft_fast.core.console import Console
 from carft_fast.core.durable import write_folder, write_text
 from carft_fast.core.errors import InputError
@@ -23,7 +24,6 @@ from carft_fast.evaluate import EvalResult, add_samples
 from carft_fast.flops import ModelCost
 from carft_fast.grading import Grader
 from carft_fast.memory import estimate_memory
-from carft_fast.methods import method_name
 from carft_fast.model import check_heads, check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.optim import learning_rate
 from carft_fast.parallel import check_strategy, strategy

@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from carft_fast.attention import PromptStates
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.errors import InputError
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import divide_frozen, strategy

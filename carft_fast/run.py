@@ -19,8 +19,8 @@ import torch
 
 from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, has_sharded
-from carft_fast.config import Config, SftConfig, StageConfig
-from carft_fast.config_io import differences, load_config, to_toml
+from carft_fast.config.schema import Config, SftConfig, StageConfig
+from carft_fast.config.toml import differences, load_config, to_toml
 from carft_fast.core.console import Console, Tracker
 from carft_fast.core.durable import write_text
 from carft_fast.core.errors import InputError, TrainingError

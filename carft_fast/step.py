@@ -16,7 +16,7 @@ from torch import Tensor
 from carft_fast.advantage import Advantages
 from carft_fast.annotated import Annotated
 from carft_fast.batch import chunks, derive_seed, permutation
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.processes import gather_by_row, global_sum, own_turns, world_size
 from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.model import CarftModel

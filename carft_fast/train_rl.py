@@ -13,7 +13,7 @@ from torch import Tensor
 from carft_fast.advantage import Advantages, group_advantages, ppo_advantages
 from carft_fast.annotated import mark_common
 from carft_fast.batch import derive_seed
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.grading import Grader
 from carft_fast.losses import explained_variance
 from carft_fast.model import CarftModel

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.peers.carft_side import CPU, fixed_length_engine, side_config
 from benchmarks.peers.turns import Turns
 from benchmarks.peers.work import Done, Work
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.model import CarftModel
 from carft_fast.rollout import RolloutEngine, SamplingParams, vllm_adapter
 from carft_fast.rollout.weights import SamplerWeights

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import world_size
 from carft_fast.model import CarftModel

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.batch import derive_seed, pack
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError
 from carft_fast.losses import completion_logprobs, sampler_support_logprobs
 from carft_fast.model import CarftModel

@@ -19,7 +19,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from carft_fast.config import Config, RolloutConfig
+from carft_fast.config.schema import Config, RolloutConfig
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.core.processes import world_size
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_adapter import LOOPBACK

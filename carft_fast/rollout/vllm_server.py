@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from carft_fast.config import Config
+from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.model import CarftModel
 from carft_fast.rollout import vllm_adapter

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import carft_fast.parallel
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.processes import leave, on_main
 from carft_fast.model import CarftModel, Gathered, load_model

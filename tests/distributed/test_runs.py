@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.model import load_model
 from carft_fast.synthetic import build_tokenizer
 
@@ -321,7 +321,7 @@ def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import carft_fast.parallel
-    from carft_fast.config import Config
+    from carft_fast.config.schema import Config
     from carft_fast.core.errors import InputError
 
     for name, value in environment.items():
@@ -342,7 +342,7 @@ def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
 
     monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
     options = ["guard.action=rollback", f"distributed.strategy={how}"]
-    config = load_config(str(ROOT / "carft_fast" / "quickstart.toml"), options)
+    config = load_config(str(ROOT / "carft_fast" / "config" / "quickstart.toml"), options)
     with pytest.raises(InputError, match=rf'guard.action = "rollback" .* "{how}" \(DeepSpeed\): allowed are "off"'):
         prepare(config, tmp_path / "run", Console(), stages=("sft", "rl"))
     assert not (tmp_path / "run").exists()

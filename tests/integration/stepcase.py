@@ -8,8 +8,8 @@ from torch import Tensor
 from carft_fast.advantage import Advantages
 from carft_fast.annotated import mark_common
 from carft_fast.batch import derive_seed
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import Learner
 from carft_fast.passes import Rows

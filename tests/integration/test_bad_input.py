@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models
 
 from carft_fast.__main__ import main
-from carft_fast.config_io import load_config, to_toml
+from carft_fast.config.toml import load_config, to_toml
 
 ROWS = [
     {"item_id": f"r{i}", "question": f"What is {i} + 1 ?", "answer_cot": "add one", "answer_value": str(i + 1)}

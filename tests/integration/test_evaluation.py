@@ -11,7 +11,7 @@ import transformers
 from typer.testing import CliRunner
 
 from carft_fast.cli import QUICKSTART_CONFIG, app
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.pipeline import prepare
 from carft_fast.run import picked_rows

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.signals import Stopped
 from carft_fast.pipeline import prepare, train

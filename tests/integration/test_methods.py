@@ -102,7 +102,7 @@ def test_the_quickstart_follows_the_same_curve_on_both_paths(
     the runs would part for a reason that is none.
     """
     from carft_fast.cli import QUICKSTART_CONFIG
-    from carft_fast.config_io import load_config
+    from carft_fast.config.toml import load_config
 
     size = ["rl.batch_size=32", "rl.mini_batch_size=16", "rl.max_steps=20", "data.eval_rows=20"]
     size += ["sft.max_steps=180", "sft.save_every=1000", "rl.eval_every=20", "rl.save_every=20"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import TrainingError
 from carft_fast.passes import PackedPasses

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console as RichConsole
 
 from benchmarks import predict
-from carft_fast.config_io import load_config
+from carft_fast.config.methods import method_name
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
-from carft_fast.methods import method_name
 from carft_fast.pipeline import describe_plan, prepare
 from carft_fast.synthetic import build_tokenizer
 

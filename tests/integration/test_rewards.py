@@ -8,7 +8,7 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
 from carft_fast.data import load_examples

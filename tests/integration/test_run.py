@@ -13,8 +13,8 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.metrics import METRICS, PHASES
 from carft_fast.pipeline import prepare, train

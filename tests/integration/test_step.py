@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from carft_fast.advantage import group_advantages, ppo_advantages
 from carft_fast.batch import derive_seed
-from carft_fast.config import RlConfig
+from carft_fast.config.schema import RlConfig
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.losses import ContrastTargets, contrastive_loss
 from carft_fast.passes import Rows, Want

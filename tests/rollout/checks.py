@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, SamplingParams
 from carft_fast.synthetic import build_tokenizer

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import carft_fast
 import carft_fast.checkpoint as checkpoint_module
 from carft_fast.checkpoint import CheckpointStore, load_optimizer
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.durable import find_damage, write_folder, write_text
 from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.export import export_checkpoint

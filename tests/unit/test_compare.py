@@ -11,10 +11,10 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.compare import expand, parse_methods, parse_seeds, parse_vary
 from carft_fast.compare_report import evaluations_csv, summary_csv
 from carft_fast.compare_stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
-from carft_fast.config_io import load_config
+from carft_fast.config.methods import METHODS, load_method_config, method_name
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.evaluate import wilson_interval
-from carft_fast.methods import METHODS, load_method_config, method_name
 
 
 def run(

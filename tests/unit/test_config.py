@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config, SftConfig
-from carft_fast.config_io import differences, iter_fields, load_config, to_toml, value_origins
+from carft_fast.config.schema import Config, SftConfig
+from carft_fast.config.toml import differences, iter_fields, load_config, to_toml, value_origins
 from carft_fast.evaluate import wilson_interval
 from carft_fast.optim import learning_rate
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.annotated import mark_common
-from carft_fast.config import ContrastiveConfig
+from carft_fast.config.schema import ContrastiveConfig
 from carft_fast.losses import ContrastTargets, contrastive_loss, negative_signal, positive_signal
 from carft_fast.passes import Rows
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carft_fast.batch import pack
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.losses import (
     Normaliser,

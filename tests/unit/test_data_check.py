@@ -8,7 +8,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from carft_fast.cli import app
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data_check import Lengths, check_data
 from carft_fast.prompts import PromptFormat

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.processes import leave
 from carft_fast.model import CarftModel, load_model
 from carft_fast.rollout import Rollout, SamplingParams

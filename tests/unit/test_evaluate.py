@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.evaluate import bootstrap_interval, majority, pass_at_k, wilson_interval
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from carft_fast import grading
-from carft_fast.config import RewardConfig
+from carft_fast.config.schema import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
 from carft_fast.grading import Grader

@@ -7,7 +7,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.rollout import vllm_adapter
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"

@@ -7,8 +7,8 @@ from rich.console import Console as RichConsole
 
 from benchmarks.memory_table import MODELS, PAGE, cell, with_table
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.flops import ModelCost
 from carft_fast.memory import estimate_memory

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from carft_fast.batch import pack
 from carft_fast.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.durable import find_damage
 from carft_fast.core.errors import TrainingError
 from carft_fast.core.processes import leave

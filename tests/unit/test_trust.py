@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 import carft_fast
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config, ModelConfig
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config, ModelConfig
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.core.redact import redact
 from carft_fast.flops import ModelCost
@@ -185,7 +185,7 @@ def hub(tmp_path: Path) -> Iterator[str]:
 
 LOAD_FROM_HUB = """
 import torch
-from carft_fast.config_io import load_config
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.model import load_model
 

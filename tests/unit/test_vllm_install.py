@@ -7,8 +7,8 @@ import pytest
 from transformers import T5Config, XLNetConfig
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.rollout import check_engine, vllm_adapter
 

@@ -6,8 +6,8 @@ What a method leaves open (learning rate, KL coefficient of PPO, batch, epochs) 
 from collections.abc import Sequence
 from typing import Any
 
-from carft_fast.config import Config
-from carft_fast.config_io import load_config
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 
 GROUP_SIZE = 4

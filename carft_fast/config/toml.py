@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from carft_fast.config import Config, Section
+from carft_fast.config.schema import Config, Section
 from carft_fast.core.errors import InputError
 
 

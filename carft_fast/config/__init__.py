@@ -1,0 +1,1 @@
+"""Settings: their bounds and documentation, TOML in and out, and methods as presets of them."""
