@@ -146,7 +146,7 @@ def evaluate(
 @app.command()
 def report(folder: Annotated[str, typer.Argument(help="A run's folder, finished or not.")]) -> None:
     """Write report.html of a run from what its folder holds: figures, curves, settings, in one file."""
-    from carft_fast.report import rewrite_page
+    from carft_fast.reports.run_report import rewrite_page
 
     typer.echo(f"wrote {rewrite_page(Path(folder))}")
 

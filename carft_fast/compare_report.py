@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from carft_fast import html_report as page
 from carft_fast.compare_stats import SFT, SFT_TIME, Accuracy, MethodSummary, Trajectory, summarise, verdict
 from carft_fast.config.schema import Config
 from carft_fast.core.durable import write_text
-from carft_fast.report import tidy
+from carft_fast.reports import page as page
+from carft_fast.reports.run_report import tidy
 from carft_fast.run import versions
 
 CSV_FIELDS = (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from carft_fast.evaluate import wilson_interval
-from carft_fast.metrics import PHASES
+from carft_fast.reports.metrics import PHASES
 
 NOT_TRAINING = ("load", "evaluate", "checkpoint")
 TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in NOT_TRAINING)

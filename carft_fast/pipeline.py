@@ -28,7 +28,7 @@ from carft_fast.model import check_heads, check_weights, load_lm_config, load_mo
 from carft_fast.optim import learning_rate
 from carft_fast.parallel import check_strategy, strategy
 from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
-from carft_fast.report import write_report
+from carft_fast.reports.run_report import write_report
 from carft_fast.rollout import check_engine
 from carft_fast.run import SUMMARY_FILE, Run, StageLoop, check_run_folder, stage_total_steps, versions
 from carft_fast.synthetic import make_task

@@ -28,7 +28,7 @@ import carft_fast.export
 import carft_fast.pipeline
 from carft_fast.checkpoint import CheckpointStore
 from carft_fast.cli import run_cli
-from carft_fast.metrics import PhaseTimer
+from carft_fast.reports.metrics import PhaseTimer
 
 
 def die(note: str, where: str) -> None:

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks.report import build
-from carft_fast import html_report
+from carft_fast.reports import page as html_report
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 

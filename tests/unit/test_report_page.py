@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from carft_fast import html_report
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.compare_report import html, markdown
 from carft_fast.compare_stats import Evaluation, Trajectory, summarise
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
-from carft_fast.report import rewrite_page
+from carft_fast.reports import page as html_report
+from carft_fast.reports.run_report import rewrite_page
 
 
 def record(stage: str, kind: str, step: int, **values: Any) -> dict[str, Any]:

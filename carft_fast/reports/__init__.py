@@ -1,0 +1,1 @@
+"""What a run leaves for people to read: metrics, curves and one HTML page."""
