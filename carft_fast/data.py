@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
-from carft_fast.reward import Answer, AnswerType, parse_target
+from carft_fast.rewards.answers import Answer, AnswerType, parse_target
 
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
 CalculatorMarks = Literal["strip", "keep"]

@@ -11,7 +11,7 @@ from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
 from carft_fast.data import load_examples
 from carft_fast.prompts import PromptFormat, too_long
-from carft_fast.reward import extract_answer, parse_target, same_answer
+from carft_fast.rewards.answers import extract_answer, parse_target, same_answer
 
 SHOWN = 3
 

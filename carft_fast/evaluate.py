@@ -9,9 +9,9 @@ import torch
 
 from carft_fast.batch import derive_seed
 from carft_fast.config.schema import Config
-from carft_fast.grading import Grader
 from carft_fast.prompts import EncodedExample, PromptFormat
-from carft_fast.reward import Answer, Grade, same_answer
+from carft_fast.rewards.answers import Answer, Grade, same_answer
+from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 from carft_fast.synthetic import is_step_by_step
 

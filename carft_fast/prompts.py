@@ -7,7 +7,7 @@ from typing import Any
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
 from carft_fast.data import LoadReport
-from carft_fast.reward import ANSWER_TRIGGER, REASONING_TRIGGER
+from carft_fast.rewards.answers import ANSWER_TRIGGER, REASONING_TRIGGER
 
 
 @dataclass(frozen=True, slots=True)

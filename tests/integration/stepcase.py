@@ -14,7 +14,7 @@ from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import Learner
 from carft_fast.passes import Rows
 from carft_fast.reference import Reference
-from carft_fast.reward import Grade
+from carft_fast.rewards.answers import Grade
 from carft_fast.step import Experience, MiniBatch, Samples, Step
 from carft_fast.train_rl import estimate_advantages, score_rollouts
 

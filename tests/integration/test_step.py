@@ -16,7 +16,7 @@ from carft_fast.config.schema import RlConfig
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.losses import ContrastTargets, contrastive_loss
 from carft_fast.passes import Rows, Want
-from carft_fast.reward import Grade
+from carft_fast.rewards.answers import Grade
 from carft_fast.step import Needs, Samples
 from carft_fast.train_rl import estimate_advantages, score_rollouts
 from carft_kernels import set_index_checks

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from carft_fast import grading
 from carft_fast.config.schema import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
-from carft_fast.grading import Grader
-from carft_fast.reward import Grade, extract_answer
+from carft_fast.rewards import grader as grading
+from carft_fast.rewards.answers import Grade, extract_answer
+from carft_fast.rewards.grader import Grader
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 LEAD = "so.\nTherefore, the answer is: "

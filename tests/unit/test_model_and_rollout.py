@@ -20,7 +20,7 @@ from carft_fast.core.errors import EngineError
 from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
 from carft_fast.passes import Rows, build_passes
-from carft_fast.reward import Grade
+from carft_fast.rewards.answers import Grade
 from carft_fast.rollout import SamplingParams
 from carft_fast.rollout.base import request_seed
 from carft_fast.rollout.hf import HFEngine, inverse_cdf

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from carft_fast.reward import (
+from carft_fast.rewards.answers import (
     AnswerType,
     base_score,
     compare_latex,

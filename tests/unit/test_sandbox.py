@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from carft_fast import sandbox
 from carft_fast.core.errors import InputError
-from carft_fast.sandbox import Outcome, ProgramPool, SandboxError, read_result
+from carft_fast.rewards import programs as sandbox
+from carft_fast.rewards.programs import Outcome, ProgramPool, SandboxError, read_result
 
 INNOCENT = "def solution():\n    return 6 * 7"
 FORBIDDEN = Outcome(None, "killed: forbidden system call")
@@ -428,7 +428,8 @@ def children(pid: int) -> list[int]:
 def test_nothing_outlives_a_killed_trainer() -> None:
     """Not even with a copy of its descriptors in another process, a data loader's worker say."""
     code = (
-        "import os, sys, time\nfrom carft_fast.sandbox import ProgramPool\npool = ProgramPool(1, cpu_seconds=50)\n"
+        "import os, sys, time\nfrom carft_fast.rewards.programs import ProgramPool\n"
+        "pool = ProgramPool(1, cpu_seconds=50)\n"
         "if os.fork() == 0: time.sleep(8); os._exit(0)\n"
         "print('ready', flush=True)\npool.run(['def solution():\\n while True: pass'])"
     )

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from carft_fast.prompts import PromptFormat
-from carft_fast.reward import extract_answer
+from carft_fast.rewards.answers import extract_answer
 from carft_fast.synthetic import GAINS, LOSSES, build_model_config, build_tokenizer, is_step_by_step, make_task
 
 

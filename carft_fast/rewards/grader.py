@@ -19,10 +19,10 @@ from carft_fast.config.schema import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
 from carft_fast.core.processes import each_rank, own_share
-from carft_fast.reward import Grade, LatexVerdict, compare, extract_answer, grade, parse_target, read_number
+from carft_fast.rewards.answers import Grade, LatexVerdict, compare, extract_answer, grade, parse_target, read_number
 
 if TYPE_CHECKING:
-    from carft_fast.sandbox import ProgramPool
+    from carft_fast.rewards.programs import ProgramPool
 
 RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
 _WALL_PER_CPU = 10  # a comparison gets its processor time within this many times as long, on a busy machine too
@@ -83,7 +83,7 @@ class Grader(AbstractContextManager["Grader"]):
     def _grade_programs(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         rule = self._config
         if self._programs is None:
-            from carft_fast.sandbox import ProgramPool
+            from carft_fast.rewards.programs import ProgramPool
 
             self._programs = ProgramPool(
                 rule.program_workers,
@@ -197,11 +197,11 @@ class LatexChecker:
         return "unreadable"
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        package = str(Path(__file__).resolve().parents[1])
+        package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "carft_fast.latex_worker", str(self._cpu_seconds)],
+                [sys.executable, "-m", "carft_fast.rewards.latex", str(self._cpu_seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

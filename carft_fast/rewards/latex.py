@@ -1,7 +1,7 @@
 """A process that compares LaTeX, one JSON line for another. Its processor time per comparison is limited, since
 neither math-verify nor sympy is bounded: what goes over ends the process, and `grading.LatexChecker` starts another.
 
-Use: python -m carft_fast.latex_worker SECONDS
+Use: python -m carft_fast.rewards.latex SECONDS
 """
 
 import json
@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 
-from carft_fast.reward import compare_latex
+from carft_fast.rewards.answers import compare_latex
 
 MEMORY_BYTES = 2 << 30
 

@@ -1,4 +1,4 @@
-"""The hostile side of `carft_fast.sandbox`: a fork server, run as a script in an interpreter of its own.
+"""The hostile side of `carft_fast.rewards.programs`: a fork server, run as a script in an interpreter of its own.
 
 Three processes a worker: this one, which gives up what it can and then waits; the server, its child, which forks; and
 one child of that for each program. A child is forked before its program arrives and reads the program itself, so the
@@ -277,7 +277,7 @@ def evaluate(text: str) -> bytes:
 
 
 def pack(value: object) -> bytes:
-    """A kind and its bytes; `carft_fast.sandbox` reads them. Numbers are doubles."""
+    """A kind and its bytes; `carft_fast.rewards.programs` reads them. Numbers are doubles."""
     if isinstance(value, bool):
         return b"b" + bytes([value])
     if isinstance(value, (int, float, fractions.Fraction, decimal.Decimal)):

@@ -1,0 +1,1 @@
+"""From a completion's text to its grade: answers, LaTeX, programs in a sandbox, a user's own function."""
