@@ -104,7 +104,7 @@ def random_model(sizes: dict[str, Any]) -> Iterator[Path]:
     """A folder with an untrained model and the quickstart's tokenizer."""
     import transformers
 
-    from carft_fast.synthetic import build_tokenizer
+    from carft_fast.data.synthetic import build_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="carft-benchmark-") as folder:
         config = transformers.Qwen2Config(**sizes)
@@ -127,7 +127,7 @@ def model_config(path: Path, device: str, *options: str) -> Any:
 
 def inputs_of(path: Path) -> Any:
     from benchmarks.step import random_inputs
-    from carft_fast.synthetic import build_tokenizer
+    from carft_fast.data.synthetic import build_tokenizer
 
     # the annotated chain, too, is as long as a prompt: what a step costs hangs on tokens, not on what they say
     return random_inputs(ROWS, PROMPT, len(build_tokenizer()), torch.Generator().manual_seed(0))

@@ -37,11 +37,11 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.example import Example
+from carft_fast.data.prompts import EncodedExample
 from carft_fast.flops import ModelCost, StepShape, fast_step
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import build_learner
 from carft_fast.pipeline import prepare
-from carft_fast.prompts import EncodedExample
 from carft_fast.reference import Reference
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, SamplingParams, build_engine

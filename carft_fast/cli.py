@@ -163,14 +163,14 @@ def check_data_file(
 ) -> None:
     """Rows that can be used, lengths, wrong or repeated annotations, questions of the test set. Loads no model."""
     from carft_fast.core.console import Console
-    from carft_fast.data_check import check_data, check_table
+    from carft_fast.data.check import check_data, check_table
 
     resolved = load_config(config, overrides or ())
     held_out = resolved.data.eval if resolved.data.eval not in ("", SYNTHETIC, file) else None
     tokenizer = None
     if resolved.model.path:
+        from carft_fast.data.prompts import check_tokenizer
         from carft_fast.model import load_tokenizer
-        from carft_fast.prompts import check_tokenizer
 
         tokenizer = load_tokenizer(resolved.model)
         check_tokenizer(tokenizer)

@@ -23,9 +23,9 @@ from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config.schema import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import is_main, world_size
+from carft_fast.data.synthetic import build_model_config, build_tokenizer
 from carft_fast.last_layer import LastLayer, decoder_layers
 from carft_fast.safe_weights import check_hub, check_safetensors
-from carft_fast.synthetic import build_model_config, build_tokenizer
 from carft_kernels import cpu_linear
 
 T = TypeVar("T")

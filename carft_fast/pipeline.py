@@ -19,19 +19,19 @@ from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
 from carft_fast.core.processes import on_main, world_size
 from carft_fast.core.signals import StopRequest
-from carft_fast.data import LoadReport, load_examples
+from carft_fast.data.load import LoadReport, load_examples
+from carft_fast.data.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
+from carft_fast.data.synthetic import make_task
 from carft_fast.evaluate import EvalResult, add_samples
 from carft_fast.flops import ModelCost
 from carft_fast.memory import estimate_memory
 from carft_fast.model import check_heads, check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.optim import learning_rate
 from carft_fast.parallel import check_strategy, strategy
-from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.reports.run_report import write_report
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import check_engine
 from carft_fast.run import SUMMARY_FILE, Run, StageLoop, check_run_folder, stage_total_steps, versions
-from carft_fast.synthetic import make_task
 from carft_fast.train_rl import train_rl
 from carft_fast.train_sft import train_sft
 

@@ -27,11 +27,11 @@ from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.core.processes import each_rank, is_main, on_main, world_size
 from carft_fast.core.redact import redact
 from carft_fast.core.signals import Stopped, StopRequest
+from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.model import CarftModel, load_model
 from carft_fast.parallel import Learner, build_learner, strategy
-from carft_fast.prompts import EncodedExample, PromptFormat
 from carft_fast.reports.metrics import MetricsLog, PhaseTimer
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import RolloutEngine, build_engine

@@ -14,11 +14,11 @@ from carft_fast.batch import derive_seed
 from carft_fast.config.methods import load_method_config
 from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
+from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.model import CarftModel, load_model, load_tokenizer
 from carft_fast.optim import build_optimizer
 from carft_fast.parallel import Learner
 from carft_fast.passes import Rows
-from carft_fast.prompts import EncodedExample, PromptFormat
 from carft_fast.reference import Reference
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter

@@ -113,7 +113,7 @@ def test_every_mistake_is_reported_at_once(cli: Cli) -> None:
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model with tokenizer, as an ordinary folder."""
-    from carft_fast.synthetic import build_model_config, build_tokenizer
+    from carft_fast.data.synthetic import build_model_config, build_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()

@@ -11,9 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
-from carft_fast.data import load_examples
+from carft_fast.data.load import load_examples
+from carft_fast.data.synthetic import build_model_config
 from carft_fast.pipeline import evaluate_only, prepare
-from carft_fast.synthetic import build_model_config
 
 from .test_run import records, run_pipeline, tiny_config
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from carft_fast.prompts import PromptFormat, check_tokenizer
+from carft_fast.data.prompts import PromptFormat, check_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 

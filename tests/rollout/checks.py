@@ -8,9 +8,9 @@ import torch
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.model import CarftModel
 from carft_fast.rollout.base import Rollout, SamplingParams
-from carft_fast.synthetic import build_tokenizer
 
 CPU = torch.device("cpu")
 EOS = build_tokenizer().eos_token_id

@@ -8,6 +8,7 @@ import torch
 from carft_fast.batch import pack
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.losses import (
     Normaliser,
     RolloutTargets,
@@ -20,7 +21,6 @@ from carft_fast.model import CarftModel, load_model
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.probe import Mismatch, sampled_logprobs
-from carft_fast.synthetic import build_tokenizer
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 17], [21, 6, 40, 8, 13], [33], [7, 7, 50, 12]]

@@ -11,7 +11,7 @@ import pytest
 
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
-from carft_fast.data import LoadReport, load_examples
+from carft_fast.data.load import LoadReport, load_examples
 
 ROW = {"item_id": "r1", "question": "What is 1 + 1?", "answer_cot": "Add.", "answer_value": "2"}
 GSM8K_ROW = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n24+48 = $<<24+48=72>>72.\n#### 1,072"}

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from carft_fast.cli import app
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
-from carft_fast.data_check import Lengths, check_data
-from carft_fast.prompts import PromptFormat
-from carft_fast.synthetic import build_tokenizer
+from carft_fast.data.check import Lengths, check_data
+from carft_fast.data.prompts import PromptFormat
+from carft_fast.data.synthetic import build_tokenizer
 
 COTS = ("Add.\n\nTherefore, the answer is <3>.", "Add.", "1 + 2. Therefore, the answer is 4.")
 

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 
 from carft_fast.config.toml import load_config
 from carft_fast.core.processes import leave
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.model import CarftModel, load_model
 from carft_fast.rollout import Rollout, SamplingParams
 from carft_fast.rollout.hf import HFEngine
-from carft_fast.synthetic import build_tokenizer
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16], [17, 18, 19]]
 SAMPLED, GREEDY = SamplingParams(12, samples_per_prompt=2, seed=1), SamplingParams(12, temperature=0)

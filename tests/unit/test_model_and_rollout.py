@@ -17,6 +17,7 @@ from carft_fast.batch import PackedBatch, chunks, epoch_rows, pack, sequence_mea
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.model import CarftHeads, CarftModel, load_model
 from carft_fast.passes import Rows, build_passes
@@ -25,7 +26,6 @@ from carft_fast.rollout import SamplingParams
 from carft_fast.rollout.base import request_seed
 from carft_fast.rollout.hf import HFEngine, inverse_cdf
 from carft_fast.rollout.vllm_adapter import sampling_fields
-from carft_fast.synthetic import build_tokenizer
 from carft_fast.train_rl import score_rollouts
 from carft_kernels import value_pool
 

@@ -18,9 +18,9 @@ from carft_fast.attention import PACKED, packed_attention
 from carft_fast.batch import PackedBatch, balanced_batches, pack
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
 from carft_fast.model import CarftModel, load_model
-from carft_fast.synthetic import build_tokenizer
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
-from carft_fast.data import LoadReport
-from carft_fast.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
+from carft_fast.data.load import LoadReport
+from carft_fast.data.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"

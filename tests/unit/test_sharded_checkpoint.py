@@ -21,10 +21,10 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.durable import find_damage
 from carft_fast.core.errors import TrainingError
 from carft_fast.core.processes import leave
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.export import export_checkpoint
 from carft_fast.model import load_model
 from carft_fast.optim import build_optimizer
-from carft_fast.synthetic import build_tokenizer
 
 CPU = torch.device("cpu")
 SMALL = ['model.path="synthetic"', "model.embedding_dim=3"]  # the value head has fewer rows than there are ranks

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import transformers
 
-from carft_fast.prompts import PromptFormat
+from carft_fast.data.prompts import PromptFormat
+from carft_fast.data.synthetic import GAINS, LOSSES, build_model_config, build_tokenizer, is_step_by_step, make_task
 from carft_fast.rewards.answers import extract_answer
-from carft_fast.synthetic import GAINS, LOSSES, build_model_config, build_tokenizer, is_step_by_step, make_task
 
 
 @pytest.mark.parametrize("seed", [0, 1])

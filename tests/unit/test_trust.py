@@ -23,11 +23,11 @@ from carft_fast.config.schema import Config, ModelConfig
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.core.redact import redact
+from carft_fast.data.synthetic import build_model_config, build_tokenizer
 from carft_fast.flops import ModelCost
 from carft_fast.model import check_weights, load_lm_config, load_model, load_tokenizer
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_serve import ServerProcess, is_loopback, serve, server_environment
-from carft_fast.synthetic import build_model_config, build_tokenizer
 
 PACKAGE = Path(carft_fast.__file__).parent
 ROOT = PACKAGE.parent

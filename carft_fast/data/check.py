@@ -9,8 +9,8 @@ from rich.table import Table
 
 from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
-from carft_fast.data import load_examples
-from carft_fast.prompts import PromptFormat, too_long
+from carft_fast.data.load import load_examples
+from carft_fast.data.prompts import PromptFormat, too_long
 from carft_fast.rewards.answers import extract_answer, parse_target, same_answer
 
 SHOWN = 3

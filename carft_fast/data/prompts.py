@@ -6,7 +6,7 @@ from typing import Any
 
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
-from carft_fast.data import LoadReport
+from carft_fast.data.load import LoadReport
 from carft_fast.rewards.answers import ANSWER_TRIGGER, REASONING_TRIGGER
 
 

@@ -1,0 +1,1 @@
+"""Questions with annotated reasoning: reading, checking, and turning them into prompts and token ids."""
