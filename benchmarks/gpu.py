@@ -140,7 +140,7 @@ def operators(device: str) -> list[Row]:
 def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) -> tuple[list[Row], list[Row]]:
     """Rows of the engines; and the rows of trainer against vLLM."""
     from benchmarks.rollout import sample
-    from carft_fast.model import load_model, load_tokenizer
+    from carft_fast.models.causal_lm import load_model, load_tokenizer
     from carft_fast.rollout import SamplingParams, build_engine
     from carft_fast.rollout.probe import check_agreement
 
@@ -182,7 +182,7 @@ def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) 
 def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
     """The rows of one case of the step benchmark."""
     from benchmarks.step import RIGHT, Prepared, matmul_ceiling, timings
-    from carft_fast.flops import ModelCost, StepShape, fast_step
+    from carft_fast.models.flops import ModelCost, StepShape, fast_step
 
     inputs = inputs_of(path)
     rows: list[Row] = []

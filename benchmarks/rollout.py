@@ -23,7 +23,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.pipeline import prepare
 from carft_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from carft_fast.rollout.probe import check_agreement

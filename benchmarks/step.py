@@ -31,15 +31,15 @@ import torch
 from benchmarks.ops import resident_kb, seconds
 from benchmarks.rows import commit, processor_model
 from benchmarks.step_report import PUBLISHED, load, report, save
-from carft_fast.batch import derive_seed
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.example import Example
 from carft_fast.data.prompts import EncodedExample
-from carft_fast.flops import ModelCost, StepShape, fast_step
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.flops import ModelCost, StepShape, fast_step
+from carft_fast.models.packing import derive_seed
 from carft_fast.parallel import build_learner
 from carft_fast.pipeline import prepare
 from carft_fast.reference import Reference

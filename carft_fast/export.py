@@ -23,7 +23,7 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.durable import MANIFEST, find_damage, write_folder
 from carft_fast.core.errors import InputError
-from carft_fast.model import HEADS_CONFIG, CarftHeads, CarftModel, load_model
+from carft_fast.models.causal_lm import HEADS_CONFIG, CarftHeads, CarftModel, load_model
 
 _OF_THE_RUN = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)
 """What a checkpoint holds that a model folder does not."""

@@ -16,7 +16,7 @@ What a device of n holds of what is divided is 1/n, by strategy:
 from typing import Any
 
 from carft_fast.config.schema import Config
-from carft_fast.flops import ModelCost
+from carft_fast.models.flops import ModelCost
 from carft_fast.parallel import BUCKET, Strategy
 from carft_fast.step import Needs
 

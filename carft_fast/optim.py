@@ -7,7 +7,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from carft_fast.config.schema import StageConfig
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
 
 
 def build_optimizer(model: CarftModel, config: StageConfig) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from carft_fast.config.schema import RlConfig
 from carft_fast.losses import Normaliser, RolloutTargets
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
 
 
 class PaddedBatch(NamedTuple):

@@ -23,9 +23,16 @@ from carft_fast.data.load import LoadReport, load_examples
 from carft_fast.data.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.data.synthetic import make_task
 from carft_fast.evaluate import EvalResult, add_samples
-from carft_fast.flops import ModelCost
 from carft_fast.memory import estimate_memory
-from carft_fast.model import check_heads, check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
+from carft_fast.models.causal_lm import (
+    check_heads,
+    check_weights,
+    load_lm_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from carft_fast.models.flops import ModelCost
 from carft_fast.optim import learning_rate
 from carft_fast.parallel import check_strategy, strategy
 from carft_fast.reports.run_report import write_report

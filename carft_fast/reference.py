@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
-from carft_fast.attention import PromptStates
 from carft_fast.config.schema import Config
 from carft_fast.core.errors import InputError
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.attention import PromptStates
+from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.parallel import divide_frozen, strategy
 
 

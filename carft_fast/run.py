@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from carft_fast.batch import derive_seed, epoch_rows
 from carft_fast.checkpoint import CheckpointStore, has_sharded
 from carft_fast.config.schema import Config, SftConfig, StageConfig
 from carft_fast.config.toml import differences, load_config, to_toml
@@ -30,7 +29,8 @@ from carft_fast.core.signals import Stopped, StopRequest
 from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.guard import find_collapse, rollbacks, stopped_at
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.packing import derive_seed, epoch_rows
 from carft_fast.parallel import Learner, build_learner, strategy
 from carft_fast.reports.metrics import MetricsLog, PhaseTimer
 from carft_fast.rewards.grader import Grader

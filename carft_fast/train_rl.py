@@ -12,11 +12,11 @@ from torch import Tensor
 
 from carft_fast.advantage import Advantages, group_advantages, ppo_advantages
 from carft_fast.annotated import mark_common
-from carft_fast.batch import derive_seed
 from carft_fast.config.schema import Config
 from carft_fast.data.prompts import EncodedExample
 from carft_fast.losses import explained_variance
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.packing import derive_seed
 from carft_fast.optim import learning_rate
 from carft_fast.passes import Rows
 from carft_fast.reference import Reference

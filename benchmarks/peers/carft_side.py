@@ -10,12 +10,12 @@ from torch import Tensor
 
 from benchmarks.peers.turns import Turns, serve
 from benchmarks.peers.work import Done, Work
-from carft_fast.batch import derive_seed
 from carft_fast.config.methods import load_method_config
 from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
 from carft_fast.data.prompts import EncodedExample, PromptFormat
-from carft_fast.model import CarftModel, load_model, load_tokenizer
+from carft_fast.models.causal_lm import CarftModel, load_model, load_tokenizer
+from carft_fast.models.packing import derive_seed
 from carft_fast.optim import build_optimizer
 from carft_fast.parallel import Learner
 from carft_fast.passes import Rows

@@ -21,9 +21,9 @@ from benchmarks.peers.carft_side import CPU, fixed_length_engine, side_config
 from benchmarks.peers.turns import Turns
 from benchmarks.peers.work import Done, Work
 from carft_fast.config.schema import Config
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout import RolloutEngine, SamplingParams, vllm_adapter
-from carft_fast.rollout.weights import SamplerWeights
 
 
 class Setting(NamedTuple):

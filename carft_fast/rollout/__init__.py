@@ -8,7 +8,7 @@ from typing import Any
 from carft_fast.config.schema import Config
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import world_size
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.shared import LeaderEngine, SpreadEngine

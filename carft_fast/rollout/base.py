@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from carft_fast.batch import derive_seed
 from carft_fast.core.errors import EngineError, InputError
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.packing import derive_seed
 
 
 @dataclass(frozen=True, slots=True)

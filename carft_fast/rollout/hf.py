@@ -19,10 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from carft_fast.batch import chunks
 from carft_fast.core.errors import EngineError
 from carft_fast.core.processes import gather_rows, world_size
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.packing import chunks
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 
 

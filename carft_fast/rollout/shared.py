@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from carft_fast.core.processes import each_rank, is_main, on_main, own_share
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
-from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 if TYPE_CHECKING:
     from carft_fast.rollout.vllm_server import VLLMServerEngine

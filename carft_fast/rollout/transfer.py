@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from carft_fast.core.errors import EngineError
+from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.vllm_http import ServerApi, ServerLost, all_of
 from carft_fast.rollout.vllm_serve import free_port
-from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 _PREFIX = "carft-weights-"
 

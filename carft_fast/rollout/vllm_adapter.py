@@ -22,8 +22,8 @@ from torch import Tensor
 from carft_fast.config.schema import Config, RolloutConfig
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.core.processes import world_size
+from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
-from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 LOOPBACK = "127.0.0.1"

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from carft_fast.config.schema import Config
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
-from carft_fast.rollout.weights import SamplerWeights
 
 
 class VLLMEngine:

@@ -17,13 +17,13 @@ from typing import Any
 
 from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError, InputError
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
 from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.transfer import build_transfer
 from carft_fast.rollout.vllm_http import TOKEN, ServerApi, ServerLost
 from carft_fast.rollout.vllm_serve import ServerProcess, server_environment
-from carft_fast.rollout.weights import HeldWeights, SamplerWeights
 
 MENDS = 3
 """Times a server is brought back during one `generate`; a fourth failure is no accident."""

@@ -26,7 +26,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.processes import leave, on_main
-from carft_fast.model import CarftModel, Gathered, load_model
+from carft_fast.models.causal_lm import CarftModel, Gathered, load_model
 from carft_fast.parallel import Learner, build_learner
 from carft_fast.passes import Loss, PackedPasses
 from carft_fast.pipeline import prepare

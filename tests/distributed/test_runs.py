@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from carft_fast.config.toml import load_config
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.model import load_model
+from carft_fast.models.causal_lm import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

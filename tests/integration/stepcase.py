@@ -7,10 +7,10 @@ from torch import Tensor
 
 from carft_fast.advantage import Advantages
 from carft_fast.annotated import mark_common
-from carft_fast.batch import derive_seed
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.packing import derive_seed
 from carft_fast.parallel import Learner
 from carft_fast.passes import Rows
 from carft_fast.reference import Reference

@@ -20,7 +20,7 @@ from carft_fast.checkpoint import CheckpointStore
 from carft_fast.core.console import Console
 from carft_fast.core.signals import Stopped, StopRequest
 from carft_fast.evaluate import EvalResult, evaluate
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
 from carft_fast.pipeline import prepare, train
 from carft_fast.rollout.stream import RolloutStream
 

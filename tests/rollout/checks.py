@@ -9,7 +9,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
 from carft_fast.rollout.base import Rollout, SamplingParams
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.rollout.base import RolloutEngine
 from carft_fast.rollout.vllm_engine import VLLMEngine
 from carft_fast.rollout.vllm_server import VLLMServerEngine

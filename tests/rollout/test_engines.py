@@ -12,7 +12,8 @@ from torch import Tensor
 
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout import check_engine, vllm_adapter
 from carft_fast.rollout.base import RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
@@ -20,7 +21,6 @@ from carft_fast.rollout.probe import check_agreement
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.rollout.vllm_engine import VLLMEngine
 from carft_fast.rollout.vllm_server import VLLMServerEngine
-from carft_fast.rollout.weights import SamplerWeights
 
 from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
 

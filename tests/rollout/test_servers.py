@@ -24,14 +24,14 @@ import torch
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.core.errors import EngineError, InputError
-from carft_fast.model import CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout import vllm_adapter, vllm_http
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.transfer import DeviceTransfer, FileTransfer
 from carft_fast.rollout.vllm_http import TOKEN, ServerApi, bearer
 from carft_fast.rollout.vllm_serve import ServerProcess, check_port, free_port
 from carft_fast.rollout.vllm_server import VLLMServerEngine
-from carft_fast.rollout.weights import SamplerWeights
 
 from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
 

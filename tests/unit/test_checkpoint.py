@@ -22,7 +22,7 @@ from carft_fast.core.durable import find_damage, write_folder, write_text
 from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.export import export_checkpoint
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.optim import build_optimizer
 
 CPU = torch.device("cpu")

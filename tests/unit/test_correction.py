@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from carft_fast.batch import pack
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
@@ -17,7 +16,8 @@ from carft_fast.losses import (
     sampler_support_logprobs,
     update_loss,
 )
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.packing import pack
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.probe import Mismatch, sampled_logprobs

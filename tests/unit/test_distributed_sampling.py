@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from carft_fast.config.toml import load_config
 from carft_fast.core.processes import leave
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.rollout import Rollout, SamplingParams
 from carft_fast.rollout.hf import HFEngine
 

@@ -10,8 +10,8 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
-from carft_fast.flops import ModelCost
 from carft_fast.memory import estimate_memory
+from carft_fast.models.flops import ModelCost
 from carft_fast.parallel import Strategy
 from carft_fast.pipeline import describe_plan, prepare
 

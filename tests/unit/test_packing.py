@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from carft_fast.attention import PACKED, packed_attention
-from carft_fast.batch import PackedBatch, balanced_batches, pack
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
-from carft_fast.model import CarftModel, load_model
+from carft_fast.models.attention import PACKED, packed_attention
+from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
+from carft_fast.models.packing import PackedBatch, balanced_batches, pack
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -232,7 +232,7 @@ def test_the_call_of_the_varlen_kernel_means_the_same(
     """The CUDA branch without a GPU: torch's kernel is replaced by its documented meaning, written out."""
     from torch.nn.attention import varlen
 
-    from carft_fast.attention import _varlen
+    from carft_fast.models.attention import _varlen
 
     def documented(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **o: Any

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import leave
-from carft_fast.rollout.weights import SamplerWeights
+from carft_fast.models.sampler_weights import SamplerWeights
 
 
 def llama(*, tied: bool = True, layers: int = 3) -> LlamaForCausalLM:

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from carft_fast.batch import pack
 from carft_fast.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
@@ -23,7 +22,8 @@ from carft_fast.core.errors import TrainingError
 from carft_fast.core.processes import leave
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.export import export_checkpoint
-from carft_fast.model import load_model
+from carft_fast.models.causal_lm import load_model
+from carft_fast.models.packing import pack
 from carft_fast.optim import build_optimizer
 
 CPU = torch.device("cpu")

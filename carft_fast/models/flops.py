@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from carft_fast.last_layer import decoder_layers, dense_mlp
+from carft_fast.models.last_layer import decoder_layers, dense_mlp
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from carft_fast.attention import PromptStates, Segments
-from carft_fast.last_layer import ReadTokens
+from carft_fast.models.attention import PromptStates, Segments
+from carft_fast.models.last_layer import ReadTokens
 
 
 @dataclass(frozen=True, slots=True)

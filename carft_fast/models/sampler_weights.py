@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from carft_fast.core.errors import InputError
-from carft_fast.model import base_lm
+from carft_fast.models.causal_lm import base_lm
 
 _LAYER = re.compile(r"^.*?\.\d+\.")
 _ADAPTER = re.compile(r"\.(lora_|original_module\.)")

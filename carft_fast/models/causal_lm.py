@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from carft_fast.attention import PACKED
-from carft_fast.batch import PackedBatch, derive_seed, pack
 from carft_fast.config.schema import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import is_main, world_size
 from carft_fast.data.synthetic import build_model_config, build_tokenizer
-from carft_fast.last_layer import LastLayer, decoder_layers
-from carft_fast.safe_weights import check_hub, check_safetensors
+from carft_fast.models.attention import PACKED
+from carft_fast.models.last_layer import LastLayer, decoder_layers
+from carft_fast.models.packing import PackedBatch, derive_seed, pack
+from carft_fast.models.safe_weights import check_hub, check_safetensors
 from carft_kernels import cpu_linear
 
 T = TypeVar("T")
@@ -332,7 +332,7 @@ class CarftModel(nn.Module):
         """
         if not (self.divided or self.has_adapters):
             return None
-        from carft_fast.rollout.weights import SamplerWeights
+        from carft_fast.models.sampler_weights import SamplerWeights
 
         def on_host(module: nn.Module) -> dict[str, Tensor]:
             return {name: x.to("cpu", copy=True) for name, x in SamplerWeights(module, torch.float32) if is_main()}

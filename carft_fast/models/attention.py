@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from carft_fast.last_layer import ATTRIBUTE, ReadTokens, put, take
+from carft_fast.models.last_layer import ATTRIBUTE, ReadTokens, put, take
 
 PACKED = "carft_packed"
 KEPT_MASK = 1 << 16

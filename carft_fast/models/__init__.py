@@ -1,0 +1,1 @@
+"""The causal LM with its two heads: loading, packed batches, attention, FLOPs, weights for a sampler."""
