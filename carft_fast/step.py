@@ -13,15 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.advantage import Advantages
-from carft_fast.annotated import Annotated
 from carft_fast.config.schema import Config
 from carft_fast.core.processes import gather_by_row, global_sum, own_turns, world_size
-from carft_fast.losses import ContrastTargets, Normaliser, RolloutTargets, contrastive_loss, correction_weights
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.packing import chunks, derive_seed, permutation
+from carft_fast.objective.advantage import Advantages
+from carft_fast.objective.annotated import Annotated
+from carft_fast.objective.losses import (
+    ContrastTargets,
+    Normaliser,
+    RolloutTargets,
+    contrastive_loss,
+    correction_weights,
+)
+from carft_fast.objective.passes import Forward, Look, Loss, Rows, Want, build_passes, gathered
 from carft_fast.parallel import Learner
-from carft_fast.passes import Forward, Look, Loss, Rows, Want, build_passes, gathered
 from carft_fast.reference import Reference, StoredPrompts
 from carft_fast.rollout.probe import Mismatch
 

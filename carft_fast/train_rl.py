@@ -10,15 +10,15 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from carft_fast.advantage import Advantages, group_advantages, ppo_advantages
-from carft_fast.annotated import mark_common
 from carft_fast.config.schema import Config
 from carft_fast.data.prompts import EncodedExample
-from carft_fast.losses import explained_variance
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.packing import derive_seed
+from carft_fast.objective.advantage import Advantages, group_advantages, ppo_advantages
+from carft_fast.objective.annotated import mark_common
+from carft_fast.objective.losses import explained_variance
+from carft_fast.objective.passes import Rows
 from carft_fast.optim import learning_rate
-from carft_fast.passes import Rows
 from carft_fast.reference import Reference
 from carft_fast.rewards.answers import Grade, base_score, embedding_partial_score
 from carft_fast.rewards.grader import Grader

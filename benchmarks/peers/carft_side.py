@@ -16,9 +16,9 @@ from carft_fast.core.example import Example
 from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.models.causal_lm import CarftModel, load_model, load_tokenizer
 from carft_fast.models.packing import derive_seed
+from carft_fast.objective.passes import Rows
 from carft_fast.optim import build_optimizer
 from carft_fast.parallel import Learner
-from carft_fast.passes import Rows
 from carft_fast.reference import Reference
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter

@@ -27,8 +27,8 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.processes import leave, on_main
 from carft_fast.models.causal_lm import CarftModel, Gathered, load_model
+from carft_fast.objective.passes import Loss, PackedPasses
 from carft_fast.parallel import Learner, build_learner
-from carft_fast.passes import Loss, PackedPasses
 from carft_fast.pipeline import prepare
 from carft_fast.pipeline import train as train_run
 from carft_fast.run import StageLoop, evaluate

@@ -5,14 +5,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.advantage import Advantages
-from carft_fast.annotated import mark_common
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.models.packing import derive_seed
+from carft_fast.objective.advantage import Advantages
+from carft_fast.objective.annotated import mark_common
+from carft_fast.objective.passes import Rows
 from carft_fast.parallel import Learner
-from carft_fast.passes import Rows
 from carft_fast.reference import Reference
 from carft_fast.rewards.answers import Grade
 from carft_fast.step import Experience, MiniBatch, Samples, Step

@@ -13,7 +13,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import TrainingError
-from carft_fast.passes import PackedPasses
+from carft_fast.objective.passes import PackedPasses
 from carft_fast.pipeline import prepare, train
 from carft_fast.step import MiniBatch
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from carft_fast.advantage import group_advantages, ppo_advantages
 from carft_fast.config.schema import RlConfig
-from carft_fast.losses import ContrastTargets, contrastive_loss
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
 from carft_fast.models.packing import derive_seed
-from carft_fast.passes import Rows, Want
+from carft_fast.objective.advantage import group_advantages, ppo_advantages
+from carft_fast.objective.losses import ContrastTargets, contrastive_loss
+from carft_fast.objective.passes import Rows, Want
 from carft_fast.rewards.answers import Grade
 from carft_fast.step import Needs, Samples
 from carft_fast.train_rl import estimate_advantages, score_rollouts

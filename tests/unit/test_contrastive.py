@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from carft_fast.annotated import mark_common
 from carft_fast.config.schema import ContrastiveConfig
-from carft_fast.losses import ContrastTargets, contrastive_loss, negative_signal, positive_signal
-from carft_fast.passes import Rows
+from carft_fast.objective.annotated import mark_common
+from carft_fast.objective.losses import ContrastTargets, contrastive_loss, negative_signal, positive_signal
+from carft_fast.objective.passes import Rows
 
 from ..conftest import assert_golden
 

@@ -8,7 +8,9 @@ import torch
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.losses import (
+from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.packing import pack
+from carft_fast.objective.losses import (
     Normaliser,
     RolloutTargets,
     completion_logprobs,
@@ -16,8 +18,6 @@ from carft_fast.losses import (
     sampler_support_logprobs,
     update_loss,
 )
-from carft_fast.models.causal_lm import CarftModel, load_model
-from carft_fast.models.packing import pack
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.probe import Mismatch, sampled_logprobs

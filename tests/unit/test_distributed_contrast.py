@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from carft_fast.config.schema import ContrastiveConfig
-from carft_fast.losses import ContrastTargets, contrastive_loss
+from carft_fast.objective.losses import ContrastTargets, contrastive_loss
 
 
 class Inputs(NamedTuple):

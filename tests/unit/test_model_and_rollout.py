@@ -17,10 +17,10 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.models.causal_lm import CarftHeads, CarftModel, load_model
 from carft_fast.models.packing import PackedBatch, chunks, epoch_rows, pack, sequence_mean_weights
-from carft_fast.passes import Rows, build_passes
+from carft_fast.objective.losses import completion_logprobs, cot_embeddings, sft_loss
+from carft_fast.objective.passes import Rows, build_passes
 from carft_fast.rewards.answers import Grade
 from carft_fast.rollout import SamplingParams
 from carft_fast.rollout.base import request_seed

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from carft_fast.config.schema import RlConfig
-from carft_fast.losses import Normaliser, RolloutTargets
 from carft_fast.models.causal_lm import CarftModel
+from carft_fast.objective.losses import Normaliser, RolloutTargets
 
 
 class PaddedBatch(NamedTuple):

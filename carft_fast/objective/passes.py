@@ -6,10 +6,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from carft_fast import padded
 from carft_fast.config.schema import Config
 from carft_fast.core.processes import gather_by_row
-from carft_fast.losses import (
+from carft_fast.models.attention import PromptStates
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.flops import ModelCost
+from carft_fast.models.packing import PackedBatch, balanced_batches, chunks, pack
+from carft_fast.objective import padded
+from carft_fast.objective.losses import (
     Normaliser,
     RolloutTargets,
     completion_logprobs,
@@ -18,10 +22,6 @@ from carft_fast.losses import (
     sft_loss,
     update_loss,
 )
-from carft_fast.models.attention import PromptStates
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.flops import ModelCost
-from carft_fast.models.packing import PackedBatch, balanced_batches, chunks, pack
 
 
 class Rows(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from carft_fast.core.processes import world_size
 from carft_fast.models.attention import PromptStates
-from carft_fast.passes import Look, Passes, Rows, gathered
+from carft_fast.objective.passes import Look, Passes, Rows, gathered
 from carft_kernels import lcs_mask
 
 
