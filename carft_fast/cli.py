@@ -189,7 +189,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """A vLLM server for runs with this config and rollout.engine = "vllm-server"; give its URL in rollout.servers."""
-    from carft_fast.rollout.vllm_serve import serve as run_server
+    from carft_fast.rollout.vllm.launch import serve as run_server
 
     run_server(load_config(config, ['rollout.engine="vllm-server"', *(overrides or ())]), host, port)
 

@@ -21,7 +21,8 @@ from carft_fast.optim import build_optimizer
 from carft_fast.parallel import Learner
 from carft_fast.reference import Reference
 from carft_fast.rewards.grader import Grader
-from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine, vllm_adapter
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
+from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.step import Needs, Step
 from carft_fast.train_rl import as_samples, estimate_advantages, grade_all
 

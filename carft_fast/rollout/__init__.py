@@ -29,10 +29,10 @@ def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
     if rollout.transfer_dir and not os.access(rollout.transfer_dir, os.W_OK | os.X_OK):
         raise InputError(f"rollout.transfer_dir = {rollout.transfer_dir}: not a folder that can be written to")
     if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
-        from carft_fast.rollout import vllm_adapter
+        from carft_fast.rollout.vllm import adapter
 
-        vllm_adapter.check_installed()
-        vllm_adapter.check_model(lm_config, device_type)
+        adapter.check_installed()
+        adapter.check_model(lm_config, device_type)
 
 
 def build_engine(
@@ -54,14 +54,14 @@ def build_engine(
         own = HFEngine(model, tokenizer, batch_size=rollout.batch_size)
         return SpreadEngine(own, own.forwards_together) if several else own
     if rollout.engine == "vllm":
-        from carft_fast.rollout.vllm_engine import VLLMEngine
+        from carft_fast.rollout.vllm.engine import VLLMEngine
 
         log("starting vLLM")
         engine = VLLMEngine(config, model, tokenizer.eos_token_id)
         engine = SpreadEngine(engine) if several else engine
     else:
-        from carft_fast.rollout.vllm_adapter import engine_dtype
-        from carft_fast.rollout.vllm_server import VLLMServerEngine
+        from carft_fast.rollout.vllm.adapter import engine_dtype
+        from carft_fast.rollout.vllm.servers import VLLMServerEngine
 
         def start() -> VLLMServerEngine:
             return VLLMServerEngine(config, model, tokenizer.eos_token_id, folder=folder, log=log)

@@ -17,7 +17,7 @@ from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 
 if TYPE_CHECKING:
-    from carft_fast.rollout.vllm_server import VLLMServerEngine
+    from carft_fast.rollout.vllm.servers import VLLMServerEngine
 
 
 class SharedEngine(ABC):

@@ -8,8 +8,8 @@ import pytest
 
 from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.rollout.base import RolloutEngine
-from carft_fast.rollout.vllm_engine import VLLMEngine
-from carft_fast.rollout.vllm_server import VLLMServerEngine
+from carft_fast.rollout.vllm.engine import VLLMEngine
+from carft_fast.rollout.vllm.servers import VLLMServerEngine
 
 from .checks import CPU, EOS, make_config, perturb
 

@@ -26,12 +26,13 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.sampler_weights import SamplerWeights
-from carft_fast.rollout import vllm_adapter, vllm_http
 from carft_fast.rollout.base import SamplingParams
-from carft_fast.rollout.transfer import DeviceTransfer, FileTransfer
-from carft_fast.rollout.vllm_http import TOKEN, ServerApi, bearer
-from carft_fast.rollout.vllm_serve import ServerProcess, check_port, free_port
-from carft_fast.rollout.vllm_server import VLLMServerEngine
+from carft_fast.rollout.vllm import adapter as vllm_adapter
+from carft_fast.rollout.vllm import http as vllm_http
+from carft_fast.rollout.vllm.http import TOKEN, ServerApi, bearer
+from carft_fast.rollout.vllm.launch import ServerProcess, check_port, free_port
+from carft_fast.rollout.vllm.servers import VLLMServerEngine
+from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
 
 from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
 
@@ -340,8 +341,8 @@ def test_a_trainer_that_is_killed_leaves_no_server_and_no_weights(model: CarftMo
     script.write_text(
         "import os, time\n"
         "from pathlib import Path\n"
-        "from carft_fast.rollout.transfer import FileTransfer\n"
-        "from carft_fast.rollout.vllm_serve import ServerProcess\n"
+        "from carft_fast.rollout.vllm.transfer import FileTransfer\n"
+        "from carft_fast.rollout.vllm.launch import ServerProcess\n"
         f"transfer = FileTransfer({str(tmp_path)!r})\n"
         f"server = ServerProcess({arguments!r}, Path({str(tmp_path / 'log')!r}), os.environ)\n"
         "server.start()\n"

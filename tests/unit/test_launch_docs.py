@@ -8,7 +8,7 @@ from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from carft_fast.config.toml import load_config
-from carft_fast.rollout import vllm_adapter
+from carft_fast.rollout.vllm import adapter as vllm_adapter
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEXT = "\n".join((DOCS / name).read_text() for name in ("multi_gpu.md", "multi_node.md"))

@@ -26,8 +26,8 @@ from carft_fast.core.redact import redact
 from carft_fast.data.synthetic import build_model_config, build_tokenizer
 from carft_fast.models.causal_lm import check_weights, load_lm_config, load_model, load_tokenizer
 from carft_fast.models.flops import ModelCost
-from carft_fast.rollout import vllm_adapter
-from carft_fast.rollout.vllm_serve import ServerProcess, is_loopback, serve, server_environment
+from carft_fast.rollout.vllm import adapter as vllm_adapter
+from carft_fast.rollout.vllm.launch import ServerProcess, is_loopback, serve, server_environment
 
 PACKAGE = Path(carft_fast.__file__).parent
 ROOT = PACKAGE.parent

@@ -1,6 +1,6 @@
 """vLLM server processes: the launcher that runs in them, and the handle that starts, watches and ends one.
 
-`python -m carft_fast.rollout.vllm_serve PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the process
+`python -m carft_fast.rollout.vllm.launch PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the process
 that started it is gone, however that died (0: nobody to watch).
 """
 
@@ -22,9 +22,9 @@ from typing import NoReturn
 
 from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError, InputError
-from carft_fast.rollout import vllm_adapter
-from carft_fast.rollout.vllm_adapter import LOOPBACK
-from carft_fast.rollout.vllm_http import TOKEN
+from carft_fast.rollout.vllm import adapter
+from carft_fast.rollout.vllm.adapter import LOOPBACK
+from carft_fast.rollout.vllm.http import TOKEN
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
 
@@ -43,7 +43,7 @@ def server_environment(cuda_visible_devices: str | None, host: str, token: str |
     if transfer == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles travel pickled
     own = {k: v for k, v in os.environ.items() if not _LAUNCHER.match(k)}
-    environment |= {k: v for k, v in own.items() if vllm_adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
+    environment |= {k: v for k, v in own.items() if adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
     if is_loopback(host):
         environment.setdefault("VLLM_HOST_IP", LOOPBACK)
     environment.pop(TOKEN, None)
@@ -117,7 +117,7 @@ class ServerProcess:
         printed = self.log.read_bytes()[self._log_start :].decode(errors="replace")
         found = re.findall(r"\w+Error: (.+)", printed)
         reason = next((text for text in reversed(found) if "root cause above" not in text), "it printed no error")
-        return EngineError(f"{vllm_adapter.start_failure(RuntimeError(reason))}; the server's log is {self.log}")
+        return EngineError(f"{adapter.start_failure(RuntimeError(reason))}; the server's log is {self.log}")
 
     def stop(self) -> None:
         """SIGTERM to the group, SIGKILL after five seconds."""
@@ -166,11 +166,9 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     lm_config = load_lm_config(config.model)
     check_engine(config, lm_config, device_type)
     folder = Path(tempfile.mkdtemp(prefix="carft-model-"))
-    vllm_adapter.write_model_folder(lm_config, folder)
-    transfer = vllm_adapter.transfer_backend(config, device_type)
-    arguments = vllm_adapter.server_arguments(
-        vllm_adapter.engine_options(config, device_type, dedicated=True), folder, transfer
-    )
+    adapter.write_model_folder(lm_config, folder)
+    transfer = adapter.transfer_backend(config, device_type)
+    arguments = adapter.server_arguments(adapter.engine_options(config, device_type, dedicated=True), folder, transfer)
     command = [sys.executable, "-m", __name__, "0", *arguments, "--host", host, "--port", str(port)]
     os.execve(command[0], command, server_environment(None, host, token, transfer))
 

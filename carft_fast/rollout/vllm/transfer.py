@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 
 from carft_fast.core.errors import EngineError
 from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
-from carft_fast.rollout import vllm_adapter
-from carft_fast.rollout.vllm_http import ServerApi, ServerLost, all_of
-from carft_fast.rollout.vllm_serve import free_port
+from carft_fast.rollout.vllm import adapter
+from carft_fast.rollout.vllm.http import ServerApi, ServerLost, all_of
+from carft_fast.rollout.vllm.launch import free_port
 
 _PREFIX = "carft-weights-"
 
@@ -145,7 +145,7 @@ class DeviceTransfer:
             try:
                 if urls != self._members:
                     self.close()
-                    self._sender = vllm_adapter.device_sender(
+                    self._sender = adapter.device_sender(
                         self._backend,
                         _ControlPlane(urls, sizes, self._timeout_s, self._token),
                         self._weights,
@@ -154,7 +154,7 @@ class DeviceTransfer:
                         world_size=1 + sum(sizes),
                     )
                     self._members = urls
-                self._sender.source = vllm_adapter.transfer_source(self._weights)
+                self._sender.source = adapter.transfer_source(self._weights)
                 self._sender.send_weights()
             except Exception:
                 self.close()  # a broken group cannot be used again
@@ -183,7 +183,7 @@ class _ControlPlane:
         self._all(lambda api: [api.start_update(url) for url in self._urls])
 
     def update_weights(self, update_info: Any) -> None:
-        payload = vllm_adapter.http_payload(update_info)
+        payload = adapter.http_payload(update_info)
         self._all(lambda api: [api.update(url, payload) for url in self._urls])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -211,5 +211,5 @@ def _address_towards(url: str) -> str:
 def build_transfer(
     backend: Literal["nccl", "ipc", "files"], folder: str, update_timeout_s: float, token: str | None
 ) -> Transfer:
-    """`backend` as `vllm_adapter.transfer_backend` gives it, `token` as the servers ask for it."""
+    """`backend` as `adapter.transfer_backend` gives it, `token` as the servers ask for it."""
     return FileTransfer(folder) if backend == "files" else DeviceTransfer(backend, update_timeout_s, token)

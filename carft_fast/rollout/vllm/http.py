@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from carft_fast.core.errors import EngineError
-from carft_fast.rollout.vllm_adapter import INCOMPLETE
+from carft_fast.rollout.vllm.adapter import INCOMPLETE
 
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"
 TOKEN = "CARFT_SERVER_TOKEN"

@@ -132,7 +132,7 @@ def server_arguments(options: Mapping[str, Any], model_folder: Path, transfer: s
         "--weight-transfer-config",
         json.dumps({"backend": backend}),
         "--middleware",
-        "carft_fast.rollout.vllm_plugin.RequireToken",
+        "carft_fast.rollout.vllm.plugin.RequireToken",
         "--disable-uvicorn-access-log",
     ]
 

@@ -10,8 +10,8 @@ import torch
 from carft_fast.config.schema import Config
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.sampler_weights import SamplerWeights
-from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
+from carft_fast.rollout.vllm import adapter
 
 
 class VLLMEngine:
@@ -25,15 +25,15 @@ class VLLMEngine:
     def __init__(self, config: Config, model: CarftModel, eos_id: int) -> None:
         self._eos_id = eos_id
         self._context = config.data.max_length
-        self._dtype = vllm_adapter.engine_dtype(config)
+        self._dtype = adapter.engine_dtype(config)
         self._sleep_level = config.rollout.sleep_level
         self._asleep = False
         self.version = -1
         self._whole = False  # all weights are of `version`
-        options = vllm_adapter.engine_options(config, model.device.type, dedicated=False)
+        options = adapter.engine_options(config, model.device.type, dedicated=False)
         with tempfile.TemporaryDirectory(prefix="carft-model-") as folder:
-            vllm_adapter.write_model_folder(model.lm.config, Path(folder))
-            self._engine = vllm_adapter.LocalEngine(Path(folder), options)
+            adapter.write_model_folder(model.lm.config, Path(folder))
+            self._engine = adapter.LocalEngine(Path(folder), options)
 
     def generate(
         self,

@@ -19,11 +19,11 @@ from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
-from carft_fast.rollout import vllm_adapter
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
-from carft_fast.rollout.transfer import build_transfer
-from carft_fast.rollout.vllm_http import TOKEN, ServerApi, ServerLost
-from carft_fast.rollout.vllm_serve import ServerProcess, server_environment
+from carft_fast.rollout.vllm import adapter
+from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost
+from carft_fast.rollout.vllm.launch import ServerProcess, server_environment
+from carft_fast.rollout.vllm.transfer import build_transfer
 
 MENDS = 3
 """Times a server is brought back during one `generate`; a fourth failure is no accident."""
@@ -59,11 +59,11 @@ class VLLMServerEngine:
         rollout = config.rollout
         self._config, self._eos_id, self._log = rollout, eos_id, log
         self._context = config.data.max_length
-        self._dtype = vllm_adapter.engine_dtype(config)
+        self._dtype = adapter.engine_dtype(config)
         self._run = secrets.token_hex(4)  # tells this run's weights from those another trainer left on a server
         self.version = -1
         self._whole = False
-        backend = vllm_adapter.transfer_backend(config, model.device.type)
+        backend = adapter.transfer_backend(config, model.device.type)
         # Other users of this machine can reach the servers of the run, so these always ask for a token.
         self._token = os.environ.get(TOKEN) or (None if rollout.servers else secrets.token_urlsafe(32))
         self._transfer = build_transfer(backend, rollout.transfer_dir, rollout.server_timeout_s, self._token)
@@ -71,13 +71,13 @@ class VLLMServerEngine:
         self._servers = [_Server(url.rstrip("/"), None) for url in rollout.servers]
         if not self._servers:
             scratch = Path(self._scratch.name)
-            vllm_adapter.write_model_folder(model.lm.config, scratch / "model")
-            options = vllm_adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
-            arguments = vllm_adapter.server_arguments(options, scratch / "model", backend)
+            adapter.write_model_folder(model.lm.config, scratch / "model")
+            options = adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
+            arguments = adapter.server_arguments(options, scratch / "model", backend)
             logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
             for index, devices in enumerate(rollout.server_devices or [None]):
                 log_file = logs / f"vllm-server-{index}.log"
-                environment = server_environment(devices, vllm_adapter.LOOPBACK, self._token, backend)
+                environment = server_environment(devices, adapter.LOOPBACK, self._token, backend)
                 process = ServerProcess(arguments, log_file, environment)
                 process.start()
                 self._servers.append(_Server("", process))
@@ -110,7 +110,7 @@ class VLLMServerEngine:
     ) -> list[Rollout]:
         check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         bodies = [
-            {"token_ids": list(prompt), "sampling_params": vllm_adapter.sampling_fields(sampling, index, self._eos_id)}
+            {"token_ids": list(prompt), "sampling_params": adapter.sampling_fields(sampling, index, self._eos_id)}
             for index, prompt in enumerate(prompts)
         ]
         found = asyncio.run(self._generate(bodies, sampling.samples_per_prompt, on_progress or (lambda _: None)))
@@ -304,9 +304,7 @@ class VLLMServerEngine:
             self._check_version(*(span["version"] for span in choice["weight_versions"]))
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
             rollouts.append(
-                vllm_adapter.to_rollout(
-                    choice["token_ids"], logprobs, choice["finish_reason"], self._eos_id, self.version
-                )
+                adapter.to_rollout(choice["token_ids"], logprobs, choice["finish_reason"], self._eos_id, self.version)
             )
         return rollouts
 

@@ -1,0 +1,1 @@
+"""vLLM as a sampler: in the trainer's process, or as servers."""
