@@ -81,7 +81,7 @@ def stamp(answer: str) -> dict[str, str]:
 def gpu_machine() -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    from carft_fast.run import versions
+    from carft_fast.training.run import versions
 
     named = {key: value for key, value in versions().items() if key in ("triton", "transformers", "vllm")}
     return this_machine("cuda") | stamp(answer) | {"cuda": str(torch.version.cuda)} | named
@@ -142,7 +142,7 @@ def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) 
     from benchmarks.rollout import sample
     from carft_fast.models.causal_lm import load_model, load_tokenizer
     from carft_fast.rollout import SamplingParams, build_engine
-    from carft_fast.rollout.probe import check_agreement
+    from carft_fast.training.agreement import check_agreement
 
     prompts = [row.prompt_ids for row in inputs_of(path).rows]
     config = model_config(path, device)

@@ -24,10 +24,10 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.models.causal_lm import CarftModel, load_model
-from carft_fast.pipeline import prepare
 from carft_fast.rollout import RolloutEngine, SamplingParams, build_engine
-from carft_fast.rollout.probe import check_agreement
-from carft_fast.run import versions
+from carft_fast.training.agreement import check_agreement
+from carft_fast.training.pipeline import prepare
+from carft_fast.training.run import versions
 
 PROMPTS, NEW_TOKENS, SYNCS = 64, 128, 3
 ENGINES = ("hf", "vllm", "vllm-server")

@@ -40,14 +40,14 @@ from carft_fast.data.prompts import EncodedExample
 from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
 from carft_fast.models.packing import derive_seed
-from carft_fast.parallel import build_learner
-from carft_fast.pipeline import prepare
-from carft_fast.reference import Reference
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, SamplingParams, build_engine
-from carft_fast.run import Run, versions
-from carft_fast.step import Experience, MiniBatch, Samples, Step
-from carft_fast.train_rl import as_samples, estimate_advantages, grade_all, score_rollouts
+from carft_fast.training.parallel import build_learner
+from carft_fast.training.pipeline import prepare
+from carft_fast.training.reference import Reference
+from carft_fast.training.rl import as_samples, estimate_advantages, grade_all, score_rollouts
+from carft_fast.training.run import Run, versions
+from carft_fast.training.step import Experience, MiniBatch, Samples, Step
 from carft_kernels import cpu_linear
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"

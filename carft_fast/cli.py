@@ -18,7 +18,7 @@ from carft_fast.core.signals import Stopped
 
 if TYPE_CHECKING:
     from carft_fast.core.console import Console
-    from carft_fast.pipeline import Prepared
+    from carft_fast.training.pipeline import Prepared
 
 QUICKSTART_CONFIG = Path(__file__).with_name("config") / "quickstart.toml"
 
@@ -128,7 +128,7 @@ def evaluate(
     completions and figures are written there.
     """
     from carft_fast.core.processes import is_main
-    from carft_fast.pipeline import describe_plan, evaluate_only
+    from carft_fast.training.pipeline import describe_plan, evaluate_only
 
     resolved = load_config(config, overrides or ())
     prepared, console = _prepare(resolved, (), False, output_dir, write=bool(output_dir), dry_run=dry_run)
@@ -200,7 +200,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="New or empty folder.")],
 ) -> None:
     """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
-    from carft_fast.export import export_checkpoint
+    from carft_fast.training.export import export_checkpoint
 
     export_checkpoint(Path(checkpoint), Path(folder))
     typer.echo(f"model: {folder}")
@@ -229,7 +229,7 @@ def _prepare(
     from carft_fast.core.console import Console
     from carft_fast.core.processes import join
     from carft_fast.models.causal_lm import resolve_device
-    from carft_fast.pipeline import prepare
+    from carft_fast.training.pipeline import prepare
 
     join(resolve_device(config.model.device).type, config.distributed.timeout_s)
     console = Console()
@@ -238,7 +238,7 @@ def _prepare(
 
 
 def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool, output_dir: str | None) -> None:
-    from carft_fast.pipeline import describe_plan, train
+    from carft_fast.training.pipeline import describe_plan, train
 
     prepared, console = _prepare(config, stages, resume, output_dir, dry_run=dry_run)
     if dry_run:

@@ -17,7 +17,7 @@ from carft_fast.config.schema import Config
 from carft_fast.core.durable import write_text
 from carft_fast.reports import page as page
 from carft_fast.reports.run_report import tidy
-from carft_fast.run import versions
+from carft_fast.training.run import versions
 
 CSV_FIELDS = (
     *("label", "method", "seed", "step", "samples", "seconds", "accuracy", "correct", "rows", "extractable"),

@@ -17,14 +17,14 @@ from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.models.causal_lm import CarftModel, load_model, load_tokenizer
 from carft_fast.models.packing import derive_seed
 from carft_fast.objective.passes import Rows
-from carft_fast.optim import build_optimizer
-from carft_fast.parallel import Learner
-from carft_fast.reference import Reference
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
-from carft_fast.step import Needs, Step
-from carft_fast.train_rl import as_samples, estimate_advantages, grade_all
+from carft_fast.training.optim import build_optimizer
+from carft_fast.training.parallel import Learner
+from carft_fast.training.reference import Reference
+from carft_fast.training.rl import as_samples, estimate_advantages, grade_all
+from carft_fast.training.step import Needs, Step
 
 CPU = torch.device("cpu")
 

@@ -21,18 +21,18 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
-import carft_fast.parallel
+import carft_fast.training.parallel
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.processes import leave, on_main
 from carft_fast.models.causal_lm import CarftModel, Gathered, load_model
 from carft_fast.objective.passes import Loss, PackedPasses
-from carft_fast.parallel import Learner, build_learner
-from carft_fast.pipeline import prepare
-from carft_fast.pipeline import train as train_run
-from carft_fast.run import StageLoop, evaluate
-from carft_fast.step import Update
+from carft_fast.training.parallel import Learner, build_learner
+from carft_fast.training.pipeline import prepare
+from carft_fast.training.pipeline import train as train_run
+from carft_fast.training.run import StageLoop, evaluate
+from carft_fast.training.step import Update
 from tests.conftest import TINY_RUN
 from tests.integration.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
 
@@ -177,7 +177,7 @@ def go_back(strategy: str) -> dict[str, Any]:
 
     folder = Path(on_main(tempfile.mkdtemp))
     with (
-        mock.patch("carft_fast.run.evaluate", accurate),
+        mock.patch("carft_fast.training.run.evaluate", accurate),
         mock.patch.object(StageLoop, "guard_against_collapse", watched),
     ):
         prepared = prepare(config, folder, Console(), stages=("rl",))
@@ -221,7 +221,7 @@ def _rank(rank: int, group: str, folder: str) -> None:
     size, strategy = GROUPS[group]
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}  # DeepSpeed asks for them
     torch.set_num_threads(1)
-    carft_fast.parallel.BUCKET = 50_000  # small models' gradients fill several, too
+    carft_fast.training.parallel.BUCKET = 50_000  # small models' gradients fill several, too
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
     for name, work in works(group).items():
         torch.save(work(strategy), f"{folder}/{name}-{rank}.pt")

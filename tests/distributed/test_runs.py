@@ -252,7 +252,7 @@ def test_what_fails_on_one_rank_while_the_others_need_it_ends_all(tmp_path: Path
 
 WHAT_IS_LEFT = """
 import os, weakref
-import carft_fast.run as run
+import carft_fast.training.run as run
 
 started = run.StageLoop.__init__
 seen = []
@@ -320,27 +320,27 @@ def test_processes_with_other_rows_are_refused(tmp_path: Path) -> None:
 def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
     environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import carft_fast.parallel
+    import carft_fast.training.parallel
     from carft_fast.config.schema import Config
     from carft_fast.core.errors import InputError
 
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(carft_fast.training.parallel, "world_size", lambda: 2)
     with pytest.raises(InputError, match=re.escape(message)):
-        carft_fast.parallel.strategy(Config())
+        carft_fast.training.parallel.strategy(Config())
 
 
 @pytest.mark.parametrize("how", ["zero2", "zero3"])
 def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import carft_fast.parallel
+    import carft_fast.training.parallel
     from carft_fast.core.console import Console
     from carft_fast.core.errors import InputError
-    from carft_fast.pipeline import prepare
+    from carft_fast.training.pipeline import prepare
 
-    monkeypatch.setattr(carft_fast.parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(carft_fast.training.parallel, "world_size", lambda: 2)
     options = ["guard.action=rollback", f"distributed.strategy={how}"]
     config = load_config(str(ROOT / "carft_fast" / "config" / "quickstart.toml"), options)
     with pytest.raises(InputError, match=rf'guard.action = "rollback" .* "{how}" \(DeepSpeed\): allowed are "off"'):

@@ -21,14 +21,14 @@ import torch
 import torch.utils.tensorboard
 from matplotlib.figure import Figure  # noqa: F401
 
-import carft_fast.checkpoint
 import carft_fast.compare
 import carft_fast.core.durable
-import carft_fast.export
-import carft_fast.pipeline
-from carft_fast.checkpoint import CheckpointStore
+import carft_fast.training.checkpoint
+import carft_fast.training.export
+import carft_fast.training.pipeline
 from carft_fast.cli import run_cli
 from carft_fast.reports.metrics import PhaseTimer
+from carft_fast.training.checkpoint import CheckpointStore
 
 
 def die(note: str, where: str) -> None:
@@ -67,14 +67,14 @@ def count_calls(wanted: dict[str, Any], note: str) -> None:
             die(note, wanted["function"])
         return original(*args)
 
-    for module in (carft_fast.core.durable, carft_fast.checkpoint):
+    for module in (carft_fast.core.durable, carft_fast.training.checkpoint):
         if hasattr(module, wanted["function"]):
             setattr(module, wanted["function"], counted)
 
 
 def stop_while_writing(wanted: dict[str, Any], note: str) -> None:
     """For asynchronous saves: the trainer has to meet the stop with the save under way, or it waits in vain."""
-    write, wait, met, saves = carft_fast.checkpoint.publish, CheckpointStore.wait, threading.Event(), 0
+    write, wait, met, saves = carft_fast.training.checkpoint.publish, CheckpointStore.wait, threading.Event(), 0
 
     def interrupted(temporary: Path, target: Path) -> None:
         nonlocal saves
@@ -90,7 +90,7 @@ def stop_while_writing(wanted: dict[str, Any], note: str) -> None:
         met.set()
         wait(store)
 
-    carft_fast.checkpoint.publish = interrupted
+    carft_fast.training.checkpoint.publish = interrupted
     CheckpointStore.wait = waits  # type: ignore[method-assign]
 
 

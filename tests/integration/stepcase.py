@@ -12,11 +12,11 @@ from carft_fast.models.packing import derive_seed
 from carft_fast.objective.advantage import Advantages
 from carft_fast.objective.annotated import mark_common
 from carft_fast.objective.passes import Rows
-from carft_fast.parallel import Learner
-from carft_fast.reference import Reference
 from carft_fast.rewards.answers import Grade
-from carft_fast.step import Experience, MiniBatch, Samples, Step
-from carft_fast.train_rl import estimate_advantages, score_rollouts
+from carft_fast.training.parallel import Learner
+from carft_fast.training.reference import Reference
+from carft_fast.training.rl import estimate_advantages, score_rollouts
+from carft_fast.training.step import Experience, MiniBatch, Samples, Step
 
 CPU = torch.device("cpu")
 VOCABULARY = 97

@@ -12,7 +12,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.signals import Stopped
-from carft_fast.pipeline import prepare, train
+from carft_fast.training.pipeline import prepare, train
 
 COLLAPSING = [
     "sft.max_steps=150",
@@ -80,7 +80,7 @@ def test_rollback_goes_on_from_the_best_with_a_lower_rate_and_resumes_to_the_bit
     assert len(records(whole, "train")) == 8
 
     # stopped right after the rollback's step, and gone on with
-    from carft_fast.run import StageLoop
+    from carft_fast.training.run import StageLoop
 
     guard = StageLoop.guard_against_collapse
 

@@ -12,9 +12,9 @@ import transformers
 
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
-from carft_fast.pipeline import prepare, train
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
-from carft_fast.run import Run
+from carft_fast.training.pipeline import prepare, train
+from carft_fast.training.run import Run
 
 from .test_resume import assert_same_outcome, finish, launch, wait_for
 from .test_run import records, run_pipeline, tiny_config

@@ -14,8 +14,8 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import TrainingError
 from carft_fast.objective.passes import PackedPasses
-from carft_fast.pipeline import prepare, train
-from carft_fast.step import MiniBatch
+from carft_fast.training.pipeline import prepare, train
+from carft_fast.training.step import MiniBatch
 
 from ..conftest import TINY_RUN
 from .stepcase import quick_config, random_case, take_apart

@@ -12,7 +12,7 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.pipeline import describe_plan, prepare
+from carft_fast.training.pipeline import describe_plan, prepare
 
 RECIPES = sorted((Path(__file__).resolve().parents[2] / "configs" / "paper").glob("*.toml"))
 MODELS = {"codellama_7b": predict.MODELS["CodeLlama-7B"], "qwen2.5_7b": predict.MODELS["Qwen2.5-7B-Instruct"]}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from carft_fast.core.errors import InputError
-from carft_fast.reference import Reference
+from carft_fast.training.reference import Reference
 
 from .stepcase import quick_config, random_case, take_apart, update
 

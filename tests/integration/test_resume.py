@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 import carft_fast.core.processes
-from carft_fast.checkpoint import CheckpointStore
 from carft_fast.core.console import Console
 from carft_fast.core.signals import Stopped, StopRequest
-from carft_fast.evaluate import EvalResult, evaluate
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.pipeline import prepare, train
 from carft_fast.rollout.stream import RolloutStream
+from carft_fast.training.checkpoint import CheckpointStore
+from carft_fast.training.evaluate import EvalResult, evaluate
+from carft_fast.training.pipeline import prepare, train
 
 from .test_run import run_pipeline, tiny_config
 
@@ -178,7 +178,7 @@ def test_a_kill_between_a_checkpoint_and_the_best_link(tmp_path: Path, tiny_run:
         settle(self, target, best)
 
     settle = CheckpointStore._settle
-    monkeypatch.setattr("carft_fast.run.evaluate", forced)
+    monkeypatch.setattr("carft_fast.training.run.evaluate", forced)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "_settle", killed)
         with pytest.raises(KeyboardInterrupt):

@@ -13,7 +13,7 @@ from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
 from carft_fast.data.load import load_examples
 from carft_fast.data.synthetic import build_model_config
-from carft_fast.pipeline import evaluate_only, prepare
+from carft_fast.training.pipeline import evaluate_only, prepare
 
 from .test_run import records, run_pipeline, tiny_config
 

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
-from carft_fast.pipeline import prepare, train
 from carft_fast.reports.metrics import METRICS, PHASES
+from carft_fast.training.pipeline import prepare, train
 
 
 def tiny_config(tiny_run: list[str], *overrides: str) -> Config:

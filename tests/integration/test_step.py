@@ -17,8 +17,8 @@ from carft_fast.objective.advantage import group_advantages, ppo_advantages
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss
 from carft_fast.objective.passes import Rows, Want
 from carft_fast.rewards.answers import Grade
-from carft_fast.step import Needs, Samples
-from carft_fast.train_rl import estimate_advantages, score_rollouts
+from carft_fast.training.rl import estimate_advantages, score_rollouts
+from carft_fast.training.step import Needs, Samples
 from carft_kernels import set_index_checks
 
 from .stepcase import METHODS, Case, gradients, quick_config, random_case, take_apart, update

@@ -17,11 +17,11 @@ from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout import check_engine
 from carft_fast.rollout.base import RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
-from carft_fast.rollout.probe import check_agreement
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.rollout.vllm.engine import VLLMEngine
 from carft_fast.rollout.vllm.servers import VLLMServerEngine
+from carft_fast.training.agreement import check_agreement
 
 from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
 

@@ -14,7 +14,7 @@ from carft_fast.compare_stats import Accuracy, Evaluation, Trajectory, summarise
 from carft_fast.config.methods import METHODS, load_method_config, method_name
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
-from carft_fast.evaluate import wilson_interval
+from carft_fast.training.evaluate import wilson_interval
 
 
 def run(

@@ -9,8 +9,8 @@ import pytest
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config, SftConfig
 from carft_fast.config.toml import differences, iter_fields, load_config, to_toml, value_origins
-from carft_fast.evaluate import wilson_interval
-from carft_fast.optim import learning_rate
+from carft_fast.training.evaluate import wilson_interval
+from carft_fast.training.optim import learning_rate
 
 RECIPES = [QUICKSTART_CONFIG, *sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))]
 

@@ -20,7 +20,7 @@ from carft_fast.objective.losses import (
 )
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.hf import HFEngine
-from carft_fast.rollout.probe import Mismatch, sampled_logprobs
+from carft_fast.training.agreement import Mismatch, sampled_logprobs
 
 CPU = torch.device("cpu")
 PROMPTS = [[5, 9, 17], [21, 6, 40, 8, 13], [33], [7, 7, 50, 12]]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from carft_fast.config.schema import GuardConfig
-from carft_fast.guard import find_collapse, rollbacks, stopped_at
+from carft_fast.training.guard import find_collapse, rollbacks, stopped_at
 
 
 def records(**series: list[float]) -> list[dict[str, Any]]:

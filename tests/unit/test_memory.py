@@ -10,10 +10,10 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
-from carft_fast.memory import estimate_memory
 from carft_fast.models.flops import ModelCost
-from carft_fast.parallel import Strategy
-from carft_fast.pipeline import describe_plan, prepare
+from carft_fast.training.memory import estimate_memory
+from carft_fast.training.parallel import Strategy
+from carft_fast.training.pipeline import describe_plan, prepare
 
 COST = ModelCost(
     layer_weights=4000,
@@ -95,7 +95,7 @@ def test_a_dry_run_shows_what_each_device_holds(
     assert "of the trainer on one device" in shown()
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
-    for module in ("parallel", "pipeline"):
+    for module in ("training.parallel", "training.pipeline"):
         monkeypatch.setattr(f"carft_fast.{module}.world_size", lambda: 4)
     assert "of the trainer on each of 4 devices, fsdp2" in shown()
     assert "(weights x 4 bytes) / 4" in shown()

@@ -26,7 +26,7 @@ from carft_fast.rollout import SamplingParams
 from carft_fast.rollout.base import request_seed
 from carft_fast.rollout.hf import HFEngine, inverse_cdf
 from carft_fast.rollout.vllm.adapter import sampling_fields
-from carft_fast.train_rl import score_rollouts
+from carft_fast.training.rl import score_rollouts
 from carft_kernels import value_pool
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible" / "value_head.safetensors"

@@ -14,17 +14,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
-from carft_fast.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.durable import find_damage
 from carft_fast.core.errors import TrainingError
 from carft_fast.core.processes import leave
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.export import export_checkpoint
 from carft_fast.models.causal_lm import load_model
 from carft_fast.models.packing import pack
-from carft_fast.optim import build_optimizer
+from carft_fast.training.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
+from carft_fast.training.export import export_checkpoint
+from carft_fast.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 SMALL = ['model.path="synthetic"', "model.embedding_dim=3"]  # the value head has fewer rows than there are ranks

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from carft_fast.checkpoint import CheckpointStore, has_sharded
 from carft_fast.config.schema import Config, SftConfig, StageConfig
 from carft_fast.config.toml import differences, load_config, to_toml
 from carft_fast.core.console import Console, Tracker
@@ -27,14 +26,15 @@ from carft_fast.core.processes import each_rank, is_main, on_main, world_size
 from carft_fast.core.redact import redact
 from carft_fast.core.signals import Stopped, StopRequest
 from carft_fast.data.prompts import EncodedExample, PromptFormat
-from carft_fast.evaluate import EvalResult, evaluate
-from carft_fast.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.models.packing import derive_seed, epoch_rows
-from carft_fast.parallel import Learner, build_learner, strategy
 from carft_fast.reports.metrics import MetricsLog, PhaseTimer
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import RolloutEngine, build_engine
+from carft_fast.training.checkpoint import CheckpointStore, has_sharded
+from carft_fast.training.evaluate import EvalResult, evaluate
+from carft_fast.training.guard import find_collapse, rollbacks, stopped_at
+from carft_fast.training.parallel import Learner, build_learner, strategy
 
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "run.json"

@@ -27,9 +27,9 @@ from carft_fast.objective.losses import (
     correction_weights,
 )
 from carft_fast.objective.passes import Forward, Look, Loss, Rows, Want, build_passes, gathered
-from carft_fast.parallel import Learner
-from carft_fast.reference import Reference, StoredPrompts
-from carft_fast.rollout.probe import Mismatch
+from carft_fast.training.agreement import Mismatch
+from carft_fast.training.parallel import Learner
+from carft_fast.training.reference import Reference, StoredPrompts
 
 # Means over the tokens that have a weight in the policy loss: correction may take it from some.
 TOKEN_MEANS = ("clip_fraction", "approx_kl", "entropy")

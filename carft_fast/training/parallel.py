@@ -15,12 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from carft_fast.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
 from carft_fast.config.schema import Config, StageConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import is_main, rank, world_size
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.optim import build_optimizer, optimizer_step, set_learning_rate
+from carft_fast.training.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
+from carft_fast.training.optim import build_optimizer, optimizer_step, set_learning_rate
 
 T = TypeVar("T")
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]

@@ -10,7 +10,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.checkpoint import (
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config
+from carft_fast.core.durable import MANIFEST, find_damage, write_folder
+from carft_fast.core.errors import InputError
+from carft_fast.models.causal_lm import HEADS_CONFIG, CarftHeads, CarftModel, load_model
+from carft_fast.training.checkpoint import (
     OPTIMIZER_FILE,
     RUN_CONFIG_FILE,
     SHARDED,
@@ -19,11 +24,6 @@ from carft_fast.checkpoint import (
     load_sharded,
     read_state,
 )
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
-from carft_fast.core.durable import MANIFEST, find_damage, write_folder
-from carft_fast.core.errors import InputError
-from carft_fast.models.causal_lm import HEADS_CONFIG, CarftHeads, CarftModel, load_model
 
 _OF_THE_RUN = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)
 """What a checkpoint holds that a model folder does not."""
