@@ -101,8 +101,8 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
     base = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
-    from carft_fast.compare import DEFAULT_METHODS, parse_methods, parse_seeds
-    from carft_fast.compare import compare as run_comparison
+    from carft_fast.compare.runs import DEFAULT_METHODS, parse_methods, parse_seeds
+    from carft_fast.compare.runs import compare as run_comparison
     from carft_fast.core.console import Console
 
     run_comparison(

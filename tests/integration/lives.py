@@ -21,7 +21,7 @@ import torch
 import torch.utils.tensorboard
 from matplotlib.figure import Figure  # noqa: F401
 
-import carft_fast.compare
+import carft_fast.compare.runs
 import carft_fast.core.durable
 import carft_fast.training.checkpoint
 import carft_fast.training.export

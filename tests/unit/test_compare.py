@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.compare import expand, parse_methods, parse_seeds, parse_vary
-from carft_fast.compare_report import evaluations_csv, summary_csv
-from carft_fast.compare_stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
+from carft_fast.compare.report import evaluations_csv, summary_csv
+from carft_fast.compare.runs import expand, parse_methods, parse_seeds, parse_vary
+from carft_fast.compare.stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
 from carft_fast.config.methods import METHODS, load_method_config, method_name
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError

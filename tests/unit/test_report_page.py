@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.compare_report import html, markdown
-from carft_fast.compare_stats import Evaluation, Trajectory, summarise
+from carft_fast.compare.report import html, markdown
+from carft_fast.compare.stats import Evaluation, Trajectory, summarise
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
 from carft_fast.reports import page as html_report

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from carft_fast.compare_stats import SFT, SFT_TIME, Accuracy, MethodSummary, Trajectory, summarise, verdict
+from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Trajectory, summarise, verdict
 from carft_fast.config.schema import Config
 from carft_fast.core.durable import write_text
 from carft_fast.reports import page as page

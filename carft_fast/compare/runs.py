@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from carft_fast.compare_report import write_comparison
-from carft_fast.compare_stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
+from carft_fast.compare.report import write_comparison
+from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
 from carft_fast.config.methods import METHODS, check_method, continued_sft, preset
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import replaced
