@@ -36,10 +36,10 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.example import Example
+from carft_fast.core.seeds import derive_seed
 from carft_fast.data.prompts import EncodedExample
 from carft_fast.models.causal_lm import CarftModel, load_model
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
-from carft_fast.models.packing import derive_seed
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, SamplingParams, build_engine
 from carft_fast.training.parallel import build_learner

@@ -13,9 +13,9 @@ from benchmarks.peers.work import Done, Work
 from carft_fast.config.methods import load_method_config
 from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
+from carft_fast.core.seeds import derive_seed
 from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.models.causal_lm import CarftModel, load_model, load_tokenizer
-from carft_fast.models.packing import derive_seed
 from carft_fast.objective.passes import Rows
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine

@@ -21,11 +21,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from carft_fast.config.schema import SYNTHETIC, Config, LoraConfig, ModelConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import is_main, world_size
+from carft_fast.core.seeds import derive_seed
 from carft_fast.data.synthetic import build_model_config, build_tokenizer
 from carft_fast.models.attention import PACKED
 from carft_fast.models.last_layer import LastLayer, decoder_layers
-from carft_fast.models.packing import PackedBatch, derive_seed, pack
+from carft_fast.models.packing import PackedBatch, pack
 from carft_fast.models.safe_weights import check_hub, check_safetensors
+from carft_fast.models.sampler_weights import SamplerWeights, base_lm
 from carft_kernels import cpu_linear
 
 T = TypeVar("T")
@@ -91,12 +93,6 @@ def check_heads(path: str, config: ModelConfig) -> None:
     for name, wanted in (("embedding_dim", config.embedding_dim), ("value_head", config.value_head)):
         if saved[name] != wanted:
             raise InputError(f"{file}: the saved heads have {name} {saved[name]!r}, the config asks for {wanted!r}")
-
-
-def base_lm(lm: nn.Module) -> nn.Module:
-    """The causal LM under peft's wrapper, if there is one."""
-    unwrap: Callable[[], nn.Module] | None = getattr(lm, "get_base_model", None)
-    return lm if unwrap is None else unwrap()
 
 
 class Gathered(NamedTuple):
@@ -332,7 +328,6 @@ class CarftModel(nn.Module):
         """
         if not (self.divided or self.has_adapters):
             return None
-        from carft_fast.models.sampler_weights import SamplerWeights
 
         def on_host(module: nn.Module) -> dict[str, Tensor]:
             return {name: x.to("cpu", copy=True) for name, x in SamplerWeights(module, torch.float32) if is_main()}

@@ -27,7 +27,6 @@ first one.
     predict_index_C    [0, 1, 3, 4, 5]
 """
 
-import hashlib
 import itertools
 from array import array
 from collections import Counter
@@ -196,27 +195,3 @@ def sequence_mean_weights(batch: PackedBatch, sequences: int) -> Tensor:
     """
     lengths_B = batch.completion_cu.diff()
     return (1.0 / (lengths_B * sequences)).repeat_interleave(lengths_B, output_size=len(batch.read_index_C))
-
-
-def derive_seed(seed: int, *names: str | int) -> int:
-    """A 63-bit seed for one draw, a function of the run's seed and of what is drawn (stage, step, purpose)."""
-    digest = hashlib.blake2b(repr((seed, *names)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def permutation(n: int, seed: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def epoch_rows(n: int, batch_size: int, step: int, seed: int) -> list[tuple[int, int]]:
-    """(row, epoch) of step `step` when every epoch visits each of n rows once in its own order; a step may span
-    epochs."""
-    first, last = step * batch_size, (step + 1) * batch_size
-    orders = {
-        epoch: permutation(n, derive_seed(seed, "epoch", epoch)) for epoch in range(first // n, (last - 1) // n + 1)
-    }
-    return [(orders[k // n][k % n], k // n) for k in range(first, last)]
-
-
-def chunks(rows: Sequence[int], size: int) -> list[list[int]]:
-    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]

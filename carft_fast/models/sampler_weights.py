@@ -14,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from carft_fast.core.errors import InputError
-from carft_fast.models.causal_lm import base_lm
 
 _LAYER = re.compile(r"^.*?\.\d+\.")
 _ADAPTER = re.compile(r"\.(lora_|original_module\.)")
+
+
+def base_lm(lm: nn.Module) -> nn.Module:
+    """The causal LM under peft's wrapper, if there is one."""
+    unwrap: Callable[[], nn.Module] | None = getattr(lm, "get_base_model", None)
+    return lm if unwrap is None else unwrap()
 
 
 class WeightInfo(NamedTuple):

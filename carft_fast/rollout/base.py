@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from carft_fast.core.errors import EngineError, InputError
+from carft_fast.core.seeds import derive_seed
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.packing import derive_seed
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from transformers import (
 
 from carft_fast.core.errors import EngineError
 from carft_fast.core.processes import gather_rows, world_size
+from carft_fast.core.seeds import chunks
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.packing import chunks
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 
 

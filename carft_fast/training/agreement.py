@@ -8,8 +8,9 @@ from torch import Tensor
 
 from carft_fast.config.schema import Config
 from carft_fast.core.errors import EngineError
+from carft_fast.core.seeds import derive_seed
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.packing import derive_seed, pack
+from carft_fast.models.packing import pack
 from carft_fast.objective.losses import completion_logprobs, sampler_support_logprobs
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 

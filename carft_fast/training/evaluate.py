@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from carft_fast.config.schema import Config
+from carft_fast.core.seeds import derive_seed
 from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.data.synthetic import is_step_by_step
-from carft_fast.models.packing import derive_seed
 from carft_fast.rewards.answers import Answer, Grade, same_answer
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams

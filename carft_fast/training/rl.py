@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from carft_fast.config.schema import Config
+from carft_fast.core.seeds import derive_seed
 from carft_fast.data.prompts import EncodedExample
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.packing import derive_seed
 from carft_fast.objective.advantage import Advantages, group_advantages, ppo_advantages
 from carft_fast.objective.annotated import mark_common
 from carft_fast.objective.losses import explained_variance

@@ -24,10 +24,10 @@ from carft_fast.core.durable import write_text
 from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.core.processes import each_rank, is_main, on_main, world_size
 from carft_fast.core.redact import redact
+from carft_fast.core.seeds import derive_seed, epoch_rows
 from carft_fast.core.signals import Stopped, StopRequest
 from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.models.causal_lm import CarftModel, load_model
-from carft_fast.models.packing import derive_seed, epoch_rows
 from carft_fast.reports.metrics import MetricsLog, PhaseTimer
 from carft_fast.rewards.grader import Grader
 from carft_fast.rollout import RolloutEngine, build_engine

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from carft_fast.config.schema import Config
 from carft_fast.core.processes import gather_by_row, global_sum, own_turns, world_size
+from carft_fast.core.seeds import chunks, derive_seed, permutation
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.packing import chunks, derive_seed, permutation
 from carft_fast.objective.advantage import Advantages
 from carft_fast.objective.annotated import Annotated
 from carft_fast.objective.losses import (

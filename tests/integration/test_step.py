@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from carft_fast.config.schema import RlConfig
+from carft_fast.core.seeds import derive_seed
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
-from carft_fast.models.packing import derive_seed
 from carft_fast.objective.advantage import group_advantages, ppo_advantages
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss
 from carft_fast.objective.passes import Rows, Want

@@ -16,9 +16,10 @@ from torch import Tensor
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError
+from carft_fast.core.seeds import chunks, epoch_rows
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftHeads, CarftModel, load_model
-from carft_fast.models.packing import PackedBatch, chunks, epoch_rows, pack, sequence_mean_weights
+from carft_fast.models.packing import PackedBatch, pack, sequence_mean_weights
 from carft_fast.objective.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.objective.passes import Rows, build_passes
 from carft_fast.rewards.answers import Grade
