@@ -140,8 +140,9 @@ def operators(device: str) -> list[Row]:
 def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) -> tuple[list[Row], list[Row]]:
     """Rows of the engines; and the rows of trainer against vLLM."""
     from benchmarks.rollout import sample
-    from carft_fast.models.causal_lm import load_model, load_tokenizer
-    from carft_fast.rollout import SamplingParams, build_engine
+    from carft_fast.models.load import load_model, load_tokenizer
+    from carft_fast.rollout.base import SamplingParams
+    from carft_fast.rollout.engines import build_engine
     from carft_fast.training.agreement import check_agreement
 
     prompts = [row.prompt_ids for row in inputs_of(path).rows]

@@ -38,10 +38,12 @@ from carft_fast.core.console import Console
 from carft_fast.core.example import Example
 from carft_fast.core.seeds import derive_seed
 from carft_fast.data.prompts import EncodedExample
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
+from carft_fast.models.load import load_model
 from carft_fast.rewards.grader import Grader
-from carft_fast.rollout import Rollout, SamplingParams, build_engine
+from carft_fast.rollout.base import Rollout, SamplingParams
+from carft_fast.rollout.engines import build_engine
 from carft_fast.training.parallel import build_learner
 from carft_fast.training.pipeline import prepare
 from carft_fast.training.reference import Reference

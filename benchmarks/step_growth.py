@@ -32,7 +32,7 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.data.synthetic import build_model_config, build_tokenizer
-from carft_fast.models.causal_lm import load_model
+from carft_fast.models.load import load_model
 from carft_fast.training.pipeline import prepare
 
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)

@@ -170,7 +170,7 @@ def check_data_file(
     tokenizer = None
     if resolved.model.path:
         from carft_fast.data.prompts import check_tokenizer
-        from carft_fast.models.causal_lm import load_tokenizer
+        from carft_fast.models.load import load_tokenizer
 
         tokenizer = load_tokenizer(resolved.model)
         check_tokenizer(tokenizer)
@@ -228,7 +228,7 @@ def _prepare(
 ) -> "tuple[Prepared, Console]":
     from carft_fast.core.console import Console
     from carft_fast.core.processes import join
-    from carft_fast.models.causal_lm import resolve_device
+    from carft_fast.models.load import resolve_device
     from carft_fast.training.pipeline import prepare
 
     join(resolve_device(config.model.device).type, config.distributed.timeout_s)

@@ -15,10 +15,12 @@ from carft_fast.config.schema import Config
 from carft_fast.core.example import Example
 from carft_fast.core.seeds import derive_seed
 from carft_fast.data.prompts import EncodedExample, PromptFormat
-from carft_fast.models.causal_lm import CarftModel, load_model, load_tokenizer
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model, load_tokenizer
 from carft_fast.objective.passes import Rows
 from carft_fast.rewards.grader import Grader
-from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
+from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.engines import build_engine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.training.optim import build_optimizer
 from carft_fast.training.parallel import Learner

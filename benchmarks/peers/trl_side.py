@@ -23,7 +23,7 @@ from benchmarks.peers.work import Done, Work
 from carft_fast.config.schema import Config
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.sampler_weights import SamplerWeights
-from carft_fast.rollout import RolloutEngine, SamplingParams
+from carft_fast.rollout.base import RolloutEngine, SamplingParams
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 
 

@@ -26,8 +26,9 @@ from carft_fast.config.toml import replaced
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
 from carft_fast.core.signals import StopRequest
+from carft_fast.training.loop import stage_total_steps
 from carft_fast.training.pipeline import describe_schedule, prepare, train
-from carft_fast.training.run import CONFIG_FILE, stage_total_steps
+from carft_fast.training.run import CONFIG_FILE
 
 COMPARED = (*METHODS, SFT_TIME)
 DEFAULT_METHODS = (SFT, SFT_TIME, "reft", "grpo", "dr_grpo", "carft")

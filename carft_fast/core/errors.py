@@ -28,3 +28,10 @@ class TrainingError(RuntimeError):
 
     The command line prints the message alone and exits with 1; --resume goes on from the last checkpoint.
     """
+
+
+def first_line(error: Exception) -> str:
+    """A library's error in one line, with its type where that is not a usual one."""
+    text = str(error).strip().partition("\n")[0]
+    plain = isinstance(error, (OSError, ValueError, ImportError))
+    return text if text and plain else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -171,4 +171,9 @@ def _causal_mask(
     return mask
 
 
+def soft_cap(lm_config: Any) -> bool:
+    """Whether attention logits are capped (Gemma 2), which sdpa cannot."""
+    return bool(getattr(lm_config.get_text_config(), "attn_logit_softcapping", None))
+
+
 AttentionInterface.register(PACKED, packed_attention)

@@ -1,17 +1,12 @@
 """Completions to grades, for every kind of reward: the I/O around reward.py (processes, the user's own function)."""
 
 import importlib
-import json
 import math
 import numbers
 import os
-import select
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +14,15 @@ from carft_fast.config.schema import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
 from carft_fast.core.processes import each_rank, own_share
-from carft_fast.rewards.answers import Grade, LatexVerdict, compare, extract_answer, grade, parse_target, read_number
+from carft_fast.rewards.answers import Grade, compare, extract_answer, grade, parse_target, read_number
+from carft_fast.rewards.latex import LatexChecker
 
 if TYPE_CHECKING:
     from carft_fast.rewards.programs import ProgramPool
 
 RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
-_WALL_PER_CPU = 10  # a comparison gets its processor time within this many times as long, on a busy machine too
 _PROGRAM_SECONDS = 10.0
 """What a program may take at least that waits, or whose machine is busy."""
-_START_SECONDS = 120.0
 
 
 class Grader(AbstractContextManager["Grader"]):
@@ -169,62 +163,3 @@ def check_scores(scores: Any, expected: int, name: str, examples: Sequence[Examp
             )
         checked.append(float(score))
     return checked
-
-
-class LatexChecker:
-    """Compares LaTeX in a process of its own (`latex_worker`): processor time and memory are limited there."""
-
-    def __init__(self, cpu_seconds: float) -> None:
-        self._cpu_seconds = cpu_seconds
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def compare(self, answer: str, target: str) -> LatexVerdict:
-        """ "unreadable" as well for what goes over the limits."""
-        process = self._process or self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps([answer, target]).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            raise RewardError("the process that compares LaTeX ended between two comparisons") from None
-        match self._reply(process, self._cpu_seconds * _WALL_PER_CPU):
-            case "same":
-                return "same"
-            case "different":
-                return "different"
-            case "":
-                self.close()
-        return "unreadable"
-
-    def _start(self) -> "subprocess.Popen[bytes]":
-        package = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-        with tempfile.TemporaryFile() as errors:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "carft_fast.rewards.latex", str(self._cpu_seconds)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=os.environ | {"PYTHONPATH": path},
-                start_new_session=True,  # Ctrl-C is the run's to handle
-            )
-            if self._reply(self._process, _START_SECONDS) != "ready":
-                self.close()
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip().splitlines()
-                raise RewardError(f"the process that compares LaTeX did not start: {said[-1] if said else 'no reply'}")
-        return self._process
-
-    @staticmethod
-    def _reply(process: "subprocess.Popen[bytes]", seconds: float) -> str:
-        """Its next line; empty when it ended or took too long."""
-        assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], seconds)
-        return process.stdout.readline().decode().strip() if ready else ""
-
-    def close(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.communicate()
-        self._process = None

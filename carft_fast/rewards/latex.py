@@ -1,19 +1,85 @@
-"""A process that compares LaTeX, one JSON line for another. Its processor time per comparison is limited, since
-neither math-verify nor sympy is bounded: what goes over ends the process, and `grading.LatexChecker` starts another.
+"""LaTeX answers, compared in a process of their own. Processor time per comparison is limited, since neither
+math-verify nor sympy is bounded: a comparison that exceeds it ends the process, and `LatexChecker` starts another.
 
-Use: python -m carft_fast.rewards.latex SECONDS
+The process: python -m carft_fast.rewards.latex SECONDS; one JSON line in, one word out.
 """
 
 import json
 import logging
 import os
 import resource
+import select
 import signal
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
-from carft_fast.rewards.answers import compare_latex
+from carft_fast.core.errors import RewardError
+from carft_fast.rewards.answers import LatexVerdict, compare_latex
 
 MEMORY_BYTES = 2 << 30
+_WALL_PER_CPU = 10  # a comparison gets its processor time within this many times as long, on a busy machine too
+_START_SECONDS = 120.0
+
+
+class LatexChecker:
+    """Compares LaTeX in a process of its own (`main`): processor time and memory are limited there."""
+
+    def __init__(self, cpu_seconds: float) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def compare(self, answer: str, target: str) -> LatexVerdict:
+        """ "unreadable" as well for what goes over the limits."""
+        process = self._process or self._start()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps([answer, target]).encode() + b"\n")
+            process.stdin.flush()
+        except BrokenPipeError:
+            raise RewardError("the process that compares LaTeX ended between two comparisons") from None
+        match self._reply(process, self._cpu_seconds * _WALL_PER_CPU):
+            case "same":
+                return "same"
+            case "different":
+                return "different"
+            case "":
+                self.close()
+        return "unreadable"
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        package = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+        with tempfile.TemporaryFile() as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "carft_fast.rewards.latex", str(self._cpu_seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=os.environ | {"PYTHONPATH": path},
+                start_new_session=True,  # Ctrl-C is the run's to handle
+            )
+            if self._reply(self._process, _START_SECONDS) != "ready":
+                self.close()
+                errors.seek(0)
+                said = errors.read().decode(errors="replace").strip().splitlines()
+                raise RewardError(f"the process that compares LaTeX did not start: {said[-1] if said else 'no reply'}")
+        return self._process
+
+    @staticmethod
+    def _reply(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+        """Its next line; empty when it ended or took too long."""
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], seconds)
+        return process.stdout.readline().decode().strip() if ready else ""
+
+    def close(self) -> None:
+        if self._process is None:
+            return
+        self._process.kill()
+        self._process.communicate()
+        self._process = None
 
 
 def main() -> None:

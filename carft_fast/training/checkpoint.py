@@ -38,7 +38,8 @@ from carft_fast.core.durable import (
 )
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import on_main, rank, world_size
-from carft_fast.models.causal_lm import HEADS_CONFIG, HEADS_WEIGHTS, CarftModel
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS
 
 STATE_FILE = "trainer_state.json"
 RUN_CONFIG_FILE = "config.toml"

@@ -13,7 +13,7 @@ from carft_fast.data.prompts import EncodedExample, PromptFormat
 from carft_fast.data.synthetic import is_step_by_step
 from carft_fast.rewards.answers import Answer, Grade, same_answer
 from carft_fast.rewards.grader import Grader
-from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 
 BOOTSTRAP_DRAWS = 2000
 

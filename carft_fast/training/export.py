@@ -14,7 +14,9 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.durable import MANIFEST, find_damage, write_folder
 from carft_fast.core.errors import InputError
-from carft_fast.models.causal_lm import HEADS_CONFIG, CarftHeads, CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.heads import HEADS_CONFIG, CarftHeads
+from carft_fast.models.load import load_model
 from carft_fast.training.checkpoint import (
     OPTIMIZER_FILE,
     RUN_CONFIG_FILE,

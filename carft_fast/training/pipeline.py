@@ -22,24 +22,19 @@ from carft_fast.core.signals import StopRequest
 from carft_fast.data.load import LoadReport, load_examples
 from carft_fast.data.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 from carft_fast.data.synthetic import make_task
-from carft_fast.models.causal_lm import (
-    check_heads,
-    check_weights,
-    load_lm_config,
-    load_model,
-    load_tokenizer,
-    resolve_device,
-)
 from carft_fast.models.flops import ModelCost
+from carft_fast.models.heads import check_heads
+from carft_fast.models.load import check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
 from carft_fast.reports.run_report import write_report
 from carft_fast.rewards.grader import Grader
-from carft_fast.rollout import check_engine
+from carft_fast.rollout.engines import check_engine
 from carft_fast.training.evaluate import EvalResult, add_samples
+from carft_fast.training.loop import StageLoop, stage_total_steps
 from carft_fast.training.memory import estimate_memory
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
-from carft_fast.training.run import SUMMARY_FILE, Run, StageLoop, check_run_folder, stage_total_steps, versions
+from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
 from carft_fast.training.sft import train_sft
 
 

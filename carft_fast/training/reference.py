@@ -13,7 +13,8 @@ import torch
 from carft_fast.config.schema import Config
 from carft_fast.core.errors import InputError
 from carft_fast.models.attention import PromptStates
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
 from carft_fast.training.parallel import divide_frozen, strategy
 
 

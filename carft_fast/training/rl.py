@@ -20,12 +20,13 @@ from carft_fast.objective.losses import explained_variance
 from carft_fast.objective.passes import Rows
 from carft_fast.rewards.answers import Grade, base_score, embedding_partial_score
 from carft_fast.rewards.grader import Grader
-from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
+from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.reference import Reference
-from carft_fast.training.run import Run, StageLoop, picked_rows, stage_total_steps
+from carft_fast.training.run import Run
 from carft_fast.training.step import Experience, Needs, Samples, Step
 
 

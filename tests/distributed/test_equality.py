@@ -26,12 +26,14 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.processes import leave, on_main
-from carft_fast.models.causal_lm import CarftModel, Gathered, load_model
+from carft_fast.models.causal_lm import CarftModel, Gathered
+from carft_fast.models.load import load_model
 from carft_fast.objective.passes import Loss, PackedPasses
+from carft_fast.training.loop import StageLoop
 from carft_fast.training.parallel import Learner, build_learner
 from carft_fast.training.pipeline import prepare
 from carft_fast.training.pipeline import train as train_run
-from carft_fast.training.run import StageLoop, evaluate
+from carft_fast.training.run import evaluate
 from carft_fast.training.step import Update
 from tests.conftest import TINY_RUN
 from tests.integration.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from carft_fast.config.toml import load_config
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.causal_lm import load_model
+from carft_fast.models.load import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -252,9 +252,9 @@ def test_what_fails_on_one_rank_while_the_others_need_it_ends_all(tmp_path: Path
 
 WHAT_IS_LEFT = """
 import os, weakref
-import carft_fast.training.run as run
+import carft_fast.training.loop as loop
 
-started = run.StageLoop.__init__
+started = loop.StageLoop.__init__
 seen = []
 
 def start(self, *arguments):
@@ -264,7 +264,7 @@ def start(self, *arguments):
     optimizer = getattr(self.learner.optimizer, "optimizer", self.learner.optimizer)  # under DeepSpeed's own
     seen.append((arguments[1], weakref.ref(self.learner.model), weakref.ref(optimizer)))
 
-run.StageLoop.__init__ = start
+loop.StageLoop.__init__ = start
 from carft_fast.cli import run_cli
 run_cli()
 """

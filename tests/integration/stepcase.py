@@ -8,7 +8,8 @@ from torch import Tensor
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.seeds import derive_seed
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
 from carft_fast.objective.advantage import Advantages
 from carft_fast.objective.annotated import mark_common
 from carft_fast.objective.passes import Rows

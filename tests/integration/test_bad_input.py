@@ -328,7 +328,7 @@ def test_resume_by_another_command(cli: Cli, tmp_path: Path, tiny_run: list[str]
 
 
 def test_heads_of_another_variant(cli: Cli, tmp_path: Path, model_folder: Path) -> None:
-    from carft_fast.models.causal_lm import CarftHeads
+    from carft_fast.models.heads import CarftHeads
 
     folder = tmp_path / "with_heads"
     folder.mkdir()

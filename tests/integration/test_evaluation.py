@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from carft_fast.cli import QUICKSTART_CONFIG, app
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
+from carft_fast.training.loop import picked_rows
 from carft_fast.training.pipeline import prepare
-from carft_fast.training.run import picked_rows
 
 SAMPLES = 4
 

@@ -80,7 +80,7 @@ def test_rollback_goes_on_from_the_best_with_a_lower_rate_and_resumes_to_the_bit
     assert len(records(whole, "train")) == 8
 
     # stopped right after the rollback's step, and gone on with
-    from carft_fast.training.run import StageLoop
+    from carft_fast.training.loop import StageLoop
 
     guard = StageLoop.guard_against_collapse
 

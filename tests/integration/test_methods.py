@@ -12,7 +12,8 @@ import transformers
 
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
-from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
+from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.engines import build_engine
 from carft_fast.training.pipeline import prepare, train
 from carft_fast.training.run import Run
 

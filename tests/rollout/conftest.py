@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
 from carft_fast.rollout.base import RolloutEngine
 from carft_fast.rollout.vllm.engine import VLLMEngine
 from carft_fast.rollout.vllm.servers import VLLMServerEngine

@@ -20,7 +20,8 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.durable import find_damage, write_folder, write_text
 from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
 from carft_fast.training.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.training.export import export_checkpoint
 from carft_fast.training.optim import build_optimizer

@@ -8,7 +8,8 @@ import torch
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
 from carft_fast.models.packing import pack
 from carft_fast.objective.losses import (
     Normaliser,

@@ -13,8 +13,9 @@ from torch.distributed.fsdp import fully_shard
 from carft_fast.config.toml import load_config
 from carft_fast.core.processes import leave
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.causal_lm import CarftModel, load_model
-from carft_fast.rollout import Rollout, SamplingParams
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
+from carft_fast.rollout.base import Rollout, SamplingParams
 from carft_fast.rollout.hf import HFEngine
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16], [17, 18, 19]]

@@ -18,13 +18,14 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError
 from carft_fast.core.seeds import chunks, epoch_rows
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.causal_lm import CarftHeads, CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.heads import CarftHeads
+from carft_fast.models.load import load_model
 from carft_fast.models.packing import PackedBatch, pack, sequence_mean_weights
 from carft_fast.objective.losses import completion_logprobs, cot_embeddings, sft_loss
 from carft_fast.objective.passes import Rows, build_passes
 from carft_fast.rewards.answers import Grade
-from carft_fast.rollout import SamplingParams
-from carft_fast.rollout.base import request_seed
+from carft_fast.rollout.base import SamplingParams, request_seed
 from carft_fast.rollout.hf import HFEngine, inverse_cdf
 from carft_fast.rollout.vllm.adapter import sampling_fields
 from carft_fast.training.rl import score_rollouts

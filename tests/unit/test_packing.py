@@ -18,8 +18,9 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.attention import PACKED, packed_attention
-from carft_fast.models.causal_lm import CarftModel, load_model
+from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
+from carft_fast.models.load import load_model
 from carft_fast.models.packing import PackedBatch, balanced_batches, pack
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from carft_fast.core.durable import find_damage
 from carft_fast.core.errors import TrainingError
 from carft_fast.core.processes import leave
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.causal_lm import load_model
+from carft_fast.models.load import load_model
 from carft_fast.models.packing import pack
 from carft_fast.training.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
 from carft_fast.training.export import export_checkpoint

@@ -24,8 +24,8 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.core.redact import redact
 from carft_fast.data.synthetic import build_model_config, build_tokenizer
-from carft_fast.models.causal_lm import check_weights, load_lm_config, load_model, load_tokenizer
 from carft_fast.models.flops import ModelCost
+from carft_fast.models.load import check_weights, load_lm_config, load_model, load_tokenizer
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.rollout.vllm.launch import ServerProcess, is_loopback, serve, server_environment
 
@@ -187,7 +187,7 @@ LOAD_FROM_HUB = """
 import torch
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
-from carft_fast.models.causal_lm import load_model
+from carft_fast.models.load import load_model
 
 for name in ("pickled", "adapter", "good"):
     try:

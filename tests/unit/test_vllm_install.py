@@ -10,7 +10,7 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError, InputError
-from carft_fast.rollout import check_engine
+from carft_fast.rollout.engines import check_engine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 
 

@@ -152,8 +152,8 @@ def _end_with(parent: int) -> None:
 
 def serve(config: Config, host: str, port: int) -> NoReturn:
     """Replace this process by a server for runs with this config; it waits for a trainer's weights."""
-    from carft_fast.models.causal_lm import load_lm_config, resolve_device
-    from carft_fast.rollout import check_engine
+    from carft_fast.models.load import load_lm_config, resolve_device
+    from carft_fast.rollout.engines import check_engine
 
     token = os.environ.get(TOKEN) or os.environ.get("VLLM_API_KEY")
     if not token and not is_loopback(host):

@@ -1,0 +1,207 @@
+"""From a folder or a Hub id to tokenizer, config and model, or to a sentence that says what is wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from carft_fast.config.schema import SYNTHETIC, Config, LoraConfig, ModelConfig
+from carft_fast.core.errors import InputError, first_line
+from carft_fast.core.processes import world_size
+from carft_fast.core.seeds import derive_seed
+from carft_fast.data.synthetic import build_model_config, build_tokenizer
+from carft_fast.models.attention import PACKED, soft_cap
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS, CarftHeads
+from carft_fast.models.safe_weights import check_hub, check_safetensors
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError('model.device = "cuda": torch sees no GPU; allowed here: "auto", "cpu"')
+    if (name, world_size() > 1) == ("cuda", True):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(name)
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Raises InputError for a folder without model or tokenizer, or a Hub id that cannot be had."""
+    if config.path == SYNTHETIC:
+        return build_tokenizer()
+    _check_folder(config.path)
+    try:
+        return AutoTokenizer.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _load_failure(config.path, "no tokenizer could be loaded", error) from None
+
+
+def load_lm_config(config: ModelConfig) -> Any:
+    if config.path == SYNTHETIC:
+        return build_model_config(len(build_tokenizer()))
+    _check_folder(config.path)
+    try:
+        lm_config = AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise _load_failure(config.path, "no model config could be loaded", error) from None
+    for name in vars(lm_config):
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(lm_config, name), float):
+            setattr(lm_config, name, 0.0)
+    return lm_config
+
+
+def load_model(
+    config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None
+) -> CarftModel:
+    """The causal LM at `path` (folder, Hub id, "synthetic") in float32, with its heads (fresh ones if it has none).
+
+    With heads it is a policy to train: with LoRA it gets adapters and its own weights are frozen. `trained` is a
+    checkpoint of it; without heads it is a frozen reference.
+    """
+    lora = config.lora if heads and config.lora.rank else None
+    if trained is not None and lora is None:
+        path = str(trained)
+    lm = _load_lm(config, path).to(device).eval()
+    if heads and getattr(lm, "_hf_peft_config_loaded", False):
+        raise _has_adapter(path)
+    carft_heads = None
+    if heads:
+        size = lm.get_input_embeddings().weight.shape[1]
+        hidden_size = getattr(lm.config.get_text_config(), "hidden_size", size)
+        carft_heads = CarftHeads(hidden_size, config.model.embedding_dim, config.model.value_head, config.seed)
+        saved = Path(path) if trained is None else trained
+        if (saved / HEADS_CONFIG).is_file():
+            carft_heads.load(saved)
+        carft_heads.to(device)
+    packs = config.model.impl == "fast"
+    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype), packs=packs)
+    if not heads:
+        model.requires_grad_(False)
+    if lora:
+        _add_adapters(lm, lora, config.seed, trained)
+    model.hold_frozen_weights_in_compute_dtype()
+    if device.type == "cpu" and model.compute_dtype == torch.float32 and config.model.impl == "fast":
+        model.use_cpu_linear()
+    if heads and config.model.gradient_checkpointing:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        lm.train()  # transformers checkpoints in training mode only; dropout is zero in the config
+    if config.model.compile:
+        model.compile_layers()
+    return model
+
+
+def _load_lm(config: Config, path: str) -> Any:
+    model_config = config.model.model_copy(update={"path": path})
+    lm_config = load_lm_config(model_config)
+    attention: str | None = PACKED if config.model.attention == "packed" else config.model.attention
+    if config.model.impl == "reference" and attention == PACKED:
+        attention = "eager" if soft_cap(lm_config) else None  # transformers' choice: "sdpa" where the model has it
+    try:
+        if path == SYNTHETIC:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(config.seed, "model"))
+                return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
+        if not Path(path).is_dir():
+            check_hub(path, config.model.revision)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=lm_config,
+            revision=config.model.revision,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=config.model.trust_remote_code,
+            output_loading_info=True,
+        )
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise _load_failure(path, "weights could not be loaded", error) from None
+    except Exception as error:  # broken files, and what a model's own code makes of its config
+        if PACKED in str(error):
+            raise InputError(
+                f'model.attention = "packed": model_type "{lm_config.model_type}" has attention classes of its own: '
+                'try "eager", or model.impl = "reference", which pads'
+            ) from None
+        raise _load_failure(path, "weights could not be loaded", error) from error
+    lm, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        raise InputError(
+            f'model.path = "{path}": {len(missing)} weights are missing in its files and would be random, {missing[0]} '
+            "is the first"
+        )
+    return lm
+
+
+def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) -> None:
+    """LoRA in place: everything else is frozen. Raises InputError for modules the model does not have."""
+    import peft
+
+    targets = lora.target_modules[0] if lora.target_modules == ["all-linear"] else lora.target_modules
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        target_modules=targets,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "lora"))
+        try:
+            lm.add_adapter(settings)
+        except ValueError as error:
+            raise InputError(f"lora.target_modules = {lora.target_modules}: {first_line(error)}") from None
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    for module, what in ((head, "LM head"), (embedding, "input embedding, whose weight is also its LM head's")):
+        if isinstance(module, peft.tuners.lora.LoraLayer) and (tied or module is head):
+            raise InputError(
+                f"lora.target_modules = {lora.target_modules}: an adapter on the model's {what}: the losses read the "
+                "head's weight itself and would not see it"
+            )
+    if trained is not None:
+        loaded: Any = peft.set_peft_model_state_dict(lm, load_file(trained / "adapter_model.safetensors"))
+        if loaded.unexpected_keys:
+            raise InputError(f"{trained}: its adapters are not those of [lora]: {loaded.unexpected_keys[0]} is unknown")
+
+
+def _check_folder(path: str) -> None:
+    if not path:
+        raise InputError('model.path is not set: give a model folder, a Hub id or "synthetic"')
+    folder = Path(path)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if folder.is_file() or (looks_local and not folder.is_dir()):
+        raise InputError(f'model.path = "{path}": not a folder')
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(f'model.path = "{path}": the folder has no config.json, so it is not a Hugging Face model')
+    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise InputError(f'model.path = "{path}": the folder has no tokenizer (tokenizer.json)')
+
+
+def check_weights(path: str, *, training: bool = False) -> None:
+    """Raises InputError for a local folder whose weights are not safetensors, or cannot be trained."""
+    if Path(path).is_dir():
+        check_safetensors(Path(path), heads=(HEADS_CONFIG, HEADS_WEIGHTS))
+        if training and (Path(path) / "adapter_config.json").is_file():
+            raise _has_adapter(path)
+
+
+def _has_adapter(path: str) -> InputError:
+    return InputError(
+        f'model.path = "{path}": it comes with a LoRA adapter, which would be neither trained nor part of the frozen '
+        "reference: merge it into the weights first (peft's merge_and_unload)"
+    )
+
+
+def _load_failure(path: str, what: str, error: Exception) -> InputError:
+    if "trust_remote_code" in str(error):
+        return InputError(
+            f'model.path = "{path}": transformers does not know this model without the Python files that come with it. '
+            "They can do whatever you can: read them, then set model.trust_remote_code = true"
+        )
+    return InputError(f'model.path = "{path}": {what}: {first_line(error)}')

@@ -1,0 +1,200 @@
+"""The loop around the steps of a stage: what happens between them, how many there are, which rows they take."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from carft_fast.config.schema import Config, SftConfig, StageConfig
+from carft_fast.core.errors import TrainingError
+from carft_fast.core.seeds import derive_seed, epoch_rows
+from carft_fast.core.signals import Stopped
+from carft_fast.data.prompts import EncodedExample
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
+from carft_fast.rollout.base import RolloutEngine
+from carft_fast.training.checkpoint import has_sharded
+from carft_fast.training.guard import find_collapse, rollbacks, stopped_at
+from carft_fast.training.parallel import Learner, build_learner, strategy
+from carft_fast.training.run import Run
+
+
+class StageLoop(AbstractContextManager["StageLoop"]):
+    """The steps of one stage, with what happens between steps: evaluation, checkpoints, progress, stop requests.
+
+    Use as `with StageLoop(...) as loop: for step in loop: ...`. It owns the model and its optimizer, loaded from the
+    stage's newest checkpoint when there is one, else from `model_path`. A stop request saves before it ends the loop.
+    """
+
+    def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
+        self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
+        self._model_path = model_path
+        checkpoint = run.store.latest(stage)
+        trained, self._step = checkpoint or (None, 0)
+        with run.timer("load"):
+            self.learner: Learner = build_learner(run.config, self._load(trained), config, run.device)
+            if trained is not None:
+                self.learner.load(trained)
+        run.metrics.rewind(stage, self._step)
+        self._ends_at = stopped_at(run.metrics.find(stage, "guard"))
+        if checkpoint:
+            run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
+        self._current_engine: Callable[[], RolloutEngine] | None = None
+
+    def _load(self, trained: Path | None) -> CarftModel:
+        """In host memory where the device gets a share of it only; what is sharded on disk the learner loads."""
+        divided = strategy(self._run.config) in ("fsdp2", "zero3")
+        device = torch.device("cpu") if divided else self._run.device
+        whole = None if trained is not None and has_sharded(trained) else trained
+        return load_model(self._run.config, self._model_path, device, heads=True, trained=whole)
+
+    def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
+        """`current_engine` gives the sampler with the weights of now; called for every evaluation."""
+        self._current_engine = current_engine
+
+    def __iter__(self) -> Iterator[int]:
+        run = self._run
+        with run.console.track(self._stage, self.total_steps, "steps") as tracker:
+            tracker.skip(self._step)
+            while True:
+                best = self._evaluate_if_due()
+                if best or self._due(self._config.save_every):
+                    self._save(best=best)
+                run.store.check()
+                run.stop.check_together()
+                if self._step in (self.total_steps, self._ends_at):
+                    return
+                yield self._step
+                self._step += 1
+                run.stop.held = False
+                tracker.advance(note=self._note())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Stopped):
+            path = self._save()
+        if error is None or isinstance(error, Stopped):
+            self._run.store.wait()
+        if isinstance(error, Stopped):
+            self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
+
+    def report_skipped(self, rows: list[dict[str, Any]]) -> None:
+        """After a step's record, when its loss or gradient was not finite: keep the rows it came from.
+
+        Raises TrainingError after `max_skipped_steps` such steps in a row.
+        """
+        run, done, most = self._run, self._step + 1, self._config.max_skipped_steps
+        name = f"{self._stage}-nonfinite-{done:06d}"
+        run.write_samples(name, rows)
+        run.console.log(
+            f"{self._stage} step {done}: a loss or gradient was not finite: not applied; its rows: {name}.jsonl"
+        )
+        recent = run.metrics.find(self._stage, "train")[-most:]
+        if len(recent) == most and all(record["skipped_updates"] for record in recent):
+            raise TrainingError(
+                f"{self._stage} step {done}: a loss or gradient was not finite in each of the last {most} steps "
+                f"({self._stage}.max_skipped_steps). The rows are in "
+                f"{run.folder / 'samples'}/{self._stage}-nonfinite-*.jsonl; "
+                "a lower learning rate, float32 or shorter rows may help. --resume goes on from the last checkpoint"
+            )
+
+    def _best_checkpoint(self) -> Path | None:
+        """None where no evaluated step was better than the stage's start."""
+        accuracy = {record["step"]: record["accuracy"] for record in self._run.metrics.find(self._stage, "eval")}
+        start = accuracy.pop(0, None)
+        if start is None:  # the stage began with the weights SFT ended with
+            start = max(self._run.metrics.find("sft", "eval"), key=lambda record: record["step"])["accuracy"]
+        return self._run.store.best(self._stage) if max(accuracy.values(), default=-1.0) > start else None
+
+    def _due(self, every: int | None) -> bool:
+        last = self._step in (self.total_steps, self._ends_at)
+        return self._step > 0 and (last or bool(every and self._step % every == 0))
+
+    @property
+    def lr_scale(self) -> float:
+        """Factor of the scheduled learning rate: lower after every rollback."""
+        return self._run.config.guard.lr_factor ** rollbacks(self._run.metrics.records)
+
+    def guard_against_collapse(self) -> bool:
+        """After a step's record: end the stage or go back if the run has collapsed; True if the weights changed.
+
+        Going back takes weights and optimizer of the best evaluated checkpoint, or those the stage began with where
+        none was better; the count of steps goes on.
+        """
+        run, config, done = self._run, self._run.config.guard, self._step + 1
+        cause = None if config.action == "off" else find_collapse(run.metrics.records, config)
+        if cause is None:
+            return False
+        stop = config.action == "stop" or rollbacks(run.metrics.records) >= config.max_rollbacks
+        best = self._best_checkpoint()
+        event = {"action": "stop" if stop else "rollback", "cause": cause}
+        if stop:
+            self._ends_at = done
+        else:
+            event["to"] = str(best or self._model_path)
+            self.learner.replace_weights(self._load(best))
+            if best is not None:
+                self.learner.load(best)
+        run.metrics.log(self._stage, "guard", done, event, {})
+        run.console.log(f"{self._stage} step {done}: collapse, {cause}: {event['action']} {event.get('to', '')}")
+        return not stop
+
+    def _evaluate_if_due(self) -> bool:
+        """True when the step is evaluated and the stage's best so far."""
+        run, stage, step = self._run, self._stage, self._step
+        known_start = step == 0 and bool(run.metrics.find("sft", "eval"))  # the weights SFT ended with
+        if not (step == 0 or self._due(self._config.eval_every)) or known_start:
+            return False
+        earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if 0 < record["step"] < step]
+        if known := run.metrics.find(stage, "eval", step):  # a kill may have fallen between checkpoint and best link
+            accuracy = known[0]["accuracy"]
+        else:
+            assert self._current_engine is not None
+            accuracy = run.evaluate(self._current_engine(), stage, step).accuracy
+        return step > 0 and accuracy > max(earlier, default=-1.0)
+
+    def _save(self, *, best: bool = False) -> Path:
+        run = self._run
+        with run.timer("checkpoint"):
+            return run.store.save(
+                self._stage,
+                self._step,
+                self.learner.model,
+                run.tokenizer,
+                self.learner.optimizer,
+                whole=self.learner.gather_state(),
+                model_path=self._model_path,
+                seed=run.config.seed,
+                best=best,
+            )
+
+    def _note(self) -> str:
+        record = self._run.metrics.records[-1]
+        shown = ("loss", "reward", "train_accuracy")
+        return "  ".join(f"{name} {record[name]:.3f}" for name in shown if name in record)
+
+
+def total_steps(config: StageConfig, rows: int, rows_per_step: int) -> int:
+    return config.max_steps or -(-config.epochs * rows // rows_per_step)
+
+
+def stage_total_steps(config: Config, stage: str, rows: int) -> int:
+    """Steps of a stage over `rows` training rows."""
+    stage_config: StageConfig = config.sft if stage == "sft" else config.rl
+    if isinstance(stage_config, SftConfig):
+        return total_steps(stage_config, rows, stage_config.batch_size)
+    return total_steps(stage_config, rows, config.rl.batch_size // config.rollout.samples_per_prompt)
+
+
+def picked_rows(run: Run, stage: str, count: int, step: int) -> list[EncodedExample]:
+    """Training rows of a step: every row once an epoch, in an order of the seed's, with another of its annotations in
+    every epoch."""
+    seed = derive_seed(run.config.seed, stage)
+    return [
+        run.train_rows[row].turn(derive_seed(seed, "annotation", row) + epoch)
+        for row, epoch in epoch_rows(len(run.train_rows), count, step, seed)
+    ]
