@@ -12,7 +12,7 @@ help:
 	@echo "make sampler     add vLLM for the CPU to it, where there is no GPU; tests and benchmarks use it"
 	@echo "make quickstart  SFT and CARFT on a generated task, with a report, in minutes on a CPU"
 	@echo "make test        run every test"
-	@echo "make lint        ruff and mypy"
+	@echo "make lint        ruff, mypy and which room may import which"
 	@echo "make test-page   the HTML reports in Chromium"
 	@echo "make bench       run the benchmarks, write rows and report.html to benchmarks/results"
 	@echo "make bench-report  report.html from the rows that are there"
@@ -59,6 +59,7 @@ lint: sampler
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # benchmarks/results: rows that are committed, and report.html with all of them. On a GPU see bench-gpu.
 bench: sampler build/peers

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.rows import COLUMNS, Results, hardware, read
-from carft_fast.core.errors import InputError
+from carft_fast.core import InputError
 
 BAND = 0.10
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import carft_kernels as ck
 from benchmarks.predict import LENGTHS, MODELS, shape_of
 from benchmarks.rows import RESULTS, Row, write
-from carft_fast.models.flops import ModelCost, fast_step, published_step
+from carft_fast.models import ModelCost, fast_step, published_step
 from tests.ops.conftest import LargestTensor
 from tests.ops.interpreter import count_traffic, repair
 

@@ -81,7 +81,7 @@ def stamp(answer: str) -> dict[str, str]:
 def gpu_machine() -> dict[str, str]:
     command = ["nvidia-smi", f"--query-gpu={','.join(QUERY)}", "--format=csv,noheader", "--id=0"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    from carft_fast.training.run import versions
+    from carft_fast.training import versions
 
     named = {key: value for key, value in versions().items() if key in ("triton", "transformers", "vllm")}
     return this_machine("cuda") | stamp(answer) | {"cuda": str(torch.version.cuda)} | named
@@ -104,7 +104,7 @@ def random_model(sizes: dict[str, Any]) -> Iterator[Path]:
     """A folder with an untrained model and the quickstart's tokenizer."""
     import transformers
 
-    from carft_fast.data.synthetic import build_tokenizer
+    from carft_fast.data import build_tokenizer
 
     with tempfile.TemporaryDirectory(prefix="carft-benchmark-") as folder:
         config = transformers.Qwen2Config(**sizes)
@@ -115,7 +115,7 @@ def random_model(sizes: dict[str, Any]) -> Iterator[Path]:
 
 def model_config(path: Path, device: str, *options: str) -> Any:
     from carft_fast.cli import QUICKSTART_CONFIG
-    from carft_fast.config.toml import load_config
+    from carft_fast.config import load_config
 
     fixed = [
         *(f"model.path={path}", f"model.device={device}", "model.compute_dtype=bfloat16", "data.max_length=512"),
@@ -127,7 +127,7 @@ def model_config(path: Path, device: str, *options: str) -> Any:
 
 def inputs_of(path: Path) -> Any:
     from benchmarks.step import random_inputs
-    from carft_fast.data.synthetic import build_tokenizer
+    from carft_fast.data import build_tokenizer
 
     # the annotated chain, too, is as long as a prompt: what a step costs hangs on tokens, not on what they say
     return random_inputs(ROWS, PROMPT, len(build_tokenizer()), torch.Generator().manual_seed(0))
@@ -140,10 +140,9 @@ def operators(device: str) -> list[Row]:
 def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) -> tuple[list[Row], list[Row]]:
     """Rows of the engines; and the rows of trainer against vLLM."""
     from benchmarks.rollout import sample
-    from carft_fast.models.load import load_model, load_tokenizer
-    from carft_fast.rollout.base import SamplingParams
-    from carft_fast.rollout.engines import build_engine
-    from carft_fast.training.agreement import check_agreement
+    from carft_fast.models import load_model, load_tokenizer
+    from carft_fast.rollout import SamplingParams, build_engine
+    from carft_fast.training import check_agreement
 
     prompts = [row.prompt_ids for row in inputs_of(path).rows]
     config = model_config(path, device)
@@ -183,7 +182,7 @@ def rollouts(path: Path, device: str, engines: Sequence[str], repeats: int = 3) 
 def training_step(path: Path, device: str, repeats: int = 3) -> list[Row]:
     """The rows of one case of the step benchmark."""
     from benchmarks.step import RIGHT, Prepared, matmul_ceiling, timings
-    from carft_fast.models.flops import ModelCost, StepShape, fast_step
+    from carft_fast.models import ModelCost, StepShape, fast_step
 
     inputs = inputs_of(path)
     rows: list[Row] = []

@@ -34,9 +34,8 @@ from benchmarks.ops import FEWEST, add_clock, checked, clock_of, peaks_mb, secon
 from benchmarks.rows import RESULTS, Row, read, this_machine, write
 from benchmarks.step import RIGHT, Inputs, Prepared, random_inputs
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.methods import METHODS
-from carft_fast.config.toml import load_config
-from carft_fast.core.processes import leave
+from carft_fast.config import METHODS, load_config
+from carft_fast.core import leave
 
 BASE = {"T": 512, "V": 8192, "D": 128}
 LETTERS = {"tokens": "T", "vocabulary": "V", "hidden size": "D"}

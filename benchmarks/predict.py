@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import transformers
 
 from benchmarks.rows import RESULTS
-from carft_fast.models.flops import ModelCost, StepShape, Work, fast_step, published_step
+from carft_fast.models import ModelCost, StepShape, Work, fast_step, published_step
 
 GPUS = {"A100-80GB": (312e12, 2.04e12), "H100-SXM": (989e12, 3.35e12), "B200": (2250e12, 8.0e12)}
 """Dense bfloat16 FLOP/s and memory bytes/s, from the vendor's data sheets."""

@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.rows import commit
 from benchmarks.step import CASES, Inputs, Prepared, case_config
-from carft_fast.core.console import Console
-from carft_fast.rollout.base import Rollout
-from carft_fast.training.pipeline import prepare
+from carft_fast.core import Console
+from carft_fast.rollout import Rollout
+from carft_fast.training import prepare
 
 ROLLOUTS = 8
 Tree = dict[str, Any]

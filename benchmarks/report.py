@@ -15,8 +15,8 @@ from benchmarks.long_run import ENGINES, FIGURES, trend
 from benchmarks.op_cases import CASES, PLAIN
 from benchmarks.predict import assumptions, predictions
 from benchmarks.rows import COLUMNS, RESULTS, SCHEMAS, Results, Row, read
+from carft_fast.reports import NOT_MEASURED, SERIES, Cell
 from carft_fast.reports import page as page
-from carft_fast.reports.page import NOT_MEASURED, SERIES, Cell
 
 ON_GPU = "on a GPU"
 Draw = Callable[[Any], None]

@@ -20,16 +20,11 @@ import torch
 
 from benchmarks.rows import RESULTS, commit
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
-from carft_fast.core.console import Console
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.load import load_model
-from carft_fast.rollout.base import RolloutEngine, SamplingParams
-from carft_fast.rollout.engines import build_engine
-from carft_fast.training.agreement import check_agreement
-from carft_fast.training.pipeline import prepare
-from carft_fast.training.run import versions
+from carft_fast.config import Config, load_config
+from carft_fast.core import Console
+from carft_fast.models import CarftModel, load_model
+from carft_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from carft_fast.training import check_agreement, prepare, versions
 
 PROMPTS, NEW_TOKENS, SYNCS = 64, 128, 3
 ENGINES = ("hf", "vllm", "vllm-server")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from carft_fast.core.errors import InputError
+from carft_fast.core import InputError
 
 RESULTS = Path(__file__).parent / "results"
 HARDWARE = ("device", "gpu", "driver", "clocks", "processor", "model", "cores", "threads", "clock")

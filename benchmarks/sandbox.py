@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rows import RESULTS, commit
-from carft_fast.rewards.programs import ProgramPool
+from carft_fast.rewards import ProgramPool
 
 WORKERS, BASELINE_PROGRAMS, TOLERANCE = 2, 200, 1e-2
 

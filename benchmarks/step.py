@@ -32,24 +32,27 @@ from benchmarks.ops import resident_kb, seconds
 from benchmarks.rows import commit, processor_model
 from benchmarks.step_report import PUBLISHED, load, report, save
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
-from carft_fast.core.console import Console
-from carft_fast.core.example import Example
-from carft_fast.core.seeds import derive_seed
-from carft_fast.data.prompts import EncodedExample
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.flops import ModelCost, StepShape, fast_step
-from carft_fast.models.load import load_model
-from carft_fast.rewards.grader import Grader
-from carft_fast.rollout.base import Rollout, SamplingParams
-from carft_fast.rollout.engines import build_engine
-from carft_fast.training.parallel import build_learner
-from carft_fast.training.pipeline import prepare
-from carft_fast.training.reference import Reference
-from carft_fast.training.rl import as_samples, estimate_advantages, grade_all, score_rollouts
-from carft_fast.training.run import Run, versions
-from carft_fast.training.step import Experience, MiniBatch, Samples, Step
+from carft_fast.config import Config, load_config
+from carft_fast.core import Console, Example, derive_seed
+from carft_fast.data import EncodedExample
+from carft_fast.models import CarftModel, ModelCost, StepShape, fast_step, load_model
+from carft_fast.rewards import Grader
+from carft_fast.rollout import Rollout, SamplingParams, build_engine
+from carft_fast.training import (
+    Experience,
+    MiniBatch,
+    Reference,
+    Run,
+    Samples,
+    Step,
+    as_samples,
+    build_learner,
+    estimate_advantages,
+    grade_all,
+    prepare,
+    score_rollouts,
+    versions,
+)
 from carft_kernels import cpu_linear
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"

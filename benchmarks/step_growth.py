@@ -28,12 +28,11 @@ from benchmarks.step import (
 )
 from benchmarks.step_report import PUBLISHED, ROLLOUT_VOCABULARY, load, report, save
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
-from carft_fast.core.console import Console
-from carft_fast.data.synthetic import build_model_config, build_tokenizer
-from carft_fast.models.load import load_model
-from carft_fast.training.pipeline import prepare
+from carft_fast.config import Config, load_config
+from carft_fast.core import Console
+from carft_fast.data import build_model_config, build_tokenizer
+from carft_fast.models import load_model
+from carft_fast.training import prepare
 
 SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)

@@ -11,6 +11,7 @@ TRAIN_EXTRA = (
     "tokenizers",
     "safetensors",
     "datasets",
+    "lazy_loader",
     "matplotlib",
     "math_verify",
     "tensorboard",

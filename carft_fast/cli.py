@@ -9,16 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carft_fast.config.methods import METHODS, load_method_config
-from carft_fast.config.schema import SYNTHETIC, Config
-from carft_fast.config.toml import load_config, to_toml, value_origins
-from carft_fast.core.errors import EngineError, InputError, RewardError, TrainingError
-from carft_fast.core.redact import redact
-from carft_fast.core.signals import Stopped
+from carft_fast.config import METHODS, SYNTHETIC, Config, load_config, load_method_config, to_toml, value_origins
+from carft_fast.core import EngineError, InputError, RewardError, Stopped, TrainingError, redact
 
 if TYPE_CHECKING:
-    from carft_fast.core.console import Console
-    from carft_fast.training.pipeline import Prepared
+    from carft_fast.core import Console
+    from carft_fast.training import Prepared
 
 QUICKSTART_CONFIG = Path(__file__).with_name("config") / "quickstart.toml"
 
@@ -101,9 +97,9 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
     base = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
-    from carft_fast.compare.runs import DEFAULT_METHODS, parse_methods, parse_seeds
-    from carft_fast.compare.runs import compare as run_comparison
-    from carft_fast.core.console import Console
+    from carft_fast.compare import DEFAULT_METHODS, parse_methods, parse_seeds
+    from carft_fast.compare import compare as run_comparison
+    from carft_fast.core import Console
 
     run_comparison(
         base,
@@ -127,8 +123,8 @@ def evaluate(
     """Greedy accuracy of model.path on data.eval, and maj@k and pass@k with eval.samples; with --output-dir,
     completions and figures are written there.
     """
-    from carft_fast.core.processes import is_main
-    from carft_fast.training.pipeline import describe_plan, evaluate_only
+    from carft_fast.core import is_main
+    from carft_fast.training import describe_plan, evaluate_only
 
     resolved = load_config(config, overrides or ())
     prepared, console = _prepare(resolved, (), False, output_dir, write=bool(output_dir), dry_run=dry_run)
@@ -146,7 +142,7 @@ def evaluate(
 @app.command()
 def report(folder: Annotated[str, typer.Argument(help="A run's folder, finished or not.")]) -> None:
     """Write report.html of a run from what its folder holds: figures, curves, settings, in one file."""
-    from carft_fast.reports.run_report import rewrite_page
+    from carft_fast.reports import rewrite_page
 
     typer.echo(f"wrote {rewrite_page(Path(folder))}")
 
@@ -162,15 +158,15 @@ def check_data_file(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Rows that can be used, lengths, wrong or repeated annotations, questions of the test set. Loads no model."""
-    from carft_fast.core.console import Console
-    from carft_fast.data.check import check_data, check_table
+    from carft_fast.core import Console
+    from carft_fast.data import check_data, check_table
 
     resolved = load_config(config, overrides or ())
     held_out = resolved.data.eval if resolved.data.eval not in ("", SYNTHETIC, file) else None
     tokenizer = None
     if resolved.model.path:
-        from carft_fast.data.prompts import check_tokenizer
-        from carft_fast.models.load import load_tokenizer
+        from carft_fast.data import check_tokenizer
+        from carft_fast.models import load_tokenizer
 
         tokenizer = load_tokenizer(resolved.model)
         check_tokenizer(tokenizer)
@@ -200,7 +196,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="New or empty folder.")],
 ) -> None:
     """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
-    from carft_fast.training.export import export_checkpoint
+    from carft_fast.training import export_checkpoint
 
     export_checkpoint(Path(checkpoint), Path(folder))
     typer.echo(f"model: {folder}")
@@ -226,10 +222,9 @@ def _prepare(
     write: bool = True,
     dry_run: bool = False,
 ) -> "tuple[Prepared, Console]":
-    from carft_fast.core.console import Console
-    from carft_fast.core.processes import join
-    from carft_fast.models.load import resolve_device
-    from carft_fast.training.pipeline import prepare
+    from carft_fast.core import Console, join
+    from carft_fast.models import resolve_device
+    from carft_fast.training import prepare
 
     join(resolve_device(config.model.device).type, config.distributed.timeout_s)
     console = Console()
@@ -238,7 +233,7 @@ def _prepare(
 
 
 def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool, output_dir: str | None) -> None:
-    from carft_fast.training.pipeline import describe_plan, train
+    from carft_fast.training import describe_plan, train
 
     prepared, console = _prepare(config, stages, resume, output_dir, dry_run=dry_run)
     if dry_run:
@@ -254,7 +249,7 @@ def run_cli() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         _run_app("")
         return
-    from carft_fast.core.processes import leave
+    from carft_fast.core import leave
 
     try:
         _run_app(f"[rank {os.environ['RANK']}] ")

@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
 
 from benchmarks.op_cases import PLAIN  # noqa: E402
 from benchmarks.rows import RESULTS, Row, read  # noqa: E402
-from carft_fast.reports.page import number  # noqa: E402
+from carft_fast.reports import number  # noqa: E402
 
 BEGIN, END = "<!-- measured: begin, written by scripts/readme_table.py -->", "<!-- measured: end -->"
 PUBLISHED = "reference, recomputing"

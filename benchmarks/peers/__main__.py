@@ -35,13 +35,11 @@ from benchmarks.peers.work import (
 )
 from benchmarks.rows import RESULTS, commit
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.toml import load_config
-from carft_fast.core.console import Console
-from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS
-from carft_fast.models.load import load_model, load_tokenizer
-from carft_fast.rollout.base import SamplingParams
-from carft_fast.rollout.engines import build_engine
-from carft_fast.training.pipeline import prepare
+from carft_fast.config import load_config
+from carft_fast.core import Console
+from carft_fast.models import HEADS_CONFIG, HEADS_WEIGHTS, load_model, load_tokenizer
+from carft_fast.rollout import SamplingParams, build_engine
+from carft_fast.training import prepare
 
 OURS = "carft_fast"
 SAMPLES_PER_PROMPT = 4

@@ -10,23 +10,24 @@ from torch import Tensor
 
 from benchmarks.peers.turns import Turns, serve
 from benchmarks.peers.work import Done, Work
-from carft_fast.config.methods import load_method_config
-from carft_fast.config.schema import Config
-from carft_fast.core.example import Example
-from carft_fast.core.seeds import derive_seed
-from carft_fast.data.prompts import EncodedExample, PromptFormat
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.load import load_model, load_tokenizer
-from carft_fast.objective.passes import Rows
-from carft_fast.rewards.grader import Grader
-from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
-from carft_fast.rollout.engines import build_engine
+from carft_fast.config import Config, load_method_config
+from carft_fast.core import Example, derive_seed
+from carft_fast.data import EncodedExample, PromptFormat
+from carft_fast.models import CarftModel, load_model, load_tokenizer
+from carft_fast.objective import Rows
+from carft_fast.rewards import Grader
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
-from carft_fast.training.optim import build_optimizer
-from carft_fast.training.parallel import Learner
-from carft_fast.training.reference import Reference
-from carft_fast.training.rl import as_samples, estimate_advantages, grade_all
-from carft_fast.training.step import Needs, Step
+from carft_fast.training import (
+    Learner,
+    Needs,
+    Reference,
+    Step,
+    as_samples,
+    build_optimizer,
+    estimate_advantages,
+    grade_all,
+)
 
 CPU = torch.device("cpu")
 

@@ -22,9 +22,8 @@ from benchmarks.peers.carft_side import CPU, side_config
 from benchmarks.peers.stand_ins import CausalLMWithHeads, CausalLMWithValueHead, import_published, nothing
 from benchmarks.peers.turns import Turns, serve
 from benchmarks.peers.work import Done, Work
-from carft_fast.core.errors import InputError
-from carft_fast.models.heads import CarftHeads
-from carft_fast.models.load import load_model
+from carft_fast.core import InputError
+from carft_fast.models import CarftHeads, load_model
 
 REFT, CARFT = "mwp_ReFT/train_rl_reft.py", "vae/scripts/my_cl_trainer_v4.py"
 """In a clone's `code`. v4 is the trainer of the paper's figures, its readme says."""

@@ -20,10 +20,9 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.peers.carft_side import CPU, fixed_length_engine, side_config
 from benchmarks.peers.turns import Turns
 from benchmarks.peers.work import Done, Work
-from carft_fast.config.schema import Config
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.sampler_weights import SamplerWeights
-from carft_fast.rollout.base import RolloutEngine, SamplingParams
+from carft_fast.config import Config
+from carft_fast.models import CarftModel, SamplerWeights
+from carft_fast.rollout import RolloutEngine, SamplingParams
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 
 from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Trajectory, summarise, verdict
-from carft_fast.config.schema import Config
-from carft_fast.core.durable import write_text
+from carft_fast.config import Config
+from carft_fast.core import write_text
 from carft_fast.reports import page as page
-from carft_fast.reports.run_report import tidy
-from carft_fast.training.run import versions
+from carft_fast.reports import tidy
+from carft_fast.training import versions
 
 CSV_FIELDS = (
     *("label", "method", "seed", "step", "samples", "seconds", "accuracy", "correct", "rows", "extractable"),

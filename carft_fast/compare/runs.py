@@ -20,15 +20,9 @@ from rich.table import Table
 
 from carft_fast.compare.report import write_comparison
 from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
-from carft_fast.config.methods import METHODS, check_method, continued_sft, preset
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import replaced
-from carft_fast.core.console import Console
-from carft_fast.core.errors import InputError
-from carft_fast.core.signals import StopRequest
-from carft_fast.training.loop import stage_total_steps
-from carft_fast.training.pipeline import describe_schedule, prepare, train
-from carft_fast.training.run import CONFIG_FILE
+from carft_fast.config import METHODS, Config, check_method, continued_sft, preset, replaced
+from carft_fast.core import Console, InputError, StopRequest
+from carft_fast.training import CONFIG_FILE, describe_schedule, prepare, stage_total_steps, train
 
 COMPARED = (*METHODS, SFT_TIME)
 DEFAULT_METHODS = (SFT, SFT_TIME, "reft", "grpo", "dr_grpo", "carft")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from carft_fast.reports.metrics import PHASES
-from carft_fast.training.evaluate import wilson_interval
+from carft_fast.reports import PHASES
+from carft_fast.training import wilson_interval
 
 NOT_TRAINING = ("load", "evaluate", "checkpoint")
 TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in NOT_TRAINING)

@@ -8,7 +8,7 @@ from typing import Any
 
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
-from carft_fast.core.errors import InputError
+from carft_fast.core import InputError
 
 GROUP_SIZE = 4
 """Completions per question of the group methods where the base config has 1."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from carft_fast.core.redact import masked
+from carft_fast.core import masked
 
 SYNTHETIC = "synthetic"
 

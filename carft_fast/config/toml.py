@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from carft_fast.config.schema import Config, Section
-from carft_fast.core.errors import InputError
+from carft_fast.core import InputError
 
 
 def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None) -> Config:

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from carft_fast.config.schema import Config
-from carft_fast.core.example import Example
+from carft_fast.config import Config
+from carft_fast.core import Example
 from carft_fast.data.load import load_examples
 from carft_fast.data.prompts import PromptFormat, too_long
-from carft_fast.rewards.answers import extract_answer, parse_target, same_answer
+from carft_fast.rewards import extract_answer, parse_target, same_answer
 
 SHOWN = 3
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from carft_fast.core.errors import InputError
-from carft_fast.core.example import Example
-from carft_fast.rewards.answers import Answer, AnswerType, parse_target
+from carft_fast.core import Example, InputError
+from carft_fast.rewards import Answer, AnswerType, parse_target
 
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
 CalculatorMarks = Literal["strip", "keep"]

@@ -4,10 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from carft_fast.core.errors import InputError
-from carft_fast.core.example import Example
+from carft_fast.core import Example, InputError
 from carft_fast.data.load import LoadReport
-from carft_fast.rewards.answers import ANSWER_TRIGGER, REASONING_TRIGGER
+from carft_fast.rewards import ANSWER_TRIGGER, REASONING_TRIGGER
 
 
 @dataclass(frozen=True, slots=True)

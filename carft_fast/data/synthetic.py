@@ -9,7 +9,7 @@ import random
 import re
 from typing import Any
 
-from carft_fast.core.example import Example
+from carft_fast.core import Example
 
 TRAIN_ROWS = 3000
 EVAL_ROWS = 400

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from carft_fast.core.errors import InputError, first_line
-from carft_fast.core.processes import is_main
+from carft_fast.core import InputError, first_line, is_main
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.heads import CarftHeads
 from carft_fast.models.last_layer import LastLayer, decoder_layers

@@ -7,9 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from carft_fast.config.schema import ModelConfig
-from carft_fast.core.errors import InputError
-from carft_fast.core.seeds import derive_seed
+from carft_fast.config import ModelConfig
+from carft_fast.core import InputError, derive_seed
 
 HEADS_WEIGHTS = "carft_heads.safetensors"
 HEADS_CONFIG = "carft_heads.json"

@@ -7,11 +7,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from carft_fast.config.schema import SYNTHETIC, Config, LoraConfig, ModelConfig
-from carft_fast.core.errors import InputError, first_line
-from carft_fast.core.processes import world_size
-from carft_fast.core.seeds import derive_seed
-from carft_fast.data.synthetic import build_model_config, build_tokenizer
+from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
+from carft_fast.core import InputError, derive_seed, first_line, world_size
+from carft_fast.data import build_model_config, build_tokenizer
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS, CarftHeads

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from carft_fast.core.errors import InputError
+from carft_fast.core import InputError
 
 PICKLED = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MODEL, MODEL_INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from carft_fast.core.errors import InputError
+from carft_fast.core import InputError
 
 _LAYER = re.compile(r"^.*?\.\d+\.")
 _ADAPTER = re.compile(r"\.(lora_|original_module\.)")

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from carft_fast.config.schema import RlConfig
+from carft_fast.config import RlConfig
 from carft_kernels import gae, kl_shaped_reward, whiten
 
 

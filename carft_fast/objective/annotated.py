@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from carft_fast.core.processes import world_size
-from carft_fast.models.attention import PromptStates
+from carft_fast.core import world_size
+from carft_fast.models import PromptStates
 from carft_fast.objective.passes import Look, Passes, Rows, gathered
 from carft_kernels import lcs_mask
 

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import ContrastiveConfig, RlConfig, RolloutConfig
-from carft_fast.core.processes import gather_rows, global_sum
-from carft_fast.models.causal_lm import CarftModel, ModelOutput
-from carft_fast.models.packing import PackedBatch, sequence_mean_weights
+from carft_fast.config import ContrastiveConfig, RlConfig, RolloutConfig
+from carft_fast.core import gather_rows, global_sum
+from carft_fast.models import CarftModel, ModelOutput, PackedBatch, sequence_mean_weights
 from carft_kernels import (
     linear_logprob,
     linear_policy_loss,

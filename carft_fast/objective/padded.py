@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import RlConfig
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.config import RlConfig
+from carft_fast.models import CarftModel
 from carft_fast.objective.losses import Normaliser, RolloutTargets
 
 

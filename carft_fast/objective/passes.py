@@ -6,13 +6,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import Config
-from carft_fast.core.processes import gather_by_row
-from carft_fast.core.seeds import chunks
-from carft_fast.models.attention import PromptStates
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.flops import ModelCost
-from carft_fast.models.packing import PackedBatch, balanced_batches, pack
+from carft_fast.config import Config
+from carft_fast.core import chunks, gather_by_row
+from carft_fast.models import CarftModel, ModelCost, PackedBatch, PromptStates, balanced_batches, pack
 from carft_fast.objective import padded
 from carft_fast.objective.losses import (
     Normaliser,

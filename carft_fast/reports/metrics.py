@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from carft_fast.core.durable import write_text, writing
+from carft_fast.core import write_text, writing
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",

@@ -7,11 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from carft_fast.config.methods import method_name
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config, to_toml
-from carft_fast.core.durable import write_text, writing
-from carft_fast.core.errors import InputError
+from carft_fast.config import Config, load_config, method_name, to_toml
+from carft_fast.core import InputError, write_text, writing
 from carft_fast.reports import page as page
 from carft_fast.reports.metrics import METRICS, PHASES
 

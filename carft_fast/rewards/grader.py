@@ -10,10 +10,8 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from carft_fast.config.schema import RewardConfig
-from carft_fast.core.errors import InputError, RewardError
-from carft_fast.core.example import Example
-from carft_fast.core.processes import each_rank, own_share
+from carft_fast.config import RewardConfig
+from carft_fast.core import Example, InputError, RewardError, each_rank, own_share
 from carft_fast.rewards.answers import Grade, compare, extract_answer, grade, parse_target, read_number
 from carft_fast.rewards.latex import LatexChecker
 

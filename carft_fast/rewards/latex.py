@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from carft_fast.core.errors import RewardError
+from carft_fast.core import RewardError
 from carft_fast.rewards.answers import LatexVerdict, compare_latex
 
 MEMORY_BYTES = 2 << 30

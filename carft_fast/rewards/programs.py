@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from carft_fast.core.errors import InputError, RewardError
+from carft_fast.core import InputError, RewardError
 
 PROGRAM_BYTES = 64 * 1024
 MACHINES = ("x86_64", "aarch64")

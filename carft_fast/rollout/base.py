@@ -4,9 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from carft_fast.core.errors import EngineError, InputError
-from carft_fast.core.seeds import derive_seed
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.core import EngineError, InputError, derive_seed
+from carft_fast.models import CarftModel
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,36 +1,15 @@
-"""Which engine samples, and whether it can run here."""
+"""Which engine samples."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from carft_fast.config.schema import Config
-from carft_fast.core.errors import InputError
-from carft_fast.core.processes import world_size
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.config import Config
+from carft_fast.core import world_size
+from carft_fast.models import CarftModel
 from carft_fast.rollout.base import RolloutEngine
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.shared import LeaderEngine, SpreadEngine
-
-
-def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
-    """Raises InputError for an engine that cannot run here; cheap where rollout.engine is "hf"."""
-    rollout = config.rollout
-    if rollout.sleep_level and device_type != "cuda":
-        raise InputError(f"rollout.sleep_level = {rollout.sleep_level}: needs model.device cuda, this is {device_type}")
-    if rollout.weight_transfer in ("nccl", "ipc") and device_type != "cuda":
-        raise InputError(
-            f'rollout.weight_transfer = "{rollout.weight_transfer}": needs model.device cuda, this is {device_type}; '
-            'allowed here: "files"'
-        )
-    if rollout.transfer_dir and not os.access(rollout.transfer_dir, os.W_OK | os.X_OK):
-        raise InputError(f"rollout.transfer_dir = {rollout.transfer_dir}: not a folder that can be written to")
-    if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
-        from carft_fast.rollout.vllm import adapter
-
-        adapter.check_installed()
-        adapter.check_model(lm_config, device_type)
 
 
 def build_engine(

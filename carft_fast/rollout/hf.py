@@ -19,10 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from carft_fast.core.errors import EngineError
-from carft_fast.core.processes import gather_rows, world_size
-from carft_fast.core.seeds import chunks
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.core import EngineError, chunks, gather_rows, world_size
+from carft_fast.models import CarftModel
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from carft_fast.core.processes import each_rank, is_main, on_main, own_share
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
+from carft_fast.core import each_rank, is_main, on_main, own_share
+from carft_fast.models import CarftModel, HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 
 if TYPE_CHECKING:

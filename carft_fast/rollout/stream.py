@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 
-from carft_fast.config.schema import RolloutConfig
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.config import RolloutConfig
+from carft_fast.models import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.shared import SharedEngine
 

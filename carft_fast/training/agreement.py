@@ -6,13 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import Config
-from carft_fast.core.errors import EngineError
-from carft_fast.core.seeds import derive_seed
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.packing import pack
-from carft_fast.objective.losses import completion_logprobs, sampler_support_logprobs
-from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.config import Config
+from carft_fast.core import EngineError, derive_seed
+from carft_fast.models import CarftModel, pack
+from carft_fast.objective import completion_logprobs, sampler_support_logprobs
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 
 PROMPTS, TOKENS = 8, 16
 MATERIAL_NATS = 1e-2

@@ -24,22 +24,22 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import to_toml
-from carft_fast.core.durable import (
+from carft_fast.config import Config, to_toml
+from carft_fast.core import (
     TEMPORARY,
+    InputError,
     discarded_on_error,
     find_damage,
+    on_main,
     publish,
+    rank,
     remove_folder,
     set_aside,
     temporary_of,
+    world_size,
     writing,
 )
-from carft_fast.core.errors import InputError
-from carft_fast.core.processes import on_main, rank, world_size
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS
+from carft_fast.models import HEADS_CONFIG, HEADS_WEIGHTS, CarftModel
 
 STATE_FILE = "trainer_state.json"
 RUN_CONFIG_FILE = "config.toml"

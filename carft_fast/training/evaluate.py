@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 
-from carft_fast.config.schema import Config
-from carft_fast.core.seeds import derive_seed
-from carft_fast.data.prompts import EncodedExample, PromptFormat
-from carft_fast.data.synthetic import is_step_by_step
-from carft_fast.rewards.answers import Answer, Grade, same_answer
-from carft_fast.rewards.grader import Grader
-from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.config import Config
+from carft_fast.core import derive_seed
+from carft_fast.data import EncodedExample, PromptFormat, is_step_by_step
+from carft_fast.rewards import Answer, Grade, Grader, same_answer
+from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 
 BOOTSTRAP_DRAWS = 2000
 

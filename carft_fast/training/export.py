@@ -10,13 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
-from carft_fast.core.durable import MANIFEST, find_damage, write_folder
-from carft_fast.core.errors import InputError
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.heads import HEADS_CONFIG, CarftHeads
-from carft_fast.models.load import load_model
+from carft_fast.config import Config, load_config
+from carft_fast.core import MANIFEST, InputError, find_damage, write_folder
+from carft_fast.models import HEADS_CONFIG, CarftHeads, CarftModel, load_model
 from carft_fast.training.checkpoint import (
     OPTIMIZER_FILE,
     RUN_CONFIG_FILE,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from carft_fast.config.schema import GuardConfig
+from carft_fast.config import GuardConfig
 
 WATCHED = ("reward", "extractable", "entropy", "kl")
 

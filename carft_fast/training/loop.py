@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 
-from carft_fast.config.schema import Config, SftConfig, StageConfig
-from carft_fast.core.errors import TrainingError
-from carft_fast.core.seeds import derive_seed, epoch_rows
-from carft_fast.core.signals import Stopped
-from carft_fast.data.prompts import EncodedExample
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.load import load_model
-from carft_fast.rollout.base import RolloutEngine
+from carft_fast.config import Config, SftConfig, StageConfig
+from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows
+from carft_fast.data import EncodedExample
+from carft_fast.models import CarftModel, load_model
+from carft_fast.rollout import RolloutEngine
 from carft_fast.training.checkpoint import has_sharded
 from carft_fast.training.guard import find_collapse, rollbacks, stopped_at
 from carft_fast.training.parallel import Learner, build_learner, strategy

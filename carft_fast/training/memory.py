@@ -15,8 +15,8 @@ What a device of n holds of what is divided is 1/n, by strategy:
 
 from typing import Any
 
-from carft_fast.config.schema import Config
-from carft_fast.models.flops import ModelCost
+from carft_fast.config import Config
+from carft_fast.models import ModelCost
 from carft_fast.training.parallel import BUCKET, Strategy
 from carft_fast.training.step import Needs
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from carft_fast.config.schema import StageConfig
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.config import StageConfig
+from carft_fast.models import CarftModel
 
 
 def build_optimizer(model: CarftModel, config: StageConfig) -> torch.optim.Optimizer:

@@ -15,10 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from carft_fast.config.schema import Config, StageConfig
-from carft_fast.core.errors import InputError
-from carft_fast.core.processes import is_main, rank, world_size
-from carft_fast.models.causal_lm import CarftModel
+from carft_fast.config import Config, StageConfig
+from carft_fast.core import InputError, is_main, rank, world_size
+from carft_fast.models import CarftModel
 from carft_fast.training.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
 from carft_fast.training.optim import build_optimizer, optimizer_step, set_learning_rate
 
@@ -192,7 +191,7 @@ class DeepSpeedLearner(Learner):
     def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        from carft_fast.models.sampler_weights import gathered
+        from carft_fast.models import gathered
 
         assert self.model.heads is not None
         step = max((float(s["step"]) for s in self._engine.optimizer.optimizer.state.values() if s), default=0.0)

@@ -11,23 +11,29 @@ from typing import Any
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.config.methods import method_name
-from carft_fast.config.schema import SYNTHETIC, Config
-from carft_fast.core.console import Console
-from carft_fast.core.durable import write_folder, write_text
-from carft_fast.core.errors import InputError
-from carft_fast.core.example import Example
-from carft_fast.core.processes import on_main, world_size
-from carft_fast.core.signals import StopRequest
-from carft_fast.data.load import LoadReport, load_examples
-from carft_fast.data.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
-from carft_fast.data.synthetic import make_task
-from carft_fast.models.flops import ModelCost
-from carft_fast.models.heads import check_heads
-from carft_fast.models.load import check_weights, load_lm_config, load_model, load_tokenizer, resolve_device
-from carft_fast.reports.run_report import write_report
-from carft_fast.rewards.grader import Grader
-from carft_fast.rollout.engines import check_engine
+from carft_fast.config import SYNTHETIC, Config, method_name
+from carft_fast.core import Console, Example, InputError, StopRequest, on_main, world_size, write_folder, write_text
+from carft_fast.data import (
+    EncodedExample,
+    LoadReport,
+    PromptFormat,
+    check_tokenizer,
+    encode_examples,
+    load_examples,
+    make_task,
+)
+from carft_fast.models import (
+    ModelCost,
+    check_heads,
+    check_weights,
+    load_lm_config,
+    load_model,
+    load_tokenizer,
+    resolve_device,
+)
+from carft_fast.reports import write_report
+from carft_fast.rewards import Grader
+from carft_fast.rollout import check_engine
 from carft_fast.training.evaluate import EvalResult, add_samples
 from carft_fast.training.loop import StageLoop, stage_total_steps
 from carft_fast.training.memory import estimate_memory

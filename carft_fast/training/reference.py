@@ -10,11 +10,9 @@ from collections.abc import Iterator, Sequence
 import psutil
 import torch
 
-from carft_fast.config.schema import Config
-from carft_fast.core.errors import InputError
-from carft_fast.models.attention import PromptStates
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.load import load_model
+from carft_fast.config import Config
+from carft_fast.core import InputError
+from carft_fast.models import CarftModel, PromptStates, load_model
 from carft_fast.training.parallel import divide_frozen, strategy
 
 

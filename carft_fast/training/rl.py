@@ -10,18 +10,13 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import Config
-from carft_fast.core.seeds import derive_seed
-from carft_fast.data.prompts import EncodedExample
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.objective.advantage import Advantages, group_advantages, ppo_advantages
-from carft_fast.objective.annotated import mark_common
-from carft_fast.objective.losses import explained_variance
-from carft_fast.objective.passes import Rows
-from carft_fast.rewards.answers import Grade, base_score, embedding_partial_score
-from carft_fast.rewards.grader import Grader
-from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
-from carft_fast.rollout.stream import RolloutStream
+from carft_fast.config import Config
+from carft_fast.core import derive_seed
+from carft_fast.data import EncodedExample
+from carft_fast.models import CarftModel
+from carft_fast.objective import Advantages, Rows, explained_variance, group_advantages, mark_common, ppo_advantages
+from carft_fast.rewards import Grade, Grader, base_score, embedding_partial_score
+from carft_fast.rollout import Rollout, RolloutEngine, RolloutStream, SamplingParams
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
 from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
 from carft_fast.training.optim import learning_rate

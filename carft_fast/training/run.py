@@ -16,20 +16,24 @@ from typing import Any
 
 import torch
 
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import differences, load_config, to_toml
-from carft_fast.core.console import Console, Tracker
-from carft_fast.core.durable import write_text
-from carft_fast.core.errors import InputError
-from carft_fast.core.processes import each_rank, is_main, on_main, world_size
-from carft_fast.core.redact import redact
-from carft_fast.core.signals import StopRequest
-from carft_fast.data.prompts import EncodedExample, PromptFormat
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.reports.metrics import MetricsLog, PhaseTimer
-from carft_fast.rewards.grader import Grader
-from carft_fast.rollout.base import RolloutEngine
-from carft_fast.rollout.engines import build_engine
+from carft_fast.config import Config, differences, load_config, to_toml
+from carft_fast.core import (
+    Console,
+    InputError,
+    StopRequest,
+    Tracker,
+    each_rank,
+    is_main,
+    on_main,
+    redact,
+    world_size,
+    write_text,
+)
+from carft_fast.data import EncodedExample, PromptFormat
+from carft_fast.models import CarftModel
+from carft_fast.reports import MetricsLog, PhaseTimer
+from carft_fast.rewards import Grader
+from carft_fast.rollout import RolloutEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluate import EvalResult, evaluate
 from carft_fast.training.parallel import strategy

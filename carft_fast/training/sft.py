@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from carft_fast.core.processes import global_sum, own_turns, world_size
-from carft_fast.objective.passes import Rows, build_passes
+from carft_fast.core import global_sum, own_turns, world_size
+from carft_fast.objective import Rows, build_passes
 from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.run import Run

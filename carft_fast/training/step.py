@@ -13,20 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import Config
-from carft_fast.core.processes import gather_by_row, global_sum, own_turns, world_size
-from carft_fast.core.seeds import chunks, derive_seed, permutation
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.objective.advantage import Advantages
-from carft_fast.objective.annotated import Annotated
-from carft_fast.objective.losses import (
+from carft_fast.config import Config
+from carft_fast.core import chunks, derive_seed, gather_by_row, global_sum, own_turns, permutation, world_size
+from carft_fast.models import CarftModel
+from carft_fast.objective import (
+    Advantages,
+    Annotated,
     ContrastTargets,
+    Forward,
+    Look,
+    Loss,
     Normaliser,
     RolloutTargets,
+    Rows,
+    Want,
+    build_passes,
     contrastive_loss,
     correction_weights,
+    gathered,
 )
-from carft_fast.objective.passes import Forward, Look, Loss, Rows, Want, build_passes, gathered
 from carft_fast.training.agreement import Mismatch
 from carft_fast.training.parallel import Learner
 from carft_fast.training.reference import Reference, StoredPrompts

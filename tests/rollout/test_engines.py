@@ -15,10 +15,10 @@ from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout.base import RolloutEngine, SamplingParams
-from carft_fast.rollout.engines import check_engine
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.rollout.vllm import adapter as vllm_adapter
+from carft_fast.rollout.vllm.adapter import check_engine
 from carft_fast.rollout.vllm.engine import VLLMEngine
 from carft_fast.rollout.vllm.servers import VLLMServerEngine
 from carft_fast.training.agreement import check_agreement

@@ -10,8 +10,8 @@ from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError, InputError
-from carft_fast.rollout.engines import check_engine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
+from carft_fast.rollout.vllm.adapter import check_engine
 
 
 def config(*overrides: str) -> Config:

@@ -19,16 +19,32 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from carft_fast.config.schema import Config, RolloutConfig
-from carft_fast.core.errors import EngineError, InputError
-from carft_fast.core.processes import world_size
-from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
+from carft_fast.config import Config, RolloutConfig
+from carft_fast.core import EngineError, InputError, world_size
+from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 LOOPBACK = "127.0.0.1"
 INCOMPLETE = "incomplete"
 """Weight version of an engine in the middle of an update, or of one that failed."""
+
+
+def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
+    """Raises InputError for an engine that cannot run here; cheap where rollout.engine is "hf"."""
+    rollout = config.rollout
+    if rollout.sleep_level and device_type != "cuda":
+        raise InputError(f"rollout.sleep_level = {rollout.sleep_level}: needs model.device cuda, this is {device_type}")
+    if rollout.weight_transfer in ("nccl", "ipc") and device_type != "cuda":
+        raise InputError(
+            f'rollout.weight_transfer = "{rollout.weight_transfer}": needs model.device cuda, this is {device_type}; '
+            'allowed here: "files"'
+        )
+    if rollout.transfer_dir and not os.access(rollout.transfer_dir, os.W_OK | os.X_OK):
+        raise InputError(f"rollout.transfer_dir = {rollout.transfer_dir}: not a folder that can be written to")
+    if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
+        check_installed()
+        check_model(lm_config, device_type)
 
 
 def check_installed() -> str:

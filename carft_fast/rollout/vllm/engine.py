@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from carft_fast.config.schema import Config
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.sampler_weights import SamplerWeights
+from carft_fast.config import Config
+from carft_fast.models import CarftModel, SamplerWeights
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.vllm import adapter
 

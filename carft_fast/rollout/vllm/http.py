@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 
-from carft_fast.core.errors import EngineError
+from carft_fast.core import EngineError
 from carft_fast.rollout.vllm.adapter import INCOMPLETE
 
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"

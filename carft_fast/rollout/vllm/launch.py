@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from carft_fast.config.schema import Config
-from carft_fast.core.errors import EngineError, InputError
+from carft_fast.config import Config
+from carft_fast.core import EngineError, InputError
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter import LOOPBACK
 from carft_fast.rollout.vllm.http import TOKEN
@@ -152,8 +152,7 @@ def _end_with(parent: int) -> None:
 
 def serve(config: Config, host: str, port: int) -> NoReturn:
     """Replace this process by a server for runs with this config; it waits for a trainer's weights."""
-    from carft_fast.models.load import load_lm_config, resolve_device
-    from carft_fast.rollout.engines import check_engine
+    from carft_fast.models import load_lm_config, resolve_device
 
     token = os.environ.get(TOKEN) or os.environ.get("VLLM_API_KEY")
     if not token and not is_loopback(host):
@@ -164,7 +163,7 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     check_port(host, port)
     device_type = resolve_device(config.model.device).type
     lm_config = load_lm_config(config.model)
-    check_engine(config, lm_config, device_type)
+    adapter.check_engine(config, lm_config, device_type)
     folder = Path(tempfile.mkdtemp(prefix="carft-model-"))
     adapter.write_model_folder(lm_config, folder)
     transfer = adapter.transfer_backend(config, device_type)

@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from carft_fast.config.schema import Config
-from carft_fast.core.errors import EngineError, InputError
-from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
+from carft_fast.config import Config
+from carft_fast.core import EngineError, InputError
+from carft_fast.models import CarftModel, HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Rollout, SamplingParams, check_request
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost

@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from carft_fast.core.errors import EngineError
-from carft_fast.models.sampler_weights import HeldWeights, SamplerWeights
+from carft_fast.core import EngineError
+from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.http import ServerApi, ServerLost, all_of
 from carft_fast.rollout.vllm.launch import free_port

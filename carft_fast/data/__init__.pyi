@@ -1,0 +1,12 @@
+from .check import check_data as check_data
+from .check import check_table as check_table
+from .load import LoadReport as LoadReport
+from .load import load_examples as load_examples
+from .prompts import EncodedExample as EncodedExample
+from .prompts import PromptFormat as PromptFormat
+from .prompts import check_tokenizer as check_tokenizer
+from .prompts import encode_examples as encode_examples
+from .synthetic import build_model_config as build_model_config
+from .synthetic import build_tokenizer as build_tokenizer
+from .synthetic import is_step_by_step as is_step_by_step
+from .synthetic import make_task as make_task

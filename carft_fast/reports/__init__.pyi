@@ -1,0 +1,10 @@
+from .metrics import PHASES as PHASES
+from .metrics import MetricsLog as MetricsLog
+from .metrics import PhaseTimer as PhaseTimer
+from .page import NOT_MEASURED as NOT_MEASURED
+from .page import SERIES as SERIES
+from .page import Cell as Cell
+from .page import number as number
+from .run_report import rewrite_page as rewrite_page
+from .run_report import tidy as tidy
+from .run_report import write_report as write_report
