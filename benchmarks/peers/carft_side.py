@@ -135,7 +135,7 @@ class CarftSide:
         done.loss = updated.metrics["loss"]
 
     def _positions(self, rows: Rows) -> int:
-        if self._config.model.impl == "reference":
+        if self._config.model.impl == "padded":
             return rows.pad(CPU).ids_BL.numel()
         return len(rows.pack(CPU, share_prompts=self._config.rl.share_prompts).ids_T)
 

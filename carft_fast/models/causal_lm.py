@@ -19,7 +19,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from carft_fast.core import InputError, first_line, is_main
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.heads import CarftHeads
-from carft_fast.models.last_layer import LastLayer, decoder_layers
 from carft_fast.models.packing import PackedBatch, pack
 from carft_fast.models.sampler_weights import SamplerWeights, base_lm
 from carft_kernels import cpu_linear
@@ -66,8 +65,6 @@ class CarftModel(nn.Module):
         lm.generation_config = GenerationConfig()
         self._compiled = False
         self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
-        layers = decoder_layers(lm) if self.attention == PACKED else None
-        self._last_layer = LastLayer.of(layers[-1]) if layers else None
         if packs:
             self._check_attention()
         self.plain_head = self._has_plain_head()
@@ -103,8 +100,7 @@ class CarftModel(nn.Module):
         return self.heads.embed(pooled_BD)
 
     def forward(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
-        """Last hidden states [T, D] after the final norm, in the packed order of `batch`: those at its indices. What
-        the others are is undefined where `batch.segments.read` says that nobody reads them.
+        """Last hidden states [T, D] after the final norm, in the packed order of `batch`.
 
         `need_logits=False` skips the LM head where it would be materialised.
         """
@@ -138,8 +134,6 @@ class CarftModel(nn.Module):
         self.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
         if self.attention == PACKED:
             self.lm.config._attn_implementation = "sdpa"
-        if self._last_layer:
-            self._last_layer.read = None
         try:
             with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
                 yield self.lm
@@ -171,7 +165,7 @@ class CarftModel(nn.Module):
         difference = self._packing_difference()
         if difference is None:
             return
-        own, allowed = self.attention, ['model.impl = "reference", which pads']
+        own, allowed = self.attention, ['model.impl = "padded", which pads']
         for shown, name in (("eager", "eager"), ("sdpa", "sdpa"), ("packed", PACKED)):
             self.attention = self.lm.config._attn_implementation = name
             if name != own and self._packing_difference() is None:
@@ -246,7 +240,8 @@ class CarftModel(nn.Module):
 
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises InputError for a model that does not keep them in a list."""
-        layers = decoder_layers(self.lm)
+        depth = self.lm.config.get_text_config().num_hidden_layers
+        layers = next((m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
         if layers is None:
             raise InputError(f"{type(self.lm).__name__} has no list of its layers, which model.compile and fsdp2 need")
         return layers

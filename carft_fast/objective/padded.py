@@ -1,4 +1,4 @@
-"""The plain path, `model.impl = "reference"`: padded rows, float32 logits of every position, losses in plain torch.
+"""The plain path, `model.impl = "padded"`: padded rows, float32 logits of every position, losses in plain torch.
 
 What the published trainers compute, rows as wide as theirs (the longest prompt plus the longest completion of a
 micro-batch), written to be read next to the paper. The fast path has to equal it, and is timed against it.

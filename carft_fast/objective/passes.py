@@ -1,4 +1,4 @@
-"""How sequences go through the model: packed (the fast path) or padded (`model.impl = "reference"`)."""
+"""How sequences go through the model: packed (the fast path) or padded (`model.impl = "padded"`)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -303,6 +303,6 @@ class PaddedPasses:
 
 def build_passes(config: Config, model: CarftModel, micro_batch_tokens: int, *, share_prompts: bool = False) -> Passes:
     """By `model.impl`."""
-    if config.model.impl == "reference":
+    if config.model.impl == "padded":
         return PaddedPasses(config, micro_batch_tokens)
     return PackedPasses(config, micro_batch_tokens, ModelCost.of(model.lm), share_prompts=share_prompts)

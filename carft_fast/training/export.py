@@ -62,7 +62,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    plain: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
+    plain: dict[str, Any] = {"device": "cpu", "impl": "padded", "attention": "eager"}
     plain |= {"compile": False, "gradient_checkpointing": False}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     sharded = has_sharded(checkpoint)

@@ -89,7 +89,7 @@ def _activations(config: Config, cost: ModelCost, stage: str, compute: int) -> t
         width = cost.layers * cost.hidden_size + cost.linear_width // cost.layers
         text = "(layers x hidden size + one layer's linear inputs and outputs)"
     size, text = tokens * width * float(compute), f"{tokens:,} tokens x {text} x {compute} bytes"
-    if config.model.impl == "reference":
+    if config.model.impl == "padded":
         size += 3 * tokens * cost.vocabulary * FLOAT32
         text += f" + 3 x {tokens:,} x vocabulary x 4 bytes of logits"
     return size, text

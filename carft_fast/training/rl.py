@@ -47,9 +47,6 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
         with timer("load"):
             reference = Reference(run.config, model_path, policy) if Needs.of(run.config).reference else None
             work = Step(run.config, loop.learner, reference)
-            if config.reference_prompts == "stored":
-                stored = work.store_reference_prompts([row.prompt_ids for row in run.train_rows])
-                run.console.log(f"reference: states of all prompts stored, {stored / 2**30:.2f} GB of host memory")
             engine = run.sampler(policy)
             probe(run, engine, policy)
         loop.evaluate_with(lambda: engine)

@@ -34,7 +34,7 @@ from carft_fast.objective import (
 )
 from carft_fast.training.agreement import Mismatch
 from carft_fast.training.parallel import Learner
-from carft_fast.training.reference import Reference, StoredPrompts
+from carft_fast.training.reference import Reference
 
 # Means over the tokens that have a weight in the policy loss: correction may take it from some.
 TOKEN_MEANS = ("clip_fraction", "approx_kl", "entropy")
@@ -131,30 +131,10 @@ class Step:
         self._policy, self._device = learner.model, learner.model.device
         self.needs = Needs.of(config)
         assert reference is not None or not self.needs.reference
-        self._padded = config.model.impl == "reference"
-        self._stored: StoredPrompts | None = None
+        self._padded = config.model.impl == "padded"
         self._passes = build_passes(
             config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.rl.share_prompts
         )
-
-    @torch.no_grad()
-    def store_reference_prompts(self, prompts: Sequence[list[int]]) -> int:
-        """From now on the reference goes on from these prompts' states; returns their bytes. Raises InputError."""
-        assert self._reference is not None
-        unique = list(dict.fromkeys(map(tuple, prompts)))
-        rows = Rows([list(prompt) for prompt in unique], [[]] * len(unique))
-        stored = StoredPrompts()
-        with self._reference.model() as reference:
-            for micro in self._passes.micro_batches(rows):
-                work = functools.partial(
-                    self._passes.forward, rows=rows.pick(micro), need_logits=False, keep_prompts=True
-                )
-                kept = reference.run(work).prompts
-                assert kept is not None
-                stored.add(kept)
-                stored.check_room(sum(map(len, unique)))
-        self._stored = stored
-        return stored.bytes
 
     def plan(self, samples: Samples, seed: int, live: Sequence[bool] | None = None) -> list[list[MiniBatch]]:
         """Random mini-batches of every PPO epoch; how they are cut into micro-batches changes no sum.
@@ -193,7 +173,7 @@ class Step:
         if needs.reference:
             assert self._reference is not None
             with self._reference.model() as model:
-                ref, _ = self._sweep(model, rollouts, micros, Want(logprob=True), stored=self._stored)
+                ref, _ = self._sweep(model, rollouts, micros, Want(logprob=True))
         annotated = self._annotated(samples.annotated, micros) if needs.embedding else None
         beside = annotated if self._passes.goes_on else None
         if needs.old or needs.value or needs.embedding:
@@ -225,14 +205,12 @@ class Step:
         *,
         keep_first: bool = False,
         beside: Annotated | None = None,
-        stored: StoredPrompts | None = None,
     ) -> tuple[Look, Forward | None]:
         """A look at all rows, the processes' micro-batches in turn; on each all results, in the order of the rows.
 
         `keep_first`: with this process's first forward, and its graph. `beside` is looked at after each micro-batch.
-        `stored`: prompts to go on from.
         """
-        looks, first = self.own_looks(model, rows, micros, want, keep_first=keep_first, beside=beside, stored=stored)
+        looks, first = self.own_looks(model, rows, micros, want, keep_first=keep_first, beside=beside)
         return gathered(looks, rows, micros), first
 
     def own_looks(
@@ -244,7 +222,6 @@ class Step:
         *,
         keep_first: bool = False,
         beside: Annotated | None = None,
-        stored: StoredPrompts | None = None,
     ) -> tuple[list[Look], Forward | None]:
         """Of this process's micro-batches; an empty one gives empty results."""
         looks: list[Look] = []
@@ -252,9 +229,8 @@ class Step:
         for number, micro in enumerate(own_turns(micros)):
             keep = keep_first and number == 0
             picked = micro or [rows.shortest]
-            after = stored.of([rows.prompts[i] for i in picked], self._device) if stored is not None else None
             states = beside is not None
-            look, forward = self._look(model, rows, picked, want, keep=keep, keep_prompts=states, after=after)
+            look, forward = self._look(model, rows, picked, want, keep=keep, keep_prompts=states)
             looks.append(look if micro else look.nothing)
             first = forward if keep else first
             if beside is not None:

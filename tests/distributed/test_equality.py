@@ -79,7 +79,7 @@ def settings() -> list[Setting]:
                 )
             )
     found.append(Setting("lora", [*METHODS["carft_both"], "lora.rank=4"], lambda: three(1)))
-    found.append(Setting("padded", [*METHODS["carft_both"], 'model.impl="reference"'], lambda: three(1)))
+    found.append(Setting("padded", [*METHODS["carft_both"], 'model.impl="padded"'], lambda: three(1)))
     return found
 
 

@@ -105,8 +105,6 @@ def look_at(config: Config, case: Case, learner: Learner) -> Parts:
     policy, device = learner.model, learner.model.device
     step = Step(config, learner, Reference(config, "synthetic", policy))
     seed, samples = derive_seed(0, "case"), case.samples
-    if config.rl.reference_prompts == "stored":
-        step.store_reference_prompts(samples.rollouts.prompts)
     if step.needs.negative:
         samples = Samples(*mark_common(samples.rollouts, samples.annotated, device), samples.sampled_logprob_C)
     plan = step.plan(samples, seed)

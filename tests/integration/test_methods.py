@@ -39,17 +39,6 @@ def test_group_methods_run_without_a_value_head(tmp_path: Path, tiny_run: list[s
     assert (weights[0] != weights[1]) == any(r["grad_norm"] > 0 for r in records(tmp_path / "run", "rl", "train"))
 
 
-def test_a_run_with_stored_prompts_trains_as_one_without(tmp_path: Path, tiny_run: list[str]) -> None:
-    found = []
-    for name, options in (("forward", []), ("stored", ["rl.reference_prompts=stored"])):
-        run_pipeline(tmp_path / name, tiny_config(tiny_run, "rl.max_steps=3", *options))
-        found.append(records(tmp_path / name, "rl", "train"))
-    for ours, theirs in zip(*found, strict=True):
-        for key in ("kl", "loss", "value_loss", "grad_norm", "reward"):
-            assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=1e-5), key
-    assert [r["kl"] for r in found[0]] != [r["kl"] for r in found[1]], "the reference took no other way"
-
-
 LORA = ["--set", "lora.rank=4", "--set", "sft.lr=1e-2", "--set", "rl.lr=1e-2"]
 
 
@@ -119,12 +108,12 @@ def test_the_quickstart_follows_the_same_curve_on_both_paths(
         return self._engine
 
     monkeypatch.setattr(Run, "sampler", sampler)
-    for impl in ("fast", "reference"):
+    for impl in ("fast", "padded"):
         options = [*size, f"model.path={tmp_path / 'start' / 'sft'}", f"model.impl={impl}"]
         prepared = prepare(load_config(str(QUICKSTART_CONFIG), options), tmp_path / impl, Console(), stages=("rl",))
         train(prepared, ("rl",), resume=False)
         record = engines[0].kept
-    ours, plain = (records(tmp_path / impl, "rl", "train") for impl in ("fast", "reference"))
+    ours, plain = (records(tmp_path / impl, "rl", "train") for impl in ("fast", "padded"))
     assert len(ours) == len(plain) == 20
     assert [r["train_accuracy"] for r in ours] == [r["train_accuracy"] for r in plain]
     assert sum(r["contrastive_loss"] > 0 for r in ours) >= 15, (
@@ -148,17 +137,11 @@ def test_the_estimator_needs_what_it_compares(tiny_run: list[str]) -> None:
     assert 'rl.share_prompts needs model.attention = "packed"' in refused(
         "rl.share_prompts=true", "model.attention=sdpa"
     )
-    assert 'rl.reference_prompts = "stored" needs model.attention = "packed"' in refused(
-        "rl.reference_prompts=stored", "model.attention=sdpa"
-    )
-    assert "needs a reference: rl.kl_coef or rl.kl_loss_coef above 0" in refused(
-        "rl.reference_prompts=stored", "rl.kl_coef=0.0"
-    )
     assert "needs rollout.top_p = 1 and top_k = 0, these are 0.9 and 0" in refused(
         "rl.old_logprobs=sampled", "rollout.top_p=0.9"
     )
-    assert 'model.impl = "reference" needs rollout.top_p = 1 and top_k = 0, these are 1 and 5' in refused(
-        "model.impl=reference", "rollout.top_k=5"
+    assert 'model.impl = "padded" needs rollout.top_p = 1 and top_k = 0, these are 1 and 5' in refused(
+        "model.impl=padded", "rollout.top_k=5"
     )
     assert 'rollout.correction = "masked" needs rl.old_logprobs = "recompute"' in refused(
         "rl.old_logprobs=sampled", "rollout.correction=masked"

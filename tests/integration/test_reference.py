@@ -1,11 +1,8 @@
 """The reference of a step: the policy with its adapters off, or a copy, whole, offloaded, after stored prompts."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from carft_fast.core.errors import InputError
 from carft_fast.training.reference import Reference
 
 from .stepcase import quick_config, random_case, take_apart, update
@@ -29,50 +26,6 @@ def test_with_lora_the_reference_is_the_model_without_adapters() -> None:
     for name, p in parts.policy.named_parameters():
         if name in base:
             assert torch.equal(p, base[name]), name
-
-
-@pytest.mark.parametrize(
-    "options",
-    [[], ["lora.rank=4"], ["rl.micro_batch_tokens=160", "rl.reference_offload=true"], ["rl.share_prompts=true"]],
-    ids=["one micro-batch", "lora", "several micro-batches, offloaded", "shared prompts"],
-)
-def test_stored_prompts_spare_the_reference_their_forward(options: list[str]) -> None:
-    """The same log-probs, from forwards over the completions and each prompt's last token."""
-    case = random_case(15, "mixed", prompts=6, per_prompt=2)
-    parts = take_apart(quick_config("rollout.samples_per_prompt=2", *options), case)
-    rollouts = case.samples.rollouts
-    stored = parts.step.store_reference_prompts([*rollouts.prompts, [5, 6, 7]])
-    with parts.step._reference.model() as reference:
-        lm = reference.lm.config
-        per_token = 2 * lm.num_hidden_layers * lm.num_key_value_heads * lm.head_dim * 4
-        assert stored == per_token * (sum(map(len, rollouts.prompts[::2])) + 3)
-        counts = [0]
-        reference.lm.model.layers[0].register_forward_hook(
-            lambda _m, inputs, _o: counts.__setitem__(0, counts[0] + inputs[0].shape[1])
-        )
-    again = parts.step.look(case.samples, parts.plan[0])
-    of_policy = sum(map(len, rollouts.prompts)) + sum(rollouts.lengths) + sum(case.samples.annotated.lengths[::2]) + 6
-    if parts.policy.has_adapters:
-        counts[0] -= of_policy
-    assert counts[0] == sum(rollouts.lengths) + len(rollouts.prompts)
-    assert not torch.equal(again.ref_logprob_C, parts.experience.ref_logprob_C), "it took another way"
-    torch.testing.assert_close(again.ref_logprob_C, parts.experience.ref_logprob_C, rtol=1e-5, atol=1e-5)
-    assert torch.equal(again.old_logprob_C, parts.experience.old_logprob_C)
-
-
-def test_prompts_that_do_not_fit_host_memory_are_refused_at_the_first_micro_batch(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    parts = take_apart(quick_config("rl.micro_batch_tokens=160"), random_case(15, "mixed"))
-    forwards: list[bool] = []
-    parts.step._reference._copy.lm.register_forward_hook(lambda *_: forwards.append(True))
-    parts.step._reference._copy.lm.model.register_forward_hook(lambda *_: forwards.append(True))
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    prompts = [[5 + i, *range(3, 90)] for i in range(80)]
-    with pytest.raises(InputError, match=r'rl.reference_prompts = "stored" needs .* in 2 processes\), .* are free'):
-        parts.step.store_reference_prompts(prompts)
-    assert forwards == [True]
 
 
 def test_an_offloaded_reference_holds_device_weights_only_while_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

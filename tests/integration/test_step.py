@@ -67,7 +67,7 @@ def test_fast_equals_plain(method: str, verdicts: str) -> None:
         case = case_of(method, seed, verdicts)
         both = [
             gradients(quick_config(*options, f"rl.micro_batch_tokens={budget}", f"model.impl={impl}"), case)
-            for impl in ("fast", "reference")
+            for impl in ("fast", "padded")
         ]
         assert_same(*both)
         trained = [name for name, gradient in both[0][0].items() if gradient.any()]
@@ -97,7 +97,7 @@ def test_fast_equals_plain_in_every_variant_of_the_loss(options: list[str]) -> N
     case = random_case(5, "mixed")
     assert_same(
         gradients(quick_config(*options), case),
-        gradients(quick_config(*options, "model.impl=reference"), case),
+        gradients(quick_config(*options, "model.impl=padded"), case),
         tolerance=1e-4,  # three updates carry the first one's rounding on
     )
 
@@ -127,7 +127,7 @@ def test_fast_equals_plain_for_groups(method: list[str]) -> None:
     parts = take_apart(quick_config(*options), case)
     kept = {i for epoch in parts.plan for mini in epoch for micro in mini.micro for i in micro}
     assert kept == (set(range(12)) if GRPO_LOSS[2] in method else set(range(4, 12)))
-    both = [gradients(quick_config(*options, f"model.impl={impl}"), case) for impl in ("fast", "reference")]
+    both = [gradients(quick_config(*options, f"model.impl={impl}"), case) for impl in ("fast", "padded")]
     assert_same(*both, tolerance=1e-4)
 
 
@@ -137,7 +137,7 @@ def test_a_mini_batch_without_gradient_still_moves_the_optimizer() -> None:
     case = case_of("dr_grpo", 8)
     case = Case(case.samples, [Grade(i in (0, 5), 5.0) for i in range(8)] + [Grade(True, 5.0)] * 4)
     weights = []
-    for impl in ("fast", "reference"):
+    for impl in ("fast", "padded"):
         parts = take_apart(quick_config(*options, f"model.impl={impl}"), case)
         parts.plan[1] = parts.step.plan(case.samples, derive_seed(0, "other"), parts.live)[1]
         if impl == "fast":  # by hand: one mini-batch of the dead group alone, after updates with a gradient
@@ -154,7 +154,7 @@ def test_twenty_updates_stay_on_the_plain_path() -> None:
     """AdamW over twenty steps of fresh rollouts: both paths' losses and weights go together."""
     options = ["contrastive.coef=0.1", "rl.micro_batch_tokens=300", "rl.ppo_epochs=2", "rl.mini_batch_size=6"]
     curves: dict[str, list[dict[str, float]]] = {}
-    for impl in ("fast", "reference"):
+    for impl in ("fast", "padded"):
         config = quick_config(*options, f"model.impl={impl}")
         parts = take_apart(config, random_case(100, "mixed"))
         optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=3e-4)
@@ -169,7 +169,7 @@ def test_twenty_updates_stay_on_the_plain_path() -> None:
             curves[impl].append(update(now, case, optimizer, lr=3e-4))
     losses = [point["loss"] for point in curves["fast"]]
     assert max(losses) > 2 * min(losses), "a flat curve compares nothing"
-    for ours, plain in zip(curves["fast"], curves["reference"], strict=True):
+    for ours, plain in zip(curves["fast"], curves["padded"], strict=True):
         for name in ("loss", "policy_loss", "value_loss", "contrastive_loss", "entropy", "grad_norm"):
             assert ours[name] == pytest.approx(plain[name], rel=2e-3, abs=2e-5), name
 
@@ -208,16 +208,16 @@ def test_compiled_layers_change_nothing() -> None:
 
 @pytest.mark.parametrize("method", ["carft_both", "reft", "dr_grpo"])
 def test_all_settings_together_equal_plain(method: str) -> None:
-    """Compiled layers, recomputation, shared and stored prompts and several micro-batches, against the plain path."""
+    """Compiled layers, recomputation, shared prompts and several micro-batches, against the plain path."""
     options = [*METHODS[method], "rollout.samples_per_prompt=4", "rl.ppo_epochs=1"]
     together = ["model.compile=true", "model.gradient_checkpointing=true", "rl.share_prompts=true"]
-    together += ["rl.micro_batch_tokens=160", *["rl.reference_prompts=stored"] * (method != "dr_grpo")]
+    together += ["rl.micro_batch_tokens=160"]
     case = case_of("dr_grpo", 23)
     torch._dynamo.reset()
     assert len(take_apart(quick_config(*options, *together), case).plan[0][0].micro) > 1
     assert_same(
         gradients(quick_config(*options, *together), case),
-        gradients(quick_config(*options, "model.impl=reference"), case),
+        gradients(quick_config(*options, "model.impl=padded"), case),
     )
 
 
@@ -333,7 +333,7 @@ def test_the_look_at_the_first_micro_batch_is_its_forward(method: str, checkpoin
 
 @pytest.mark.parametrize(
     "options",
-    [["rl.micro_batch_tokens=160"], ["model.impl=reference"], [*METHODS["dr_grpo"], "rl.mini_batch_size=6"]],
+    [["rl.micro_batch_tokens=160"], ["model.impl=padded"], [*METHODS["dr_grpo"], "rl.mini_batch_size=6"]],
     ids=["several micro-batches", "plain path", "rollouts may be left out"],
 )
 def test_no_graph_is_kept_where_it_may_cost_memory_or_serve_nothing(options: list[str]) -> None:
@@ -386,12 +386,6 @@ def test_the_cost_model_counts_what_a_step_computes() -> None:
     with FlopCounterMode(display=False) as counter:
         parts.step.look(case.samples, parts.plan[0])
     assert counter.get_total_flops() == work["log-probs"].flops + heads(2 * tokens + annotated_tokens, 24)
-    of_heads = heads(2 * tokens + annotated_tokens, 24)
-    parts.step.store_reference_prompts(rollouts.prompts)
-    with FlopCounterMode(display=False) as counter:
-        parts.step.look(case.samples, parts.plan[0])
-    stored = fast_step(layers_alone, shape, stored_prompts=True)
-    assert counter.get_total_flops() == stored["log-probs"].flops + of_heads < work["log-probs"].flops
     with FlopCounterMode(display=False) as counter:
         update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
     # z_2 for the loss; nothing asks for a gradient twice

@@ -24,7 +24,6 @@ COST = ModelCost(
     vocabulary=60,
     layers=4,
     linear_width=400,
-    read_weights=700,
 )
 ACTIVATIONS = 1000 * (4 * 10 + 400 / 4) * 2
 

@@ -56,7 +56,7 @@ def batch() -> PackedBatch:
         ("model.compute_dtype=float32", True),
         ("lora.rank=2", True),
         ("model.compute_dtype=bfloat16", False),
-        ("model.impl=reference", False),  # the published trainers' way
+        ("model.impl=padded", False),  # the published trainers' way
     ],
 )
 def test_linear_layers_on_a_cpu(override: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:

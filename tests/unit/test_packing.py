@@ -1,12 +1,9 @@
 """Packed attention and micro-batches, against each sequence alone, token by token."""
 
-import copy
 import itertools
-import sys
 from dataclasses import replace
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
@@ -109,61 +106,6 @@ def test_a_shared_prompt_changes_no_state_and_no_gradient(name: str) -> None:
         assert float((ours - expected).norm()) <= 1e-5 * float(expected.norm())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_last_layers_mlp_takes_what_is_read(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, batches = (
-        build(MODELS["llama"], PACKED),
-        [pack(PROMPTS, COMPLETIONS[i:] + COMPLETIONS[:i], CPU) for i in (0, 1)],
-    )
-    model.use_cpu_linear()
-    if compiled:
-        model.compile_layers()
-    rows: dict[int, list[int]] = {layer.mlp.up_proj.weight.data_ptr(): [] for layer in model.layers()}
-
-    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows.get(weight.data_ptr(), []).append(len(x))
-        return torch.nn.functional.linear(x, weight, bias)
-
-    monkeypatch.setattr(sys.modules["carft_kernels.cpu_linear"], "linear", linear)
-    with torch.no_grad():
-        for batch in batches:
-            model(batch)
-    read = len(PROMPTS) + sum(map(len, COMPLETIONS))
-    assert list(rows.values()) == [[len(batches[0].ids_T)] * 2, [read] * 2]
-
-
-@pytest.mark.parametrize("name", [*MODELS, "llama, LoRA", "llama, compiled"])
-@pytest.mark.parametrize("recomputing", [False, True])
-def test_what_the_last_layer_leaves_out_changes_nothing_that_is_read(name: str, recomputing: bool) -> None:
-    """Two forwards whose backwards come after both, and in between one over whole sequences."""
-    model = build(MODELS[name.partition(", LoRA")[0].partition(", compiled")[0]], PACKED)
-    if "LoRA" in name:
-        model.lm.add_adapter(peft.LoraConfig(r=2, target_modules=["o_proj", "up_proj"], init_lora_weights=False))
-    if recomputing:
-        model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.lm.train()
-    plain = copy.deepcopy(model)
-    if "compiled" in name:
-        model.compile_layers()
-    batches = [pack(PROMPTS, COMPLETIONS, CPU), pack(PROMPTS[::-1], [[7], [], [40, 41, 42], [2], [3, 4]], CPU)]
-    whole = [replace(batch, segments=replace(batch.segments, read=None)) for batch in batches]
-    assert [batch.segments.read is None for batch in batches] == [False, False]
-
-    def found(model: CarftModel, batches: list[PackedBatch]) -> list[Tensor]:
-        outputs = [model(batch).hidden_TD for batch in batches]
-        with torch.no_grad(), model.padded() as lm:
-            logits = lm(torch.tensor([PROMPTS[1]])).logits
-        index = [torch.cat([batch.predict_index_C, batch.read_index_C]) for batch in batches]
-        states = [output[at] for output, at in zip(outputs, index, strict=True)]
-        sum((state * torch.linspace(-1, 1, state.numel()).view_as(state)).sum() for state in states).backward()
-        return [logits, *states, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    ours, expected = found(model, batches), found(plain, whole)
-    assert len(ours) == len(expected) > 6
-    for a, b in zip(ours, expected, strict=True):
-        assert float((a - b).norm()) <= 1e-5 * float(b.norm())
-
-
 def test_shared_prompts_follow_the_worked_example() -> None:
     batch = pack([[1, 2, 3], [1, 2, 3]], [[4, 5], [6, 7, 8]], CPU, share_prompts=True)
     assert batch.ids_T.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -264,10 +206,6 @@ def test_the_call_of_the_varlen_kernel_means_the_same(
         k, v = k[:, :, segments.key_index], v[:, :, segments.key_index]
     monkeypatch.setattr(varlen, "varlen_attn", documented)
     torch.testing.assert_close(_varlen(q, k, v, 0.3, window, segments), expected)
-    read = segments.read
-    assert read is not None
-    narrow = replace(segments, cu_q=read.cu, q_lengths=read.lengths)
-    torch.testing.assert_close(_varlen(q[:, :, read.index], k, v, 0.3, window, narrow), expected[:, read.index])
 
 
 @pytest.mark.parametrize(
@@ -305,7 +243,7 @@ def test_the_plain_path_keeps_a_soft_cap(tmp_path: Any) -> None:
     lm = transformers.AutoModelForCausalLM.from_config(lm_config, attn_implementation="eager").eval()
     lm.save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    model = load_model(load_config(None, ["model.impl=reference"]), str(tmp_path), CPU, heads=False)
+    model = load_model(load_config(None, ["model.impl=padded"]), str(tmp_path), CPU, heads=False)
     ids = torch.tensor([PROMPTS[1] + COMPLETIONS[1]])
     with torch.no_grad(), model.padded() as padded:
         torch.testing.assert_close(padded(ids).logits, lm(ids).logits)
@@ -324,12 +262,12 @@ def test_the_plain_path_keeps_a_soft_cap(tmp_path: Any) -> None:
 def test_what_cannot_be_packed_can_be_padded(lm_config: Any, tmp_path: Any) -> None:
     transformers.AutoModelForCausalLM.from_config(lm_config).save_pretrained(tmp_path)
     build_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r'model\.attention = "packed": .*model\.impl = "reference", which pads'):
+    with pytest.raises(InputError, match=r'model\.attention = "packed": .*model\.impl = "padded", which pads'):
         load_model(load_config(None, []), str(tmp_path), CPU, heads=True)
-    model = load_model(load_config(None, ["model.impl=reference"]), str(tmp_path), CPU, heads=True)
+    model = load_model(load_config(None, ["model.impl=padded"]), str(tmp_path), CPU, heads=True)
     assert model.attention == "eager"
     module = {"bloom": "query_key_value", "gpt_neo": "q_proj"}[lm_config.model_type]
-    options = ["model.impl=reference", "lora.rank=2", f'lora.target_modules=["{module}"]']
+    options = ["model.impl=padded", "lora.rank=2", f'lora.target_modules=["{module}"]']
     load_model(load_config(None, options), str(tmp_path), CPU, heads=True).save(tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
     assert all(merged[name].equal(tensor) for name, tensor in model.lm.state_dict().items())
@@ -414,9 +352,7 @@ def test_predicted_flops_are_those_torch_counts(name: str) -> None:
     )
     ours = sum(cost.sequence_flops(len(p), len(c)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True))
     pairs = sum(causal_pairs(n) for n in lengths)
-    unread = [len(p) - 1 for p in PROMPTS]
-    left_out = cost.unread_flops(sum(unread), sum(map(causal_pairs, unread)))
-    assert ours == cost.layers_flops(sum(lengths), pairs) + cost.head_flops(completion_tokens) - left_out
+    assert ours == cost.layers_flops(sum(lengths), pairs) + cost.head_flops(completion_tokens)
     assert ModelCost.of_config(MODELS[name]) == cost
 
 
@@ -425,14 +361,14 @@ def test_the_published_step_without_padding_costs_recomputation_and_prompt_logit
     cost = ModelCost.of_config(MODELS["llama"])
     shape = StepShape([10] * 4, [20] * 4, [20] * 4, epochs=2, updates_per_epoch=3)
     ours, published = fast_step(cost, shape, one_micro_batch=False), published_step(cost, shape)
-    layers, unread = 4 * cost.layers_flops(30, causal_pairs(30)), 4 * cost.unread_flops(9, causal_pairs(9))
-    assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * unread + 3 * cost.head_flops(4 * 10))
+    layers = 4 * cost.layers_flops(30, causal_pairs(30))
+    assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * cost.head_flops(4 * 10))
     prompts_again = 4 * cost.layers_flops(9, causal_pairs(9))
     head = cost.head_flops(2 * 4 * 10 + 4 * 30)
-    assert published["log-probs"].flops - ours["log-probs"].flops == head + prompts_again + 2 * unread
+    assert published["log-probs"].flops - ours["log-probs"].flops == head + prompts_again
     recomputing = fast_step(cost, shape, recompute=True, one_micro_batch=False)
-    assert recomputing["update"].flops - ours["update"].flops == 2 * (layers - unread)
-    assert ours["update"].flops - fast_step(cost, shape)["update"].flops == pytest.approx((layers - unread) / 3)
+    assert recomputing["update"].flops - ours["update"].flops == 2 * layers
+    assert ours["update"].flops - fast_step(cost, shape)["update"].flops == pytest.approx(layers / 3)
     assert published["rollout"] == ours["rollout"]
     # AdamW moves 32 bytes a parameter and update, whatever the path; the rest of `bytes` are weights and logits
     one = fast_step(cost, replace(shape, updates_per_epoch=1), one_micro_batch=False)["update"].bytes

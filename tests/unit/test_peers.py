@@ -111,7 +111,7 @@ def tiny(model) -> Work:
 
 def test_the_side_counts_what_it_computes_and_has_the_plain_paths_gradient(tiny):
     done, gradients = [], []
-    for options in ([], ["rl.share_prompts=true"], ["model.impl=reference", "rl.micro_batch_tokens=65536"]):
+    for options in ([], ["rl.share_prompts=true"], ["model.impl=padded", "rl.micro_batch_tokens=65536"]):
         side = CarftSide(tiny, options)
         done.append(Done())
         side.step(done[-1])
