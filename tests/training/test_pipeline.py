@@ -17,7 +17,7 @@ from carft_fast.rollout.engines import build_engine
 from carft_fast.training.pipeline import prepare, train
 from carft_fast.training.run import Run
 
-from .test_resume import assert_same_outcome, finish, launch, wait_for
+from ..durability.test_resume import assert_same_outcome, finish, launch, wait_for
 from .test_run import records, run_pipeline, tiny_config
 
 GROUPS = ["rollout.samples_per_prompt=4", "rl.kl_coef=0.0", 'contrastive.mode="none"', 'reward.partial="constant"']

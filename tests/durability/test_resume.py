@@ -24,7 +24,7 @@ from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluate import EvalResult, evaluate
 from carft_fast.training.pipeline import prepare, train
 
-from .test_run import run_pipeline, tiny_config
+from ..training.test_run import run_pipeline, tiny_config
 
 TIMEOUT_SECONDS = 180
 

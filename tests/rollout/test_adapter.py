@@ -1,4 +1,4 @@
-"""What a user reads who has no vLLM, another one, or a model it does not take. The rest of it is in tests/rollout."""
+"""What a user reads who has no vLLM, another one, or a model it does not take: what needs no vLLM to be tested."""
 
 import sys
 from pathlib import Path
