@@ -7,13 +7,8 @@ from typing import Any
 
 import pytest
 
-from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.compare.report import evaluations_csv, summary_csv
-from carft_fast.compare.runs import expand, parse_methods, parse_seeds, parse_vary
 from carft_fast.compare.stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
-from carft_fast.config.methods import METHODS, load_method_config, method_name
-from carft_fast.config.toml import load_config
-from carft_fast.core.errors import InputError
 from carft_fast.training.evaluate import wilson_interval
 
 
@@ -113,53 +108,3 @@ def test_overlapping_intervals_cannot_be_told_apart() -> None:
     text = verdict({"reft": accuracy(60), "carft": accuracy(64), "grpo": accuracy(30)})
     assert text.startswith("Highest mean: carft, 64.0%. It cannot be told apart from reft")
     assert "The intervals of grpo lie below" in text
-
-
-def test_presets_are_what_they_are_called() -> None:
-    quickstart = str(QUICKSTART_CONFIG)
-    for name in METHODS:
-        if name == "sft":
-            continue
-        config, values = load_method_config(quickstart, [], name)
-        assert method_name(config) == name
-        assert config.rollout.samples_per_prompt == (4 if "grpo" in name else 1)
-        overridden, _ = load_method_config(quickstart, ["contrastive.coef=0.5", "rl.lr=1e-3"], name)
-        assert (overridden.contrastive.coef, overridden.rl.lr) == (0.5, 1e-3)
-        assert set(values) >= {"rl.estimator", "contrastive.mode", "reward.partial"}
-    with pytest.raises(InputError, match="allowed: sft, reft, grpo, dr_grpo, carft, carft_negative, carft_both"):
-        load_method_config(quickstart, [], "dpo")
-
-
-def test_continued_sft_sees_as_many_rows_as_rl_has_rollouts() -> None:
-    config, _ = load_method_config(str(QUICKSTART_CONFIG), [], "sft")
-    assert config.sft.max_steps is not None
-    assert config.sft.max_steps * config.sft.batch_size == 40 * 128
-    assert config.sft.first_step == 700, "behind the rows that SFT has seen"
-    assert config.sft.eval_every == 40
-
-
-def test_varied_fields_go_to_the_methods_that_read_them() -> None:
-    base = load_config(str(QUICKSTART_CONFIG))
-    key, values = parse_vary("rl.kl_coef=0.0, 0.05")
-    labels = [v.label for v in expand(["sft", "reft", "dr_grpo"], {key: values, "rl.lr": [1e-4]}, base)]
-    assert labels == [
-        "sft",
-        "reft rl.kl_coef=0 rl.lr=0.0001",
-        "reft rl.kl_coef=0.05 rl.lr=0.0001",
-        "dr_grpo rl.lr=0.0001",  # its KL coefficient is part of the method
-    ]
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: parse_methods("reft,ppo"), 'method "ppo": unknown'),
-        (lambda: parse_seeds("0,1,1"), "a seed is there twice"),
-        (lambda: parse_seeds("a"), "expected whole numbers"),
-        (lambda: parse_vary("lr=1"), "expected section.key=value"),
-        (lambda: parse_vary("data.train=a,b"), "the same for all runs"),
-    ],
-)
-def test_bad_words_are_named(call: Any, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        call()

@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from ..conftest import TINY_RUN, as_set_options
 
 UNTIMED = ("label", "seed", "step", "samples", "accuracy", "extractable", "completion_length", "reward", "kl")
@@ -55,24 +53,3 @@ def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
         assert (whole / plot).stat().st_size > 5_000
     assert "cannot be told apart" in report
     assert "12 sequences" in report  # what was run
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--methods", "ppo"], 'method "ppo": unknown'),
-        (["--set", "rl.eval_every=0"], "rl.eval_every = 0"),
-        (["--vary", "rl.lr=-1.0"], "rl.lr = -1.0"),
-        (["--method", "carft"], "No such option"),
-    ],
-)
-def test_refusals_come_first(tmp_path: Path, words: list[str], message: str) -> None:
-    found = subprocess.run(
-        [sys.executable, "-m", "carft_fast", "compare", "--output-dir", str(tmp_path / "x"), *words],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert found.returncode == 2
-    assert message in re.sub(r"\s+", " ", found.stderr)
-    assert not (tmp_path / "x").exists()

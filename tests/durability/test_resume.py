@@ -13,18 +13,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+import transformers
 
-import carft_fast.core.processes
 from carft_fast.core.console import Console
-from carft_fast.core.signals import Stopped, StopRequest
+from carft_fast.core.signals import Stopped
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluate import EvalResult, evaluate
 from carft_fast.training.pipeline import prepare, train
 
-from ..training.test_run import run_pipeline, tiny_config
+from ..training.runs import run_pipeline, tiny_config
 
 TIMEOUT_SECONDS = 180
 
@@ -188,23 +190,36 @@ def test_a_kill_between_a_checkpoint_and_the_best_link(tmp_path: Path, tiny_run:
     assert os.readlink(folder / "checkpoints" / "best") == "rl-000002"
 
 
-def test_a_signal_while_processes_ask_each_other_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    stop = StopRequest(several=True)
-
-    def another(mine: int) -> int:
-        stop._handle(signal.SIGTERM, None)  # arrives while this process waits for the others
-        return mine
-
-    monkeypatch.setattr(carft_fast.core.processes, "global_max", another)
-    stop.check_together()
-    monkeypatch.setattr(carft_fast.core.processes, "global_max", lambda mine: mine)
-    with pytest.raises(Stopped, match="SIGTERM"):
-        stop.check_together()
-
-
 def test_resume_of_a_finished_run_changes_nothing(uninterrupted: Path, tiny_run: list[str]) -> None:
     before = digests(uninterrupted)
     code, output = finish(launch(uninterrupted, tiny_run, "--resume"))
     assert code == 0, output
     assert "finished" in output
     assert digests(uninterrupted) == before
+
+
+LORA = ["--set", "lora.rank=4", "--set", "sft.lr=1e-2", "--set", "rl.lr=1e-2"]
+
+
+@pytest.mark.slow
+def test_lora_leaves_a_plain_model_and_resumes_to_the_bit(tmp_path: Path, tiny_run: list[str]) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, output = finish(launch(whole, [*tiny_run, *LORA]))
+    assert code == 0, output
+    process = launch(killed, [*tiny_run, *LORA])
+    wait_for(process, killed, "rl-000002")
+    process.kill()
+    process.communicate()
+    code, output = finish(launch(killed, [*tiny_run, *LORA], "--resume"))
+    assert code == 0, output
+    assert_same_outcome(killed, whole)
+    # the checkpoint is what peft reads, on top of what the stage started from; the result needs no peft
+    base = transformers.AutoModelForCausalLM.from_pretrained(whole / "sft")
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        start = base(ids).logits
+        merged = transformers.AutoModelForCausalLM.from_pretrained(whole / "model")(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, str(whole / "checkpoints" / "rl-000004"))(ids).logits
+    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
+    assert (merged - start).abs().max() > 1e-2
+    assert not (whole / "checkpoints" / "rl-000004" / "model.safetensors").exists()

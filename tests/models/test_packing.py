@@ -19,9 +19,8 @@ from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.attention import PACKED, packed_attention
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.flops import ModelCost, StepShape, causal_pairs, fast_step, published_step
 from carft_fast.models.load import load_model
-from carft_fast.models.packing import PackedBatch, balanced_batches, pack
+from carft_fast.models.packing import PackedBatch, balanced_batches, pack, sequence_mean_weights
 
 CPU = torch.device("cpu")
 SMALL: dict[str, Any] = {
@@ -162,6 +161,21 @@ def test_what_the_last_layer_leaves_out_changes_nothing_that_is_read(name: str, 
     assert len(ours) == len(expected) > 6
     for a, b in zip(ours, expected, strict=True):
         assert float((a - b).norm()) <= 1e-5 * float(b.norm())
+
+
+def test_pack_follows_its_worked_example() -> None:
+    packed = pack([[1, 2, 3], [6]], [[4, 5], [7, 8, 9]], torch.device("cpu"))
+    assert packed.ids_T.tolist() == list(range(1, 10))
+    assert packed.position_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert packed.segments.cu_q.tolist() == packed.segments.cu_k.tolist() == [0, 5, 9]
+    assert packed.completion_cu.tolist() == [0, 2, 5]
+    assert packed.read_index_C.tolist() == [3, 4, 6, 7, 8]
+    assert packed.predict_index_C.tolist() == [2, 3, 5, 6, 7]
+    assert packed.target_C.tolist() == [4, 5, 7, 8, 9]
+    weights = sequence_mean_weights(packed, sequences=4)
+    torch.testing.assert_close(weights, torch.tensor([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12]))
+    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
+        pack([[1], []], [[2], [3]], torch.device("cpu"))
 
 
 def test_shared_prompts_follow_the_worked_example() -> None:
@@ -389,60 +403,3 @@ def test_costs_are_alike_where_the_budget_leaves_room(tokens: list[int], ranks: 
 def test_an_item_above_the_budget_is_named() -> None:
     with pytest.raises(ValueError, match="a sequence of 101 tokens does not fit a micro-batch of 100 tokens"):
         balanced_batches([3, 101], [1.0, 1.0], 100)
-
-
-# --- cost model -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3, window 4"])
-def test_predicted_flops_are_those_torch_counts(name: str) -> None:
-    """torch's counter on a real forward with a block-diagonal mask, which it counts as the square it is in."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = build(MODELS[name], "eager")
-    lengths = [len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
-    batch, cost = pack(PROMPTS, COMPLETIONS, CPU), ModelCost.of(model.lm)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = model(batch).hidden_TD
-        _ = hidden[batch.predict_index_C] @ model.head_weight_VD.T
-    by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    attention = sum(n for op, n in by_operator.items() if "bmm" in op)
-    assert attention == cost.layers_flops(0, sum(lengths) ** 2)
-    completion_tokens = sum(map(len, COMPLETIONS))
-    assert sum(by_operator.values()) - attention == cost.layers_flops(sum(lengths), 0) + cost.head_flops(
-        completion_tokens
-    )
-    ours = sum(cost.sequence_flops(len(p), len(c)) for p, c in zip(PROMPTS, COMPLETIONS, strict=True))
-    pairs = sum(causal_pairs(n) for n in lengths)
-    unread = [len(p) - 1 for p in PROMPTS]
-    left_out = cost.unread_flops(sum(unread), sum(map(causal_pairs, unread)))
-    assert ours == cost.layers_flops(sum(lengths), pairs) + cost.head_flops(completion_tokens) - left_out
-    assert ModelCost.of_config(MODELS[name]) == cost
-
-
-def test_the_published_step_without_padding_costs_recomputation_and_prompt_logits() -> None:
-    """Rows of one length: what is left of the difference is known by hand."""
-    cost = ModelCost.of_config(MODELS["llama"])
-    shape = StepShape([10] * 4, [20] * 4, [20] * 4, epochs=2, updates_per_epoch=3)
-    ours, published = fast_step(cost, shape, one_micro_batch=False), published_step(cost, shape)
-    layers, unread = 4 * cost.layers_flops(30, causal_pairs(30)), 4 * cost.unread_flops(9, causal_pairs(9))
-    assert published["update"].flops - ours["update"].flops == 2 * (layers + 3 * unread + 3 * cost.head_flops(4 * 10))
-    prompts_again = 4 * cost.layers_flops(9, causal_pairs(9))
-    head = cost.head_flops(2 * 4 * 10 + 4 * 30)
-    assert published["log-probs"].flops - ours["log-probs"].flops == head + prompts_again + 2 * unread
-    recomputing = fast_step(cost, shape, recompute=True, one_micro_batch=False)
-    assert recomputing["update"].flops - ours["update"].flops == 2 * (layers - unread)
-    assert ours["update"].flops - fast_step(cost, shape)["update"].flops == pytest.approx((layers - unread) / 3)
-    assert published["rollout"] == ours["rollout"]
-    # AdamW moves 32 bytes a parameter and update, whatever the path; the rest of `bytes` are weights and logits
-    one = fast_step(cost, replace(shape, updates_per_epoch=1), one_micro_batch=False)["update"].bytes
-    assert ours["update"].bytes - one == 2 * 2 * 32 * cost.all_weights
-    padded = published_step(cost, replace(shape, completions=[5, 5, 5, 20]))["update"].flops
-    assert padded == published["update"].flops
-
-
-def test_the_committed_prediction_is_the_cost_models() -> None:
-    from benchmarks.predict import RESULTS, report
-
-    assert report() == (RESULTS / "step_predicted.md").read_text()
-    assert report().startswith("# Predicted step times (a prediction: none of this was run)")

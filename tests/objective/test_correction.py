@@ -1,12 +1,9 @@
 """What trainer and sampler disagree on: measured on the sampler's support, and weighted away on request."""
 
-import math
-
 import pytest
 import torch
 
 from carft_fast.config.toml import load_config
-from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
@@ -135,40 +132,3 @@ def test_the_policy_gradient_is_weighted_and_the_value_loss_is_not(model: CarftM
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     different = [not torch.allclose(a, b) for a, b in zip(gradients(torch.ones(5)), expected, strict=True)]
     assert any(different)
-
-
-def test_mismatch_of_known_differences() -> None:
-    found = Mismatch.of(torch.tensor([0.0, 1.0, 2.0, 3.0]), torch.tensor([0.005, 1.0, 2.5, 2.0]))
-    assert math.isclose(found.mean, 0.37625, rel_tol=1e-5)
-    assert (found.max, found.material, found.tokens) == (1.0, 0.5, 4)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["rollout.async_depth=1"], r'rollout\.async_depth = 1 needs engine = "vllm" or "vllm-server"'),
-        (["rollout.sleep_level=1"], r'rollout\.sleep_level = 1 needs engine = "vllm"'),
-        (
-            ["rollout.sleep_level=2", "rollout.async_depth=1", "rollout.engine=vllm"],
-            r"rollout\.sleep_level = 2 needs async_depth = 0",
-        ),
-        (["rollout.tensor_parallel=2", "rollout.engine=vllm"], r'tensor_parallel = 2 needs engine = "vllm-server"'),
-        (['rollout.servers=["http://a:1"]'], r'servers and server_devices need engine = "vllm-server"'),
-        (["rollout.engine=vllm-server", 'rollout.servers=["a:1"]'], r'"a:1" is no address: expected http://host:port'),
-        (["rollout.engine=vllm-server", 'rollout.servers=["http://a","http://a"]'], "an address is there twice"),
-        (
-            ["rollout.engine=vllm-server", 'rollout.servers=["http://a"]', 'rollout.server_devices=["1"]'],
-            "give one of the two",
-        ),
-        (["rollout.correction_floor=0.5"], r'correction_floor = 0\.5 needs correction = "masked"'),
-        (["rollout.engine=vllm", "rollout.temperature=2.5"], r'temperature = 2\.5 needs engine = "hf"'),
-        (
-            ["rollout.engine=vllm-server", "rollout.samples_per_prompt=64", "rollout.batch_size=8"],
-            r"samples_per_prompt = 64 must be at most batch_size = 8",
-        ),
-        (["rollout.engine=sglang"], r"rollout\.engine = \"sglang\": input should be 'hf', 'vllm' or 'vllm-server'"),
-    ],
-)
-def test_impossible_rollout_settings_are_named(overrides: list[str], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        load_config(None, overrides)

@@ -8,11 +8,8 @@ from typing import Any
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.compare.report import html, markdown
-from carft_fast.compare.stats import Evaluation, Trajectory, summarise
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
-from carft_fast.reports import page as html_report
 from carft_fast.reports.run_report import rewrite_page
 
 
@@ -86,38 +83,3 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "compare.csv").touch()
     with pytest.raises(InputError, match=r"a comparison, its page is .*compare\.html"):
         rewrite_page(tmp_path)
-
-
-def test_a_comparison_says_the_same_on_both_its_pages() -> None:
-    def run(label: str, correct: list[int]) -> Trajectory:
-        evaluations = [
-            Evaluation(i, 64 * i, float(i), c, 100, extractable=1.0, completion_length=9.0, reward=0.5)
-            for i, c in enumerate(correct)
-        ]
-        return Trajectory(label, label, 0, evaluations)
-
-    runs = [run("sft", [10, 20, 31]), run("carft", [10, 44, 72])]
-    summaries = summarise(runs)
-    text, page = markdown(runs, summaries, ["reward.png"], ["A fact"]), html(runs, summaries, ["A fact"])
-    cells = [cell.strip() for line in text.splitlines() if line.startswith("| ") for cell in line.strip("|").split("|")]
-    assert "72.0% [62.5%, 79.9%]" in cells
-    for cell in cells:
-        if cell != "---":
-            assert html_report.text(cell) in page
-    assert "A fact" in page
-    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
-    assert len(captions) == 4  # no KL and no entropy was recorded
-
-
-def test_a_chart_is_of_the_pages_colours_and_the_same_every_time() -> None:
-    def draw(axes: Any) -> None:
-        axes.plot([1, 2], [3, 4])
-
-    first, again, other = (html_report.chart(title, draw) for title in ("a", "a", "b"))
-    assert first == again
-    ids = [set(re.findall(r' id="([mp][0-9a-f]{6,})"', svg)) for svg in (first, other)]
-    assert ids[0]
-    assert not ids[0] & ids[1]
-    colours = set(re.findall(r"#[0-9a-f]{6}", first))
-    assert colours == set(), "a colour of its own is the same in light and dark"
-    assert {"var(--s1)", "var(--ink)", "var(--line)"} <= set(re.findall(r"var\(--\w+\)", first))

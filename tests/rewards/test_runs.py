@@ -15,7 +15,7 @@ from carft_fast.data.load import load_examples
 from carft_fast.data.synthetic import build_model_config
 from carft_fast.training.pipeline import evaluate_only, prepare
 
-from ..training.test_run import records, run_pipeline, tiny_config
+from ..training.runs import records, run_pipeline, tiny_config
 
 FEW = ["sft.max_steps=1", "rl.max_steps=1", "data.eval_rows=4"]
 

@@ -75,3 +75,14 @@ def test_an_architecture_vllm_does_not_know(tmp_path: Path) -> None:
 def test_what_cannot_work_here_is_refused_before_anything_starts(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_engine(config(*overrides), None, "cpu")
+
+
+def test_vllm_is_told_only_when_the_user_says_so(tmp_path: Path) -> None:
+    def arguments(*options: str) -> list[str]:
+        config = load_config(str(QUICKSTART_CONFIG), ["rollout.engine=vllm-server", *options])
+        return vllm_adapter.server_arguments(
+            vllm_adapter.engine_options(config, "cpu", dedicated=True), tmp_path, "files"
+        )
+
+    assert "--trust-remote-code" not in arguments()
+    assert "--trust-remote-code" in arguments("model.trust_remote_code=true")

@@ -1,249 +1,27 @@
-"""Model, heads and sampler against transformers' own forward, the published heads, and by-hand decoding."""
+"""The sampler of transformers: against the model's own distribution, its seeds, and by-hand decoding."""
 
 import dataclasses
 import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
-from torch import Tensor
 
-from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError
-from carft_fast.core.seeds import chunks, epoch_rows
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.models.heads import CarftHeads
 from carft_fast.models.load import load_model
-from carft_fast.models.packing import PackedBatch, pack, sequence_mean_weights
-from carft_fast.objective.losses import completion_logprobs, cot_embeddings, sft_loss
-from carft_fast.objective.passes import Rows, build_passes
-from carft_fast.rewards.answers import Grade
-from carft_fast.rollout.base import SamplingParams, request_seed
+from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.hf import HFEngine, inverse_cdf
-from carft_fast.rollout.vllm.adapter import sampling_fields
-from carft_fast.training.rl import score_rollouts
-from carft_kernels import value_pool
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "visible" / "value_head.safetensors"
-PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
-COMPLETIONS = [[20, 21, 2], [22, 2], [23, 24, 25, 26, 2]]
-
-
-def config(*overrides: str) -> Config:
-    return load_config(None, ["model.path=synthetic", *overrides])
+from ..models.checks import PROMPTS, config, logits_of
 
 
 @pytest.fixture
 def model() -> CarftModel:
     return load_model(config(), "synthetic", torch.device("cpu"), heads=True)
-
-
-@pytest.fixture
-def batch() -> PackedBatch:
-    return pack(PROMPTS, COMPLETIONS, torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("override", "by_onednn"),
-    [
-        ("model.compute_dtype=float32", True),
-        ("lora.rank=2", True),
-        ("model.compute_dtype=bfloat16", False),
-        ("model.impl=reference", False),  # the published trainers' way
-    ],
-)
-def test_linear_layers_on_a_cpu(override: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 every product goes to oneDNN, also the LM head's, the heads' and LoRA's; and the way back."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr("carft_kernels._runtime.ONEDNN_FROM", 1)
-    model = load_model(config(override), "synthetic", torch.device("cpu"), heads=True)
-    passes = build_passes(config(override), model, 100)
-    with torch.profiler.profile() as profile:
-        loss = passes.cross_entropy(model, Rows(PROMPTS, COMPLETIONS), 10) + model.value(torch.ones(4, 64)).sum()
-        loss.backward()
-    names = {event.key for event in profile.key_averages()}
-    assert ("mkldnn::_linear_pointwise" in names) == by_onednn
-    if by_onednn:
-        assert not names & {"aten::mm", "aten::addmm", "aten::linear"}
-
-
-@pytest.mark.parametrize(("version", "value_head"), [("v1", "separate"), ("v2", "shared")])
-def test_heads_of_the_published_code(version: str, value_head: str) -> None:
-    if not GOLDEN.is_file():
-        pytest.skip(f"reference vectors {GOLDEN} do not exist")
-    case = f"head0_{version}/"
-    a = {name.removeprefix(case): x for name, x in load_file(GOLDEN).items() if name.startswith(case)}
-    hidden = a["h"].flatten(0, 1).requires_grad_()
-    heads = CarftHeads(hidden.shape[1], 64, value_head)
-    heads.load_state_dict({name: a[name] for name in heads.state_dict()})
-    value, embedding = heads.value(hidden), heads.embed(hidden)
-    torch.testing.assert_close(value, a["value"].flatten(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(embedding, a["emb"].flatten(0, 1), rtol=1e-5, atol=1e-6)
-    loss = (value * a["up_value"].flatten()).sum() + (embedding * a["up_emb"].flatten(0, 1)).sum()
-    d_hidden, d_proj = torch.autograd.grad(loss, (hidden, heads.proj.weight))
-    torch.testing.assert_close(d_hidden, a["grad_h"].flatten(0, 1), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(d_proj, a["grad_proj_weight"], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("case", ["part0", "part1"])
-def test_embedding_enhanced_partial_reward_of_the_published_code(case: str) -> None:
-    """Ids, values and embeddings to z_1, z_2, their cosine, and the score of wrong but extractable answers."""
-    if not GOLDEN.is_file():
-        pytest.skip(f"reference vectors {GOLDEN} do not exist")
-    manifest = json.loads((GOLDEN.parent / "manifest.json").read_text())
-    params = manifest["topics"]["reward_partial"]["cases"][case]["params"]
-    vectors = load_file(GOLDEN.parent / "reward_partial.safetensors")
-    a = {name.removeprefix(f"{case}/"): x for name, x in vectors.items() if name.startswith(f"{case}/")}
-
-    def pooled(ids: Tensor, hidden: Tensor, value: Tensor, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        rows, length = ids.shape
-        mask = (torch.arange(length) >= prefix[:, None]) & (ids != params["pad_id"])
-        offsets = torch.arange(0, rows * length + 1, length)
-        return value_pool(hidden.flatten(0, 1), value.flatten(), offsets, mask_T=mask.flatten())[0], mask.any(1)
-
-    prompt = torch.full_like(a["base_prefix_len"], params["prompt_len"])
-    z_1, filled_1 = pooled(a["base_ids"], a["base_hidden"], a["base_value"], a["base_prefix_len"])
-    z_2, filled_2 = pooled(a["model_ids"], a["hidden"], a["value"], prompt)
-    # the published code pools a row without completion over everything, pads included (test_golden.py: test_value_pool)
-    rows = filled_1 & filled_2
-    assert rows.sum() >= 4
-    for ours, expected in ((z_1, a["z_1"]), (z_2, a["z_2"])):
-        torch.testing.assert_close(ours[rows], expected[rows], rtol=1e-5, atol=1e-6)
-    cosine = torch.cosine_similarity(z_1, z_2)
-    torch.testing.assert_close(cosine[rows], a["cos"][rows], rtol=1e-5, atol=1e-6)
-    grades = [Grade(reward == 1, None if reward == 0 else 5.0) for reward in a["reward_in"].tolist()]
-    assert any(not g.correct and g.extractable for g, filled in zip(grades, rows.tolist(), strict=True) if filled)
-    score = score_rollouts(grades, cosine, config())
-    torch.testing.assert_close(score.double()[rows], a["reward_out"][rows], rtol=1e-5, atol=1e-6)
-
-
-def test_pack_follows_its_worked_example() -> None:
-    packed = pack([[1, 2, 3], [6]], [[4, 5], [7, 8, 9]], torch.device("cpu"))
-    assert packed.ids_T.tolist() == list(range(1, 10))
-    assert packed.position_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert packed.segments.cu_q.tolist() == packed.segments.cu_k.tolist() == [0, 5, 9]
-    assert packed.completion_cu.tolist() == [0, 2, 5]
-    assert packed.read_index_C.tolist() == [3, 4, 6, 7, 8]
-    assert packed.predict_index_C.tolist() == [2, 3, 5, 6, 7]
-    assert packed.target_C.tolist() == [4, 5, 7, 8, 9]
-    weights = sequence_mean_weights(packed, sequences=4)
-    torch.testing.assert_close(weights, torch.tensor([1 / 8, 1 / 8, 1 / 12, 1 / 12, 1 / 12]))
-    with pytest.raises(ValueError, match=r"prompts\[1\] is empty"):
-        pack([[1], []], [[2], [3]], torch.device("cpu"))
-
-
-def test_every_epoch_visits_every_row_once() -> None:
-    drawn = [pair for step in range(14) for pair in epoch_rows(7, 3, step, seed=1)]
-    assert [epoch for _, epoch in drawn] == [k // 7 for k in range(42)]
-    epochs = chunks([row for row, _ in drawn], 7)
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert drawn != [pair for step in range(14) for pair in epoch_rows(7, 3, step, seed=2)]
-
-
-def logits_of(model: CarftModel, ids_BL: Tensor) -> Tensor:
-    """transformers' own forward with its own attention."""
-    with model.padded() as lm:
-        return lm(ids_BL).logits
-
-
-def alone(model: CarftModel) -> list[Tensor]:
-    """Each sequence by itself through transformers: its log-probs."""
-    found = []
-    for prompt, completion in zip(PROMPTS, COMPLETIONS, strict=True):
-        logits = logits_of(model, torch.tensor([prompt + completion]))[0, len(prompt) - 1 : -1]
-        found.append(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0])
-    return found
-
-
-def test_packed_logprobs_equal_each_sequence_alone(model: CarftModel, batch: PackedBatch) -> None:
-    with torch.no_grad():
-        ours = completion_logprobs(model, model(batch), batch)
-        torch.testing.assert_close(ours, torch.cat(alone(model)), rtol=1e-5, atol=1e-5)
-
-
-def test_heads_beyond_a_plain_matmul_take_the_logits_path(batch: PackedBatch) -> None:
-    """A soft cap and a scale after the LM head: found at load, and the log-probs are the model's own."""
-    common: dict[str, Any] = {
-        "vocab_size": 40,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 48,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-    }
-    gemma = transformers.Gemma2Config(**common, head_dim=16, final_logit_softcapping=0.2, initializer_range=0.5)
-    gemma._attn_implementation = "eager"  # its attention has a soft cap too, which "packed" refuses
-    granite = transformers.GraniteConfig(**common, logits_scaling=4.0, initializer_range=0.5)
-    for lm_config in (gemma, granite):
-        torch.manual_seed(0)
-        lm = transformers.AutoModelForCausalLM.from_config(lm_config).eval()
-        model = CarftModel(lm, CarftHeads(32, 8, "shared"), torch.float32)
-        assert not model.plain_head
-        with torch.no_grad():
-            output = model(batch)
-            assert output.logits_CV is not None
-            ours = completion_logprobs(model, output, batch)
-            torch.testing.assert_close(ours, torch.cat(alone(model)), rtol=1e-4, atol=1e-5)
-            last = lm.base_model(batch.ids_T[None, :6]).last_hidden_state[0]
-            torch.testing.assert_close(output.hidden_TD[:6], last, rtol=1e-4, atol=1e-5)
-
-
-def test_sft_loss_is_that_of_transformers(model: CarftModel, batch: PackedBatch) -> None:
-    longest = max(batch.segments.q_lengths)
-    ids = torch.zeros(len(PROMPTS), longest, dtype=torch.int64)
-    labels = torch.full_like(ids, -100)
-    for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
-        ids[row, : len(prompt + completion)] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : len(prompt + completion)] = torch.tensor(completion)
-    with model.padded() as lm:
-        theirs = lm(input_ids=ids, labels=labels).loss
-    ours = sft_loss(model, model(batch), batch, total_tokens=len(batch.read_index_C))
-    torch.testing.assert_close(ours, theirs)
-    weight = model.head_weight_VD
-    (our_gradient,), (their_gradient,) = torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight)
-    torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-4, atol=1e-6)
-
-
-def test_cot_embedding_reads_the_completion_tokens_themselves(model: CarftModel, batch: PackedBatch) -> None:
-    """Paper eq. 6 by hand, one sequence: states AT the tokens, projected first and pooled after."""
-    with torch.no_grad():
-        hidden = model(batch).hidden_TD
-        ours = cot_embeddings(model, hidden, batch)[:, 0]
-        with model.padded() as lm:
-            last = lm.base_model(torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).last_hidden_state[0]
-        states = last[len(PROMPTS[1]) :]
-        by_hand = (model.value(states).softmax(0)[:, None] * model.embed(states)).sum(0)
-    torch.testing.assert_close(ours[1], by_hand, rtol=1e-4, atol=1e-5)
-
-
-def test_a_saved_folder_is_a_plain_model_with_heads_beside_it(
-    model: CarftModel, batch: PackedBatch, tmp_path: Path
-) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01)
-    model.save(tmp_path)
-    build_tokenizer().save_pretrained(tmp_path)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    again = load_model(config(), str(tmp_path), torch.device("cpu"), heads=True)
-    with torch.no_grad():
-        expected = logits_of(model, batch.ids_T[None])
-        assert torch.equal(plain(batch.ids_T[None]).logits, expected)
-        hidden = model(batch).hidden_TD
-        assert torch.equal(again.value(hidden), model.value(hidden))
-        assert torch.equal(again.embed(hidden), model.embed(hidden))
 
 
 @pytest.fixture
@@ -373,13 +151,6 @@ def test_a_completion_depends_on_its_own_seed_alone(model: CarftModel, engine: H
     assert sampled(prompts, 5, samples_per_prompt=2) == [ids for i, ids in enumerate(whole) if i % 3 < 2]
     assert sampled(prompts, 5, max_new_tokens=7) == [ids[:7] for ids in whole]
     assert sampled(prompts, 64, seed=5) != whole
-
-
-def test_every_engine_counts_seeds_from_the_first_prompt() -> None:
-    whole = SamplingParams(8, samples_per_prompt=2, seed=3)
-    part = dataclasses.replace(whole, first_prompt=5)
-    assert request_seed(part, 2) == request_seed(whole, 7) != request_seed(whole, 2)
-    assert sampling_fields(part, 2, 0) == sampling_fields(whole, 7, 0)
 
 
 def test_weights_that_are_not_finite_sample_nothing(model: CarftModel, engine: HFEngine) -> None:

@@ -1,11 +1,7 @@
-"""The store alone: what counts as damage, what is kept, what a failed or late write does."""
+"""The store alone: what is kept, what a failed or late write does, what is exported."""
 
 import os
-import re
-import resource
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,11 +9,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-import carft_fast
 import carft_fast.training.checkpoint as checkpoint_module
 from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
-from carft_fast.core.durable import find_damage, write_folder, write_text
 from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftModel
@@ -25,6 +19,8 @@ from carft_fast.models.load import load_model
 from carft_fast.training.checkpoint import CheckpointStore, load_optimizer
 from carft_fast.training.export import export_checkpoint
 from carft_fast.training.optim import build_optimizer
+
+from ..core.damage import flip_bit, no_file_larger_than
 
 CPU = torch.device("cpu")
 
@@ -60,17 +56,6 @@ def trained(tmp_path: Path) -> Trained:
     return Trained(tmp_path / "checkpoints")
 
 
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    """As a full disk would: the write itself fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_an_export_takes_a_tokenizers_folder_of_chat_templates_along(trained: Trained, tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
@@ -101,69 +86,12 @@ def test_with_lora_a_save_holds_no_frozen_weight(tmp_path: Path) -> None:
     assert all(map(torch.equal, again.parameters(), adapted.parameters()))
 
 
-def flip_bit(path: Path, at: int = -1) -> None:
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "truncated": (lambda f: os.truncate(f / "w", 2), "w has 2 bytes, its manifest says 5"),
-    "longer": (lambda f: (f / "w").write_bytes(b"12345x") and None, "w has 6 bytes, its manifest says 5"),
-    "one bit": (lambda f: flip_bit(f / "w"), "w has SHA-256 "),
-    "below": (lambda f: flip_bit(f / "sub" / "v"), "sub/v has SHA-256 "),
-    "missing": (lambda f: (f / "w").unlink(), "w is missing, its manifest lists it with 5 bytes"),
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read: No such file"),
-    "cut manifest": (lambda f: os.truncate(f / "manifest.json", 40), "manifest.json cannot be read"),
-    "empty manifest": (lambda f: (f / "manifest.json").write_text("[1]") and None, "manifest.json cannot be read"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_damage_is_found_and_named(tmp_path: Path, name: str) -> None:
-    damage, told = DAMAGES[name]
-
-    def write(folder: Path) -> None:
-        (folder / "w").write_bytes(b"12345")
-        (folder / "sub").mkdir()
-        (folder / "sub" / "v").write_bytes(b"123")
-
-    write_folder(tmp_path / "a", write)
-    assert find_damage(tmp_path / "a") is None
-    damage(tmp_path / "a")
-    assert told in (find_damage(tmp_path / "a") or "")
-
-
-def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
-    """White space apart, a flipped bit in the manifest is damage."""
-    write_folder(tmp_path / "a", lambda folder: (folder / "w").write_bytes(b"12345") and None)
-    manifest = tmp_path / "a" / "manifest.json"
-    content = manifest.read_bytes()
-    entry = re.search(rb'"w": \{.*?\}', content, re.DOTALL)
-    assert entry
-    for place in range(*entry.span()):
-        for bit in range(8):
-            manifest.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
-            same_meaning = content[place : place + 1].isspace()
-            assert find_damage(tmp_path / "a") or same_meaning, (place, bit)
-
-
 def test_rotation_goes_by_step_whatever_the_clock_says(trained: Trained) -> None:
     for step in (1, 2, 3, 10):
         path = trained.save(step, "sft" if step < 3 else "rl", best=step == 1)
         os.utime(path, (0, 4e9 - 1e8 * step))
     assert trained.names() == ["best", "rl-000003", "rl-000010", "sft-000001"]
     assert trained.store.latest("rl") == (trained.folder / "rl-000010", 10)
-
-
-def test_nothing_reads_the_wall_clock_but_the_stamps_of_the_console_log() -> None:
-    package = Path(carft_fast.__file__).parent
-    found = {
-        (path.name, match)
-        for path in package.rglob("*.py")
-        for match in re.findall(r"time\.time\w*\(|datetime\.\w+\(|st_[amc]time|time\.strftime\(", path.read_text())
-    }
-    assert found == {("console.py", "time.strftime(")}
 
 
 def test_rotation_keeps_one_that_is_good_for_certain(trained: Trained) -> None:
@@ -228,13 +156,6 @@ def test_a_failed_asynchronous_write_is_raised_later(tmp_path: Path, noticed: st
     trained.save(3)
     trained.store.close()
     assert trained.names() == ["rl-000001", "rl-000003"]
-
-
-def test_a_text_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
-    write_text(tmp_path / "samples.jsonl", "old")
-    with no_file_larger_than(1000), pytest.raises(TrainingError, match=r"samples.jsonl cannot be written: File too la"):
-        write_text(tmp_path / "samples.jsonl", "x" * 2000)
-    assert (tmp_path / "samples.jsonl").read_text() == "old"
 
 
 def test_export_refuses_what_it_cannot_read_or_would_overwrite(trained: Trained, tmp_path: Path) -> None:

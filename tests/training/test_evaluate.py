@@ -61,3 +61,10 @@ def test_impossible_settings(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError) as error:
         load_config(None, overrides)
     assert message in str(error.value)
+
+
+def test_wilson_interval() -> None:
+    """Against values of the textbook formula."""
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert wilson_interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson_interval(400, 400) == pytest.approx((0.9905, 1.0), abs=1e-4)

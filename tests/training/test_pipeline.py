@@ -5,10 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
-import torch
-import transformers
 
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError
@@ -17,8 +14,7 @@ from carft_fast.rollout.engines import build_engine
 from carft_fast.training.pipeline import prepare, train
 from carft_fast.training.run import Run
 
-from ..durability.test_resume import assert_same_outcome, finish, launch, wait_for
-from .test_run import records, run_pipeline, tiny_config
+from .runs import records, run_pipeline, tiny_config
 
 GROUPS = ["rollout.samples_per_prompt=4", "rl.kl_coef=0.0", 'contrastive.mode="none"', 'reward.partial="constant"']
 
@@ -48,33 +44,6 @@ def test_a_run_with_stored_prompts_trains_as_one_without(tmp_path: Path, tiny_ru
         for key in ("kl", "loss", "value_loss", "grad_norm", "reward"):
             assert theirs[key] == pytest.approx(ours[key], rel=1e-3, abs=1e-5), key
     assert [r["kl"] for r in found[0]] != [r["kl"] for r in found[1]], "the reference took no other way"
-
-
-LORA = ["--set", "lora.rank=4", "--set", "sft.lr=1e-2", "--set", "rl.lr=1e-2"]
-
-
-@pytest.mark.slow
-def test_lora_leaves_a_plain_model_and_resumes_to_the_bit(tmp_path: Path, tiny_run: list[str]) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, output = finish(launch(whole, [*tiny_run, *LORA]))
-    assert code == 0, output
-    process = launch(killed, [*tiny_run, *LORA])
-    wait_for(process, killed, "rl-000002")
-    process.kill()
-    process.communicate()
-    code, output = finish(launch(killed, [*tiny_run, *LORA], "--resume"))
-    assert code == 0, output
-    assert_same_outcome(killed, whole)
-    # the checkpoint is what peft reads, on top of what the stage started from; the result needs no peft
-    base = transformers.AutoModelForCausalLM.from_pretrained(whole / "sft")
-    ids = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        start = base(ids).logits
-        merged = transformers.AutoModelForCausalLM.from_pretrained(whole / "model")(ids).logits
-        adapted = peft.PeftModel.from_pretrained(base, str(whole / "checkpoints" / "rl-000004"))(ids).logits
-    torch.testing.assert_close(adapted, merged, rtol=1e-4, atol=1e-4)
-    assert (merged - start).abs().max() > 1e-2
-    assert not (whole / "checkpoints" / "rl-000004" / "model.safetensors").exists()
 
 
 class Replay:

@@ -13,33 +13,15 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
-from carft_fast.core.console import Console
-from carft_fast.reports.metrics import METRICS, PHASES
-from carft_fast.training.pipeline import prepare, train
 
-
-def tiny_config(tiny_run: list[str], *overrides: str) -> Config:
-    from carft_fast.cli import QUICKSTART_CONFIG
-
-    return load_config(str(QUICKSTART_CONFIG), [*tiny_run[1::2], *overrides])
-
-
-def run_pipeline(folder: Path, config: Config, stages: tuple[str, ...] = ("sft", "rl")) -> dict[str, Any]:
-    prepared = prepare(config, folder, Console(), stages=stages)
-    return train(prepared, stages, resume=False)
+from .runs import records, run_pipeline, tiny_config
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("finished") / "run"
     return folder, run_pipeline(folder, tiny_config(tiny_run))
-
-
-def records(folder: Path, stage: str, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if (r["stage"], r["kind"]) == (stage, kind)]
 
 
 def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], tiny_run: list[str]) -> None:
@@ -113,12 +95,6 @@ def test_every_step_keeps_the_invariants(finished: tuple[Path, dict[str, Any]]) 
     assert any(r["train_accuracy"] == 0 for r in steps), "no step without a correct rollout: that check ran on nothing"
     assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6), "policy and reference start as one"
     assert {"rollout", "reward", "forward", "update", "sync"} <= set(steps[0]["seconds"])
-
-
-def test_metrics_are_documented() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "runs.md").read_text()
-    for name in (*METRICS, *PHASES):
-        assert f"| `{name}` |" in text, name
 
 
 def test_reft_is_the_same_loop(tmp_path: Path, tiny_run: list[str]) -> None:
