@@ -36,7 +36,7 @@ from carft_fast.training.pipeline import train as train_run
 from carft_fast.training.run import evaluate
 from carft_fast.training.step import Update
 from tests.conftest import TINY_RUN
-from tests.integration.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
+from tests.training.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
 
 OPTIONS = ["rl.lr=1e-3", "rl.eps=1e-4", "rl.max_grad_norm=1.0", "model.gradient_checkpointing=false"]
 GROUPS = {
