@@ -40,7 +40,6 @@ from carft_fast.rewards import Grader
 from carft_fast.rollout import Rollout, SamplingParams, build_engine
 from carft_fast.training import (
     Experience,
-    MiniBatch,
     Reference,
     Run,
     Samples,
@@ -48,7 +47,6 @@ from carft_fast.training import (
     as_samples,
     build_learner,
     estimate_advantages,
-    grade_all,
     prepare,
     score_rollouts,
     versions,
@@ -141,21 +139,19 @@ class Prepared:
         learner = build_learner(config, self.policy, config.rl, self.policy.device)
         self.step = Step(config, learner, Reference(config, model_path, self.policy))
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
-        self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
-        self.grades = grade_all(decoded, inputs.rows, Grader(config.reward))
+        self.grades = Grader(config.reward).grade(decoded, [row.example for row in inputs.rows])
         # the learning rate is 0, so that every repeat starts from the same weights
         self.look()
 
     def look(self) -> None:
-        self.experience: Experience = self.step.look(self.samples, self.plan[0])
+        self.experience: Experience = self.step.explore(self.samples, derive_seed(0, "benchmark"))
 
     def update(self, epochs: int | None = None) -> dict[str, float]:
         score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config)
         advantages = estimate_advantages(score_N, self.experience, self.config)
         correct = [g.correct for g in self.grades]
-        return self.step.update(
-            self.samples, self.plan[:epochs], self.experience, advantages, correct, None, lr=0.0
-        ).metrics
+        experience = self.experience._replace(plan=self.experience.plan[:epochs])
+        return self.step.update(experience, advantages, correct, lr=0.0).metrics
 
     def turn(self) -> dict[str, float]:
         """Seconds of a look, of the update after it, and of an update that makes all its forwards itself."""

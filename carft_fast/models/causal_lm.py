@@ -64,7 +64,8 @@ class CarftModel(nn.Module):
         self._generation_config: GenerationConfig | None = lm.generation_config
         lm.generation_config = GenerationConfig()
         self._compiled = False
-        self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
+        self.divided = False
+        """Whether processes share its weights (FSDP2, DeepSpeed)."""
         if packs:
             self._check_attention()
         self.plain_head = self._has_plain_head()
@@ -75,13 +76,13 @@ class CarftModel(nn.Module):
     def device(self) -> torch.device:
         return self.lm.device
 
-    def run(self, work: "Callable[[CarftModel], T]") -> T:
-        """work(self) with the weights it needs in place. Processes that share weights have to call it together."""
-        return work(self) if self._outer is None else self._outer(work)
+    def forward(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """function(self, ...): `model(function, ...)` is the way to everything that reads weights.
 
-    def run_through(self, outer: nn.Module | None) -> None:
-        """From now on `run` goes through the module that brings this model's weights together; None lets go of it."""
-        self._outer = None if outer is None else outer.__call__
+        FSDP2 and DeepSpeed gather weights that no layer's own forward uses (the LM head in the losses, the two heads)
+        around it. Processes that share weights call it together.
+        """
+        return function(self, *args, **options)
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -99,7 +100,7 @@ class CarftModel(nn.Module):
         assert self.heads is not None, "the reference model has no heads"
         return self.heads.embed(pooled_BD)
 
-    def forward(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
+    def hidden_states(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
         """Last hidden states [T, D] after the final norm, in the packed order of `batch`.
 
         `need_logits=False` skips the LM head where it would be materialised.
@@ -186,7 +187,7 @@ class CarftModel(nn.Module):
         sequences = [[i % vocabulary for i in range(5)], [i % vocabulary for i in range(3, 10)]]
         try:
             batch = pack([ids[:3] for ids in sequences], [ids[3:] for ids in sequences], self.device)
-            found_TD = self(batch, need_logits=False).hidden_TD
+            found_TD = self.hidden_states(batch, need_logits=False).hidden_TD
             with self.padded() as lm, self.autocast():
                 expected_TD = torch.cat(
                     [lm.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0] for ids in sequences]
@@ -251,11 +252,6 @@ class CarftModel(nn.Module):
         for layer in self.layers():
             layer.compile(dynamic=True)
         self._compiled = True
-
-    @property
-    def divided(self) -> bool:
-        """Whether processes may share its weights."""
-        return self._outer is not None
 
     def gather(self) -> "Gathered | None":
         """What the main process needs to `save` where weights are divided or LoRA is to be merged in, else None.

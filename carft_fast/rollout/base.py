@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from carft_fast.config import RolloutConfig
 from carft_fast.core import EngineError, InputError, derive_seed
 from carft_fast.models import CarftModel
 
@@ -23,6 +24,18 @@ class SamplingParams:
     seed: int = 0
     first_prompt: int = 0
     """Index in the whole batch of the first of these prompts: seeds count from there."""
+
+    @classmethod
+    def of(cls, config: RolloutConfig, seed: int) -> "SamplingParams":
+        """What a run's rollouts are sampled with."""
+        return cls(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            samples_per_prompt=config.samples_per_prompt,
+            seed=seed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

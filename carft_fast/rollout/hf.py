@@ -149,7 +149,7 @@ class HFEngine:
                     reporter = _ProgressReporter(self._eos_id, lambda _: None)
                     self._generate_batch([_Job([self._eos_id], 0)], one, reporter, together)
 
-        self._model.run(sample)
+        self._model(sample)
         return [results[job] for job in range(len(jobs))]
 
     def forwards_together(self) -> bool:

@@ -66,7 +66,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                     return
                 yield self._step
                 self._step += 1
-                run.stop.held = False
+                run.stop.held = False  # see begin_update
                 tracker.advance(note=self._note())
 
     def __exit__(
@@ -78,6 +78,10 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             self._run.store.wait()
         if isinstance(error, Stopped):
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
+
+    def begin_update(self) -> None:
+        """From here to the end of the step a stop request waits: what is saved between would be trained on twice."""
+        self._run.stop.held = True
 
     def report_skipped(self, rows: list[dict[str, Any]]) -> None:
         """After a step's record, when its loss or gradient was not finite: keep the rows it came from.

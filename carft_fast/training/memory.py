@@ -17,8 +17,8 @@ from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.models import ModelCost
+from carft_fast.training.batch import Needs
 from carft_fast.training.parallel import BUCKET, Strategy
-from carft_fast.training.step import Needs
 
 FLOAT32 = 4
 

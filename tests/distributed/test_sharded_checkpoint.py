@@ -53,7 +53,7 @@ class Trainer:
         draw = torch.Generator().manual_seed(10 * number + part)
         sequences = [torch.randint(5, 40, (n,), generator=draw).tolist() for n in (6, 9)]
         batch = pack(sequences, [[], []], CPU)
-        hidden_TD = self.model(batch, need_logits=False).hidden_TD
+        hidden_TD = self.model.hidden_states(batch, need_logits=False).hidden_TD
         logits_TV = hidden_TD @ self.model.head_weight_VD.T
         loss = logits_TV.logsumexp(-1).mean() + self.model.value(hidden_TD).square().mean()
         loss.backward()

@@ -55,7 +55,7 @@ def test_linear_layers_on_a_cpu(override: str, by_onednn: bool, monkeypatch: pyt
 
 def test_packed_logprobs_equal_each_sequence_alone(model: CarftModel, batch: PackedBatch) -> None:
     with torch.no_grad():
-        ours = completion_logprobs(model, model(batch), batch)
+        ours = completion_logprobs(model, model.hidden_states(batch), batch)
         torch.testing.assert_close(ours, torch.cat(alone(model)), rtol=1e-5, atol=1e-5)
 
 
@@ -81,7 +81,7 @@ def test_heads_beyond_a_plain_matmul_take_the_logits_path(batch: PackedBatch) ->
         model = CarftModel(lm, CarftHeads(32, 8, "shared"), torch.float32)
         assert not model.plain_head
         with torch.no_grad():
-            output = model(batch)
+            output = model.hidden_states(batch)
             assert output.logits_CV is not None
             ours = completion_logprobs(model, output, batch)
             torch.testing.assert_close(ours, torch.cat(alone(model)), rtol=1e-4, atol=1e-5)
@@ -102,6 +102,6 @@ def test_a_saved_folder_is_a_plain_model_with_heads_beside_it(
     with torch.no_grad():
         expected = logits_of(model, batch.ids_T[None])
         assert torch.equal(plain(batch.ids_T[None]).logits, expected)
-        hidden = model(batch).hidden_TD
+        hidden = model.hidden_states(batch).hidden_TD
         assert torch.equal(again.value(hidden), model.value(hidden))
         assert torch.equal(again.embed(hidden), model.embed(hidden))

@@ -20,7 +20,7 @@ def test_predicted_flops_are_those_torch_counts(name: str) -> None:
     lengths = [len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     batch, cost = pack(PROMPTS, COMPLETIONS, CPU), ModelCost.of(model.lm)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = model(batch).hidden_TD
+        hidden = model.hidden_states(batch).hidden_TD
         _ = hidden[batch.predict_index_C] @ model.head_weight_VD.T
     by_operator = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
     attention = sum(n for op, n in by_operator.items() if "bmm" in op)

@@ -55,7 +55,10 @@ def test_every_sequence_is_as_if_alone(name: str, attention: str) -> None:
     sequences = [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     batch = pack(PROMPTS, COMPLETIONS, CPU)
     with torch.no_grad():
-        packed, read = model(pack(sequences, [[]] * len(sequences), CPU)).hidden_TD, model(batch).hidden_TD
+        packed, read = (
+            model.hidden_states(pack(sequences, [[]] * len(sequences), CPU)).hidden_TD,
+            model.hidden_states(batch).hidden_TD,
+        )
         expected = torch.cat([alone.lm.base_model(torch.tensor([ids])).last_hidden_state[0] for ids in sequences])
     torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-5)
     for index in (batch.predict_index_C, batch.read_index_C):
@@ -76,7 +79,7 @@ def test_a_token_reaches_exactly_those_that_may_see_it(name: str) -> None:
         new = iter([(x + 17 if i == changed else x) for i, x in enumerate(ids)])
         sequences = [list(itertools.islice(new, n)) for n in lengths]
         with torch.no_grad():
-            return model(pack(sequences, [[]] * len(sequences), CPU)).hidden_TD
+            return model.hidden_states(pack(sequences, [[]] * len(sequences), CPU)).hidden_TD
 
     before = states(None)
     for i in range(len(ids)):
@@ -93,7 +96,7 @@ def test_a_shared_prompt_changes_no_state_and_no_gradient(name: str) -> None:
 
     def found(batch: PackedBatch) -> list[Tensor]:
         model.zero_grad()
-        hidden = model(batch).hidden_TD
+        hidden = model.hidden_states(batch).hidden_TD
         states = torch.cat([hidden[batch.predict_index_C], hidden[batch.read_index_C]])
         weight = torch.linspace(-1, 1, states.numel()).view_as(states)
         (states * weight).sum().backward()
@@ -140,9 +143,9 @@ def test_a_forward_after_kept_prompts_is_as_if_it_had_them(name: str, share: boo
     first = pack(PROMPTS, COMPLETIONS, CPU, share_prompts=share, keep_prompts=True)
     whole = pack(prompts, completions, CPU)
     with torch.no_grad():
-        model(first)
+        model.hidden_states(first)
         after = pack(prompts, completions, CPU, share_prompts=share, after=first.segments.keep)
-        found, expected = model(after).hidden_TD, model(whole).hidden_TD
+        found, expected = model.hidden_states(after).hidden_TD, model.hidden_states(whole).hidden_TD
     assert len(after.ids_T) == sum(map(len, completions)) + len(prompts)
     assert torch.equal(after.target_C, whole.target_C)
     for index in ("predict_index_C", "read_index_C"):
@@ -157,13 +160,13 @@ def test_prompts_are_kept_once_without_gradient_until_closed() -> None:
     kept = batch.segments.keep
     assert kept is not None
     assert kept.at == {(5, 6, 7): 0, (8, 9, 10, 11, 12, 13): 3, (14,): 9}
-    model(batch)
+    model.hidden_states(batch)
     shapes = {tuple(x.shape) for states in kept.layers.values() for x in states}
     assert shapes == {(1, SMALL["num_key_value_heads"], 10, 8)}
     assert len(kept.layers) == SMALL["num_hidden_layers"]
     assert not any(x.requires_grad for states in kept.layers.values() for x in states)
     kept.close()
-    model(batch)
+    model.hidden_states(batch)
     assert not kept.layers
 
 
@@ -296,7 +299,7 @@ def test_a_model_that_does_not_go_through_its_base_model() -> None:
     assert model.plain_head
     batch = pack(PROMPTS, COMPLETIONS, CPU)
     with torch.no_grad():
-        logits = model(batch).hidden_TD[batch.predict_index_C] @ model.head_weight_VD.T
+        logits = model.hidden_states(batch).hidden_TD[batch.predict_index_C] @ model.head_weight_VD.T
         with model.padded() as lm:
             alone = [
                 lm(torch.tensor([p + c])).logits[0, len(p) - 1 : -1] for p, c in zip(PROMPTS, COMPLETIONS, strict=True)

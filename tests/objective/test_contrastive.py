@@ -61,7 +61,7 @@ def random_targets(seed: int, n: int = 7) -> tuple[Tensor, ContrastTargets]:
 
 def negative_by_hand(z_2: Tensor, t: ContrastTargets, tau: float, clamp: float) -> Tensor:
     """Spec of eq. 8, a row at a time."""
-    assert t.common_BE is not None
+    assert t.common is not None
     assert t.has_common_B is not None
     assert t.has_excluded_B is not None
 
@@ -72,7 +72,7 @@ def negative_by_hand(z_2: Tensor, t: ContrastTargets, tau: float, clamp: float) 
     for i in range(len(z_2)):
         if not t.has_common_B[i]:
             continue
-        own = cos(t.common_BE[i], z_2[i, 1])
+        own = cos(t.common[i], z_2[i, 1])
         away = sum((cos(z_2[i, 1], z_2[j, 2]) / tau).exp() for j in range(len(z_2)) if t.has_excluded_B[j])
         rows.append(-((own.clamp(max=clamp) / tau).exp() / ((own / tau).exp() + away)).log())
     return torch.stack(rows).mean() if rows else z_2.sum() * 0
@@ -132,7 +132,7 @@ def test_one_wrong_rollout_without_negatives_is_drawn_until_the_clamp() -> None:
     z_2, targets = random_targets(1)
     alone = torch.arange(7) == 2
     targets = targets._replace(has_common_B=alone, has_excluded_B=torch.zeros(7, dtype=torch.bool))
-    assert targets.common_BE is not None
-    cosine = float(torch.cosine_similarity(targets.common_BE[2], z_2[2, 1].detach(), dim=0))
+    assert targets.common is not None
+    cosine = float(torch.cosine_similarity(targets.common[2], z_2[2, 1].detach(), dim=0))
     loss = contrastive_loss(z_2, targets, settings(mode="negative"))
     assert float(loss.detach()) == pytest.approx(max(0.0, cosine - 0.9) / 0.2)

@@ -47,7 +47,7 @@ def test_equal_weights_give_ratio_one_whatever_the_sampler_cut_off(
     jobs = [prompt for prompt in PROMPTS for _ in range(4)]
     batch = pack(jobs, [r.completion_ids for r in rollouts], CPU)
     with torch.no_grad():
-        output = model(batch)
+        output = model.hidden_states(batch)
         logprob = completion_logprobs(model, output, batch, temperature=temperature)
         support = sampler_support_logprobs(
             model, output, batch, logprob, temperature=temperature, top_p=top_p, top_k=top_k
@@ -71,7 +71,7 @@ def test_equal_weights_give_ratio_one_whatever_the_sampler_cut_off(
 def test_a_sampled_token_outside_the_trainers_cut_is_still_finite(model: CarftModel) -> None:
     batch = pack([PROMPTS[0]], [[3, 4, 5]], CPU)
     with torch.no_grad():
-        output = model(batch)
+        output = model.hidden_states(batch)
         logprob = completion_logprobs(model, output, batch)
         support = sampler_support_logprobs(model, output, batch, logprob, temperature=1.0, top_p=1.0, top_k=1)
         best = output.hidden_TD[batch.predict_index_C] @ model.head_weight_VD.T
@@ -111,7 +111,7 @@ def test_the_policy_gradient_is_weighted_and_the_value_loss_is_not(model: CarftM
 
     def gradients(correction: torch.Tensor) -> list[torch.Tensor]:
         model.zero_grad()
-        output = model(batch)
+        output = model.hidden_states(batch)
         value = model.value(output.hidden_TD)[batch.predict_index_C].detach()
         old = completion_logprobs(model, output, batch).detach()
         targets = RolloutTargets(advantage, old, correction, None, value, returns)
@@ -120,7 +120,7 @@ def test_the_policy_gradient_is_weighted_and_the_value_loss_is_not(model: CarftM
         loss.backward()
         return [p.grad.clone() for p in model.lm.parameters() if p.grad is not None]
 
-    output = model(batch)
+    output = model.hidden_states(batch)
     value = model.value(output.hidden_TD)[batch.predict_index_C]
     logprob = completion_logprobs(model, output, batch)
     weight = torch.tensor([1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4])

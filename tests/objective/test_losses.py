@@ -101,7 +101,7 @@ def inputs(request: pytest.FixtureRequest, model: CarftModel) -> Inputs:
     batch = pack(prompts, completions, CPU)
     assert model.heads is not None
     with torch.no_grad():
-        hidden = model(batch).hidden_TD.clone()
+        hidden = model.hidden_states(batch).hidden_TD.clone()
     leaves = {"hidden": hidden.requires_grad_(), "weight": model.head_weight_VD, **dict(model.heads.named_parameters())}
     logits = None
     if request.param == "logits":
@@ -291,7 +291,7 @@ def test_sft_loss_is_that_of_transformers(model: CarftModel, batch: PackedBatch)
         labels[row, len(prompt) : len(prompt + completion)] = torch.tensor(completion)
     with model.padded() as lm:
         theirs = lm(input_ids=ids, labels=labels).loss
-    ours = sft_loss(model, model(batch), batch, total_tokens=len(batch.read_index_C))
+    ours = sft_loss(model, model.hidden_states(batch), batch, total_tokens=len(batch.read_index_C))
     torch.testing.assert_close(ours, theirs)
     weight = model.head_weight_VD
     (our_gradient,), (their_gradient,) = torch.autograd.grad(ours, weight), torch.autograd.grad(theirs, weight)
@@ -301,7 +301,7 @@ def test_sft_loss_is_that_of_transformers(model: CarftModel, batch: PackedBatch)
 def test_cot_embedding_reads_the_completion_tokens_themselves(model: CarftModel, batch: PackedBatch) -> None:
     """Paper eq. 6 by hand, one sequence: states AT the tokens, projected first and pooled after."""
     with torch.no_grad():
-        hidden = model(batch).hidden_TD
+        hidden = model.hidden_states(batch).hidden_TD
         ours = cot_embeddings(model, hidden, batch)[:, 0]
         with model.padded() as lm:
             last = lm.base_model(torch.tensor([PROMPTS[1] + COMPLETIONS[1]])).last_hidden_state[0]

@@ -11,16 +11,18 @@ from carft_fast.core.seeds import derive_seed
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
 from carft_fast.objective.advantage import Advantages
-from carft_fast.objective.annotated import mark_common
 from carft_fast.objective.passes import Rows
 from carft_fast.rewards.answers import Grade
+from carft_fast.training.batch import Experience, Plan, Samples
 from carft_fast.training.parallel import Learner
 from carft_fast.training.reference import Reference
 from carft_fast.training.rl import estimate_advantages, score_rollouts
-from carft_fast.training.step import Experience, MiniBatch, Samples, Step
+from carft_fast.training.step import Step
 
 CPU = torch.device("cpu")
 VOCABULARY = 97
+SEED = derive_seed(0, "case")
+"""Of the mini-batches' order."""
 METHODS: dict[str, list[str]] = {
     "carft": [],
     "carft_negative": ["contrastive.mode=negative"],
@@ -78,11 +80,12 @@ class Parts(NamedTuple):
     learner: Learner
     step: Step
     samples: Samples
-    plan: list[list[MiniBatch]]
+    plan: Plan
+    """Of the update."""
     experience: Experience
     score_N: Tensor
     advantages: Advantages
-    live: list[bool] | None
+    live: list[bool]
 
 
 def spread_out(model: CarftModel) -> CarftModel:
@@ -102,26 +105,18 @@ def take_apart(config: Config, case: Case, *, device: torch.device = CPU) -> Par
 
 def look_at(config: Config, case: Case, learner: Learner) -> Parts:
     """The same with a model in training."""
-    policy, device = learner.model, learner.model.device
+    policy = learner.model
     step = Step(config, learner, Reference(config, "synthetic", policy))
-    seed, samples = derive_seed(0, "case"), case.samples
-    if step.needs.negative:
-        samples = Samples(*mark_common(samples.rollouts, samples.annotated, device), samples.sampled_logprob_C)
-    plan = step.plan(samples, seed)
-    experience = step.look(samples, plan[0])
+    experience = step.explore(case.samples, SEED)
     score_N = score_rollouts(case.grades, experience.cosine_N, config)
     advantages = estimate_advantages(score_N, experience, config)
-    live = step.live(samples, advantages)
-    if live is not None and not all(live):
-        plan = step.plan(samples, seed, live)
-    return Parts(policy, learner, step, samples, plan, experience, score_N, advantages, live)
+    plan, live = step.plan_update(experience, advantages)
+    return Parts(policy, learner, step, case.samples, plan, experience, score_N, advantages, live)
 
 
 def update(parts: Parts, case: Case, optimizer: torch.optim.Optimizer, lr: float = 1.0) -> dict[str, float]:
-    correct = [g.correct for g in case.grades]
-    p = parts
-    p.learner.optimizer = optimizer
-    return p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, lr).metrics
+    parts.learner.optimizer = optimizer
+    return parts.step.update(parts.experience, parts.advantages, [g.correct for g in case.grades], lr).metrics
 
 
 class _Recorder(torch.optim.SGD):

@@ -15,7 +15,6 @@ from carft_fast.core.console import Console
 from carft_fast.core.errors import TrainingError
 from carft_fast.objective.passes import PackedPasses
 from carft_fast.training.pipeline import prepare, train
-from carft_fast.training.step import MiniBatch
 
 from ..conftest import TINY_RUN
 from .stepcase import quick_config, random_case, take_apart
@@ -26,7 +25,7 @@ def optimised(*, poisoned: bool, minis: slice) -> tuple[dict[str, Tensor], Any, 
     options = ["rl.mini_batch_size=6", "rl.ppo_epochs=1", 'contrastive.mode="none"', 'reward.partial="constant"']
     case = random_case(8, "mixed")
     parts = take_apart(quick_config(*options), case)
-    plan: list[list[MiniBatch]] = [parts.plan[0][minis]]
+    experience = parts.experience._replace(plan=[parts.plan[0][minis]])
     advantages = parts.advantages
     if poisoned:
         lengths = case.samples.rollouts.lengths
@@ -35,7 +34,7 @@ def optimised(*, poisoned: bool, minis: slice) -> tuple[dict[str, Tensor], Any, 
     optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=1e-3, fused=True)
     correct = [g.correct for g in case.grades]
     parts.learner.optimizer = optimizer
-    found = parts.step.update(parts.samples, plan, parts.experience, advantages, correct, None, 1e-3)
+    found = parts.step.update(experience, advantages, correct, 1e-3)
     weights = {name: p.detach().clone() for name, p in parts.policy.named_parameters()}
     return weights, (found, parts), optimizer.state
 

@@ -11,17 +11,16 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from carft_fast.config.schema import RlConfig
-from carft_fast.core.seeds import derive_seed
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
 from carft_fast.objective.advantage import group_advantages, ppo_advantages
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss
 from carft_fast.objective.passes import Rows, Want
 from carft_fast.rewards.answers import Grade
+from carft_fast.training.batch import MiniBatch, Needs, Samples
 from carft_fast.training.rl import estimate_advantages, score_rollouts
-from carft_fast.training.step import Needs, Samples
 from carft_kernels import set_index_checks
 
-from .stepcase import METHODS, Case, gradients, quick_config, random_case, take_apart, update
+from .stepcase import METHODS, SEED, Case, gradients, quick_config, random_case, take_apart, update
 
 GRPO_LOSS = ["rl.estimator=grpo", "rl.loss_mean=sequence", "rl.kl_loss_coef=0.1"]
 
@@ -139,11 +138,11 @@ def test_a_mini_batch_without_gradient_still_moves_the_optimizer() -> None:
     weights = []
     for impl in ("fast", "padded"):
         parts = take_apart(quick_config(*options, f"model.impl={impl}"), case)
-        parts.plan[1] = parts.step.plan(case.samples, derive_seed(0, "other"), parts.live)[1]
-        if impl == "fast":  # by hand: one mini-batch of the dead group alone, after updates with a gradient
-            parts.plan[1][1] = parts.plan[1][1]._replace(rows=[8, 9, 10, 11], micro=[])
-        else:
-            parts.plan[1][1] = parts.plan[1][1]._replace(rows=[8, 9, 10, 11], micro=[[8, 9, 10, 11]])
+        # by hand: one mini-batch of the dead group alone, after updates with a gradient
+        parts.experience.plan[1][1] = MiniBatch([8, 9, 10, 11], [[8, 9, 10, 11]])
+        assert parts.step.plan_update(parts.experience, parts.advantages)[0][1][1].micro == (
+            [] if impl == "fast" else [[8, 9, 10, 11]]
+        )
         update(parts, case, torch.optim.AdamW(parts.policy.parameters(), lr=1e-3), lr=1e-3)
         weights.append({name: p.detach() for name, p in parts.policy.named_parameters()})
     for name, weight in weights[1].items():
@@ -161,11 +160,10 @@ def test_twenty_updates_stay_on_the_plain_path() -> None:
         curves[impl] = []
         for number in range(20):
             case = random_case(100 + number, "mixed")
-            plan = parts.step.plan(case.samples, number)
-            experience = parts.step.look(case.samples, plan[0])
+            experience = parts.step.explore(case.samples, number)
             score_N = score_rollouts(case.grades, experience.cosine_N, config)
             advantages = estimate_advantages(score_N, experience, config)
-            now = parts._replace(samples=case.samples, plan=plan, experience=experience, advantages=advantages)
+            now = parts._replace(experience=experience, advantages=advantages)
             curves[impl].append(update(now, case, optimizer, lr=3e-4))
     losses = [point["loss"] for point in curves["fast"]]
     assert max(losses) > 2 * min(losses), "a flat curve compares nothing"
@@ -203,7 +201,7 @@ def test_compiled_layers_change_nothing() -> None:
         gradients(quick_config("rl.ppo_epochs=1"), case),
     )
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled.step.look(other.samples, compiled.step.plan(other.samples, 0)[0])
+        compiled.step.explore(other.samples, 0)
 
 
 @pytest.mark.parametrize("method", ["carft_both", "reft", "dr_grpo"])
@@ -247,20 +245,21 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
     config = quick_config("rollout.samples_per_prompt=4")
     parts = take_apart(config, case)
     seen: list[int] = []
-    forward = parts.step._passes.forward
+    outputs = parts.step._passes.outputs
     monkeypatch.setattr(
         parts.step._passes,
-        "forward",
-        lambda model, rows, **options: (seen.append(len(rows.prompts)), forward(model, rows, **options))[1],
+        "outputs",
+        lambda model, rows, *args, **options: (seen.append(len(rows.prompts)), outputs(model, rows, *args, **options))[
+            1
+        ],
     )
-    z_1 = parts.step.look(case.samples, parts.plan[0]).z_1_NE
+    z_1 = parts.step.explore(case.samples, SEED).z_1
     assert sorted(seen) == [3, 12, 12], "and the rollouts by policy and reference"
     monkeypatch.undo()
-    torch.testing.assert_close(z_1, parts.experience.z_1_NE)
+    torch.testing.assert_close(z_1, parts.experience.z_1)
     annotated = case.samples.annotated
     for row in range(12):
-        alone = parts.step._passes.forward(parts.policy, annotated.pick([row]))
-        expected = parts.step._passes.look(parts.policy, alone, Want(embedding=True)).z_BPE
+        expected = parts.step._passes.outputs(parts.policy, annotated.pick([row]), Want(embedding=True))[0].z
         torch.testing.assert_close(z_1[row], expected[0, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -272,12 +271,11 @@ def test_annotated_cots_longer_than_their_rollouts_are_cut_to_the_budget() -> No
     parts = take_apart(quick_config("rl.micro_batch_tokens=160"), case._replace(samples=samples))
     forwards: list[int] = []
     parts.policy.lm.model.layers[0].register_forward_hook(lambda _m, inputs, _o: forwards.append(inputs[0].shape[1]))
-    z_1 = parts.step.look(samples, parts.plan[0]).z_1_NE
+    z_1 = parts.step.explore(samples, SEED).z_1
     assert forwards[0] == 12 * 6, "all rollouts"
     assert max(forwards) <= 160
     assert sum(forwards[1:]) == 12 * 61
-    alone = parts.step._passes.forward(parts.policy, samples.annotated.pick([7]))
-    expected = parts.step._passes.look(parts.policy, alone, Want(embedding=True)).z_BPE
+    expected = parts.step._passes.outputs(parts.policy, samples.annotated.pick([7]), Want(embedding=True))[0].z
     torch.testing.assert_close(z_1[7], expected[0, 0], rtol=1e-5, atol=1e-6)
 
 
@@ -291,7 +289,7 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
     annotated_tokens = sum(1 + len(c) for _, c in list(case.samples.annotated.pairs)[::4])
 
     def forwarded(*options: str) -> tuple[int, int]:
-        """Tokens through policy and reference in `look`."""
+        """Tokens through policy and reference in `explore`."""
         parts = take_apart(quick_config("rollout.samples_per_prompt=4", *options), case)
         counts = [0, 0]
         reference = parts.step._reference._copy
@@ -301,7 +299,7 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
                 counts[number] += inputs[0].shape[1]
 
             model.lm.model.layers[0].register_forward_hook(count)
-        parts.step.look(case.samples, parts.plan[0])
+        parts.step.explore(case.samples, SEED)
         return counts[0], counts[1]
 
     assert forwarded() == (rollout_tokens + annotated_tokens, rollout_tokens), "a prompt goes with its rollouts alone"
@@ -323,7 +321,7 @@ def test_the_look_at_the_first_micro_batch_is_its_forward(method: str, checkpoin
     forwards: list[bool] = []
     parts = take_apart(quick_config(*options), case := random_case(3, "mixed"))
     parts.policy.lm.model.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
-    again = parts._replace(experience=parts.step.look(case.samples, parts.plan[0]))
+    again = parts._replace(experience=parts.step.explore(case.samples, SEED))
     beside = [False] * (method == "carft")
     assert forwards == [True, *beside, False, *beside]
     forwards.clear()
@@ -350,7 +348,7 @@ def test_a_kept_graph_is_of_its_own_mini_batch_alone() -> None:
         assert parts.experience.first is not None
         if forget:
             parts = parts._replace(experience=parts.experience._replace(first=None))
-        other = parts._replace(plan=[parts.plan[0][1:]])
+        other = parts._replace(experience=parts.experience._replace(plan=[parts.plan[0][1:]]))
         losses.append(update(other, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))["loss"])
     assert losses[0] == losses[1]
 
@@ -384,7 +382,7 @@ def test_the_cost_model_counts_what_a_step_computes() -> None:
 
     tokens, annotated_tokens = sum(rollouts.lengths), sum(annotated.lengths)
     with FlopCounterMode(display=False) as counter:
-        parts.step.look(case.samples, parts.plan[0])
+        parts.step.explore(case.samples, SEED)
     assert counter.get_total_flops() == work["log-probs"].flops + heads(2 * tokens + annotated_tokens, 24)
     with FlopCounterMode(display=False) as counter:
         update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
@@ -450,7 +448,7 @@ def test_the_update_waits_for_the_device_only_at_its_end() -> None:
             parts = take_apart(quick_config(*options), case := random_case(13, "mixed"))
             optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=1e-4, fused=True)
             update(parts, case, optimizer, lr=1e-4)  # the first call of an operator compiles and imports
-            parts = parts._replace(experience=parts.step.look(parts.samples, parts.plan[0]))
+            parts = parts._replace(experience=parts.step.explore(parts.samples, SEED))
             with device_reads() as counts:
                 update(parts, case, optimizer, lr=1e-4)
             micros = sum(len(mini.micro) for epoch in parts.plan for mini in epoch)
