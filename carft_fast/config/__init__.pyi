@@ -5,8 +5,11 @@ from .methods import load_method_config as load_method_config
 from .methods import method_name as method_name
 from .methods import preset as preset
 from .schema import SYNTHETIC as SYNTHETIC
+from .schema import AnswerType as AnswerType
+from .schema import CalculatorMarks as CalculatorMarks
 from .schema import Config as Config
 from .schema import ContrastiveConfig as ContrastiveConfig
+from .schema import DataFormat as DataFormat
 from .schema import GuardConfig as GuardConfig
 from .schema import LoraConfig as LoraConfig
 from .schema import ModelConfig as ModelConfig

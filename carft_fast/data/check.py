@@ -9,7 +9,7 @@ from rich.table import Table
 
 from carft_fast.config import Config
 from carft_fast.core import Example
-from carft_fast.data.load import load_examples
+from carft_fast.data.load import load_set
 from carft_fast.data.prompts import PromptFormat, too_long
 from carft_fast.rewards import extract_answer, parse_target, same_answer
 
@@ -79,15 +79,8 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     questions should not be in `path`. Raises InputError for a source that cannot be read or has no usable row.
     """
     data, rule = config.data, config.reward
-    common: dict[str, Any] = {
-        "format": data.format,
-        "fields": data.fields or None,
-        "answer_type": None if rule.fn else rule.answer_type,
-        "calculator_marks": data.calculator_marks,
-        "require_cot": False,
-    }
-    examples, report = load_examples(path, split=data.train_split, merge_questions=data.merge_questions, **common)
-    tested = load_examples(against, split=data.eval_split, **common)[0] if against else []
+    examples, report = load_set(config, "train", path, all_rows=True)
+    tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
     form = PromptFormat(tokenizer, data.template if tokenizer is not None else "carft")
     prompts: list[int] = []
