@@ -8,4 +8,5 @@ from .answers import extract_answer as extract_answer
 from .answers import parse_target as parse_target
 from .answers import same_answer as same_answer
 from .grader import Grader as Grader
+from .grader import RewardFunction as RewardFunction
 from .programs import ProgramPool as ProgramPool
