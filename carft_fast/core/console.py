@@ -74,8 +74,9 @@ class Console:
         """Of several processes only the main one says anything."""
         self._rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not is_main())
         self._log_path: Path | None = None
-        can_draw = not self._rich.is_jupyter or find_spec("ipywidgets") is not None  # of a notebook: its bars need them
-        self.is_terminal = self._rich.is_terminal and can_draw and is_main()
+        # a notebook draws bars with ipywidgets
+        draws = find_spec("ipywidgets") is not None if self._rich.is_jupyter else self._rich.is_terminal
+        self.is_terminal = draws and is_main()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
