@@ -10,14 +10,14 @@ from carft_fast.data import build_tokenizer
 
 
 class PlainEngine:
-    """Knows temperature alone. Whoever samples cleverly has to return the log-probs of just that."""
+    """Knows temperature alone. The log-probs are of the distribution it samples from."""
 
     def __init__(self, eos_id: int) -> None:
         self.eos_id = eos_id
         self.version = 0
 
     def sync(self, model: Any) -> int:
-        """The trainer has new weights. They are read in place here; another engine would copy them."""
+        """The trainer has new weights. Here they are read in place; others copy them."""
         self.model = model
         self.version += 1
         return self.version

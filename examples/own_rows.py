@@ -1,4 +1,4 @@
-"""Own rows and an own reward. It reads a column of the rows: checks that a completion has to pass."""
+"""Own rows and an own reward, which reads a column: checks that a completion has to pass."""
 
 from carft_fast import Example, Trainer, load_config
 
