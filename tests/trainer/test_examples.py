@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from carft_fast.data.load import load_set  # noqa: F401
-
 from .conftest import records
 
 ROOT = Path(__file__).resolve().parents[2]
