@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
+from carft_fast.config.toml import Overrides, load_config
 from carft_fast.core import InputError
 
 GROUP_SIZE = 4
@@ -64,7 +64,7 @@ def continued_sft(base: Config) -> dict[str, Any]:
     }
 
 
-def load_method_config(path: str | None, overrides: Sequence[str], name: str | None) -> tuple[Config, dict[str, Any]]:
+def load_method_config(path: str | None, overrides: Overrides, name: str | None) -> tuple[Config, dict[str, Any]]:
     """The config of --config, --method and --set, applied in that order, and what the method set."""
     if name is None:
         return load_config(path, overrides), {}

@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from carft_fast.core import masked
 
 SYNTHETIC = "synthetic"
+AnswerType = Literal["numeric", "choice", "latex", "program"]
+CalculatorMarks = Literal["strip", "keep"]
+DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
 
 
 class Section(BaseModel):
@@ -62,12 +65,12 @@ class DataConfig(Section):
     """File or Hub id with question, annotated CoT and answer, or "synthetic"."""
     eval: str = ""
     """File or Hub id with question and answer, or "synthetic"."""
-    format: Literal["auto", "reft", "gsm8k", "jsonl", "hub"] = "auto"
+    format: DataFormat = "auto"
     """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
     fields: dict[str, str] = {}
     """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file. A cot may be a
     list of texts: every epoch uses another one."""
-    calculator_marks: Literal["strip", "keep"] = "strip"
+    calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
     there is none here, so they are taken out of its annotations; "keep" teaches them."""
     merge_questions: bool = False
@@ -178,7 +181,7 @@ class RlConfig(StageConfig):
 
 
 class RewardConfig(Section):
-    answer_type: Literal["numeric", "choice", "latex", "program"] = "numeric"
+    answer_type: AnswerType = "numeric"
     """"numeric": equal within tolerance; "choice": the same letter, case ignored; "latex": the same mathematics, by
     math-verify; "program": the completion is Python, and what its solution() returns is compared as "numeric"."""
     fn: str = ""

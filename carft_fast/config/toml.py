@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ from pydantic.fields import FieldInfo
 from carft_fast.config.schema import Config, Section
 from carft_fast.core import InputError
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Texts `section.key=value`, or dotted key -> value."""
 
-def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None) -> Config:
+
+def load_config(path: str | None, overrides: Overrides = (), preset: Mapping[str, Any] | None = None) -> Config:
     """Resolve a config from a TOML file (none: the defaults), the fields a method fixes (dotted key -> value) and
-    `section.key=value` overrides, in that order.
+    overrides, in that order.
 
     Raises InputError naming the key, the value seen and what is allowed.
     """
@@ -31,8 +35,11 @@ def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"--config {path}: not valid TOML: {error}") from None
     _put_all(tree, preset or {})
-    for override in overrides:
-        _apply_override(tree, override)
+    if isinstance(overrides, Mapping):
+        _put_all(tree, overrides)
+    else:
+        for override in overrides:
+            _apply_override(tree, override)
     return _validated(tree)
 
 
@@ -52,28 +59,27 @@ def _validated(tree: dict[str, Any]) -> Config:
 
 def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
+        _put(tree, str(key), os.fspath(value) if isinstance(value, os.PathLike) else value, str(key))
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, shown: str) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{shown}: {section} is a value, not a section")
+    tree[name] = value
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
+    if not separator or not all(key.strip().split(".")):
         raise InputError(f"--set {override}: expected section.key=value, for instance rl.lr=3e-7")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word is a string: --set model.path=my/folder
-    node = tree
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise InputError(f"--set {override}: {part} is a value, not a section")
-    node[parts[-1]] = value
+    _put(tree, key.strip(), value, f"--set {override}")
 
 
 def _explain(error: Any) -> str:

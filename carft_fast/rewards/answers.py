@@ -11,7 +11,8 @@ import re
 import unicodedata
 from typing import Any, Literal, NamedTuple
 
-AnswerType = Literal["numeric", "choice", "latex", "program"]
+from carft_fast.config import AnswerType
+
 Answer = float | str
 LatexVerdict = Literal["same", "different", "unreadable"]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from carft_fast.config import RolloutConfig
 from carft_fast.core import EngineError, InputError, derive_seed
@@ -52,6 +52,7 @@ class Rollout:
     weight_version: int
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     @property
     def version(self) -> int:
