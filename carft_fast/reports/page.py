@@ -2,7 +2,6 @@
 
 import html
 import io
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -77,7 +76,7 @@ for (const field of document.querySelectorAll("input[type=search]"))
 
 
 def page(title: str, lead: str, sections: Mapping[str, Iterable[str]]) -> str:
-    """A document. Sections are heading -> blocks of HTML; `title` and headings are text, `lead` is HTML."""
+    """The document. `sections`: heading -> blocks of HTML. `title` and headings are text, `lead` is HTML."""
     anchors = {heading: re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") for heading in sections}
     links = " ".join(f'<a href="#{anchor}">{text(heading)}</a>' for heading, anchor in anchors.items())
     body = "\n".join(
@@ -122,22 +121,22 @@ def number(value: float) -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, search: str = "") -> str:
     """A table that sorts by any column. A cell is text, a number, (number to sort by, text), or None: not measured.
 
-    `search` is a name for a table long enough to need a search field; no other table of the page has it.
+    `search` adds a search field; it is the table's name, unique on the page. ValueError for rows of unequal length.
     """
     rows = list(rows)
-    numeric = [any(isinstance(cell, float | int | tuple) for cell in cells) for cells in zip(*rows, strict=True)]
-    heads = "".join(
-        f'<th scope="col"{" class=number" * right}><button type="button">{text(name)}</button></th>'
-        for name, right in itertools.zip_longest(columns, numeric, fillvalue=False)
-    )
+    heads = ""
+    for name, *cells in zip(columns, *rows, strict=True):
+        right = " class=number" if any(isinstance(cell, float | int | tuple) for cell in cells) else ""
+        heads += f'<th scope="col"{right}><button type="button">{text(name)}</button></th>'
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    grid = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    if not search:
-        return f'<div class="scroll" tabindex="0"><table>{grid}'
-    name = text(search)
+    table_id = search_field = ""
+    if search:
+        name = text(search)
+        table_id = f' id="{name}"'
+        search_field = f'<input type="search" data-table="{name}" placeholder="Search" aria-label="Search {name}">'
     return (
-        f'<input type="search" data-table="{name}" placeholder="Search" aria-label="Search {name}">'
-        f'<div class="scroll" tabindex="0"><table id="{name}">{grid}'
+        f'{search_field}<div class="scroll" tabindex="0"><table{table_id}>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -149,11 +148,6 @@ def _cell(value: Cell) -> str:
     if isinstance(value, str | bool):
         return f"<td>{text(value)}</td>"
     return f'<td class="number" data-sort="{value}">{number(value)}</td>'
-
-
-def facts(pairs: Mapping[str, Any]) -> str:
-    """Names and values."""
-    return table(("what", "value"), [(name, str(value)) for name, value in pairs.items()])
 
 
 def details(summary: str, *blocks: str) -> str:
@@ -191,8 +185,7 @@ def chart(title: str, draw: Callable[[Any], object], *, height: float = 2.8) -> 
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (width|height)="[0-9.]+pt"', "", svg)  # the picture's own: the page scales it
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{text(title)}"', 1)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
