@@ -24,11 +24,16 @@ def check_safetensors(folder: Path, *, heads: tuple[str, str]) -> None:
 def _check_shards(folder: Path) -> None:
     if not (folder / MODEL_INDEX).is_file():
         raise _refusal(folder, MODEL)
-    for name in sorted(set(json.loads((folder / MODEL_INDEX).read_text())["weight_map"].values())):
-        if not name.endswith(".safetensors"):  # transformers would unpickle it
+    for name in _shards(folder / MODEL_INDEX):
+        if not name.endswith(".safetensors"):
             raise _refusal(folder, MODEL, f"{name} in {MODEL_INDEX}")
         if not (folder / name).is_file():
             raise InputError(f'model.path = "{folder}": {name} is missing, which {MODEL_INDEX} names')
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names. transformers would unpickle those that are no safetensors."""
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
 
 
 def _refusal(folder: Path, wanted: str, found: str = "") -> InputError:
@@ -49,16 +54,19 @@ def _refusal(folder: Path, wanted: str, found: str = "") -> InputError:
 
 
 def check_hub(path: str, revision: str | None) -> None:
-    """Raises InputError for a Hub id whose model or adapter is only there pickled: transformers would load that."""
+    """Raises InputError for a Hub id without a model, or an adapter's weights, in safetensors: transformers would load
+    pickled ones.
+    """
     from transformers.utils import cached_file
     from transformers.utils.peft_utils import find_adapter_config_file
 
-    def is_there(name: str) -> bool:
-        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False) is not None
+    def cached(name: str) -> str | None:
+        return cached_file(path, name, revision=revision, _raise_exceptions_for_missing_entries=False)
 
     wanted = MODEL
-    if is_there(MODEL) or is_there(MODEL_INDEX):
-        if not find_adapter_config_file(path, revision=revision) or is_there(ADAPTER):
+    index = cached(MODEL_INDEX)
+    if cached(MODEL) or (index and all(name.endswith(".safetensors") for name in _shards(Path(index)))):
+        if not find_adapter_config_file(path, revision=revision) or cached(ADAPTER):
             return
         wanted = ADAPTER
     raise InputError(
