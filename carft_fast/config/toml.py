@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from carft_fast.config.schema import Config, Section
@@ -76,7 +76,10 @@ def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
-        known = list(_section_fields(location[:-1]))
+        section: Any = Config
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -86,16 +89,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":  # a section's own rule, whose message starts with the field
         return f"{key}.{message}"
     return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
-
-
-def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
-    section: type[BaseModel] = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return {}
-        section = annotation
-    return section.model_fields
 
 
 def value_origins(

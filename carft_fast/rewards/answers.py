@@ -25,8 +25,7 @@ _LONGEST_PROGRAM = 65536
 _INVISIBLE = "\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # zero-width characters, marks of direction
 _OPENING = rf"[\s{_INVISIBLE}\"'`*(<\[{{]*"
 _SIGN = "[+\\-−–－﹣]"
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_MINUSES = str.maketrans("−–－﹣", "----")
+_PLAIN = str.maketrans("−–－﹣⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-----+0123456789")  # signs and superscripts
 _FRACTION_CHARACTERS = str.maketrans(
     {c: " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 )
@@ -180,7 +179,7 @@ def _read(text: str, answer_type: AnswerType, *, whole: bool, unit: bool = False
     value = _value(match)
     if value is None or not math.isfinite(value):
         return None
-    sign = (match["sign"] or match["late_sign"] or "+").translate(_MINUSES)
+    sign = (match["sign"] or match["late_sign"] or "+").translate(_PLAIN)
     return -value if sign == "-" else value
 
 
@@ -193,7 +192,7 @@ def _value(match: re.Match[str]) -> float | None:
     alone, times = (_exponent(match, name) for name in ("alone", "times"))
     if match["digits"] is None:
         return float(f"1e{alone}") * scale
-    own = int((match["exponent"] or "e0")[1:].translate(_MINUSES))
+    own = int((match["exponent"] or "e0")[1:].translate(_PLAIN))
     value = float(f"{match['digits'].replace(',', '')}e{own + times}") * scale
     if match["divisor"] is None:
         return value
@@ -202,8 +201,7 @@ def _value(match: re.Match[str]) -> float | None:
 
 
 def _exponent(match: re.Match[str], name: str) -> int:
-    written = match[name] or (match[f"{name}_sup"] or "0").translate(_SUPERSCRIPTS)
-    return int(written.translate(_MINUSES))
+    return int((match[name] or match[f"{name}_sup"] or "0").translate(_PLAIN))
 
 
 def read_number(text: str) -> float | None:

@@ -1,9 +1,9 @@
 """The hostile side of `carft_fast.rewards.programs`: a fork server, run as a script in an interpreter of its own.
 
-Three processes a worker: this one, which gives up what it can and then waits; the server, its child, which forks; and
-one child of that for each program. A child is forked before its program arrives and reads the program itself, so the
-server never holds a byte of any: every program starts from the same memory. It is made of the standard library alone
-and imports nothing of carft_fast.
+A worker has three processes: this one, which gives up its privileges and then waits; the server, its child, which
+forks; and a child of the server for each program. A child is forked before its program arrives and reads the program
+itself. So the server never holds a byte of any, and every program starts from the same memory. This file imports the
+standard library alone, nothing of carft_fast.
 
 Lines of defence, outermost first: user, namespaces and an empty root where the kernel permits, resource limits, no
 descriptor but the result pipe, and an allow-list of system calls, which no program runs without.
@@ -43,18 +43,8 @@ from typing import NoReturn
 # Modules for the programs, which can read nothing from disk; datetime imports _strptime at its first use.
 FOR_PROGRAMS = (
     *("_strptime", "abc", "array", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "enum"),
-    *(
-        "functools",
-        "heapq",
-        "itertools",
-        "numbers",
-        "operator",
-        "re",
-        "statistics",
-        "string",
-        "textwrap",
-        "unicodedata",
-    ),
+    *("functools", "heapq", "itertools", "numbers", "operator", "re", "statistics", "string", "textwrap"),
+    "unicodedata",
 )
 for module in FOR_PROGRAMS:
     importlib.import_module(module)
