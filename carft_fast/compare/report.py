@@ -15,7 +15,7 @@ import torch
 from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Spread, Trajectory, summarise, verdict
 from carft_fast.config import Config
 from carft_fast.core import write_text
-from carft_fast.reports import markdown_table, new_figure, tidy
+from carft_fast.reports import markdown_table, tidy
 from carft_fast.reports import page as page
 from carft_fast.training import versions
 
@@ -107,7 +107,7 @@ def draw_curves(folder: Path, runs: Sequence[Trajectory]) -> list[str]:
     written = []
     for file, (name, against, title) in CURVES.items():
         if lines := _curve(runs, name, against):
-            figure = new_figure(7, 3.6)
+            figure = page.new_figure(7, 3.6)
             axes = figure.subplots()
             _draw_curve(axes, lines, against)
             axes.set_title(title, fontsize=9)

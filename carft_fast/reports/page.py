@@ -8,7 +8,7 @@ from typing import Any
 
 NOT_MEASURED = "not measured"
 SERIES = tuple(f"#0000a{i}" for i in range(1, 9))
-"""Colours to draw with: each stands for a colour of the page, which has one for light and one for dark."""
+"""Colours to draw with. Each is a placeholder for a colour of the page, which has a light and a dark one."""
 INK, FAINT = "#0000b1", "#0000b2"
 _VARIABLES = {color: f"var(--s{i})" for i, color in enumerate(SERIES, 1)} | {INK: "var(--ink)", FAINT: "var(--line)"}
 Cell = str | float | int | bool | None | tuple[Any, str]
@@ -158,11 +158,17 @@ def charts(*figures: str) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure, in inches, that belongs to no window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def chart(title: str, draw: Callable[[Any], object], *, height: float = 2.8) -> str:
-    """What `draw` draws on matplotlib axes, as SVG in the page's colours; its lines and fills take SERIES by itself."""
+    """What `draw` draws on matplotlib axes, as SVG in the page's colours. Lines and fills take theirs from SERIES."""
     import matplotlib
     from cycler import cycler
-    from matplotlib.figure import Figure
 
     settings: Any = {
         "svg.fonttype": "none",
@@ -179,7 +185,7 @@ def chart(title: str, draw: Callable[[Any], object], *, height: float = 2.8) -> 
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
+        figure = new_figure(4.6, height)
         draw(figure.subplots())
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

@@ -59,25 +59,18 @@ def _draw_plots(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:
     figures = {}
     for name, title in CURVES.items():
         if stages := _stages_with(name, records):
-            figure = figures[f"{name}.png"] = new_figure(6, 3.2)
+            figure = figures[f"{name}.png"] = page.new_figure(6, 3.2)
             for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
                 _draw_curve(axes, name, stage, records)
             figure.suptitle(textwrap.fill(f"{title}: {METRICS[name]}", 90), fontsize=9)
     if _rl_steps(records):
-        figure = figures["seconds_per_phase.png"] = new_figure(6, 3.2)
+        figure = figures["seconds_per_phase.png"] = page.new_figure(6, 3.2)
         axes = figure.subplots()
         _draw_phases(axes, records)
         axes.set_title("seconds per phase", fontsize=9)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=110)
     return list(figures)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """A matplotlib figure (inches) that belongs to no window."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _stages_with(name: str, records: Sequence[dict[str, Any]]) -> list[str]:
