@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.toml import differences, load_config, to_toml, value_origins
+from carft_fast.config.toml import differences, load_config, replaced, to_toml, value_origins
+from carft_fast.core.errors import InputError
 
 RECIPES = [QUICKSTART_CONFIG, *sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))]
 
@@ -34,6 +35,14 @@ def test_overrides_win_over_the_file_and_keep_their_type() -> None:
         "rl.whiten_advantages: True -> False",
         "output.name: 'quickstart' -> 'x-1'",
     ]
+
+
+def test_a_value_used_as_a_section_is_named() -> None:
+    config = load_config(str(QUICKSTART_CONFIG))
+    with pytest.raises(InputError, match=r"^--set rl\.lr\.x=1: lr is a value, not a section$"):
+        load_config(None, ["rl.lr=1e-3", "rl.lr.x=1"])
+    with pytest.raises(InputError, match=r"^rl\.lr\.x: lr is a value, not a section$"):
+        replaced(config, {"rl.lr.x": 1})
 
 
 def test_configs_are_plain_toml() -> None:

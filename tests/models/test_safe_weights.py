@@ -147,7 +147,7 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.models.load import load_model
 
-for name in ("pickled", "adapter", "good"):
+for name in ("pickled", "adapter", "good", "index"):
     try:
         load_model(load_config(None), f"me/{name}", torch.device("cpu"), heads=False)
         print(name, "loaded")
@@ -158,20 +158,25 @@ for name in ("pickled", "adapter", "good"):
 
 def test_pickled_weights_of_the_hub(folder: Path, hub: str, tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    for name in ("pickled", "adapter", "good"):
+    for name in ("pickled", "adapter", "good", "index"):
         shutil.copytree(folder, tmp_path / "hub" / "me" / name)
     (tmp_path / "hub/me/pickled/model.safetensors").rename(tmp_path / "hub/me/pickled/pytorch_model.bin")
     (tmp_path / "hub/me/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "me/good"}')
     (tmp_path / "hub/me/adapter/adapter_model.bin").write_bytes(b"pickled")
+    # transformers unpickles a shard that a safetensors index names
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "hub/me/index/model.safetensors").rename(tmp_path / "hub/me/index/pytorch_model-00001-of-00001.bin")
+    (tmp_path / "hub/me/index/model.safetensors.index.json").write_text(json.dumps(index))
     client = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     result = subprocess.run(
         [sys.executable, "-c", LOAD_FROM_HUB], env=os.environ | client, capture_output=True, text=True, cwd=ROOT
     )
     lines = result.stdout.splitlines()
-    assert len(lines) == 3, result.stderr
+    assert len(lines) == 4, result.stderr
     assert lines[0].startswith('pickled model.path = "me/pickled": no model.safetensors on the Hub')
     assert lines[1].startswith('adapter model.path = "me/adapter": no adapter_model.safetensors on the Hub')
     assert lines[2] == "good loaded"
+    assert lines[3].startswith('index model.path = "me/index": no model.safetensors on the Hub')
     assert not list((tmp_path / "home").rglob("*.bin"))
 
 
