@@ -137,9 +137,8 @@ def targets_around(inputs: Inputs, rl: RlConfig, temperature: float) -> RolloutT
     side = torch.tensor([1.0, -1.0, 0.3], dtype=torch.float64).repeat(n)[:n]
     outside = (ratio < 1 - rl.clip_low).int() - (ratio > 1 + rl.clip_high).int()
     assert len(set(zip(outside.tolist(), sign.tolist(), strict=True))) == 6
-    assert (
-        len(set(zip((moved.abs() > rl.value_clip).tolist(), moved.sign().tolist(), side.tolist(), strict=True))) == 12
-    )
+    far = moved.abs() > rl.value_clip
+    assert len(set(zip(far.tolist(), moved.sign().tolist(), side.tolist(), strict=True))) == 12
     correction = 0.5 + torch.rand(n, generator=generator)
     correction[[2, 11]] = 0.0
     return RolloutTargets(
