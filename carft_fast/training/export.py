@@ -31,7 +31,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Write `folder` all or nothing. Raises InputError for a damaged checkpoint, or a folder that is not empty."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; give a new or empty folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: not empty; give a new or empty folder")
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such folder")
@@ -47,7 +47,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     config = load_config(str(checkpoint / RUN_CONFIG_FILE))
 
     def write(target: Path) -> None:
-        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with something more
+        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with more files
             if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
                 copy = shutil.copytree if path.is_dir() else shutil.copyfile  # a tokenizer's chat templates
                 copy(path, target / path.name)
@@ -62,12 +62,11 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    plain: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
-    plain |= {"compile": False, "gradient_checkpointing": False}
-    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+    settings: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
+    settings |= {"compile": False, "gradient_checkpointing": False}
+    config = config.model_copy(update={"model": config.model.model_copy(update=settings)})
     sharded = has_sharded(checkpoint)
-    trained = None if sharded else checkpoint
-    model = load_model(config, start, torch.device("cpu"), heads=True, trained=trained)
+    model = load_model(config, start, torch.device("cpu"), heads=True, trained=None if sharded else checkpoint)
     if sharded:
         load_sharded(checkpoint, model)
     return model
