@@ -35,7 +35,7 @@ class RolloutStream(AbstractContextManager["RolloutStream"]):
         config: RolloutConfig,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        """Steps from `steps` on are not sampled ahead. `check` is called while sampling ahead, and may raise to end it."""
+        """`steps`: where sampling ahead ends. `check` is called while sampling ahead; what it raises ends that."""
         self._engine, self._request, self._steps, self._check = engine, request, steps, check
         self._ahead: tuple[int, Future[list[Rollout]]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if config.async_depth else None
