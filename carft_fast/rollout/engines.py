@@ -13,12 +13,7 @@ from carft_fast.rollout.shared import LeaderEngine, SpreadEngine
 
 
 def build_engine(
-    config: Config,
-    model: CarftModel,
-    tokenizer: Any,
-    *,
-    folder: Path | None = None,
-    log: Callable[[str], None] = print,
+    config: Config, model: CarftModel, tokenizer: Any, *, folder: Path | None = None, log: Callable[[str], None] = print
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names, with the model's current weights.
 

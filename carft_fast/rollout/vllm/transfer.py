@@ -23,8 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from carft_fast.core import EngineError
-from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.vllm import adapter
+from carft_fast.rollout.vllm.adapter import Weights
 from carft_fast.rollout.vllm.http import ServerApi, ServerLost
 from carft_fast.rollout.vllm.launch import free_port
 
@@ -65,7 +65,7 @@ class FileTransfer:
         self._version = ""
         self._files: list[Path] = []
 
-    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
+    def stage(self, weights: Weights, weight_version: str) -> None:
         for path in self._files:  # first: under /dev/shm two versions would be twice the memory
             path.unlink(missing_ok=True)
         self._files = []
@@ -107,13 +107,13 @@ class DeviceTransfer:
 
     def __init__(self, backend: Literal["nccl", "ipc"], update_timeout_s: float, token: str | None) -> None:
         self._backend, self._timeout_s, self._token = backend, update_timeout_s, token
-        self._weights: SamplerWeights | HeldWeights | None = None
+        self._weights: Weights | None = None
         self._version = ""
         self._sender: Any = None
         self._members: tuple[str, ...] = ()
         self._one_at_a_time = threading.Lock()  # servers that come back at the same time each get a group
 
-    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
+    def stage(self, weights: Weights, weight_version: str) -> None:
         self._weights, self._version = weights, weight_version
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
