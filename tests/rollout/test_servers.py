@@ -480,6 +480,29 @@ def test_a_server_that_does_not_start_says_why(model: CarftModel, tmp_path: Path
     )
 
 
+def test_an_engine_that_cannot_start_its_servers_leaves_nothing(
+    model: CarftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second server does not start: the first one is stopped, the folder for weights is gone."""
+    started: list[ServerProcess] = []
+    start = ServerProcess.start
+
+    def start_one(self: ServerProcess) -> None:
+        if started:
+            raise OSError("no more processes")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(ServerProcess, "start", start_one)
+    (tmp_path / "weights").mkdir()
+    devices = 'rollout.server_devices=["0", "1"]'
+    config = make_config("rollout.engine=vllm-server", devices, f"rollout.transfer_dir={tmp_path / 'weights'}")
+    with pytest.raises(OSError, match="no more processes"):
+        VLLMServerEngine(config, model, EOS, folder=tmp_path, log=lambda _: None)
+    assert not started[0].running
+    assert list((tmp_path / "weights").iterdir()) == []
+
+
 def test_a_server_that_never_answers_is_named_after_the_timeout(model: CarftModel) -> None:
     lines: list[str] = []
     url = f"http://127.0.0.1:{free_port()}"

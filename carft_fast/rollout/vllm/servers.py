@@ -70,19 +70,18 @@ class VLLMServerEngine:
         )
         self._scratch = tempfile.TemporaryDirectory(prefix="carft-servers-")
         self._servers = [_Server(None, url.rstrip("/")) for url in rollout.servers]
-        if not self._servers:
-            scratch = Path(self._scratch.name)
-            adapter.write_model_folder(model.lm.config, scratch / "model")
-            options = adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
-            arguments = adapter.server_arguments(options, scratch / "model", backend)
-            logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
-            for index, devices in enumerate(rollout.server_devices or [None]):
-                log_file = logs / f"vllm-server-{index}.log"
-                environment = server_environment(devices, adapter.LOOPBACK, self._token, backend)
-                process = ServerProcess(arguments, log_file, environment)
-                process.start()
-                self._servers.append(_Server(process))
         try:
+            if not self._servers:
+                model_folder = Path(self._scratch.name) / "model"
+                adapter.write_model_folder(model.lm.config, model_folder)
+                options = adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
+                arguments = adapter.server_arguments(options, model_folder, backend)
+                logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
+                for index, devices in enumerate(rollout.server_devices or [None]):
+                    environment = server_environment(devices, adapter.LOOPBACK, self._token, backend)
+                    process = ServerProcess(arguments, logs / f"vllm-server-{index}.log", environment)
+                    process.start()
+                    self._servers.append(_Server(process))
             asyncio.run(self._start())
         except BaseException:
             self.close()
@@ -278,9 +277,8 @@ class VLLMServerEngine:
         server.usable = True
 
     async def _complete(self, api: ServerApi, url: str, body: dict[str, Any]) -> list[Rollout]:
-        choices = await api.generate(url, body, self._config.request_timeout_s)
         rollouts = []
-        for choice in choices:
+        for choice in await api.generate(url, body, self._config.request_timeout_s):
             self._check_version(*(span["version"] for span in choice["weight_versions"]))
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
             rollouts.append(
