@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -74,9 +74,7 @@ class RequireToken:
 
 def _read(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+        yield from load_file(path).items()
 
 
 def register() -> None:
