@@ -62,9 +62,9 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
 def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    settings: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
-    settings |= {"compile": False, "gradient_checkpointing": False}
-    config = config.model_copy(update={"model": config.model.model_copy(update=settings)})
+    plain: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
+    plain |= {"compile": False, "gradient_checkpointing": False}
+    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     sharded = has_sharded(checkpoint)
     model = load_model(config, start, torch.device("cpu"), heads=True, trained=None if sharded else checkpoint)
     if sharded:
