@@ -2,15 +2,14 @@ from .console import Console as Console
 from .console import Tracker as Tracker
 from .durable import MANIFEST as MANIFEST
 from .durable import TEMPORARY as TEMPORARY
-from .durable import discarded_on_error as discarded_on_error
 from .durable import find_damage as find_damage
 from .durable import publish as publish
 from .durable import remove_folder as remove_folder
 from .durable import set_aside as set_aside
-from .durable import temporary_of as temporary_of
 from .durable import write_folder as write_folder
 from .durable import write_text as write_text
 from .durable import writing as writing
+from .durable import writing_folder as writing_folder
 from .errors import EngineError as EngineError
 from .errors import InputError as InputError
 from .errors import RewardError as RewardError
@@ -20,6 +19,7 @@ from .example import Example as Example
 from .processes import each_rank as each_rank
 from .processes import gather_by_row as gather_by_row
 from .processes import gather_rows as gather_rows
+from .processes import global_max as global_max
 from .processes import global_sum as global_sum
 from .processes import is_main as is_main
 from .processes import join as join

@@ -1,7 +1,7 @@
 """Writes that a kill cannot spoil, folders that show damage, and disks that are full.
 
-A folder is written beside its place, sealed with a manifest of its files, made durable, then renamed. What a kill
-leaves has a name that begins with TEMPORARY; what a disk loses later is a difference from the manifest.
+A folder is filled under a temporary name, sealed with a manifest of its files, synced to disk, then renamed. What a
+kill leaves has a name that begins with TEMPORARY. What a disk loses later differs from the manifest.
 """
 
 import errno
@@ -27,32 +27,35 @@ _REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _HASHING_THREADS = 8
 
 
-def write_folder(target: Path, write: Callable[[Path], None], needed_bytes: int | None = None) -> None:
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a folder through `write` and move it to `target`, all or nothing; an existing `target` is replaced.
 
-    Raises TrainingError where the disk refuses, `needed_bytes` in its message.
+    Raises TrainingError where the disk refuses.
     """
-    temporary = temporary_of(target)
-    with writing(target, needed_bytes), discarded_on_error(temporary):
+    with writing_folder(target) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write(temporary)
         publish(temporary, target)
 
 
-def temporary_of(target: Path) -> Path:
-    """Where what becomes `target` is written."""
-    return target.with_name(f"{TEMPORARY}{target.name}")
-
-
 @contextmanager
-def discarded_on_error(folder: Path) -> Iterator[None]:
-    """A half-written folder goes, so that its room is free again."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+def writing_folder(target: Path, needed_bytes: int | None = None) -> Iterator[Path]:
+    """The temporary folder that `publish` will rename to `target`. An error deletes it, so that its space is free.
+
+    Raises TrainingError like `writing`.
+    """
+    temporary = _temporary_of(target)
+    with writing(target, needed_bytes):
+        try:
+            yield temporary
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _temporary_of(target: Path) -> Path:
+    return target.with_name(f"{TEMPORARY}{target.name}")
 
 
 def publish(temporary: Path, target: Path) -> None:
@@ -75,7 +78,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first difference between a folder and its manifest, None where there is none. Files it lacks are ignored."""
+    """The first difference between a folder and its manifest, or None. Files that it does not list are ignored."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {folder / name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
@@ -95,7 +98,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Give a damaged folder a name under which nothing looks for it; returns where it is now."""
+    """Rename a damaged folder so that nothing reads it again; returns its new path."""
     aside = folder.with_name(f"{DAMAGED}{folder.name}")
     number = 1
     while aside.exists():
@@ -108,7 +111,7 @@ def set_aside(folder: Path) -> Path:
 
 def write_text(target: Path, text: str) -> None:
     """Replace a file in one move."""
-    temporary = temporary_of(target)
+    temporary = _temporary_of(target)
     with writing(target):
         temporary.write_text(text, encoding="utf-8")
         _sync(temporary)
@@ -117,7 +120,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextmanager
 def writing(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turns what a disk refuses, in whatever words a library says it, into a TrainingError that names `target`."""
+    """Turns a disk's refusal, as whichever library words it, into a TrainingError that names `target`."""
     try:
         yield
     except TrainingError:
@@ -134,7 +137,7 @@ def writing(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """What the operating system said, where `error` or what led to it came from there."""
+    """The operating system's message, where `error` or one of its causes came from it."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
@@ -163,7 +166,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _hashes(files: list[Path]) -> list[str]:
-    """Side by side: hashing leaves the interpreter lock alone."""
+    """In threads: hashlib releases the interpreter lock."""
 
     def sha256(path: Path) -> str:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
 """What the processes of a run share. Without a process group there is one process, and nothing here communicates.
 
 Every process knows the whole step: prompts are a function of (seed, step), completions and grades are exchanged, and
-what the forwards find is gathered. So whitening, metrics and every decision are computed from the same numbers by
-all, and only forwards, backwards and sampling are divided.
+the results of forwards are gathered. Only forwards, backwards and sampling are divided. So all processes compute
+whitening, metrics and every decision from the same numbers.
 """
 
 import atexit
@@ -37,7 +37,7 @@ def is_main() -> bool:
 def join(device_type: str, timeout_s: float) -> None:
     """Join the processes that `torchrun` or `accelerate launch` started; a process started alone stays alone.
 
-    Tensors on the CPU go by gloo, those on GPUs by NCCL. A collective that waits longer than `timeout_s` fails.
+    Tensors on the CPU use gloo, those on GPUs NCCL. A collective that waits longer than `timeout_s` fails.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
@@ -50,11 +50,10 @@ def join(device_type: str, timeout_s: float) -> None:
 
 
 def leave(exit_code: int = 0) -> NoReturn:
-    """End a process that may have joined others, without taking Python's interpreter down.
+    """End a process that may have joined others, without finalizing Python's interpreter.
 
-    gloo's threads let go of a collective's tensors when they get to it, and FSDP2's meshes keep those threads beyond
-    `destroy_process_group`: one that then needs an interpreter which is going down aborts the process, all its work
-    done (pytorch#190489).
+    FSDP2's meshes keep gloo's threads alive after `destroy_process_group`. Such a thread may free a tensor late, and
+    aborts the process if the interpreter is being finalized then (pytorch#190489).
     """
     if exit_code == 0 and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # after a failure it might wait for a process that is gone
@@ -65,7 +64,7 @@ def leave(exit_code: int = 0) -> NoReturn:
 
 
 def each_rank(work: Callable[[], T]) -> list[T]:
-    """What `work` returned on every process, in rank order, on every process. A failure on any is raised on all."""
+    """Run `work` on every process. Each returns all results in rank order, or raises the first failure on any."""
     if world_size() == 1:
         return [work()]
     outcome = _attempt(work)
@@ -76,7 +75,7 @@ def each_rank(work: Callable[[], T]) -> list[T]:
 
 
 def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """What `work` returned on the main process, which alone runs it, on every process; so is its failure."""
+    """Run `work` on the main process alone. Every process returns its result, or raises its failure."""
     if world_size() == 1:
         return work()
     outcome = _attempt(work) if is_main() else None
@@ -99,26 +98,27 @@ def _result(value: Any, error: Exception | None) -> Any:
 
 
 def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | None]:
-    """Errors of other libraries may not survive the way: they become their text."""
+    """Errors of other libraries may not pickle: they become their text."""
     value, error = outcome
     known = error is None or type(error).__module__ in (errors.__name__, "builtins")
     return value, error if known else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def own_share(n: int) -> slice:
-    """This process's neighbours among n items; shares differ by one at most."""
-    size, me = world_size(), rank()
-    return slice(n * me // size, n * (me + 1) // size)
+    """This process's contiguous part of n items; parts differ by one item at most."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def own_turns(items: Sequence[T]) -> Sequence[T]:
-    """This process's items when they are dealt out in turn."""
+    """This process's items when the ranks take them in turn."""
     return items[rank() :: world_size()]
 
 
 def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[int, Tensor]:
-    """Every row's tensor from all processes. `dealt` are groups of rows that the processes took in turn, `own` the
-    results for this process's groups end to end (maybe none), sizes[row] a row's entries: so no size has to be asked.
+    """Every row's tensor from all processes.
+
+    `dealt` are the groups of rows that the ranks took in turn. `own` holds the results of this process's groups one
+    after the other; it may be empty. sizes[row] is a row's number of entries, so that no size has to be exchanged.
     """
     size = world_size()
     by_rank = [[i for group in dealt[r::size] for i in group] for r in range(size)]
@@ -132,18 +132,15 @@ def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[i
 
 
 def gather_rows(x_BE: Tensor, gradient: Literal["full", "local", "none"]) -> tuple[Tensor, int]:
-    """The rows of all processes in rank order, and the place of the first own one. Processes may differ in rows, or
-    have none.
+    """The rows of all processes in rank order, and the index of this process's first. A process may have none.
 
-    "full": gradient reaches every process's rows, summed over what all processes make of them; every process has to
-    take part in the backward pass. "local": only the own rows carry gradient. "none": no row does.
+    "full": every row carries the sum of its gradients on all processes, which all have to take part in the backward
+    pass. "local": only this process's rows carry gradient. "none": no row does.
     """
     if world_size() == 1:
         return (x_BE.detach() if gradient == "none" else x_BE), 0
-    counts = [torch.zeros(1, dtype=torch.int64, device=x_BE.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(x_BE)], device=x_BE.device))
-    sizes = [int(count) for count in counts]
-    start = sum(sizes[: dist.get_rank()])
+    sizes = _all_rows(torch.tensor([len(x_BE)], device=x_BE.device), [1] * world_size()).tolist()
+    start = sum(sizes[: rank()])
     if gradient == "full":
         return _GatherRows.apply(x_BE, sizes, start), start
     rows = _all_rows(x_BE.detach(), sizes)

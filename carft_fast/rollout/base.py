@@ -8,12 +8,17 @@ from carft_fast.config import RolloutConfig
 from carft_fast.core import EngineError, InputError, derive_seed
 from carft_fast.models import CarftModel
 
+Prompts = Sequence[Sequence[int]]
+"""Token ids of each prompt."""
+Progress = Callable[[int], None]
+"""Called often with the number of completions that have just finished, 0 included. What it raises ends sampling."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 are off.
 
-    What is sampled is a function of weights, prompt, `seed`, the prompt's index and that of its sample, up to rounding.
+    A completion is a function of weights, prompt, `seed`, the prompt's index and the sample's index, up to rounding.
     """
 
     max_new_tokens: int
@@ -23,7 +28,7 @@ class SamplingParams:
     samples_per_prompt: int = 1
     seed: int = 0
     first_prompt: int = 0
-    """Index in the whole batch of the first of these prompts: seeds count from there."""
+    """Index of the first of these prompts in the whole batch; a prompt's seed depends on its index there."""
 
     @classmethod
     def of(cls, config: RolloutConfig, seed: int) -> "SamplingParams":
@@ -42,8 +47,8 @@ class SamplingParams:
 class Rollout:
     """One completion. `completion_ids` ends with EOS when `finish_reason` is "stop".
 
-    `sampled_logprobs` are of the distribution actually sampled from: temperature, top-p and top-k applied. For greedy
-    completions they are the model's own, at temperature 1. `weight_version` is that of the weights that sampled it.
+    `sampled_logprobs` are of the distribution sampled from: temperature, top-p and top-k applied. For greedy
+    completions they are the model's, at temperature 1. `weight_version` is that of the weights that sampled it.
     """
 
     completion_ids: list[int]
@@ -56,20 +61,15 @@ class Rollout:
 class RolloutEngine(Protocol):
     @property
     def version(self) -> int:
-        """Of the weights it samples with now."""
+        """Version of the weights it samples with now."""
         ...
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
-        """`samples_per_prompt` completions of each prompt, in the order of the prompts, a prompt's side by side.
+        """`samples_per_prompt` completions of each prompt, in the order of the prompts, a prompt's one after the other.
 
-        `on_progress` is called often with the number of completions just finished, 0 included, so that it can stop a
-        long generation: what it raises propagates.
+        What `on_progress` raises propagates: so a long generation can be stopped.
         """
         ...
 
@@ -81,18 +81,16 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Give processes, memory and files back; may be called twice."""
+        """Release processes, memory and files; may be called twice."""
         ...
 
 
 def request_seed(sampling: SamplingParams, prompt: int) -> int:
-    """Seed of the first completion of a call's prompt, the following ones count up: whatever the batch or server."""
+    """Seed of the first completion of a call's prompt; the others count up from it, on any server, in any batch."""
     return derive_seed(sampling.seed, "request", sampling.first_prompt + prompt) % 2**62
 
 
-def check_request(
-    prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, context: int, weights_whole: bool
-) -> None:
+def check_request(prompts: Prompts, sampling: SamplingParams, *, context: int, weights_whole: bool) -> None:
     """Raises EngineError after a sync that failed, InputError where prompt and completion exceed `context` tokens."""
     if not weights_whole:
         raise EngineError("the last weight sync did not finish: sync again before sampling")

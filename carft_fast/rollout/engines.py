@@ -13,24 +13,18 @@ from carft_fast.rollout.shared import LeaderEngine, SpreadEngine
 
 
 def build_engine(
-    config: Config,
-    model: CarftModel,
-    tokenizer: Any,
-    *,
-    folder: Path | None = None,
-    log: Callable[[str], None] = print,
+    config: Config, model: CarftModel, tokenizer: Any, *, folder: Path | None = None, log: Callable[[str], None] = print
 ) -> RolloutEngine:
     """The engine that `rollout.engine` names, with the model's current weights.
 
-    `folder` gets the logs of servers that are started (absent: the temporary folder); `log` is told what takes long.
+    `folder` gets the logs of servers that are started (None: a temporary folder). `log` is told what takes long.
     """
-    rollout = config.rollout
     several = world_size() > 1
     engine: RolloutEngine
-    if rollout.engine == "hf":
-        own = HFEngine(model, tokenizer, batch_size=rollout.batch_size)
-        return SpreadEngine(own, own.forwards_together) if several else own
-    if rollout.engine == "vllm":
+    if config.rollout.engine == "hf":
+        hf = HFEngine(model, tokenizer, batch_size=config.rollout.batch_size)
+        return SpreadEngine(hf, hf.forwards_together) if several else hf
+    if config.rollout.engine == "vllm":
         from carft_fast.rollout.vllm.engine import VLLMEngine
 
         log("starting vLLM")

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -19,15 +19,15 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from carft_fast.core import EngineError, chunks, gather_rows, world_size
+from carft_fast.core import EngineError, chunks, global_max, world_size
 from carft_fast.models import CarftModel
-from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
+from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
 
 
 def inverse_cdf(logprob_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """int64 [B, 1]: where each row's cumulative distribution passes its number in [0, 1) (float64).
+    """int64 [B, 1]: the token at which each row's cumulative distribution passes its number in [0, 1) (float64).
 
-    Summed in whole numbers of 2^-50: exact in any order, so a token of probability 0 is no step and is never picked.
+    Summed in integer multiples of 2^-50, which is exact in any order: a token of probability 0 is never picked.
     """
     weight_BV = (logprob_BV.exp() * 2.0**50).long()
     cumulative_BV = weight_BV.cumsum(-1)
@@ -39,8 +39,8 @@ def inverse_cdf(logprob_BV: Tensor, uniform_B1: Tensor) -> Tensor:
 class _TokenPicker(LogitsProcessor):
     """Last in the chain of greedy decoding: leaves one token of each row a finite score, and keeps its log-prob.
 
-    `uniform_BL` holds each row's own random numbers, one for a token, so what a row samples does not depend on the rows
-    beside it; None leaves the choice to greedy decoding.
+    `uniform_BL` holds each row's random numbers, one per token, so a row's sample does not depend on the other rows.
+    None leaves the choice to greedy decoding.
     """
 
     def __init__(self, uniform_BL: Tensor | None) -> None:
@@ -61,19 +61,16 @@ class _TokenPicker(LogitsProcessor):
 class _ProgressReporter(StoppingCriteria):
     """Tells after every token how many rows have just ended; stops nothing, but what the callback raises propagates."""
 
-    def __init__(self, eos_id: int, on_progress: Callable[[int], None]) -> None:
-        self._eos_id, self._on_progress = eos_id, on_progress
-        self._ended_B: Tensor | None = None
+    def __init__(self, rows: int, prompt_length: int, eos_id: int, on_progress: Progress) -> None:
+        self.unfinished = rows
+        self._prompt_length, self._eos_id, self._on_progress = prompt_length, eos_id, on_progress
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        before_B = torch.zeros_like(input_ids[:, -1], dtype=torch.bool) if self._ended_B is None else self._ended_B
-        self._ended_B = before_B | (input_ids[:, -1] == self._eos_id)
-        self._on_progress(int((self._ended_B & ~before_B).sum()))
-        return torch.zeros_like(before_B)
-
-    def finish(self, rows: int) -> None:
-        """Count the rows that ended at the length limit."""
-        self._on_progress(rows if self._ended_B is None else int((~self._ended_B).sum()))
+        ended_B = (input_ids[:, self._prompt_length :] == self._eos_id).any(-1)
+        unfinished = len(ended_B) - int(ended_B.sum())
+        self._on_progress(self.unfinished - unfinished)
+        self.unfinished = unfinished
+        return torch.zeros_like(ended_B)
 
 
 class _Job(NamedTuple):
@@ -90,12 +87,12 @@ class _Job(NamedTuple):
 class HFEngine:
     """Engine "hf". `sync` copies nothing: the sampler reads the trainer's weights.
 
-    With weights that are sharded over processes all of them have to call `generate` together, each with prompts of its
-    own, also with none.
+    With weights that are sharded over processes, all processes have to call `generate` together, each with its own
+    prompts or with none.
     """
 
     def __init__(self, model: CarftModel, tokenizer: Any, *, batch_size: int) -> None:
-        self._weak_model = weakref.ref(model)  # a stage that is over shall not stay in memory
+        self._weak_model = weakref.ref(model)  # a finished stage must not stay in memory
         self._eos_id: int = tokenizer.eos_token_id
         self._pad_id: int = tokenizer.pad_token_id
         self._batch_size = batch_size
@@ -117,11 +114,7 @@ class HFEngine:
 
     @torch.no_grad()
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
         jobs = [
             _Job(prompt, request_seed(sampling, index) + sample)
@@ -131,23 +124,18 @@ class HFEngine:
         by_length = sorted(range(len(jobs)), key=lambda job: len(jobs[job].prompt))  # little padding within a batch
         batches = chunks(by_length, self._batch_size)
         together = self.forwards_together()
-        idle = 0
-        if together:
-            own = torch.tensor([len(batches)], device=self._model.device)
-            idle = int(gather_rows(own, "none")[0].max()) - len(batches)
+        idle = global_max(len(batches)) - len(batches) if together else 0
+        report = on_progress or (lambda _: None)
         results: dict[int, Rollout] = {}
 
         def sample(model: CarftModel) -> None:
             with model.padded():
                 for rows in batches:
-                    reporter = _ProgressReporter(self._eos_id, on_progress or (lambda _: None))
-                    rollouts = self._generate_batch([jobs[row] for row in rows], sampling, reporter, together)
+                    rollouts = self._generate_batch([jobs[row] for row in rows], sampling, report, together)
                     results.update(zip(rows, rollouts, strict=True))
-                    reporter.finish(len(rows))
                 for _ in range(idle):  # takes part in the other processes' forwards
-                    one = replace(sampling, max_new_tokens=1)
-                    reporter = _ProgressReporter(self._eos_id, lambda _: None)
-                    self._generate_batch([_Job([self._eos_id], 0)], one, reporter, together)
+                    one_token = replace(sampling, max_new_tokens=1)
+                    self._generate_batch([_Job([self._eos_id], 0)], one_token, lambda _: None, together)
 
         self._model(sample)
         return [results[job] for job in range(len(jobs))]
@@ -159,7 +147,7 @@ class HFEngine:
         )
 
     def _generate_batch(
-        self, jobs: Sequence[_Job], sampling: SamplingParams, reporter: _ProgressReporter, together: bool
+        self, jobs: Sequence[_Job], sampling: SamplingParams, on_progress: Progress, together: bool
     ) -> list[Rollout]:
         device, lm = self._model.device, cast(Any, self._model.lm)  # generate() is typed as a Tensor
         prompts = [job.prompt for job in jobs]
@@ -169,7 +157,7 @@ class HFEngine:
         uniform_BL = None
         processors = LogitsProcessorList()
         if sampling.temperature > 0:
-            # On the CPU whatever the device: the same numbers everywhere.
+            # Drawn on the CPU: the same numbers on every device.
             uniform_BL = torch.stack([job.uniform(sampling.max_new_tokens) for job in jobs]).to(device)
             processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k:
@@ -178,15 +166,24 @@ class HFEngine:
                 processors.append(TopPLogitsWarper(sampling.top_p))
         picker = _TokenPicker(uniform_BL)
         processors.append(picker)
+        reporter = _ProgressReporter(len(jobs), longest, self._eos_id, on_progress)
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,  # `_TokenPicker` leaves one token
+            eos_token_id=self._eos_id,
+            pad_token_id=self._pad_id,
+            use_cache=True,
+        )
         with self._model.autocast():
             output_BL: Tensor = lm.generate(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([reporter]),
-                generation_config=self._generation_config(sampling.max_new_tokens),
+                generation_config=config,
                 synced_gpus=together,
             )
+        on_progress(reporter.unfinished)  # these ended at the length limit
         completion_BL = output_BL[:, longest:]
         logprob_BL = torch.stack(picker.logprobs, 1)
         return [
@@ -196,17 +193,8 @@ class HFEngine:
 
     def _rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
         # Ends at the first EOS, by position: what follows is padding, whatever id padding has.
-        length = ids.index(self._eos_id) + 1 if self._eos_id in ids else len(ids)
-        stopped = ids[length - 1] == self._eos_id
+        stopped = self._eos_id in ids
+        length = ids.index(self._eos_id) + 1 if stopped else len(ids)
         if not all(map(math.isfinite, logprobs[:length])):
             raise EngineError("sampled log-probs are not finite: the weights hold NaN or infinity")
         return Rollout(ids[:length], logprobs[:length], "stop" if stopped else "length", self.version)
-
-    def _generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,  # `_TokenPicker` leaves one token
-            eos_token_id=self._eos_id,
-            pad_token_id=self._pad_id,
-            use_cache=True,
-        )

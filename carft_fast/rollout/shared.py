@@ -1,50 +1,42 @@
 """Sampling for several processes: each samples its share of the prompts, or the main one drives the servers for all.
 
-Either way every process gets all completions. What a process samples by itself (`own`) and what they exchange
-(`exchange`) are apart, so that a share can be sampled ahead in a thread while the processes work together.
+Either way every process gets all completions. Sampling a share (`generate_share`) and exchanging the shares (`gather`)
+are two calls, so that a share can be sampled ahead in a thread while the processes work together.
 """
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from carft_fast.core import each_rank, is_main, on_main, own_share
 from carft_fast.models import CarftModel, HeldWeights, SamplerWeights
-from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.base import Progress, Prompts, Rollout, RolloutEngine, SamplingParams
 
 if TYPE_CHECKING:
     from carft_fast.rollout.vllm.servers import VLLMServerEngine
 
 
 class SharedEngine(ABC):
-    """`generate` from what the subclass does alone and together."""
-
     @abstractmethod
-    def own(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+    def generate_share(
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
-        """What this process samples of these prompts; asks no other process where each has all weights."""
+        """What this process samples of these prompts. Needs no other process where each has all weights."""
 
     @abstractmethod
-    def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
-        """All processes' `own` results in the order of the prompts, on all of them; a failure on any, too, where the
-        others could hear of it."""
+    def gather(self, sample: Callable[[], list[Rollout]]) -> list[Rollout]:
+        """Every process's result of `sample`, in the order of the prompts, on every process.
+
+        A failure on one process is raised on all, unless the others are inside a forward that waits for it.
+        """
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
-        return self.exchange(lambda: self.own(prompts, sampling, on_progress=on_progress))
+        return self.gather(lambda: self.generate_share(prompts, sampling, on_progress=on_progress))
 
 
 class SpreadEngine(SharedEngine):
@@ -58,22 +50,20 @@ class SpreadEngine(SharedEngine):
     def version(self) -> int:
         return self._engine.version
 
-    def own(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+    def generate_share(
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
         share = own_share(len(prompts))
         sampling = dataclasses.replace(sampling, first_prompt=share.start)
         return self._engine.generate(prompts[share], sampling, on_progress=on_progress)
 
-    def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
+    def gather(self, sample: Callable[[], list[Rollout]]) -> list[Rollout]:
         if self._sample_together():  # a failure is not exchanged: the others wait inside the model, not for news
-            found = own()
-            return [rollout for share in each_rank(lambda: found) for rollout in share]
-        return [rollout for share in each_rank(own) for rollout in share]
+            sampled = sample()
+            shares = each_rank(lambda: sampled)
+        else:
+            shares = each_rank(sample)
+        return [rollout for share in shares for rollout in share]
 
     def sync(self, model: CarftModel) -> int:
         return self._engine.sync(model)
@@ -95,17 +85,13 @@ class LeaderEngine(SharedEngine):
     def _start(self, start: "Callable[[], VLLMServerEngine]") -> None:
         self._engine = start()
 
-    def own(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+    def generate_share(
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
         return [] if self._engine is None else self._engine.generate(prompts, sampling, on_progress=on_progress)
 
-    def exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
-        return on_main(own)
+    def gather(self, sample: Callable[[], list[Rollout]]) -> list[Rollout]:
+        return on_main(sample)
 
     def sync(self, model: CarftModel) -> int:
         held = None

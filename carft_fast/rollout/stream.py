@@ -1,16 +1,16 @@
 """The rollouts of one step after another; with depth 1 the next step's are sampled while the trainer updates."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 from carft_fast.config import RolloutConfig
 from carft_fast.models import CarftModel
-from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
+from carft_fast.rollout.base import Progress, Prompts, Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.shared import SharedEngine
 
-Request = Callable[[int], tuple[Sequence[Sequence[int]], SamplingParams]]
+Request = Callable[[int], tuple[Prompts, SamplingParams]]
 """Prompts and sampling of a step: a pure function of the step, so that it may be asked early."""
 
 
@@ -18,13 +18,13 @@ class _Closed(Exception):  # noqa: N818 - an event, not an error
     pass
 
 
-class RolloutStream:
+class RolloutStream(AbstractContextManager["RolloutStream"]):
     """Use as a context manager, which ends sampling ahead; the engine stays open.
 
-    Depth 1, step k: `take(k)` hands over what was sampled during step k - 1 and starts step k + 1 with the weights
-    the engine has, v; the trainer makes v + 1 meanwhile; `sync` waits for the sampler before it replaces the weights.
-    So a rollout is one version old when it is trained on, and the first step's, and the first one after a resume, are
-    not old at all. Between `sync` and the next `take` the engine is idle, as evaluation needs it.
+    Depth 1, step k: `take(k)` returns what was sampled during step k - 1 and starts step k + 1 with the weights
+    the engine has, v. Meanwhile the trainer makes v + 1. `sync` waits for the sampler before it replaces the weights.
+    So a rollout is one version old when it is trained on; those of the first step, and of the first one after a
+    resume, are current. Between `sync` and the next `take` the engine is idle, as evaluation needs it.
     """
 
     def __init__(
@@ -41,44 +41,39 @@ class RolloutStream:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollout") if config.async_depth else None
         self._closing = threading.Event()
 
-    def take(self, step: int, on_progress: Callable[[int], None]) -> tuple[list[Rollout], int]:
-        """The step's completions, `samples_per_prompt` of each prompt side by side, and their staleness.
+    def take(self, step: int, on_progress: Progress) -> tuple[list[Rollout], int]:
+        """The step's completions in the order of `RolloutEngine.generate`, and their staleness.
 
-        Staleness: weight versions between the oldest of them and the weights of now; 0 is on-policy.
+        Staleness: number of weight versions between the oldest of them and the current weights; 0 is on-policy.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == step:
-            rollouts = self._exchange(ahead[1].result)
+            rollouts = self._gather(ahead[1].result)
             on_progress(len(rollouts))
         else:
-            rollouts = self._exchange(lambda: self._sample(step, on_progress))
+            rollouts = self._gather(lambda: self._sample(step, on_progress))
         if self._thread and step + 1 < self._steps:
             self._ahead = step + 1, self._thread.submit(self._sample, step + 1, self._while_ahead)
         return rollouts, self._engine.version - min(rollout.weight_version for rollout in rollouts)
 
     def sync(self, model: CarftModel) -> None:
-        """Give the engine the model's weights, once it is idle. What went wrong in sampling ahead `take` raises."""
+        """Give the engine the model's weights, once it is idle. `take` raises what went wrong in sampling ahead."""
         if self._ahead is not None:
             wait([self._ahead[1]])
         self._engine.sync(model)
 
-    def __enter__(self) -> "RolloutStream":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         if self._thread:
             self._thread.shutdown()
 
-    def _sample(self, step: int, on_progress: Callable[[int], None]) -> list[Rollout]:
+    def _sample(self, step: int, on_progress: Progress) -> list[Rollout]:
         prompts, sampling = self._request(step)
-        sample = self._engine.own if isinstance(self._engine, SharedEngine) else self._engine.generate
+        sample = self._engine.generate_share if isinstance(self._engine, SharedEngine) else self._engine.generate
         return sample(prompts, sampling, on_progress=on_progress)
 
-    def _exchange(self, own: Callable[[], list[Rollout]]) -> list[Rollout]:
-        return self._engine.exchange(own) if isinstance(self._engine, SharedEngine) else own()
+    def _gather(self, sample: Callable[[], list[Rollout]]) -> list[Rollout]:
+        return self._engine.gather(sample) if isinstance(self._engine, SharedEngine) else sample()
 
     def _while_ahead(self, _: int) -> None:
         if self._closing.is_set():

@@ -1,11 +1,11 @@
-"""Checkpoints: what a run needs to go on, whole or not there at all, and checked before it is believed.
+"""Checkpoints: what a run needs to go on, whole or not there at all, and checked before it is used.
 
 A checkpoint of one process, or of several with the same weights, is a plain Hugging Face model folder (with LoRA: the
 adapters, as peft saves them) with the two heads and `optimizer.safetensors`, AdamW's moments by parameter name. Where
-the parameters are sharded (FSDP2), `sharded/` holds weights and moments in their place, as torch.distributed.checkpoint
-writes them in safetensors, readable by any number of processes. Beside them: tokenizer, `config.toml` of the run,
-`trainer_state.json`, `manifest.json`. Data order, dropout-free training, sampling seeds and the learning rate are
-functions of (seed, stage, step), so seed and step are all the random and scheduler state there is.
+the parameters are sharded (FSDP2), `sharded/` holds weights and moments instead, as torch.distributed.checkpoint
+writes them in safetensors; any number of processes can read it. The other files: tokenizer, `config.toml` of the run,
+`trainer_state.json`, `manifest.json`. Data order, sampling seeds and the learning rate are functions of (seed, stage,
+step) and there is no dropout, so seed and step are all the random and scheduler state there is.
 """
 
 import json
@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -28,18 +28,16 @@ from carft_fast.config import Config, to_toml
 from carft_fast.core import (
     TEMPORARY,
     InputError,
-    discarded_on_error,
     find_damage,
     on_main,
     publish,
     rank,
     remove_folder,
     set_aside,
-    temporary_of,
     world_size,
-    writing,
+    writing_folder,
 )
-from carft_fast.models import HEADS_CONFIG, HEADS_WEIGHTS, CarftModel
+from carft_fast.models import HEADS_CONFIG, CarftModel
 
 STATE_FILE = "trainer_state.json"
 RUN_CONFIG_FILE = "config.toml"
@@ -64,9 +62,9 @@ class CheckpointStore:
 
     def __init__(self, folder: Path, config: Config, log: Callable[[str], None]) -> None:
         self._folder = folder
+        self._best_link = folder / "best"
         self._config = config
         self._log = log
-        self._writer: ThreadPoolExecutor | None = None
         self._pending: Future[None] | None = None
         self._group: dist.ProcessGroup | None = None
 
@@ -86,7 +84,7 @@ class CheckpointStore:
         """Write the state after `step` steps of `stage`; `best` also points the best link at it.
 
         `model_path` is what the stage began with. `whole` is `Learner.gather_state`. With output.async_save it returns
-        when the tensors are copied to the host; `wait` tells how the write went.
+        once the tensors are copied to the host, and `wait` raises what goes wrong with the write.
         """
         self.wait()
         target = self._folder / f"{stage}-{step:06d}"
@@ -102,8 +100,6 @@ class CheckpointStore:
         needed_bytes = sum(t.numel() * t.element_size() for part in contents.values() for t in part.values())
         if self._config.output.async_save:
             contents = {name: _host_copy(part) for name, part in contents.items()}
-
-        temporary = temporary_of(target)
 
         def begin() -> None:
             """The small files, before the trainer goes on: it uses the tokenizer."""
@@ -124,16 +120,17 @@ class CheckpointStore:
             self._settle(target, best)
 
         def write() -> None:
-            with writing(target, needed_bytes), discarded_on_error(temporary):
+            with writing_folder(target, needed_bytes):
                 if sharded:
                     _write_sharded(temporary / SHARDED, contents[SHARDED], self._group)
                 self._on_main(finish)
 
-        with writing(target, needed_bytes), discarded_on_error(temporary):
+        with writing_folder(target, needed_bytes) as temporary:
             self._on_main(begin)
         if self._config.output.async_save:
-            self._writer = self._writer or ThreadPoolExecutor(1, "checkpoint")
-            self._pending = self._writer.submit(write)
+            writer = ThreadPoolExecutor(1, "checkpoint")
+            self._pending = writer.submit(write)
+            writer.shutdown(wait=False)  # the thread ends after this write
         else:
             write()
         return target
@@ -150,12 +147,7 @@ class CheckpointStore:
             self.wait()
 
     def close(self) -> None:
-        try:
-            self.wait()
-        finally:
-            if self._writer is not None:
-                self._writer.shutdown()
-                self._writer = None
+        self.wait()
 
     def latest(self, stage: str) -> tuple[Path, int] | None:
         """The newest whole checkpoint of a stage and the number of steps it has done; damaged ones are set aside."""
@@ -195,25 +187,22 @@ class CheckpointStore:
 
     def _all(self) -> list[Path]:
         """Oldest first."""
-        if not self._folder.is_dir():
-            return []
-        found = (path for path in self._folder.iterdir() if path.is_dir() and not path.is_symlink())
-        return sorted((path for path in found if _NAME.fullmatch(path.name)), key=_order)
+        folders = (path for path in self._folder.glob("*") if path.is_dir() and not path.is_symlink())
+        return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=_order)
 
     def _best_target(self) -> Path | None:
-        link = self._folder / "best"
-        return self._folder / os.readlink(link) if link.is_symlink() else None
+        return self._folder / os.readlink(self._best_link) if self._best_link.is_symlink() else None
 
     def _settle(self, target: Path, best: bool) -> None:
-        """After a checkpoint is in its place: the best link, then room for the next one."""
+        """After a checkpoint is in place: set the best link, then delete those that are no longer kept."""
         if best:
             link = self._folder / f"{TEMPORARY}best"
             link.unlink(missing_ok=True)
             link.symlink_to(target.name)
-            os.replace(link, self._folder / "best")
+            os.replace(link, self._best_link)
         earlier = [path for path in self._all() if _order(path) < _order(target)]
         places = self._config.output.keep_last - 1
-        # one of those that stay must be good for certain: what is damaged is set aside and gives its place to an older
+        # one of the earlier ones that stay is checked: a damaged one is set aside, and an older one stays instead
         while places and earlier[:-places] and not any(self._is_whole(path) for path in earlier[-places:]):
             earlier = [path for path in earlier if path.exists()]
         for path in earlier[:-places] if places else earlier:
@@ -221,34 +210,33 @@ class CheckpointStore:
                 remove_folder(path)
 
     def _is_whole(self, folder: Path) -> bool:
-        """False for a folder that differs from its manifest: it is set aside, and the console told."""
+        """False for a folder that differs from its manifest. It is set aside, and the user is told."""
         damage = find_damage(folder)
         if damage is None:
             return True
-        link = self._folder / "best"
         was_best = self._best_target() == folder
         self._log(f"{folder} is damaged: {damage}. It is kept as {set_aside(folder).name} and not used")
         if was_best:
-            link.unlink()
+            self._best_link.unlink()
             self._log("It was the best evaluated checkpoint: there is none until a better evaluation")
         return False
 
     def _on_main(self, work: Callable[[], T]) -> T:
         if world_size() > 1 and self._group is None:
             timeout = timedelta(seconds=self._config.distributed.timeout_s)
-            self._group = dist.new_group(backend="gloo", timeout=timeout)  # its own: a thread of its own uses it
+            self._group = dist.new_group(backend="gloo", timeout=timeout)  # another thread uses it
         return on_main(work, self._group)
 
 
 def has_sharded(folder: Path) -> bool:
-    """Whether weights and optimizer are for `load_sharded`; else for `load_model` and `load_optimizer`."""
+    """Whether `load_sharded` reads the weights and the optimizer; else `load_model` and `load_optimizer` do."""
     return (folder / SHARDED).is_dir()
 
 
 def load_sharded(folder: Path, model: CarftModel, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put weights and AdamW moments of a sharded checkpoint into a model, sharded over any number of ranks or plain.
 
-    With LoRA the model holds the weights of its start already: the checkpoint has adapters and heads.
+    With LoRA the checkpoint has adapters and heads only: the model holds the weights the stage began with.
     """
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
@@ -257,8 +245,8 @@ def load_sharded(folder: Path, model: CarftModel, optimizer: torch.optim.Optimiz
     tensors = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
     for name, parameter in model.named_parameters():
         if optimizer is not None and f"optimizer.{name}.exp_avg" in saved:
-            state = {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
-            state = {"step": torch.zeros((), device=_step_device(parameter, optimizer)), **state}
+            state = {"step": torch.zeros((), device=_step_device(parameter, optimizer))}
+            state |= {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
             optimizer.state[parameter] = state
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
     if missing := sorted(tensors.keys() - saved.keys()):
@@ -272,22 +260,19 @@ def load_optimizer(folder: Path, model: CarftModel, optimizer: torch.optim.Optim
     """Put the AdamW moments of a plain checkpoint back, by parameter name; each rank takes its part of them."""
     tensors = load_file(folder / OPTIMIZER_FILE)
     for name, parameter in model.named_parameters():
-        state: Tensors = {}
-        for key in ("step", *MOMENTS):
-            if (saved := tensors.get(f"{name}/{key}")) is not None:
-                # clone: memory of torch's own allocator has the alignment an uninterrupted run has, so kernels take
-                # the same path and the bits agree
-                saved = saved.clone()
-                if key == "step":
-                    state[key] = saved.to(_step_device(parameter, optimizer))
-                else:
-                    state[key] = _placed_like(parameter, saved.to(parameter.device))
-        if state:
-            optimizer.state[parameter] = state
+        if f"{name}/step" not in tensors:
+            continue
+        # clone: memory of torch's own allocator has the alignment an uninterrupted run has, so kernels take the same
+        # path and the bits agree
+        step, *moments = (tensors[f"{name}/{key}"].clone() for key in ("step", *MOMENTS))
+        state = {"step": step.to(_step_device(parameter, optimizer))}
+        for key, moment in zip(MOMENTS, moments, strict=True):
+            state[key] = _placed_like(parameter, moment.to(parameter.device))
+        optimizer.state[parameter] = state
 
 
 def load_trained(folder: Path, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
-    """What `load_model` does not read of a checkpoint: the optimizer, and weights that are sharded."""
+    """What `load_model` does not read of a checkpoint: the optimizer, and sharded weights."""
     if has_sharded(folder):
         load_sharded(folder, model, optimizer)
     else:
@@ -305,7 +290,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _portable(model_path: str, store: Path) -> str:
-    """Relative to the store for a folder of the same run, which may be moved; absolute for another folder."""
+    """A folder of the same run, which may be moved, relative to the store; another folder as an absolute path."""
     if not Path(model_path).is_dir():
         return model_path  # a Hub id, or "synthetic"
     path = Path(model_path).resolve()
@@ -319,7 +304,7 @@ def _order(path: Path) -> tuple[int, int]:
 
 
 def _trained(model: CarftModel) -> Tensors:
-    """What training changes, by name: with LoRA adapters and heads, else every weight; tied ones once."""
+    """What training changes, by name: with LoRA the adapters and heads, else every weight. Tied ones are in it once."""
     state = model.state_dict()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad or not model.has_adapters]
     if not model.has_adapters:
@@ -327,41 +312,38 @@ def _trained(model: CarftModel) -> Tensors:
     return {name: state[name] for name in names}
 
 
-def _optimizer_state(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[tuple[str, str], Tensor]:
-    """AdamW's tensors by (parameter name, "step" or a moment)."""
+def _optimizer_state(model: CarftModel, optimizer: torch.optim.Optimizer, pattern: str) -> Tensors:
+    """AdamW's tensors; `pattern` makes their names of the parameter's and "step" or a moment."""
     return {
-        (name, key): value.detach()
+        pattern.format(name, key): value.detach()
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _plain_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-    assert model.heads is not None
-    moments = {f"{name}/{key}": value for (name, key), value in _optimizer_state(model, optimizer).items()}
-    lm = model.lm.state_dict()
-    if model.has_adapters:  # the rest is where the stage began
-        lm = {name: lm[name] for name, parameter in model.lm.named_parameters() if parameter.requires_grad}
-    return {"lm": lm, "heads": model.heads.state_dict(), "optimizer": moments}
+    contents: dict[str, Tensors] = {"lm": {}, "heads": {}}
+    for name, tensor in _trained(model).items():
+        part, _, own_name = name.partition(".")
+        contents[part][own_name] = tensor
+    return contents | {"optimizer": _optimizer_state(model, optimizer, "{}/{}")}
 
 
-def _write_plain(folder: Path, model: CarftModel, contents: Mapping[str, Tensors]) -> None:
+def _write_plain(folder: Path, model: CarftModel, contents: dict[str, Tensors]) -> None:
     assert model.heads is not None
-    model.lm.save_pretrained(folder, state_dict=contents["lm"])  # with LoRA: the adapters of it
+    model.lm.save_pretrained(folder, state_dict=contents["lm"])  # with LoRA: its adapters
     model.write_generation_config(folder)
-    save_file(_on_host(contents["heads"]), folder / HEADS_WEIGHTS)
-    save_file(_on_host(contents["optimizer"]), folder / OPTIMIZER_FILE)
-    (folder / HEADS_CONFIG).write_text(json.dumps(model.heads.description, indent=2) + "\n")
+    model.heads.save(folder, contents["heads"])
+    save_file({name: x.cpu().contiguous() for name, x in contents["optimizer"].items()}, folder / OPTIMIZER_FILE)
 
 
 def _sharded_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> Tensors:
     weights = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
-    moments = {f"optimizer.{name}.{key}": value for (name, key), value in _optimizer_state(model, optimizer).items()}
-    return weights | moments
+    return weights | _optimizer_state(model, optimizer, "optimizer.{}.{}")
 
 
 def _write_sharded(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
-    """Every rank its part."""
+    """Every rank writes its part."""
     from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -376,20 +358,9 @@ def _write_description(folder: Path, model: CarftModel) -> None:
     (folder / HEADS_CONFIG).write_text(json.dumps(model.heads.description, indent=2) + "\n")
 
 
-def _on_host(tensors: Tensors) -> Tensors:
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _host_copy(tensors: Tensors) -> Tensors:
-    """A copy that training does not change. What shares memory shares it again: tied weights are saved once."""
-    copies: dict[Any, Tensor] = {}
-    result = {}
-    for name, tensor in tensors.items():
-        same = name if _is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if same not in copies:
-            copies[same] = tensor.to("cpu", copy=True)
-        result[name] = copies[same]
-    return result
+    """A copy that training does not change."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -408,5 +379,5 @@ def _placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
 
 
 def _step_device(parameter: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:
-    """Where AdamW counts its steps: beside the parameter if fused."""
+    """Where AdamW counts its steps: on the parameter's device if fused."""
     return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

@@ -44,7 +44,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     config = load_config(str(checkpoint / RUN_CONFIG_FILE))
 
     def write(target: Path) -> None:
-        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with something more
+        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with more files
             if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
                 copy = shutil.copytree if path.is_dir() else shutil.copyfile  # a tokenizer's chat templates
                 copy(path, target / path.name)
@@ -82,8 +82,7 @@ def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     plain |= {"compile": False, "gradient_checkpointing": False}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     sharded = has_sharded(checkpoint)
-    trained = None if sharded else checkpoint
-    model = load_model(config, start, torch.device("cpu"), heads=True, trained=trained)
+    model = load_model(config, start, torch.device("cpu"), heads=True, trained=None if sharded else checkpoint)
     if sharded:
         load_sharded(checkpoint, model)
     return model

@@ -29,7 +29,7 @@ from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.rollout.vllm import http as vllm_http
-from carft_fast.rollout.vllm.http import TOKEN, ServerApi, bearer
+from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost, bearer
 from carft_fast.rollout.vllm.launch import ServerProcess, check_port, free_port
 from carft_fast.rollout.vllm.servers import VLLMServerEngine
 from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
@@ -427,6 +427,38 @@ def test_servers_that_come_back_together_are_sent_to_one_after_the_other(monkeyp
     assert events == ["group", "begin", "end", "shutdown", "group", "begin", "end"]
 
 
+def test_a_server_that_dies_before_a_device_transfer_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is paused, then does not say how many GPUs it has: the others get the weights."""
+    gone, alive = (f"http://127.0.0.1:{port}" for port in (1, 2))
+    groups: list[int] = []
+
+    class Sender:
+        def __init__(self, *_: Any, world_size: int, **__: Any) -> None:
+            groups.append(world_size)
+
+        def send_weights(self) -> None:
+            pass
+
+    class Api:
+        async def nothing(self, *_: Any) -> None:
+            pass
+
+        async def world_size(self, url: str) -> int:
+            if url == gone:
+                raise ServerLost("no answer")
+            return 4
+
+        open_update = close_update = nothing
+
+    monkeypatch.setattr(vllm_adapter, "device_sender", Sender)
+    monkeypatch.setattr(vllm_adapter, "transfer_source", lambda _: None)
+    transfer = DeviceTransfer("nccl", 5.0, None)
+    transfer.stage(cast(Any, ()), "1")
+    lost = asyncio.run(transfer.send(cast(Any, Api()), [gone, alive]))
+    assert set(lost) == {gone}
+    assert groups == [1 + 4]
+
+
 def test_a_failure_is_not_taken_from_an_earlier_servers_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("ValueError: the KV cache of yesterday did not fit\n")
@@ -446,6 +478,29 @@ def test_a_server_that_does_not_start_says_why(model: CarftModel, tmp_path: Path
         "KV cache" in (tmp_path / "vllm-server-0.log").read_text()
         or "kv cache" in (tmp_path / "vllm-server-0.log").read_text()
     )
+
+
+def test_an_engine_that_cannot_start_its_servers_leaves_nothing(
+    model: CarftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second server does not start: the first one is stopped, the folder for weights is gone."""
+    started: list[ServerProcess] = []
+    start = ServerProcess.start
+
+    def start_one(self: ServerProcess) -> None:
+        if started:
+            raise OSError("no more processes")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(ServerProcess, "start", start_one)
+    (tmp_path / "weights").mkdir()
+    devices = 'rollout.server_devices=["0", "1"]'
+    config = make_config("rollout.engine=vllm-server", devices, f"rollout.transfer_dir={tmp_path / 'weights'}")
+    with pytest.raises(OSError, match="no more processes"):
+        VLLMServerEngine(config, model, EOS, folder=tmp_path, log=lambda _: None)
+    assert not started[0].running
+    assert list((tmp_path / "weights").iterdir()) == []
 
 
 def test_a_server_that_never_answers_is_named_after_the_timeout(model: CarftModel) -> None:

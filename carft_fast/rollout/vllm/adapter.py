@@ -1,8 +1,7 @@
 """The one file that speaks vLLM's Python API, versions 0.32 and 0.33; vllm is imported inside the functions.
 
-Every engine starts on random weights (`load_format="dummy"`) from a folder that holds nothing but the model's config:
-its weights come from the first sync, so no checkpoint is read twice and nothing is ever sampled from other weights
-than the trainer's.
+Every engine starts on random weights (`load_format="dummy"`) from a folder that holds only the model's config. Its
+weights come from the first sync: no checkpoint is read twice, and all samples come from the trainer's weights.
 """
 
 import functools
@@ -10,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +21,14 @@ from torch import Tensor
 from carft_fast.config import Config, RolloutConfig
 from carft_fast.core import EngineError, InputError, world_size
 from carft_fast.models import HeldWeights, SamplerWeights
-from carft_fast.rollout.base import Rollout, SamplingParams, request_seed
+from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 LOOPBACK = "127.0.0.1"
 INCOMPLETE = "incomplete"
-"""Weight version of an engine in the middle of an update, or of one that failed."""
+"""Weight version of an engine during an update, and after one that failed."""
+
+Weights = SamplerWeights | HeldWeights
 
 
 def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
@@ -69,7 +70,7 @@ def check_installed() -> str:
 IN_PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would tear our progress bars
+    "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would break the progress bars
     "VLLM_HOST_IP": LOOPBACK,  # what it listens on between its own processes
 }
 
@@ -91,8 +92,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
     rollout = config.rollout
     on_cpu = device_type == "cpu"
     eager = on_cpu and not config.model.compile if rollout.enforce_eager is None else rollout.enforce_eager
-    default = RolloutConfig.model_fields["memory_fraction"].default
-    given = rollout.memory_fraction != default or not dedicated
+    by_default = rollout.memory_fraction == RolloutConfig.model_fields["memory_fraction"].default
     cache_gib = rollout.kv_cache_gib or (1.0 if on_cpu else None)
     options: dict[str, Any] = {
         "load_format": "dummy",
@@ -104,7 +104,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
         "logprobs_mode": "processed_logprobs",  # of the distribution sampled from
         "enable_prefix_caching": True,  # a prompt's samples share its prefill
         "enforce_eager": eager,
-        "gpu_memory_utilization": rollout.memory_fraction if given else 0.9,
+        "gpu_memory_utilization": 0.9 if dedicated and by_default else rollout.memory_fraction,
         "tensor_parallel_size": rollout.tensor_parallel,
         "seed": config.seed,
     }
@@ -112,7 +112,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
         # A seeded request whose prefill is split rewinds its generator, which torch's CPU generator cannot do.
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, config.data.max_length)}
     if rollout.engine == "vllm" and world_size() > 1:
-        options["distributed_executor_backend"] = "external_launcher"  # an engine a process, by the group there is
+        options["distributed_executor_backend"] = "external_launcher"  # each process has an engine
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if rollout.sleep_level:
@@ -123,38 +123,29 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
 
 
 def transfer_backend(config: Config, device_type: str) -> Literal["nccl", "ipc", "files"]:
-    """What rollout.weight_transfer comes to for a trainer on this device."""
-    chosen = config.rollout.weight_transfer
-    if chosen == "auto":
-        return "files" if device_type == "cpu" else "nccl"
-    return chosen
+    """rollout.weight_transfer, with "auto" resolved for a trainer on this device."""
+    if config.rollout.weight_transfer != "auto":
+        return config.rollout.weight_transfer
+    return "files" if device_type == "cpu" else "nccl"
 
 
 def server_arguments(options: Mapping[str, Any], model_folder: Path, transfer: str) -> list[str]:
-    """The same as command-line flags of vLLM's server, with what weight updates and token-in, token-out need."""
+    """`options` as flags of vLLM's server, with those that weight updates and token-in, token-out generation need."""
     flags = ["--model", str(model_folder), "--served-model-name", "carft"]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            flags.append(flag)
-        elif value is False:
-            flags.append("--no-" + name.replace("_", "-"))
+    for option, value in options.items():
+        name = option.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
         else:
-            flags += [flag, str(value)]
-    backend = "carft_files" if transfer == "files" else transfer  # see vllm_plugin
-    return [
-        *flags,
-        "--enable-scale-out",
-        "--weight-transfer-config",
-        json.dumps({"backend": backend}),
-        "--middleware",
-        "carft_fast.rollout.vllm.plugin.RequireToken",
-        "--disable-uvicorn-access-log",
-    ]
+            flags += [f"--{name}", str(value)]
+    backend = "carft_files" if transfer == "files" else transfer  # see plugin.py
+    flags += ["--enable-scale-out", "--weight-transfer-config", json.dumps({"backend": backend})]
+    flags += ["--middleware", "carft_fast.rollout.vllm.plugin.RequireToken", "--disable-uvicorn-access-log"]
+    return flags
 
 
 def write_model_folder(lm_config: Any, folder: Path) -> None:
-    """config.json, with the Python files of a model that has its own (model.trust_remote_code), and nothing else.
+    """Only config.json, and a model's own Python files (model.trust_remote_code).
 
     Raises InputError for a model that is no causal LM of transformers.
     """
@@ -190,7 +181,7 @@ def check_model(lm_config: Any, device_type: str) -> None:
 
 
 def start_failure(error: BaseException) -> EngineError:
-    """What made vLLM fail to start, as one sentence that says what to do."""
+    """Why vLLM failed to start, as one sentence that says what to do."""
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(
         mark in text for mark in ("emory on device", "No available memory", "vailable memory on node", "KV cache")
@@ -251,12 +242,7 @@ class LocalEngine:
         self._calls = 0
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        eos_id: int,
-        weight_version: int,
-        on_progress: Callable[[int], None],
+        self, prompts: Prompts, sampling: SamplingParams, eos_id: int, weight_version: int, on_progress: Progress
     ) -> list[Rollout]:
         import vllm
         from vllm.sampling_params import RequestOutputKind
@@ -267,39 +253,23 @@ class LocalEngine:
         found: dict[int, list[Rollout]] = {}
         try:
             for index, prompt in enumerate(prompts):
-                params = vllm.SamplingParams(
-                    **sampling_fields(sampling, index, eos_id),
-                    output_kind=RequestOutputKind.FINAL_ONLY,
-                    flat_logprobs=True,
-                )
+                fields = sampling_fields(sampling, index, eos_id)
+                params = vllm.SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
                 request_id = f"{self._calls}-{index}"
                 engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
                 waiting[request_id] = index
             while waiting:
                 finished: list[Any] = [output for output in engine.step() if output.finished]
                 for output in finished:
+                    completions = sorted(output.outputs, key=lambda completion: completion.index)
                     found[waiting.pop(output.request_id)] = [
-                        to_rollout(
-                            completion.token_ids,
-                            completion.logprobs.logprobs,
-                            completion.finish_reason,
-                            eos_id,
-                            self._sampled_under(completion, weight_version),
-                        )
-                        for completion in sorted(output.outputs, key=lambda completion: completion.index)
+                        _from_vllm(completion, eos_id, weight_version) for completion in completions
                     ]
                 on_progress(len(finished) * sampling.samples_per_prompt)
         except BaseException:
             engine.abort_request(list(waiting))
             raise
         return [rollout for index in range(len(prompts)) for rollout in found[index]]
-
-    @staticmethod
-    def _sampled_under(completion: Any, expected: int) -> int:
-        versions = {span.version for span in completion.weight_versions or ()}
-        if versions != {str(expected)}:
-            raise EngineError(f"a completion was sampled under weights {sorted(versions)}, expected {expected}")
-        return expected
 
     def load(self, weights: SamplerWeights, weight_version: int) -> None:
         """Replace the weights. The version says `INCOMPLETE` until all of them are in."""
@@ -308,7 +278,7 @@ class LocalEngine:
         try:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         except BaseException:
-            # The layers not yet reloaded are on the meta device: put them back, or no later reload works either.
+            # The layers not yet reloaded are on the meta device: unless they are put back, no later reload works.
             self._llm.collective_rpc(_finish_reload)
             raise
         if not self._llm.reset_prefix_cache():
@@ -326,6 +296,14 @@ class LocalEngine:
         del self._llm
 
 
+def _from_vllm(completion: Any, eos_id: int, weight_version: int) -> Rollout:
+    versions = {span.version for span in completion.weight_versions or ()}
+    if versions != {str(weight_version)}:
+        raise EngineError(f"a completion was sampled under weights {sorted(versions)}, expected {weight_version}")
+    logprobs = completion.logprobs.logprobs
+    return to_rollout(completion.token_ids, logprobs, completion.finish_reason, eos_id, weight_version)
+
+
 def _finish_reload(worker: Any) -> None:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
@@ -335,13 +313,7 @@ def _finish_reload(worker: Any) -> None:
 
 
 def device_sender(
-    backend: Literal["nccl", "ipc"],
-    client: Any,
-    weights: SamplerWeights | HeldWeights,
-    *,
-    address: str,
-    port: int,
-    world_size: int,
+    backend: Literal["nccl", "ipc"], client: Any, weights: Weights, *, address: str, port: int, world_size: int
 ) -> Any:
     """vLLM's own trainer side of a GPU-to-GPU transfer; `send_weights()` runs start, update and finish.
 
@@ -361,13 +333,13 @@ def device_sender(
 
 
 def http_payload(update_info: Any) -> Any:
-    """Of an update, as JSON can carry it: CUDA IPC handles become text."""
+    """An update's description in JSON: CUDA IPC handles become text."""
     from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 
     return _json_safe_update_payload(update_info)
 
 
-def transfer_source(weights: SamplerWeights | HeldWeights) -> Any:
+def transfer_source(weights: Weights) -> Any:
     """`weights` as vLLM's WeightSource: 0.32 calls `metadata()` and iterates, 0.33 reads it and `iter_full()`."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 

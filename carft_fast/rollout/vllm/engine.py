@@ -1,24 +1,22 @@
-"""Engine "vllm": vLLM in the trainer's process, its weights replaced in place, its memory given back on request."""
+"""Engine "vllm": vLLM in the trainer's process. Weights are replaced in place; memory can be freed between calls."""
 
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from carft_fast.config import Config
 from carft_fast.models import CarftModel, SamplerWeights
-from carft_fast.rollout.base import Rollout, SamplingParams, check_request
+from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, check_request
 from carft_fast.rollout.vllm import adapter
 
 
 class VLLMEngine:
     """Holds random weights until the first `sync`.
 
-    With `rollout.sleep_level` the engine sleeps after every `generate`, and a sync or the next generate wakes it:
-    level 1 frees the KV cache and keeps the weights in host memory, level 2 drops both, and the weights then come
-    from the trainer again.
+    With `rollout.sleep_level` the engine sleeps after every `generate`; a sync or the next generate wakes it. Level 1
+    frees the KV cache and keeps the weights in host memory. Level 2 drops both: the trainer sends the weights again.
     """
 
     def __init__(self, config: Config, model: CarftModel, eos_id: int) -> None:
@@ -35,15 +33,16 @@ class VLLMEngine:
             self._engine = adapter.LocalEngine(Path(folder), options)
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
         check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         if self._asleep:
-            self._wake()
+            self._engine.wake()
+            self._asleep = False
+            if self._sleep_level == 2:  # the weights are gone, and the trainer's are still those of the last sync
+                model = self._model()
+                assert model is not None
+                self._engine.load(SamplerWeights(model.lm, self._dtype), self.version)
         try:
             return self._engine.generate(prompts, sampling, self._eos_id, self.version, on_progress or (lambda _: None))
         finally:
@@ -52,7 +51,7 @@ class VLLMEngine:
                 self._asleep = True
 
     def sync(self, model: CarftModel) -> int:
-        self._model = weakref.ref(model)  # a stage that is over shall not stay in memory
+        self._model = weakref.ref(model)  # a finished stage must not stay in memory
         self._whole = False
         if self._asleep:
             self._engine.wake("weights")  # the KV cache comes back after the update, when its peak is over
@@ -63,14 +62,6 @@ class VLLMEngine:
         self.version += 1
         self._whole = True
         return self.version
-
-    def _wake(self) -> None:
-        self._engine.wake()
-        self._asleep = False
-        if self._sleep_level == 2:  # the weights are gone, and the trainer's are still those of the last sync
-            model = self._model()
-            assert model is not None
-            self._engine.load(SamplerWeights(model.lm, self._dtype), self.version)
 
     def close(self) -> None:
         if hasattr(self, "_engine"):

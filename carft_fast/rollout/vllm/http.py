@@ -1,6 +1,5 @@
 """A vLLM server over HTTP: health, token-in token-out generation, and the phases of a weight update."""
 
-import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
@@ -16,16 +15,16 @@ HINT = "start it with `carft-fast serve`, which sets the flags it needs"
 TOKEN = "CARFT_SERVER_TOKEN"
 """Environment variable with the token that servers ask for."""
 ENGINE_S = 30.0
-"""Time within which an engine answers, at the latest after its step."""
+"""Seconds within which an engine answers, after the sampling step it is in."""
 
 
 def bearer(token: str | None) -> dict[str, str]:
-    """Request headers that show the token."""
+    """Request headers with the token."""
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 class ServerLost(Exception):  # noqa: N818 - an event the caller handles
-    """The server did not answer, failed, or holds other weights than expected: ask another one, mend this one."""
+    """The server did not answer, failed, or holds other weights than expected: another server can do the work."""
 
 
 class ServerApi:
@@ -38,25 +37,22 @@ class ServerApi:
     @staticmethod
     @asynccontextmanager
     async def open(update_timeout_s: float, token: str | None) -> AsyncIterator["ServerApi"]:
-        """Connections are not limited: how many requests are under way is the caller's choice.
+        """Connections are not limited: the caller chooses how many requests are under way.
 
-        None is used twice: a server closes one after an error or five idle seconds, and a request sent on it just
-        then would look like a lost server.
+        No connection is used twice. A server closes one after an error or five idle seconds, and a request sent on
+        it at that moment would look like a lost server.
         """
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(connector=connector, headers=bearer(token)) as session:
             yield ServerApi(session, update_timeout_s)
 
     async def call(
-        self, url: str, path: str, body: dict[str, Any] | None = None, *, post: bool = True, timeout_s: float
+        self, url: str, path: str, body: dict[str, Any] | None = None, *, method: str = "POST", timeout_s: float
     ) -> Any:
         """JSON of the answer. Raises ServerLost where another try may help, EngineError where the request is wrong."""
-        request = self._session.post if post else self._session.get
-        options: dict[str, Any] = {"timeout": aiohttp.ClientTimeout(total=timeout_s)}
-        if body is not None:
-            options["json"] = body
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with request(url + path, **options) as response:
+            async with self._session.request(method, url + path, json=body, timeout=timeout) as response:
                 text = await response.text()
                 status = response.status
         except TimeoutError:
@@ -83,7 +79,7 @@ class ServerApi:
     async def healthy(self, url: str) -> bool:
         """Whether the server answers within five seconds, and its engine, which may be at work, within `ENGINE_S`."""
         try:
-            await self.call(url, "/health", post=False, timeout_s=5)
+            await self.call(url, "/health", method="GET", timeout_s=5)
             await self.weight_version(url)
         except ServerLost:
             return False
@@ -102,8 +98,8 @@ class ServerApi:
         return str(await self._ask(url, "/weight_info", "weight_version"))
 
     async def _ask(self, url: str, path: str, *keys: str | int) -> Any:
-        """What the answer holds there."""
-        found = await self.call(url, path, post=False, timeout_s=ENGINE_S)
+        """The value in the answer that the keys lead to."""
+        found = await self.call(url, path, method="GET", timeout_s=ENGINE_S)
         try:
             for key in keys:
                 found = found[key]
@@ -118,46 +114,36 @@ class ServerApi:
 
     async def open_update(self, url: str) -> None:
         """Stop sampling, and mark the weights as incomplete until `close_update`."""
-        await self.call(url, "/pause?mode=abort", timeout_s=self._update_timeout_s)
-        await self._set_version(url, INCOMPLETE)
+        await self._update(url, "/pause?mode=abort")
+        await self._update(url, "/update_weight_version", new_version=INCOMPLETE)
+
+    async def init_transfer(self, url: str, info: dict[str, Any]) -> None:
+        await self._update(url, "/init_weight_transfer_engine", init_info=info)
 
     async def start_update(self, url: str) -> None:
         try:
-            await self.call(url, "/start_weight_update", timeout_s=self._update_timeout_s)
+            await self._update(url, "/start_weight_update")
         except ServerLost:
             # A trainer that died in the middle of an update left it open: end it, then begin again.
             with contextlib.suppress(ServerLost):
                 await self.finish_update(url)
-            await self.call(url, "/start_weight_update", timeout_s=self._update_timeout_s)
+            await self._update(url, "/start_weight_update")
 
     async def update(self, url: str, info: Any) -> None:
-        await self.call(url, "/update_weights", {"update_info": info}, timeout_s=self._update_timeout_s)
+        await self._update(url, "/update_weights", update_info=info)
 
     async def finish_update(self, url: str) -> None:
-        await self.call(url, "/finish_weight_update", timeout_s=self._update_timeout_s)
+        await self._update(url, "/finish_weight_update")
 
     async def close_update(self, url: str, weight_version: str) -> None:
-        """Forget prefixes computed with the old weights, name the new ones, sample again."""
-        reset = await self.call(url, "/reset_prefix_cache", timeout_s=self._update_timeout_s)
-        if not reset["success"]:
+        """Drop the cached prefixes of the old weights, name the new weights, sample again."""
+        if not (await self._update(url, "/reset_prefix_cache"))["success"]:
             raise ServerLost("the prefix cache could not be reset: requests were still running")
-        await self._set_version(url, weight_version)
-        await self.call(url, "/resume", timeout_s=self._update_timeout_s)
+        await self._update(url, "/update_weight_version", new_version=weight_version)
+        await self._update(url, "/resume")
 
-    async def _set_version(self, url: str, weight_version: str) -> None:
-        await self.call(
-            url, "/update_weight_version", {"new_version": weight_version}, timeout_s=self._update_timeout_s
-        )
-
-    async def init_transfer(self, url: str, info: dict[str, Any]) -> None:
-        await self.call(url, "/init_weight_transfer_engine", {"init_info": info}, timeout_s=self._update_timeout_s)
-
-
-async def all_of(*calls: Any) -> None:
-    """Run them together; when some fail, wait for the others, then raise the first failure."""
-    for result in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(result, BaseException):
-            raise result
+    async def _update(self, url: str, path: str, **body: Any) -> Any:
+        return await self.call(url, path, body or None, timeout_s=self._update_timeout_s)
 
 
 def _message(text: str) -> str:

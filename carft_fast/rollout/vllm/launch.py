@@ -1,7 +1,7 @@
 """vLLM server processes: the launcher that runs in them, and the handle that starts, watches and ends one.
 
 `python -m carft_fast.rollout.vllm.launch PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the process
-that started it is gone, however that died (0: nobody to watch).
+that started it is gone, even after a SIGKILL (PARENT_PID 0: no process is watched).
 """
 
 import contextlib
@@ -31,19 +31,20 @@ MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for th
 _LAUNCHER = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_RANK)$|MASTER_|TORCHELASTIC_|ACCELERATE_|FSDP_"
 )
-"""Variables by which `torchrun` and `accelerate launch` tell a trainer who it is."""
+"""Variables by which `torchrun` and `accelerate launch` tell a trainer its rank and settings."""
 
 
 def server_environment(cuda_visible_devices: str | None, host: str, token: str | None, transfer: str) -> dict[str, str]:
-    """Of the server process; what the user has set stays, what an engine in this process needs does not."""
+    """Of the server process. What the user has set stays; what `adapter.prepare_environment` has set does not."""
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     if transfer == "ipc":
-        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles travel pickled
-    own = {k: v for k, v in os.environ.items() if not _LAUNCHER.match(k)}
-    environment |= {k: v for k, v in own.items() if adapter.IN_PROCESS_ENVIRONMENT.get(k) != v}
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles are sent pickled
+    for name, value in os.environ.items():
+        if not _LAUNCHER.match(name) and adapter.IN_PROCESS_ENVIRONMENT.get(name) != value:
+            environment[name] = value
     if is_loopback(host):
         environment.setdefault("VLLM_HOST_IP", LOOPBACK)
     environment.pop(TOKEN, None)
@@ -79,16 +80,16 @@ def free_port() -> int:
 
 
 class ServerProcess:
-    """One server on this machine, in a process group of its own; `log` gets what it prints."""
+    """One server on this machine, in its own process group; `log` gets what it prints."""
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
-        self._arguments, self.log, self._environment = list(arguments), log, environment
+        self._arguments, self.log, self._environment = arguments, log, environment
         self._process: subprocess.Popen[bytes] | None = None
         self._log_start = 0
         self.url = ""
 
     def start(self) -> None:
-        """Ends what still runs, then starts anew on a free port. Returns at once: the server answers later."""
+        """Stops a running process, then starts one on a free port. Returns at once: the server answers later."""
         self.stop()
         port = free_port()
         self.url = f"http://{LOOPBACK}:{port}"
@@ -110,7 +111,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process is not None else None
+        return None if self._process is None else self._process.pid
 
     def failure(self) -> EngineError:
         """Why it ended, from the last error it printed."""
@@ -120,29 +121,19 @@ class ServerProcess:
         return EngineError(f"{adapter.start_failure(RuntimeError(reason))}; the server's log is {self.log}")
 
     def stop(self) -> None:
-        """SIGTERM to the group, SIGKILL after five seconds."""
+        """SIGTERM to the group, SIGKILL to what is left of it when its leader has ended, at the latest after 5 s."""
         if self._process is None:
             return
-        for signum, patience_s in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):  # the whole group has ended
+            for signum in (signal.SIGTERM, signal.SIGKILL):
                 os.killpg(self._process.pid, signum)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience_s)
-                if not _group_alive(self._process.pid):
-                    break
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(5)
         self._process = None
 
 
-def _group_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def _end_with(parent: int) -> None:
-    """First politely: vLLM's processes then remove what they share in memory."""
+    """SIGTERM first: vLLM's processes then remove their shared memory."""
     while os.getppid() == parent:
         time.sleep(1)
     group = os.getpgid(0)

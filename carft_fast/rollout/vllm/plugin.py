@@ -11,23 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 BACKEND = "carft_files"
-
-
-@dataclass
-class FilesInitInfo(WeightTransferInitInfo):
-    pass
 
 
 @dataclass
@@ -36,23 +27,16 @@ class FilesUpdateInfo(WeightTransferUpdateInfo):
     """Paths of safetensors files that together hold every weight, in the order to load them."""
 
 
-class FilesWeightTransferEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateInfo]):
+class FilesWeightTransferEngine(WeightTransferEngine[WeightTransferInitInfo, FilesUpdateInfo]):
     """Everything happens in `update_weights`: a trainer that dies before or after it leaves a usable model."""
 
-    init_info_cls = FilesInitInfo
+    init_info_cls = WeightTransferInitInfo
     update_info_cls = FilesUpdateInfo
 
-    def init_transfer_engine(self, init_info: FilesInitInfo) -> None:
-        pass
-
-    def start_weight_update(self) -> None:
-        pass
-
-    def finish_weight_update(self) -> None:
-        pass
-
-    def shutdown(self) -> None:
-        pass
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None: ...
+    def start_weight_update(self) -> None: ...
+    def finish_weight_update(self) -> None: ...
+    def shutdown(self) -> None: ...
 
     def update_weights(self, update_info: dict[str, list[str]]) -> None:
         # The base class synchronises the accelerator afterwards, which raises where there is none.
@@ -66,12 +50,12 @@ class FilesWeightTransferEngine(WeightTransferEngine[FilesInitInfo, FilesUpdateI
         try:
             load_weights(_read(update_info.files))
         finally:
-            # On an error too: without it the layers not yet loaded stay on the meta device, and no later load works.
+            # After an error too: else the layers not yet loaded stay on the meta device, and no later load works.
             finalize_layerwise_reload(self.model, self.model_config)
 
 
 class RequireToken:
-    """No request without VLLM_API_KEY as a bearer token, where it is set; only /health answers everybody.
+    """Where VLLM_API_KEY is set, every request but /health needs it as a bearer token.
 
     vLLM's own check lets through the routes that replace weights and call into the workers.
     """
@@ -90,9 +74,7 @@ class RequireToken:
 
 def _read(files: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+        yield from load_file(path).items()
 
 
 def register() -> None:

@@ -1,8 +1,8 @@
-"""Engine "vllm-server": one or more vLLM servers, each prompt to the next that has room, none lost with a server.
+"""Engine "vllm-server": one or more vLLM servers; each prompt goes to the next server that has room.
 
-A prompt is done when its answer is here, and belongs to one server at a time; a server that fails gives its prompts
-back to the others. It samples again only after it took over the current weights, and an answer from any other
-weights is not accepted, so a rollout is never lost, doubled, or of unknown weights.
+A prompt belongs to one server at a time, and is done when its answer is here. When a server fails, the others get its
+prompts. It samples again only after it has loaded the current weights, and an answer from any other weights is not
+accepted. So a rollout is never lost, doubled, or of unknown weights.
 """
 
 import asyncio
@@ -11,42 +11,40 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
 from carft_fast.models import CarftModel, HeldWeights, SamplerWeights
-from carft_fast.rollout.base import Rollout, SamplingParams, check_request
+from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, check_request
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost
 from carft_fast.rollout.vllm.launch import ServerProcess, server_environment
-from carft_fast.rollout.vllm.transfer import build_transfer
+from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
 
 MENDS = 3
-"""Times a server is brought back during one `generate`; a fourth failure is no accident."""
+"""Times a server that fails is brought back during one `generate`; a fourth failure is no accident."""
 PROGRESS_SECONDS = 5.0
 WATCH_SECONDS = 5.0
 
 
+@dataclass(eq=False)
 class _Server:
-    """A server and what is known of it. `process` is None for one that somebody else started."""
+    """A server and what is known of it. `process` is None for one that somebody else started, at `address`."""
 
-    def __init__(self, url: str, process: ServerProcess | None) -> None:
-        self._url, self.process = url, process
-        self.usable = False
-        """It answers and holds the current weights."""
-        self.failures = 0
-        """During the current `generate`."""
-        self.answered = False
-        """Since its process started. One that never did is still starting; one that did and stopped hangs."""
-        self.crew: set[asyncio.Task[None]] = set()
-        """Who sends it prompts and watches it."""
+    process: ServerProcess | None
+    address: str = ""
+    usable: bool = False
+    """It answers and holds the current weights."""
+    answered: bool = False
+    """Since its process started. One that never did is still starting; one that did and stopped hangs."""
 
     @property
     def url(self) -> str:
-        return self.process.url if self.process else self._url
+        return self.process.url if self.process else self.address
 
 
 class VLLMServerEngine:
@@ -65,22 +63,25 @@ class VLLMServerEngine:
         backend = adapter.transfer_backend(config, model.device.type)
         # Other users of this machine can reach the servers of the run, so these always ask for a token.
         self._token = os.environ.get(TOKEN) or (None if rollout.servers else secrets.token_urlsafe(32))
-        self._transfer = build_transfer(backend, rollout.transfer_dir, rollout.server_timeout_s, self._token)
+        self._transfer = (
+            FileTransfer(rollout.transfer_dir)
+            if backend == "files"
+            else DeviceTransfer(backend, rollout.server_timeout_s, self._token)
+        )
         self._scratch = tempfile.TemporaryDirectory(prefix="carft-servers-")
-        self._servers = [_Server(url.rstrip("/"), None) for url in rollout.servers]
-        if not self._servers:
-            scratch = Path(self._scratch.name)
-            adapter.write_model_folder(model.lm.config, scratch / "model")
-            options = adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
-            arguments = adapter.server_arguments(options, scratch / "model", backend)
-            logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
-            for index, devices in enumerate(rollout.server_devices or [None]):
-                log_file = logs / f"vllm-server-{index}.log"
-                environment = server_environment(devices, adapter.LOOPBACK, self._token, backend)
-                process = ServerProcess(arguments, log_file, environment)
-                process.start()
-                self._servers.append(_Server("", process))
+        self._servers = [_Server(None, url.rstrip("/")) for url in rollout.servers]
         try:
+            if not self._servers:
+                model_folder = Path(self._scratch.name) / "model"
+                adapter.write_model_folder(model.lm.config, model_folder)
+                options = adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
+                arguments = adapter.server_arguments(options, model_folder, backend)
+                logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
+                for index, devices in enumerate(rollout.server_devices or [None]):
+                    environment = server_environment(devices, adapter.LOOPBACK, self._token, backend)
+                    process = ServerProcess(arguments, logs / f"vllm-server-{index}.log", environment)
+                    process.start()
+                    self._servers.append(_Server(process))
             asyncio.run(self._start())
         except BaseException:
             self.close()
@@ -92,7 +93,7 @@ class VLLMServerEngine:
         return [server.process.pid for server in self._servers if server.process and server.process.pid]
 
     def sync(self, model: CarftModel, held: HeldWeights | None = None) -> int:
-        """`held`: the weights, where this process does not have the model's by itself."""
+        """`held`: a copy of the weights, where this process has only a part of the model's."""
         self._whole = False
         self._transfer.stage(held or SamplerWeights(model.lm, self._dtype), self._tag(self.version + 1))
         self.version += 1
@@ -101,11 +102,7 @@ class VLLMServerEngine:
         return self.version
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        *,
-        on_progress: Callable[[int], None] | None = None,
+        self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
         check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         bodies = [
@@ -195,7 +192,7 @@ class VLLMServerEngine:
         return False
 
     async def _generate(
-        self, bodies: Sequence[dict[str, Any]], samples: int, on_progress: Callable[[int], None]
+        self, bodies: Sequence[dict[str, Any]], samples: int, on_progress: Progress
     ) -> dict[int, list[Rollout]]:
         found: dict[int, list[Rollout]] = {}
         waiting: asyncio.Queue[int] = asyncio.Queue()
@@ -203,109 +200,97 @@ class VLLMServerEngine:
             waiting.put_nowait(index)
         lost: dict[str, ServerLost] = {}
         changed = asyncio.Event()
-        mending: set[asyncio.Task[None]] = set()
         # Enough to keep the engine's batch full, few enough that a faster server takes over the rest.
         at_once = min(len(bodies), max(2, -(-5 * self._config.batch_size // (4 * samples))))
 
-        def employ(server: _Server) -> None:
-            server.usable = True
-            server.crew = {asyncio.create_task(work(server)) for _ in range(at_once)}
-            server.crew.add(asyncio.create_task(watch(server)))
-
-        def lose(server: _Server, failure: ServerLost) -> None:
-            if not server.usable:
-                return
-            server.usable = False
-            server.failures += 1
-            lost[server.url] = failure
-            for task in server.crew - {asyncio.current_task()}:
-                task.cancel()
-            self._log(f"the vLLM server at {server.url} failed ({failure}); its prompts wait for another")
-            mending.add(asyncio.create_task(mend(server)))
-            changed.set()
-
-        async def work(server: _Server) -> None:
+        async def work(url: str) -> None:
             while True:
                 index = await waiting.get()
                 try:
-                    found[index] = await self._complete(api, server.url, bodies[index])
-                except ServerLost as failure:
-                    waiting.put_nowait(index)
-                    return lose(server, failure)
-                except asyncio.CancelledError:
+                    found[index] = await self._complete(api, url, bodies[index])
+                except BaseException:
                     waiting.put_nowait(index)
                     raise
                 changed.set()
 
-        async def watch(server: _Server) -> None:
+        async def watch(url: str) -> None:
             """Notices a server that another trainer has paused, or that hangs: its answers would never come."""
             while True:
-                try:
-                    self._check_version(await api.weight_version(server.url))
-                except ServerLost as failure:
-                    return lose(server, failure)
+                self._check_version(await api.weight_version(url))
                 await asyncio.sleep(WATCH_SECONDS)
 
-        async def mend(server: _Server) -> None:
-            while server.failures <= MENDS and (self._transfer.repeatable or self._config.async_depth == 0):
-                await self._answers(api, server)
-                await self._wait_healthy(api, server)
-                if still_lost := await self._transfer.send(api, [server.url]):
-                    server.failures += 1
-                    self._log(f"a vLLM server did not come back: {_reasons(still_lost)}")
-                    continue
-                self._log(f"the vLLM server at {server.url} is back, with the current weights")
-                employ(server)
-                return
-            # too often, or the trainer's weights have moved on: the next sync brings it back
+        async def employ(server: _Server) -> None:
+            """Give the server prompts until it is lost."""
+            tasks = [asyncio.create_task(work(server.url)) for _ in range(at_once)]
+            tasks.append(asyncio.create_task(watch(server.url)))
+            try:
+                await asyncio.gather(*tasks)
+            except ServerLost as failure:
+                server.usable = False
+                lost[server.url] = failure
+                self._log(f"the vLLM server at {server.url} failed ({failure}); its prompts wait for another")
+            finally:
+                await _cancel(tasks)
 
-        def crews() -> set[asyncio.Task[None]]:
-            return {task for server in self._servers for task in server.crew}
+        async def drive(server: _Server) -> None:
+            """Employ a server and bring it back when it is lost, until that fails or it has been lost too often."""
+            for _ in range(MENDS + 1):
+                if not server.usable:
+                    if self._config.async_depth and not self._transfer.repeatable:
+                        return  # the trainer's weights have changed: the next sync brings it back
+                    try:
+                        await self._bring_back(api, server)
+                    except Exception as failure:
+                        self._log(str(failure))
+                        return
+                if server.usable:
+                    await employ(server)
 
         async with ServerApi.open(self._config.server_timeout_s, self._token) as api:
-            for server in self._servers:
-                server.failures = 0
-                if server.usable:
-                    employ(server)
-                else:
-                    mending.add(asyncio.create_task(mend(server)))
+            drivers = [asyncio.create_task(drive(server)) for server in self._servers]
             reported = 0
             try:
                 while len(found) < len(bodies):
+                    for driver in drivers:
+                        if driver.done():
+                            driver.result()
+                    if all(driver.done() for driver in drivers):
+                        raise EngineError(f"no vLLM server is left: {_reasons(lost)}")
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(changed.wait(), 0.1)
                     changed.clear()
                     on_progress((len(found) - reported) * samples)
                     reported = len(found)
-                    for task in crews():
-                        if task.done() and not task.cancelled():
-                            task.result()
-                    for task in [task for task in mending if task.done()]:
-                        mending.discard(task)
-                        if failure := task.exception():
-                            self._log(str(failure))
-                    if not mending and not any(server.usable for server in self._servers):
-                        raise EngineError(f"no vLLM server is left: {_reasons(lost)}")
                 on_progress((len(found) - reported) * samples)
             finally:
-                left = crews() | mending
-                for task in left:
-                    task.cancel()
-                await asyncio.gather(*left, return_exceptions=True)
-                for server in self._servers:
-                    server.crew = set()
+                await _cancel(drivers)
         return found
 
+    async def _bring_back(self, api: ServerApi, server: _Server) -> None:
+        """Wait for a server, start it again if it has to be, and send it the weights."""
+        await self._answers(api, server)
+        await self._wait_healthy(api, server)
+        if lost := await self._transfer.send(api, [server.url]):
+            self._log(f"a vLLM server did not come back: {_reasons(lost)}")
+            return
+        self._log(f"the vLLM server at {server.url} is back, with the current weights")
+        server.usable = True
+
     async def _complete(self, api: ServerApi, url: str, body: dict[str, Any]) -> list[Rollout]:
-        choices = await api.generate(url, body, self._config.request_timeout_s)
         rollouts = []
-        for choice in choices:
+        for choice in await api.generate(url, body, self._config.request_timeout_s):
             self._check_version(*(span["version"] for span in choice["weight_versions"]))
             logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
             rollouts.append(
                 adapter.to_rollout(choice["token_ids"], logprobs, choice["finish_reason"], self._eos_id, self.version)
             )
         return rollouts
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _reasons(lost: dict[str, ServerLost]) -> str:

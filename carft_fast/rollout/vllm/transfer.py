@@ -1,7 +1,8 @@
 """How weights reach vLLM servers: through files, or from GPU to GPU with vLLM's own transfer engines.
 
-Both leave a server's weight version at "incomplete" from the first byte to the last, so that nothing sampled in
-between can be taken for a rollout.
+`stage` takes the weights that the following `send` calls deliver. `send` returns the servers that failed: they are left
+paused, their version incomplete. Both transfers leave a server's weight version at "incomplete" from the first byte to
+the last, so that nothing sampled in between can be taken for a rollout.
 """
 
 import asyncio
@@ -14,23 +15,24 @@ import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from carft_fast.core import EngineError
-from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.vllm import adapter
-from carft_fast.rollout.vllm.http import ServerApi, ServerLost, all_of
+from carft_fast.rollout.vllm.adapter import Weights
+from carft_fast.rollout.vllm.http import ServerApi, ServerLost
 from carft_fast.rollout.vllm.launch import free_port
 
 _PREFIX = "carft-weights-"
 
 
 async def _each(urls: Sequence[str], call: Callable[[str], Awaitable[None]]) -> dict[str, ServerLost]:
-    """Call for every server together; returns what was lost, raises any other failure."""
+    """Call for all servers at once, and wait for all. Returns the lost servers, raises any other failure."""
     results = await asyncio.gather(*(call(url) for url in urls), return_exceptions=True)
     lost: dict[str, ServerLost] = {}
     for url, result in zip(urls, results, strict=True):
@@ -41,43 +43,29 @@ async def _each(urls: Sequence[str], call: Callable[[str], Awaitable[None]]) -> 
     return lost
 
 
-class Transfer(Protocol):
-    repeatable: bool
-    """Whether `send` may be called after the trainer's weights have moved on: it sends what was staged."""
-
-    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
-        """Take the weights that the following `send` calls deliver."""
-        ...
-
-    async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
-        """Deliver to these servers; returns those that failed. They are left paused, their version incomplete."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class FileTransfer:
     """One safetensors file for each layer; only the current version's stay.
 
-    The folder's name has the trainer's process id and machine, so that what a killed one left (in memory, under
-    /dev/shm) is removed by the next trainer there.
+    The folder's name has the trainer's process id and machine, so that the next trainer there removes what a killed
+    one left (in memory, under /dev/shm).
     """
 
     repeatable = True
+    """Whether `send` may be called after the trainer's weights have changed: it sends what was staged."""
 
     def __init__(self, folder: str) -> None:
-        root = Path(folder) if folder else Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
-        root = root or Path(tempfile.gettempdir())
+        in_memory = os.access("/dev/shm", os.W_OK)
+        root = Path(folder or ("/dev/shm" if in_memory else tempfile.gettempdir()))
         machine = platform.node()
         own = re.compile(rf"{_PREFIX}(\d+)-{re.escape(machine)}-[^-]+")
         for left in root.glob(f"{_PREFIX}*"):
-            if (found := own.fullmatch(left.name)) and not Path(f"/proc/{found[1]}").exists():
+            if (found := own.fullmatch(left.name)) and not psutil.pid_exists(int(found[1])):
                 shutil.rmtree(left, ignore_errors=True)
         self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{machine}-", dir=root))
         self._version = ""
         self._files: list[Path] = []
 
-    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
+    def stage(self, weights: Weights, weight_version: str) -> None:
         for path in self._files:  # first: under /dev/shm two versions would be twice the memory
             path.unlink(missing_ok=True)
         self._files = []
@@ -112,30 +100,34 @@ class FileTransfer:
 class DeviceTransfer:
     """vLLM's "nccl" (GPUs of other processes or machines) and "ipc" (one GPU, two processes). Never run on a GPU yet.
 
-    One broadcast reaches every server. The group is made anew when the servers change.
+    One broadcast reaches every server. Another set of servers gets a new group.
     """
 
     repeatable = False
 
     def __init__(self, backend: Literal["nccl", "ipc"], update_timeout_s: float, token: str | None) -> None:
         self._backend, self._timeout_s, self._token = backend, update_timeout_s, token
-        self._weights: SamplerWeights | HeldWeights | None = None
+        self._weights: Weights | None = None
         self._version = ""
         self._sender: Any = None
         self._members: tuple[str, ...] = ()
-        self._one_at_a_time = threading.Lock()  # servers that come back together each get a group
+        self._one_at_a_time = threading.Lock()  # servers that come back at the same time each get a group
 
-    def stage(self, weights: SamplerWeights | HeldWeights, weight_version: str) -> None:
+    def stage(self, weights: Weights, weight_version: str) -> None:
         self._weights, self._version = weights, weight_version
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
-        assert self._weights is not None
-        lost = await _each(urls, api.open_update)
+        sizes: dict[str, int] = {}
+
+        async def prepare(url: str) -> None:
+            await api.open_update(url)
+            sizes[url] = await api.world_size(url)
+
+        lost = await _each(urls, prepare)
         members = tuple(url for url in urls if url not in lost)
         if members:
-            sizes = [await api.world_size(url) for url in members]
-            # In a thread: vLLM's sender blocks, and calls `_ControlPlane`, which runs a loop of its own.
-            await asyncio.to_thread(self._send, members, sizes)
+            # In a thread: vLLM's sender blocks, and calls `_ControlPlane`, which runs its own event loop.
+            await asyncio.to_thread(self._send, members, [sizes[url] for url in members])
             lost |= await _each(members, lambda url: api.close_update(url, self._version))
         return lost
 
@@ -173,31 +165,29 @@ class _ControlPlane:
         self._urls, self._sizes, self._timeout_s, self._token = urls, sizes, timeout_s, token
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        infos, offset = [], 1
-        for size in self._sizes:
-            infos.append(init_info | ({"rank_offset": offset} if "rank_offset" in init_info else {}))
+        infos, offset = {}, 1
+        for url, size in zip(self._urls, self._sizes, strict=True):
+            infos[url] = init_info | ({"rank_offset": offset} if "rank_offset" in init_info else {})
             offset += size
-        self._all(lambda api: [api.init_transfer(u, info) for u, info in zip(self._urls, infos, strict=True)])
+        self._on_each(lambda api, url: api.init_transfer(url, infos[url]))
 
     def start_weight_update(self) -> None:
-        self._all(lambda api: [api.start_update(url) for url in self._urls])
+        self._on_each(ServerApi.start_update)
 
     def update_weights(self, update_info: Any) -> None:
         payload = adapter.http_payload(update_info)
-        self._all(lambda api: [api.update(url, payload) for url in self._urls])
+        self._on_each(lambda api, url: api.update(url, payload))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all(lambda api: [api.finish_update(url) for url in self._urls])
+        self._on_each(ServerApi.finish_update)
 
-    def _all(self, calls: Any) -> None:
-        async def run() -> None:
+    def _on_each(self, call: Callable[[ServerApi, str], Awaitable[None]]) -> None:
+        async def run() -> dict[str, ServerLost]:
             async with ServerApi.open(self._timeout_s, self._token) as api:
-                await all_of(*calls(api))
+                return await _each(self._urls, lambda url: call(api, url))
 
-        try:
-            asyncio.run(run())
-        except ServerLost as lost:
-            raise EngineError(f"weight transfer ({', '.join(self._urls)}): {lost}") from None
+        if lost := asyncio.run(run()):
+            raise EngineError(f"weight transfer ({', '.join(self._urls)}): {next(iter(lost.values()))}")
 
 
 def _address_towards(url: str) -> str:
@@ -206,10 +196,3 @@ def _address_towards(url: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return str(probe.getsockname()[0])
-
-
-def build_transfer(
-    backend: Literal["nccl", "ipc", "files"], folder: str, update_timeout_s: float, token: str | None
-) -> Transfer:
-    """`backend` as `adapter.transfer_backend` gives it, `token` as the servers ask for it."""
-    return FileTransfer(folder) if backend == "files" else DeviceTransfer(backend, update_timeout_s, token)
