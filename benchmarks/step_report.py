@@ -34,13 +34,13 @@ def report(results: dict[str, Any]) -> str:
         "once, padded to the longest prompt plus the longest completion) over this. `step`",
         "adds `sampling`: vLLM and its weight sync for the fast paths, transformers' generate for the padded one,",
         "medians as well, counted by the completion token since the engines draw different samples. Utilisation:",
-        "FLOPs that the fast path needs, over the time of both phases, over the matmul ceiling. Memory: peak of look",
-        "and first epoch above model, optimizer state and what the process held, with the gradients and, `beyond",
+        "FLOPs that the fast path needs, over the time of both phases, over the matmul ceiling. Memory: peak of",
+        "log-probs and first epoch above model, optimizer state and what the process held, with the gradients and, `beyond",
         "gradients`, without. Nothing here ran on a GPU.",
         "",
-        "Where all rows are one micro-batch (`fast` without small ones) the log-probs hold the forward that the first",
-        "epoch's backward goes on from, so the two phases are to be read together. `alone`: an update that makes all",
-        "its forwards itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
+        "Where all rows are one micro-batch (`fast` without small ones) log-prob time includes the forward pass that",
+        "the first update reuses, so read the two phases together. `alone`: an update that makes all its forwards",
+        "itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
         "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`, vLLM's",
         "model too, once a run and in no time here.",
     ]
@@ -96,7 +96,7 @@ def growth_lines(results: dict[str, Any]) -> list[str]:
         "",
         "## Growth",
         "",
-        "Quickstart model, fast path, sequences of 128 tokens, look and update, best of the repeats:",
+        "Quickstart model, fast path, sequences of 128 tokens, log-probs and update, best of the repeats:",
         "",
     ]
     lines += ["| tokens per step | seconds | seconds per 1,024 tokens |", "| --- | --- | --- |"]
