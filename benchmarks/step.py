@@ -144,7 +144,7 @@ class Prepared:
         self.look()
 
     def look(self) -> None:
-        self.experience: Experience = self.step.explore(self.samples, derive_seed(0, "benchmark"))
+        self.experience: Experience = self.step.make_experience(self.samples, derive_seed(0, "benchmark"))
 
     def update(self, epochs: int | None = None) -> dict[str, float]:
         score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config)

@@ -113,7 +113,7 @@ class CarftSide:
         rollouts = self._rollouts()
         grade_rollouts(rollouts, self._rows, self._format, self._grader)
         samples = as_samples(self._rows, rollouts, CPU)
-        experience = self._step.explore(samples, derive_seed(0, "peers", self._steps_done))
+        experience = self._step.make_experience(samples, derive_seed(0, "peers", self._steps_done))
         advantages = estimate_advantages(torch.tensor(self.work.rewards), experience, self._config)
         plan, live = self._step.plan_update(experience, advantages)
         assert all(live), "a sample without advantage would be left out here and not elsewhere"

@@ -58,7 +58,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                     completions, grades = grade_rollouts(rollouts, rows, run.prompt_format, run.grader)
                 with timer("forward"):
                     samples = as_samples(rows, rollouts, run.device)
-                    experience = work.explore(samples, derive_seed(run.config.seed, "rl", step))
+                    experience = work.make_experience(samples, derive_seed(run.config.seed, "rl", step))
                     score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
                     advantages = estimate_advantages(score_N, experience, run.config)
                 loop.begin_update()

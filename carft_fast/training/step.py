@@ -32,7 +32,7 @@ from carft_fast.training.reference import Reference
 
 
 class Step:
-    """What a step does with its rollouts but grading them: `explore` without gradient, then `update`."""
+    """What a step does with its rollouts but grading them: `make_experience` without gradient, then `update`."""
 
     def __init__(self, config: Config, learner: Learner, reference: Reference | None) -> None:
         """`reference` may be absent where `Needs.of(config).reference` is False."""
@@ -48,7 +48,7 @@ class Step:
         )
 
     @torch.no_grad()
-    def explore(self, samples: Samples, seed: int) -> Experience:
+    def make_experience(self, samples: Samples, seed: int) -> Experience:
         """One pass of policy and reference over the rollouts, one of the policy over the annotated CoTs, as needed.
 
         Micro-batches are those of the first PPO epoch, so its forward repeats this one bit for bit and the ratio starts

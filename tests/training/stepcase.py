@@ -107,7 +107,7 @@ def look_at(config: Config, case: Case, learner: Learner) -> Parts:
     """The same with a model in training."""
     policy = learner.model
     step = Step(config, learner, Reference(config, "synthetic", policy))
-    experience = step.explore(case.samples, SEED)
+    experience = step.make_experience(case.samples, SEED)
     score_N = score_rollouts(case.grades, experience.cosine_N, config)
     advantages = estimate_advantages(score_N, experience, config)
     plan, live = step.plan_update(experience, advantages)

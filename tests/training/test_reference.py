@@ -20,7 +20,7 @@ def test_with_lora_the_reference_is_the_model_without_adapters() -> None:
     base = {name: p.detach().clone() for name, p in parts.policy.named_parameters() if name not in trained}
     assert (parts.experience.old_logprob_C - parts.experience.ref_logprob_C).abs().max() > 1e-2, "adapters do something"
     update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
-    again = parts.step.explore(case.samples, SEED)
+    again = parts.step.make_experience(case.samples, SEED)
     assert torch.equal(again.ref_logprob_C, parts.experience.ref_logprob_C), "the update moved the reference"
     assert not torch.equal(again.old_logprob_C, parts.experience.old_logprob_C)
     for name, p in parts.policy.named_parameters():
@@ -52,5 +52,5 @@ def test_frozen_weights_in_half_precision_give_the_bits_of_autocast() -> None:
     plain = take_apart(quick_config(), case).step._reference._copy
     for parameter, wide in zip(copy.parameters(), plain.parameters(), strict=True):
         parameter.data = wide.data
-    again = parts.step.explore(case.samples, SEED)
+    again = parts.step.make_experience(case.samples, SEED)
     assert torch.equal(again.ref_logprob_C, parts.experience.ref_logprob_C)

@@ -160,7 +160,7 @@ def test_twenty_updates_stay_on_the_plain_path() -> None:
         curves[impl] = []
         for number in range(20):
             case = random_case(100 + number, "mixed")
-            experience = parts.step.explore(case.samples, number)
+            experience = parts.step.make_experience(case.samples, number)
             score_N = score_rollouts(case.grades, experience.cosine_N, config)
             advantages = estimate_advantages(score_N, experience, config)
             now = parts._replace(experience=experience, advantages=advantages)
@@ -201,7 +201,7 @@ def test_compiled_layers_change_nothing() -> None:
         gradients(quick_config("rl.ppo_epochs=1"), case),
     )
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled.step.explore(other.samples, 0)
+        compiled.step.make_experience(other.samples, 0)
 
 
 @pytest.mark.parametrize("method", ["carft_both", "reft", "dr_grpo"])
@@ -253,7 +253,7 @@ def test_samples_of_one_question_share_their_annotated_forward(monkeypatch: pyte
             1
         ],
     )
-    z_1 = parts.step.explore(case.samples, SEED).z_1
+    z_1 = parts.step.make_experience(case.samples, SEED).z_1
     assert sorted(seen) == [3, 12, 12], "and the rollouts by policy and reference"
     monkeypatch.undo()
     torch.testing.assert_close(z_1, parts.experience.z_1)
@@ -271,7 +271,7 @@ def test_annotated_cots_longer_than_their_rollouts_are_cut_to_the_budget() -> No
     parts = take_apart(quick_config("rl.micro_batch_tokens=160"), case._replace(samples=samples))
     forwards: list[int] = []
     parts.policy.lm.model.layers[0].register_forward_hook(lambda _m, inputs, _o: forwards.append(inputs[0].shape[1]))
-    z_1 = parts.step.explore(samples, SEED).z_1
+    z_1 = parts.step.make_experience(samples, SEED).z_1
     assert forwards[0] == 12 * 6, "all rollouts"
     assert max(forwards) <= 160
     assert sum(forwards[1:]) == 12 * 61
@@ -289,7 +289,7 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
     annotated_tokens = sum(1 + len(c) for _, c in list(case.samples.annotated.pairs)[::4])
 
     def forwarded(*options: str) -> tuple[int, int]:
-        """Tokens through policy and reference in `explore`."""
+        """Tokens through policy and reference in `make_experience`."""
         parts = take_apart(quick_config("rollout.samples_per_prompt=4", *options), case)
         counts = [0, 0]
         reference = parts.step._reference._copy
@@ -299,7 +299,7 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
                 counts[number] += inputs[0].shape[1]
 
             model.lm.model.layers[0].register_forward_hook(count)
-        parts.step.explore(case.samples, SEED)
+        parts.step.make_experience(case.samples, SEED)
         return counts[0], counts[1]
 
     assert forwarded() == (rollout_tokens + annotated_tokens, rollout_tokens), "a prompt goes with its rollouts alone"
@@ -321,7 +321,7 @@ def test_the_look_at_the_first_micro_batch_is_its_forward(method: str, checkpoin
     forwards: list[bool] = []
     parts = take_apart(quick_config(*options), case := random_case(3, "mixed"))
     parts.policy.lm.model.register_forward_hook(lambda *_: forwards.append(torch.is_grad_enabled()))
-    again = parts._replace(experience=parts.step.explore(case.samples, SEED))
+    again = parts._replace(experience=parts.step.make_experience(case.samples, SEED))
     beside = [False] * (method == "carft")
     assert forwards == [True, *beside, False, *beside]
     forwards.clear()
@@ -382,7 +382,7 @@ def test_the_cost_model_counts_what_a_step_computes() -> None:
 
     tokens, annotated_tokens = sum(rollouts.lengths), sum(annotated.lengths)
     with FlopCounterMode(display=False) as counter:
-        parts.step.explore(case.samples, SEED)
+        parts.step.make_experience(case.samples, SEED)
     assert counter.get_total_flops() == work["log-probs"].flops + heads(2 * tokens + annotated_tokens, 24)
     with FlopCounterMode(display=False) as counter:
         update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1), lr=0.1)
@@ -448,7 +448,7 @@ def test_the_update_waits_for_the_device_only_at_its_end() -> None:
             parts = take_apart(quick_config(*options), case := random_case(13, "mixed"))
             optimizer = torch.optim.AdamW(parts.policy.parameters(), lr=1e-4, fused=True)
             update(parts, case, optimizer, lr=1e-4)  # the first call of an operator compiles and imports
-            parts = parts._replace(experience=parts.step.explore(parts.samples, SEED))
+            parts = parts._replace(experience=parts.step.make_experience(parts.samples, SEED))
             with device_reads() as counts:
                 update(parts, case, optimizer, lr=1e-4)
             micros = sum(len(mini.micro) for epoch in parts.plan for mini in epoch)
