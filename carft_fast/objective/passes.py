@@ -4,7 +4,7 @@ B sequences, C their completion tokens, E embedding size, P parts of a completio
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,60 +109,21 @@ def gathered(own: Sequence[Outputs], rows: Rows, micros: Sequence[Sequence[int]]
     return Outputs(*found)
 
 
-class Passes(Protocol):
-    """How sequences go through the model. Each takes the model first: `model(passes.loss, ...)` runs it where the
-    model's weights are gathered."""
-
-    reuses_prompts: bool
-    """Whether a forward can start from prompts whose states an earlier one kept."""
-
-    def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
-        """Indices of the sequences that go through the model together. Their number is a multiple of `multiple_of`:
-        processes take them in turn, and all have as many; some may be empty."""
-        ...
-
-    def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
-        """Of the completion tokens, divided by `total_tokens`."""
-        ...
-
-    def outputs(
-        self,
-        model: CarftModel,
-        rows: Rows,
-        want: Want,
-        *,
-        keep_graph: bool = False,
-        keep_prompts: bool = False,
-        after: PromptStates | None = None,
-    ) -> tuple[Outputs, Forward]:
-        """`keep_graph`: the forward can serve `loss`. `keep_prompts` and `after`, for passes that reuse prompts: see
-        `models.pack`."""
-        ...
-
-    def loss(
-        self,
-        model: CarftModel,
-        rows: Rows,
-        targets: RolloutTargets,
-        normaliser: Normaliser,
-        live: Sequence[bool],
-        *,
-        embedding: bool,
-        forward: Forward | None = None,
-    ) -> Loss:
-        """Rows that are not `live` count for nothing but the normaliser. With `embedding` z comes with gradient.
-        `forward`: of these rows and with its graph, where there is one already."""
-        ...
-
-
 class PackedPasses:
-    """Sequences end to end; micro-batches filled to a token budget and balanced by their FLOPs."""
+    """Sequences end to end; micro-batches filled to a token budget and balanced by their FLOPs.
+
+    `cross_entropy`, `outputs` and `loss` take the model first: `model(passes.loss, ...)` gathers its weights around
+    them.
+    """
 
     def __init__(self, config: Config, micro_batch_tokens: int, cost: ModelCost, *, share_prompts: bool) -> None:
         self._config, self._cost, self._budget, self._share = config, cost, micro_batch_tokens, share_prompts
         self.reuses_prompts = config.model.attention == "packed"
+        """Whether a forward can start from prompts whose states an earlier one kept."""
 
     def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
+        """Indices of the sequences that go through the model together. Their number is a multiple of `multiple_of`:
+        processes take them in turn, and all have as many; some may be empty."""
         units = self._units(rows)
         lengths = [(len(p), len(c)) for p, c in rows.pairs]
         tokens = [lengths[unit[0]][0] + sum(lengths[i][1] for i in unit) for unit in units]
@@ -191,6 +152,7 @@ class PackedPasses:
         return pack(rows.prompts, rows.completions, model.device, share_prompts=self._share, **options)
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
+        """Of the completion tokens, divided by `total_tokens`."""
         batch = self._pack(model, rows)
         return sft_loss(model, model.hidden_states(batch), batch, total_tokens)
 
@@ -205,6 +167,7 @@ class PackedPasses:
         keep_prompts: bool = False,
         after: PromptStates | None = None,
     ) -> tuple[Outputs, Forward]:
+        """`keep_graph`: the forward can serve `loss`. `keep_prompts` and `after`: see `models.pack`."""
         sampling = self._config.rollout
         batch = self._pack(model, rows, keep_prompts=keep_prompts, after=after)
         with torch.set_grad_enabled(keep_graph):
@@ -236,6 +199,8 @@ class PackedPasses:
         embedding: bool,
         forward: Forward | None = None,
     ) -> Loss:
+        """Rows that are not `live` count for nothing but the normaliser. With `embedding` z comes with gradient.
+        `forward`: of these rows and with its graph, where there is one already."""
         assert all(live), "rollouts without a gradient are in no micro-batch"
         batch = self._pack(model, rows) if forward is None else forward.batch
         output = model.hidden_states(batch) if forward is None else forward.output
@@ -246,7 +211,7 @@ class PackedPasses:
 
 
 class PaddedPasses:
-    """Rows in the order drawn, as many as fit the token budget, pads included."""
+    """The same for rows in the order drawn, as many as fit the token budget, pads included."""
 
     reuses_prompts = False
 
@@ -307,6 +272,9 @@ class PaddedPasses:
             model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature
         )
         return Loss(*found, padded.embedding(model, output.hidden_BLD, batch, rows.parts) if embedding else None)
+
+
+Passes = PackedPasses | PaddedPasses
 
 
 def build_passes(config: Config, model: CarftModel, micro_batch_tokens: int, *, share_prompts: bool = False) -> Passes:
