@@ -55,8 +55,8 @@ SHAPE = "Qwen2.5-1.5B's shape, random weights"
 ROWS, PROMPT, COMPLETION = 64, 64, 128
 PATHS = {
     "fast": [],
-    "reference, recomputing": [
-        "model.impl=reference",
+    "padded, recomputing": [
+        "model.impl=padded",
         "model.gradient_checkpointing=true",
         f"rl.micro_batch_tokens={8 * (PROMPT + COMPLETION)}",  # eight rows at once, the paper's per GPU
     ],

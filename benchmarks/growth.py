@@ -47,7 +47,7 @@ GROUP_SIZES = (2, 4, 8, 16)
 GROUP_VARIANTS = {
     "carft_fast, shared prompts": ["rl.micro_batch_tokens=2048", "rl.share_prompts=true"],
     "carft_fast": ["rl.micro_batch_tokens=2048"],
-    PLAIN: ["model.impl=reference", training.DEVICE_AT_ONCE],
+    PLAIN: ["model.impl=padded", training.DEVICE_AT_ONCE],
 }
 RANKS = (1, 2, 4)
 STRATEGIES = {"DDP": "ddp", "FSDP2": "fsdp2"}

@@ -184,7 +184,7 @@ def operators(found: Measured) -> list[str]:
 
 def step(found: Measured) -> list[str]:
     rows = [row for row in found.rows() if "size" not in row]
-    base = {row["case"]: row for row in rows if row["path"] == "reference, recomputing"}
+    base = {row["case"]: row for row in rows if row["path"] == "padded, recomputing"}
     table = []
     for row in rows:
         published = base.get(row["case"])
@@ -216,7 +216,7 @@ def step(found: Measured) -> list[str]:
         )
     return [
         page.paragraph(
-            "CARFT on the same rollouts, two PPO epochs, float32 on the CPU. “reference, recomputing” is the published "
+            "CARFT on the same rollouts, two PPO epochs, float32 on the CPU. “padded, recomputing” is the published "
             "trainers' way: a device's rows at once, padded to the longest prompt plus the longest completion."
         ),
         page.charts(*drawn),

@@ -207,7 +207,7 @@ def _step(data: Any) -> Iterator[Row]:
         case = {"case": "growth with tokens", "path": "fast", "size": row["tokens"]}
         yield case | {"machine": data["growth_machine"], "seconds": row["seconds"]}
     for row in data.get("vocabulary", ()):
-        for path in ("fast", "reference"):
+        for path in ("fast", "padded"):
             case = {"case": "growth with the vocabulary", "path": path, "size": row["vocabulary"]}
             yield case | {"machine": data["growth_machine"], "memory_mb": row[path]}
     for row in (*data.get("rollouts", ()), *data.get("smollm2_rollouts", ())):

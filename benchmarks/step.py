@@ -1,11 +1,11 @@
 """The training step, fast path against plain path, on the same rollouts in the same run. `make bench-step`
 
 Paths: "fast" is the default, with all rows in one micro-batch; "torch's matmuls" does without oneDNN, which the fast
-path takes in float32; "compiled" is `model.compile`, which has vLLM compile its model as well, and "stored prompts"
-`rl.reference_prompts = "stored"` (compiling and storing are in no time); "recomputing" is activation checkpointing, and
-"fast, small micro-batches" cuts the rows as well. "reference" is the plain path (`model.impl = "reference"`: all rows
-of a device at once, padded to the longest prompt plus the longest completion, float32 logits of every position);
-"reference, recomputing" is what the published trainers do. Engines and paths take turns.
+path takes in float32; "compiled" is `model.compile`, which has vLLM compile its model as well (compiling is in no
+time); "recomputing" is activation checkpointing, and "fast, small micro-batches" cuts the rows as well. "padded" is
+the plain path (`model.impl = "padded"`: all rows of a device at once, padded to the longest prompt plus the longest
+completion, float32 logits of every position); "padded, recomputing" is what the published trainers do. Engines and
+paths take turns.
 Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
 look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
 whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
@@ -40,7 +40,6 @@ from carft_fast.rewards import Grader
 from carft_fast.rollout import Rollout, SamplingParams, build_engine
 from carft_fast.training import (
     Experience,
-    MiniBatch,
     Reference,
     Run,
     Samples,
@@ -48,7 +47,6 @@ from carft_fast.training import (
     as_samples,
     build_learner,
     estimate_advantages,
-    grade_all,
     prepare,
     score_rollouts,
     versions,
@@ -56,19 +54,18 @@ from carft_fast.training import (
 from carft_kernels import cpu_linear
 
 DEVICE_AT_ONCE = "rl.micro_batch_tokens=65536"
-COMPILED, STORED = "model.compile=true", "rl.reference_prompts=stored"
+COMPILED = "model.compile=true"
 RECOMPUTING = "model.gradient_checkpointing=true"
 TORCH_MATMULS = "fast, torch's matmuls"
 PATHS: dict[str, list[str]] = {
     "fast": [],
     TORCH_MATMULS: [],
     "fast, compiled": [COMPILED],
-    "fast, compiled, stored prompts": [COMPILED, STORED],
     "fast, compiled, recomputing": [COMPILED, RECOMPUTING],
     "fast, recomputing": [RECOMPUTING],
     "fast, small micro-batches": [RECOMPUTING, "rl.micro_batch_tokens=1024"],
-    "reference": ["model.impl=reference", DEVICE_AT_ONCE],
-    PUBLISHED: ["model.impl=reference", DEVICE_AT_ONCE, RECOMPUTING],
+    "padded": ["model.impl=padded", DEVICE_AT_ONCE],
+    PUBLISHED: ["model.impl=padded", DEVICE_AT_ONCE, RECOMPUTING],
 }
 SAMPLERS = {
     "hf": ["rollout.engine=hf"],
@@ -96,10 +93,8 @@ CASES = {
     # as many as the quickstart has in a step
     "quickstart": Case(["rl.mini_batch_size=128", "rl.micro_batch_tokens=16384"], list(PATHS), 5),
     # what the paper's setting gives each of its 8 GPUs, and twice that
-    "SmolLM2-135M": smollm2_case(8, "fast, compiled, recomputing", "fast, small micro-batches", "reference"),
-    "SmolLM2-135M, 16 rollouts": smollm2_case(
-        16, TORCH_MATMULS, "fast, compiled, stored prompts", "fast, small micro-batches", "reference"
-    ),
+    "SmolLM2-135M": smollm2_case(8, "fast, compiled, recomputing", "fast, small micro-batches", "padded"),
+    "SmolLM2-135M, 16 rollouts": smollm2_case(16, TORCH_MATMULS, "fast, small micro-batches", "padded"),
 }
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h, for mallopt: how much free memory the heap's end keeps, and from which size on a block is none of it."""
@@ -143,24 +138,20 @@ class Prepared:
         self.policy: CarftModel = load_model(config, model_path, torch.device(device), heads=True)
         learner = build_learner(config, self.policy, config.rl, self.policy.device)
         self.step = Step(config, learner, Reference(config, model_path, self.policy))
-        if config.rl.reference_prompts == "stored":
-            self.step.store_reference_prompts([row.prompt_ids for row in inputs.rows])
         self.samples: Samples = as_samples(inputs.rows, inputs.rollouts, self.policy.device)
-        self.plan: list[list[MiniBatch]] = self.step.plan(self.samples, derive_seed(0, "benchmark"))
-        self.grades = grade_all(decoded, inputs.rows, Grader(config.reward))
+        self.grades = Grader(config.reward).grade(decoded, [row.example for row in inputs.rows])
         # the learning rate is 0, so that every repeat starts from the same weights
         self.look()
 
     def look(self) -> None:
-        self.experience: Experience = self.step.look(self.samples, self.plan[0])
+        self.experience: Experience = self.step.explore(self.samples, derive_seed(0, "benchmark"))
 
     def update(self, epochs: int | None = None) -> dict[str, float]:
         score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config)
         advantages = estimate_advantages(score_N, self.experience, self.config)
         correct = [g.correct for g in self.grades]
-        return self.step.update(
-            self.samples, self.plan[:epochs], self.experience, advantages, correct, None, lr=0.0
-        ).metrics
+        experience = self.experience._replace(plan=self.experience.plan[:epochs])
+        return self.step.update(experience, advantages, correct, lr=0.0).metrics
 
     def turn(self) -> dict[str, float]:
         """Seconds of a look, of the update after it, and of an update that makes all its forwards itself."""
@@ -203,7 +194,7 @@ def matmuls_of(path: str) -> AbstractContextManager[None]:
 
 
 def sampler_of(path: str) -> str:
-    if path.startswith("reference"):
+    if path.startswith("padded"):
         return "hf"
     return "vllm, compiled" if COMPILED in PATHS[path] else "vllm"
 
@@ -313,7 +304,8 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
         [len(row.prompt_ids) for row in rows], lengths, [len(row.completion_ids) for row in rows], config.rl.ppo_epochs
     )
     cost = ModelCost.of(prepared["fast"].policy.lm)
-    needed = {stored: fast_step(cost, shape, stored_prompts=stored) for stored in (False, True)}
+    work = fast_step(cost, shape)
+    useful = work["log-probs"].flops + work["update"].flops
     ceiling = matmul_ceiling()
     tokens = sum(lengths)
     gradients_mb = prepared["fast"].gradients_mb
@@ -327,8 +319,6 @@ def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
         sampling = [scale * turn["sampling"] for turn in turns[sampler]]
         sampling_s, sync_s = statistics.median(sampling), statistics.median(turn["sync"] for turn in turns[sampler])
         step = sum(median.values()) + sampling_s + sync_s
-        work = needed[STORED in PATHS[path]]
-        useful = work["log-probs"].flops + work["update"].flops
         result.append(
             {
                 "path": path,

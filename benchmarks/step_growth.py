@@ -82,7 +82,7 @@ def vocabulary_memory(folder: Path) -> list[dict[str, float]]:
         path = model_with_vocabulary(folder, vocabulary)
         row: dict[str, float] = {"vocabulary": vocabulary, "head_mb": round(vocabulary * 64 * 4 / 2**20, 1)}
         makers: dict[str, Callable[[], Prepared]] = {}
-        for impl in ("fast", "reference"):
+        for impl in ("fast", "padded"):
             options = ["rl.batch_size=32", "rl.mini_batch_size=32", "rl.micro_batch_tokens=2048", "rl.ppo_epochs=1"]
             config = load_config(str(QUICKSTART_CONFIG), [f"model.path={path}", f"model.impl={impl}", *options])
             inputs = random_inputs(32, 32, vocabulary, torch.Generator().manual_seed(0))

@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.rows import RESULTS
 
 FILE = RESULTS / "step_cpu.json"
-PUBLISHED = "reference, recomputing"
+PUBLISHED = "padded, recomputing"
 """The path that the others are compared with."""
 ROLLOUT_VOCABULARY = 49_152
 """SmolLM2's, on the quickstart's model."""
@@ -30,9 +30,9 @@ def report(results: dict[str, Any]) -> str:
         "",
         "CARFT, two PPO epochs, float32, the same rollouts on every path. `log-probs`: the no-gradient pass (old",
         "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
-        "medians, with their range; `x` is the published trainers' way (`reference, recomputing`: a device's rows at",
+        "medians, with their range; `x` is the published trainers' way (`padded, recomputing`: a device's rows at",
         "once, padded to the longest prompt plus the longest completion) over this. `step`",
-        "adds `sampling`: vLLM and its weight sync for the fast paths, transformers' generate for the reference,",
+        "adds `sampling`: vLLM and its weight sync for the fast paths, transformers' generate for the padded one,",
         "medians as well, counted by the completion token since the engines draw different samples. Utilisation:",
         "FLOPs that the fast path needs, over the time of both phases, over the matmul ceiling. Memory: peak of look",
         "and first epoch above model, optimizer state and what the process held, with the gradients and, `beyond",
@@ -42,8 +42,7 @@ def report(results: dict[str, Any]) -> str:
         "epoch's backward goes on from, so the two phases are to be read together. `alone`: an update that makes all",
         "its forwards itself, timed in the same turns; `added`: what log-probs add to it, both phases less that.",
         "`torch's matmuls`: without oneDNN, which the fast path takes in float32. `compiled`: `model.compile`, vLLM's",
-        'model too; `stored prompts`: `rl.reference_prompts = "stored"`. Compiling and storing, once a run, are in no',
-        "time here.",
+        "model too, once a run and in no time here.",
     ]
     for case in results["cases"]:
         lines += case_lines(case)
@@ -109,9 +108,9 @@ def growth_lines(results: dict[str, Any]) -> list[str]:
         "Peak of a step (MB) with the vocabulary; 2 layers of width 64, 2,048 tokens in one micro-batch. What is",
         "left of growth on the fast path is the gradient of the LM head, as large as the head:",
         "",
-        "| vocabulary | LM head | fast | reference |",
+        "| vocabulary | LM head | fast | padded |",
         "| --- | --- | --- | --- |",
-        *(f"| {r['vocabulary']} | {r['head_mb']} | {r['fast']} | {r['reference']} |" for r in results["vocabulary"]),
+        *(f"| {r['vocabulary']} | {r['head_mb']} | {r['fast']} | {r['padded']} |" for r in results["vocabulary"]),
     ]
     for rows, what in (
         (

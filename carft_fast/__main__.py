@@ -2,20 +2,7 @@
 
 import sys
 
-TRAIN_EXTRA = (
-    "accelerate",
-    "typer",
-    "rich",
-    "pydantic",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "lazy_loader",
-    "matplotlib",
-    "math_verify",
-    "tensorboard",
-)
+from carft_fast import missing_extra
 
 
 def main() -> None:
@@ -24,13 +11,10 @@ def main() -> None:
 
         run_cli()
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in TRAIN_EXTRA:
+        message = missing_extra(error)
+        if message is None:
             raise
-        print(
-            f'carft-fast needs {missing}, which is not installed: pip install "carft-fast[train]"',
-            file=sys.stderr,
-        )
+        print(message, file=sys.stderr)
         sys.exit(2)
 
 

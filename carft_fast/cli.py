@@ -1,20 +1,18 @@
-"""The commands. torch, transformers and the trainer load inside them, so that --help and a typo answer at once."""
+"""The commands: a thin client of `trainer`. They and Python cannot differ."""
 
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from carft_fast.config import METHODS, SYNTHETIC, Config, load_config, load_method_config, to_toml, value_origins
+from carft_fast import trainer
+from carft_fast.config import METHODS, Config, load_method_config, to_toml, value_origins
 from carft_fast.core import EngineError, InputError, RewardError, Stopped, TrainingError, redact
-
-if TYPE_CHECKING:
-    from carft_fast.core import Console
-    from carft_fast.training import Prepared
+from carft_fast.trainer import Trainer, load_config
 
 QUICKSTART_CONFIG = Path(__file__).with_name("config") / "quickstart.toml"
 
@@ -50,7 +48,7 @@ def quickstart(
     """SFT, then RL, evaluation and report in one run: on a generated task, or on --config's model and data."""
     if method == "sft":
         raise InputError('--method sft: that is continued SFT in place of RL; give it to "carft-fast rl"')
-    resolved = _load(config or str(QUICKSTART_CONFIG), method, overrides)
+    resolved = load_config(config or QUICKSTART_CONFIG, method=method, overrides=overrides or ())
     _train(resolved, ("sft", "rl"), dry_run, resume, output_dir)
 
 
@@ -63,7 +61,7 @@ def sft(
     output_dir: OutputDir = None,
 ) -> None:
     """Stage 1: supervised fine-tuning of model.path on annotated chains of thought."""
-    _train(load_config(config, overrides or ()), ("sft",), dry_run, resume, output_dir)
+    _train(load_config(config, overrides=overrides or ()), ("sft",), dry_run, resume, output_dir)
 
 
 @app.command()
@@ -77,7 +75,7 @@ def rl(
 ) -> None:
     """Stage 2: reinforced fine-tuning of model.path, usually the folder stage 1 wrote; --method sft: more SFT."""
     stage = "sft" if method == "sft" else "rl"
-    _train(_load(config, method, overrides), (stage,), dry_run, resume, output_dir)
+    _train(load_config(config, method=method, overrides=overrides or ()), (stage,), dry_run, resume, output_dir)
 
 
 @app.command()
@@ -94,20 +92,12 @@ def compare(
     output_dir: Annotated[str | None, typer.Option(help="Folder; runs/<output.name>-compare if not given.")] = None,
 ) -> None:
     """Methods from one SFT checkpoint per seed, at equal samples and at equal time, with a report."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
-    base = load_config(config or str(QUICKSTART_CONFIG), overrides or ())
-    from carft_fast.compare import DEFAULT_METHODS, parse_methods, parse_seeds
-    from carft_fast.compare import compare as run_comparison
-    from carft_fast.core import Console
-
-    run_comparison(
-        base,
-        parse_methods(methods) if methods else DEFAULT_METHODS,
-        parse_seeds(seeds) if seeds else [base.seed],
-        vary or (),
-        Path(output_dir) if output_dir else Path("runs") / f"{base.output.name}-compare",
-        Console(),
+    trainer.compare(
+        load_config(config or QUICKSTART_CONFIG, overrides=overrides or ()),
+        methods=methods or (),
+        seeds=seeds or (),
+        vary=vary or (),
+        output_dir=output_dir,
         resume=resume,
         dry_run=dry_run,
     )
@@ -123,28 +113,14 @@ def evaluate(
     """Greedy accuracy of model.path on data.eval, and maj@k and pass@k with eval.samples; with --output-dir,
     completions and figures are written there.
     """
-    from carft_fast.core import is_main
-    from carft_fast.training import describe_plan, evaluate_only
-
-    resolved = load_config(config, overrides or ())
-    prepared, console = _prepare(resolved, (), False, output_dir, write=bool(output_dir), dry_run=dry_run)
-    if dry_run:
-        console.show(describe_plan(prepared, ()))
-        return
-    if output_dir:
-        prepared.run.open((), resume=False)
-    result = evaluate_only(prepared)
-    if output_dir and is_main():
-        prepared.run.write_result(result)
-    console.log(result.describe())
+    resolved = load_config(config, overrides=overrides or ())
+    Trainer(resolved).evaluate(resolved.model.path, output_dir=output_dir, dry_run=dry_run)
 
 
 @app.command()
 def report(folder: Annotated[str, typer.Argument(help="A run's folder, finished or not.")]) -> None:
     """Write report.html of a run from what its folder holds: figures, curves, settings, in one file."""
-    from carft_fast.reports import rewrite_page
-
-    typer.echo(f"wrote {rewrite_page(Path(folder))}")
+    typer.echo(f"wrote {trainer.report(folder)}")
 
 
 @data_app.command("check")
@@ -158,23 +134,13 @@ def check_data_file(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Rows that can be used, lengths, wrong or repeated annotations, questions of the test set. Loads no model."""
-    from carft_fast.core import Console
-    from carft_fast.data import check_data, check_table
-
-    resolved = load_config(config, overrides or ())
-    held_out = resolved.data.eval if resolved.data.eval not in ("", SYNTHETIC, file) else None
-    tokenizer = None
-    if resolved.model.path:
-        from carft_fast.data import check_tokenizer
-        from carft_fast.models import load_tokenizer
-
-        tokenizer = load_tokenizer(resolved.model)
-        check_tokenizer(tokenizer)
-    check = check_data(file, resolved, tokenizer, against or held_out)
+    check = trainer.check_data(file, load_config(config, overrides=overrides or ()), against=against)
     if as_json:
         typer.echo(json.dumps(check.as_dict(), indent=2, ensure_ascii=False))
     else:
-        Console().show(check_table(check))
+        from carft_fast.core import Console
+
+        Console().show(check.table())
 
 
 @app.command()
@@ -185,9 +151,8 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
     """A vLLM server for runs with this config and rollout.engine = "vllm-server"; give its URL in rollout.servers."""
-    from carft_fast.rollout.vllm.launch import serve as run_server
-
-    run_server(load_config(config, ['rollout.engine="vllm-server"', *(overrides or ())]), host, port)
+    words = ['rollout.engine="vllm-server"', *(overrides or ())]
+    trainer.serve(load_config(config, overrides=words), host, port)
 
 
 @app.command()
@@ -196,9 +161,7 @@ def export(
     folder: Annotated[str, typer.Argument(help="New or empty folder.")],
 ) -> None:
     """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
-    from carft_fast.training import export_checkpoint
-
-    export_checkpoint(Path(checkpoint), Path(folder))
+    trainer.export(checkpoint, folder)
     typer.echo(f"model: {folder}")
 
 
@@ -209,37 +172,15 @@ def show_config(config: ConfigFile = None, method: Method = None, overrides: Ove
     typer.echo(to_toml(resolved, origins=value_origins(config, overrides or (), preset)), nl=False)
 
 
-def _load(config: str | None, method: str | None, overrides: list[str] | None) -> Config:
-    return load_method_config(config, overrides or (), method)[0]
-
-
-def _prepare(
-    config: Config,
-    stages: tuple[str, ...],
-    resume: bool,
-    output_dir: str | None,
-    *,
-    write: bool = True,
-    dry_run: bool = False,
-) -> "tuple[Prepared, Console]":
-    from carft_fast.core import Console, join
-    from carft_fast.models import resolve_device
-    from carft_fast.training import prepare
-
-    join(resolve_device(config.model.device).type, config.distributed.timeout_s)
-    console = Console()
-    folder = Path(output_dir) if output_dir else Path("runs") / config.output.name
-    return prepare(config, folder, console, stages=stages, resume=resume, write=write, dry_run=dry_run), console
-
-
 def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool, output_dir: str | None) -> None:
-    from carft_fast.training import describe_plan, train
-
-    prepared, console = _prepare(config, stages, resume, output_dir, dry_run=dry_run)
+    run = Trainer(config, output_dir=output_dir)
     if dry_run:
-        console.show(describe_plan(prepared, stages))
-        return
-    train(prepared, stages, resume=resume)
+        from carft_fast.core import Console
+
+        table = run.plan(stages, resume)
+        Console().show(table)  # made when the processes have joined, so that one of them speaks
+    else:
+        run.train(stages, resume)
 
 
 def run_cli() -> None:

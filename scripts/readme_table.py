@@ -14,7 +14,7 @@ from benchmarks.rows import RESULTS, Row, read  # noqa: E402
 from carft_fast.reports import number  # noqa: E402
 
 BEGIN, END = "<!-- measured: begin, written by scripts/readme_table.py -->", "<!-- measured: end -->"
-PUBLISHED = "reference, recomputing"
+PUBLISHED = "padded, recomputing"
 PEERS_MODEL = "SmolLM2-135M"
 PEERS = {
     "CARFT": ("CARFT step", "published CARFT step", "the published CARFT trainer"),

@@ -44,7 +44,7 @@ from carft_fast.training import prepare
 OURS = "carft_fast"
 SAMPLES_PER_PROMPT = 4
 PUBLISHED = ("reft", "carft")
-PLAIN = ["model.impl=reference", "rl.micro_batch_tokens=65536"]
+PLAIN = ["model.impl=padded", "rl.micro_batch_tokens=65536"]
 TRL_NOTE = (
     "GRPOTrainer, loss_type dr_grpo, no KL, one update per batch; sdpa, no gradient checkpointing, fused AdamW; its "
     "fused LM head, which never holds the logits; no padding-free mode exists for GRPO, Liger's kernels need a GPU"
@@ -111,7 +111,7 @@ def published_sides(repo: Path | None, name: str, options: list[str]) -> list[Si
         *([SideSpec(f"published {name} step", "published_side", setting, note)] if repo else []),
         ours(
             "published step, modelled",
-            f"model.impl reference: padded rows, float32 logits, no recomputation; {', '.join(options)}",
+            f"model.impl padded: padded rows, float32 logits, no recomputation; {', '.join(options)}",
             *options,
             *PLAIN,
         ),

@@ -26,7 +26,7 @@ from carft_fast.training import (
     as_samples,
     build_optimizer,
     estimate_advantages,
-    grade_all,
+    grade_rollouts,
 )
 
 CPU = torch.device("cpu")
@@ -111,16 +111,14 @@ class CarftSide:
     def step(self, done: Done) -> None:
         """A step of train_rl.py: sample, decode, grade, advantages, update, sync. The case's rewards then count."""
         rollouts = self._rollouts()
-        completions = [self._format.decode(rollout.completion_ids) for rollout in rollouts]
-        grade_all(completions, self._rows, self._grader)
+        grade_rollouts(rollouts, self._rows, self._format, self._grader)
         samples = as_samples(self._rows, rollouts, CPU)
-        plan = self._step.plan(samples, derive_seed(0, "peers", self._steps_done))
-        experience = self._step.look(samples, plan[0])
+        experience = self._step.explore(samples, derive_seed(0, "peers", self._steps_done))
         advantages = estimate_advantages(torch.tensor(self.work.rewards), experience, self._config)
-        live = self._step.live(samples, advantages)
-        assert live is None or all(live), "a sample without advantage would be left out here and not elsewhere"
+        plan, live = self._step.plan_update(experience, advantages)
+        assert all(live), "a sample without advantage would be left out here and not elsewhere"
         correct = [reward == 1 for reward in self.work.rewards]
-        updated = self._step.update(samples, plan, experience, advantages, correct, live, self._config.rl.lr)
+        updated = self._step.update(experience, advantages, correct, self._config.rl.lr)
         if self._engine is not None:
             self._engine.sync(self.policy)
         self._steps_done += 1
@@ -135,7 +133,7 @@ class CarftSide:
         done.loss = updated.metrics["loss"]
 
     def _positions(self, rows: Rows) -> int:
-        if self._config.model.impl == "reference":
+        if self._config.model.impl == "padded":
             return rows.pad(CPU).ids_BL.numel()
         return len(rows.pack(CPU, share_prompts=self._config.rl.share_prompts).ids_T)
 

@@ -1,4 +1,5 @@
 from .runs import DEFAULT_METHODS as DEFAULT_METHODS
-from .runs import compare as compare
+from .runs import Comparison as Comparison
 from .runs import parse_methods as parse_methods
 from .runs import parse_seeds as parse_seeds
+from .runs import parse_vary as parse_vary

@@ -5,18 +5,18 @@ import io
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Trajectory, summarise, verdict
+from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Spread, Trajectory, summarise, verdict
 from carft_fast.config import Config
 from carft_fast.core import write_text
+from carft_fast.reports import markdown_table, tidy
 from carft_fast.reports import page as page
-from carft_fast.reports import tidy
 from carft_fast.training import versions
 
 CSV_FIELDS = (
@@ -33,12 +33,14 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "completion_length": ("completion_length", "samples", "tokens per held-out answer"),
 }
 """File -> what is drawn, against what, title."""
+Curve = dict[str, list[tuple[float, list[float]]]]
+"""Label -> points: the mean x over seeds, and the y of each seed."""
 
 
 def write_comparison(
     folder: Path, runs: Sequence[Trajectory], config: Config, ran: Sequence[str], device: torch.device
 ) -> None:
-    """`ran` says in a line for each run of a seed what was run."""
+    """`ran` has a line for each run of a seed: what was run."""
     summaries = summarise(runs)
     write_text(folder / "compare.csv", evaluations_csv(runs))
     write_text(folder / "summary.csv", summary_csv(summaries))
@@ -50,48 +52,36 @@ def write_comparison(
 
 def evaluations_csv(runs: Sequence[Trajectory]) -> str:
     """A line for each method, seed and evaluation."""
-    rows = []
-    for run in runs:
-        for e in run.evaluations:
-            row = {name: getattr(e if hasattr(e, name) else run, name) for name in CSV_FIELDS}
-            rows.append(row | {"seconds": round(e.seconds, 4)})
-    return _csv(CSV_FIELDS, rows)
+    return _csv(
+        {name: getattr(e if hasattr(e, name) else run, name) for name in CSV_FIELDS} | {"seconds": round(e.seconds, 4)}
+        for run in runs
+        for e in run.evaluations
+    )
 
 
 def summary_csv(summaries: Sequence[MethodSummary]) -> str:
     """A line for each method; accuracies as shares."""
-    rows = [_flat(summary) for summary in summaries]
-    return _csv(tuple(rows[0]), rows)
+    return _csv(map(_summary_row, summaries))
 
 
-def _flat(s: MethodSummary) -> dict[str, Any]:
+def _summary_row(s: MethodSummary) -> dict[str, Any]:
+    def spread(name: str, found: Spread) -> dict[str, Any]:
+        return {f"{name}_mean": found.mean, f"{name}_sd": found.sd, f"{name}_min": found.low, f"{name}_max": found.high}
+
     def accuracy(name: str, found: Accuracy) -> dict[str, Any]:
-        spread = found.spread
-        low, high = found.ci95
-        parts = {"mean": spread.mean, "sd": spread.sd, "min": spread.low, "max": spread.high}
-        return {f"{name}_{part}": value for part, value in (parts | {"ci95_low": low, "ci95_high": high}).items()}
+        return spread(name, found.spread) | {f"{name}_ci95_low": found.ci95[0], f"{name}_ci95_high": found.ci95[1]}
 
     def reach(value: float | None) -> float | str | None:
         return None if s.reached is None else NEVER if value is None else value
 
     return {
-        "label": s.label,
-        "method": s.method,
-        "seeds": s.seeds,
+        **{name: getattr(s, name) for name in ("label", "method", "seeds")},
         **accuracy("final_accuracy", s.final),
-        "best_accuracy_mean": s.best.mean,
-        "best_accuracy_sd": s.best.sd,
-        "best_accuracy_min": s.best.low,
-        "best_accuracy_max": s.best.high,
+        **spread("best_accuracy", s.best),
         **accuracy("equal_samples_accuracy", s.equal_samples),
         **accuracy("equal_time_accuracy", s.equal_time),
-        "worst_drop": s.worst_drop,
-        "collapsed": s.collapsed,
-        "extractable": s.extractable,
-        "reward": s.reward,
-        "kl": s.kl,
-        "entropy": s.entropy,
-        "completion_length": s.completion_length,
+        **{name: getattr(s, name) for name in ("worst_drop", "collapsed", "extractable")},
+        **{name: getattr(s, name) for name in ("reward", "kl", "entropy", "completion_length")},
         "reached_sft": s.reached,
         "samples_to_reach_sft": reach(s.samples_to_reach),
         "seconds_to_reach_sft": reach(s.seconds_to_reach),
@@ -102,58 +92,60 @@ def _flat(s: MethodSummary) -> dict[str, Any]:
     }
 
 
-def _csv(fields: Sequence[str], rows: Sequence[dict[str, Any]]) -> str:
+def _csv(rows: Iterable[dict[str, Any]]) -> str:
+    """CSV of rows that all have the same columns."""
+    rows = list(rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
 
 
 def draw_curves(folder: Path, runs: Sequence[Trajectory]) -> list[str]:
-    """A line for each method, its mean over seeds; the band is from the lowest seed to the highest."""
-    from matplotlib.figure import Figure
-
+    """Write the curves as pictures. Returns their file names."""
     written = []
-    for file, (_, _, title) in CURVES.items():
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axes = figure.subplots()
-        if not _draw_curve(axes, file, runs):
-            continue
-        axes.set_title(title, fontsize=9)
-        figure.savefig(folder / f"{file}.png", dpi=110)
-        written.append(f"{file}.png")
+    for file, (name, against, title) in CURVES.items():
+        if lines := _curve(runs, name, against):
+            figure = page.new_figure(7, 3.6)
+            axes = figure.subplots()
+            _draw_curve(axes, lines, against)
+            axes.set_title(title, fontsize=9)
+            figure.savefig(folder / f"{file}.png", dpi=110)
+            written.append(f"{file}.png")
     return written
 
 
-def _draw_curve(axes: Any, file: str, runs: Sequence[Trajectory]) -> bool:
-    """Whether there was something to draw."""
-    name, against, _ = CURVES[file]
+def _curve(runs: Sequence[Trajectory], name: str, against: str) -> Curve:
+    """A point for each evaluation that recorded `name`; no label without a point."""
+    lines: Curve = {}
     for label in dict.fromkeys(run.label for run in runs):
-        curve = [
-            [(getattr(e, against), getattr(e, name)) for e in at if getattr(e, name) is not None]
-            for at in zip(*(run.evaluations for run in runs if run.label == label), strict=False)
-        ]
-        points = [list(zip(*at, strict=True)) for at in curve if at]
-        if points:
-            x, y = ([statistics.fmean(at[i]) for at in points] for i in (0, 1))
-            (line,) = axes.plot(x, y, marker="o", markersize=3, linewidth=1.2, label=label)
-            low, high = [min(at[1]) for at in points], [max(at[1]) for at in points]
-            axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
-    if not axes.lines:
-        return False
+        for evaluations in zip(*(run.evaluations for run in runs if run.label == label), strict=False):
+            if known := [e for e in evaluations if getattr(e, name) is not None]:
+                x = statistics.fmean(getattr(e, against) for e in known)
+                lines.setdefault(label, []).append((x, [getattr(e, name) for e in known]))
+    return lines
+
+
+def _draw_curve(axes: Any, lines: Curve, against: str) -> None:
+    """A line per method through the means over seeds; the band is from the lowest seed to the highest."""
+    for label, points in lines.items():
+        x, values = zip(*points, strict=True)
+        means = [statistics.fmean(of_seeds) for of_seeds in values]
+        (line,) = axes.plot(x, means, marker="o", markersize=3, linewidth=1.2, label=label)
+        low, high = list(map(min, values)), list(map(max, values))
+        axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     tidy(axes, "training seconds" if against == "seconds" else "rollouts (SFT: annotated rows)")
     axes.legend(frameon=False, fontsize=8)
-    return True
 
 
 def describe(config: Config, runs: Sequence[Trajectory], device: torch.device) -> list[str]:
     """Model, rows, machine, versions, commit."""
-    seeds = sorted({run.seed for run in runs})
+    seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return [
         f"Model `{config.model.path}`, training data `{config.data.train}`, {runs[0].final.rows} held-out rows of "
-        f"`{config.data.eval}`, seeds {', '.join(map(str, seeds))}",
+        f"`{config.data.eval}`, seeds {seeds}",
         f"Machine: {machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{config.model.compute_dtype}; sampling by {config.rollout.engine}",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -186,19 +178,12 @@ ABOUT_CURVES = "Mean over seeds; the band is from the lowest seed to the highest
 def markdown(
     runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], plots: Sequence[str], facts: Sequence[str]
 ) -> str:
-    lines = [f"# {heading(summaries)}", "", *(f"- {fact}" for fact in facts), "", INTRODUCTION]
-    for title, blocks in sections(summaries).items():
-        lines += ["", f"## {title}"]
-        for block in blocks:
-            lines.append("")
-            if isinstance(block, Table):
-                lines += [f"| {' | '.join(block.columns)} |", "| --- |" + " --- |" * (len(block.columns) - 1)]
-                lines += [f"| {' | '.join(row)} |" for row in block.rows]
-            else:
-                lines.append(block)
-    lines += ["", "## Curves", "", ABOUT_CURVES, ""]
-    lines += [f"![{name.removesuffix('.png')}]({name})" for name in plots]
-    return "\n".join(lines) + "\n"
+    blocks = [f"# {heading(summaries)}", "\n".join(f"- {fact}" for fact in facts), INTRODUCTION]
+    for title, parts in sections(summaries).items():
+        blocks.append(f"## {title}")
+        blocks += [markdown_table(*part) if isinstance(part, Table) else part for part in parts]
+    pictures = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
+    return "\n\n".join([*blocks, "## Curves", ABOUT_CURVES, pictures]) + "\n"
 
 
 def html(runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], facts: Sequence[str]) -> str:
@@ -207,9 +192,9 @@ def html(runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], facts: 
         for title, blocks in sections(summaries).items()
     }
     drawn = [
-        page.chart(title, partial(_draw_curve, file=file, runs=runs))
-        for file, (name, _, title) in CURVES.items()
-        if any(getattr(e, name) is not None for run in runs for e in run.evaluations)
+        page.chart(title, partial(_draw_curve, lines=lines, against=against))
+        for name, against, title in CURVES.values()
+        if (lines := _curve(runs, name, against))
     ]
     parts["Curves"] = [page.paragraph(ABOUT_CURVES), page.charts(*drawn)]
     parts["Environment"] = [page.paragraph(fact) for fact in facts]
@@ -222,15 +207,17 @@ def heading(summaries: Sequence[MethodSummary]) -> str:
 
 def sections(summaries: Sequence[MethodSummary]) -> dict[str, list[str | Table]]:
     """The figures: heading -> paragraphs and tables."""
-    several = summaries[0].seeds > 1
 
     def percent(found: Accuracy) -> str:
-        spread, (low, high) = found.spread, found.ci95
+        spread, (low, high) = found
         seeds = f" ± {spread.sd:.1%} ({spread.low:.1%} to {spread.high:.1%})" if spread.sd is not None else ""
         return f"{spread.mean:.1%}{seeds} [{low:.1%}, {high:.1%}]"
 
     def number(value: float | None, digits: int = 3) -> str:
         return "" if value is None else f"{value:,.{digits}f}"
+
+    def seconds(spread: Spread) -> str:
+        return number(spread.mean, 1) + (f" ± {spread.sd:.1f}" if spread.sd is not None else "")
 
     def reach(s: MethodSummary, value: float | None, unit: str) -> str:
         if s.reached is None:
@@ -242,14 +229,17 @@ def sections(summaries: Sequence[MethodSummary]) -> dict[str, list[str | Table]]
     def table(columns: dict[str, Callable[[MethodSummary], str]]) -> Table:
         return Table(("method", *columns), [(s.label, *(cell(s) for cell in columns.values())) for s in summaries])
 
-    timed = [s for s in summaries if s.method == SFT_TIME]
+    if summaries[0].seeds > 1:
+        figure = "Mean over seeds ± sample standard deviation (lowest to highest)"
+    else:
+        figure = "One seed: no spread over seeds is known; the figure"
+    # continued SFT for equal time is compared at equal time alone, and is the only continued SFT there
+    untimed = [s for s in summaries if s.method != SFT_TIME]
+    at_equal_time = [s for s in summaries if s.method != SFT or len(untimed) == len(summaries)]
     return {
         "Accuracy": [
-            "Greedy, held-out rows. "
-            + ("Mean over seeds ± sample standard deviation (lowest to highest)" * several)
-            + ("One seed: no spread over seeds is known; the figure" * (not several))
-            + ", then the Wilson 95% interval of the rows of all seeds together. All seeds answer the same questions, "
-            "so that interval is narrower than independent rows would give.",
+            f"Greedy, held-out rows. {figure}, then the Wilson 95% interval of the rows of all seeds together. "
+            "All seeds answer the same questions, so that interval is narrower than independent rows would give.",
             table(
                 {
                     "at equal samples": lambda s: percent(s.equal_samples),
@@ -258,24 +248,19 @@ def sections(summaries: Sequence[MethodSummary]) -> dict[str, list[str | Table]]
                     "best": lambda s: f"{s.best.mean:.1%} ({s.best.low:.1%} to {s.best.high:.1%})",
                 }
             ),
-            "At equal samples: "
-            + verdict({s.label: s.equal_samples for s in summaries if s not in timed or len(timed) == len(summaries)}),
-            "At equal time: "
-            # continued SFT has its own run for the whole of that time
-            + verdict({s.label: s.equal_time for s in summaries if s.method != SFT or not timed}),
+            f"At equal samples: {verdict({s.label: s.equal_samples for s in untimed or summaries})}",
+            f"At equal time: {verdict({s.label: s.equal_time for s in at_equal_time})}",
         ],
         "Cost": [
             table(
                 {
                     "samples": lambda s: number(s.samples, 0),
-                    "training seconds": lambda s: (
-                        number(s.seconds.mean, 1) + (f" ± {s.seconds.sd:.1f}" if s.seconds.sd is not None else "")
-                    ),
+                    "training seconds": lambda s: seconds(s.seconds),
                     "samples/s": lambda s: number(s.samples_per_second, 1),
                     "samples to continued SFT's best": lambda s: reach(s, s.samples_to_reach, ""),
                     "seconds to it": lambda s: reach(s, s.seconds_to_reach, " s"),
                 }
-            ),
+            )
         ],
         "State at the end": [
             table(

@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,10 @@ class Comparison:
 
     def run(self) -> list[Trajectory]:
         """Every run that is not finished yet; the report is written after each seed."""
-        self._stop.install()
+        with self._stop.installed():
+            return self._run()
+
+    def _run(self) -> list[Trajectory]:
         runs: list[Trajectory] = []
         for seed in self.seeds:
             start = self._start_folder(seed)
@@ -249,24 +252,3 @@ class Comparison:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def compare(
-    base: Config,
-    methods: Sequence[str],
-    seeds: Sequence[int],
-    varied: Iterable[str],
-    folder: Path,
-    console: Console,
-    *,
-    resume: bool,
-    dry_run: bool,
-) -> None:
-    """`carft-fast compare`."""
-    parsed = dict(parse_vary(text) for text in varied)
-    comparison = Comparison(base, methods, seeds, parsed, folder, console, resume=resume, dry_run=dry_run)
-    if dry_run:
-        console.show(comparison.plan())
-        return
-    comparison.run()
-    console.log(f"report: {folder / 'compare.md'}")

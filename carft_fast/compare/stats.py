@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,10 +10,11 @@ from typing import Any, NamedTuple
 from carft_fast.reports import PHASES
 from carft_fast.training import wilson_interval
 
-NOT_TRAINING = ("load", "evaluate", "checkpoint")
-TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in NOT_TRAINING)
+TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in ("load", "evaluate", "checkpoint"))
 TRAINING_MEANS = ("reward", "kl", "entropy")
-"""Training metrics given at each evaluation as their mean over the steps since the one before."""
+"""Training metrics of which an evaluation has the mean over the steps since the evaluation before."""
+SFT, SFT_TIME = "sft", "sft_time"
+"""Continued SFT over as many rows as RL has rollouts, and for as long as the fastest RL run takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ class Trajectory:
     @property
     def worst_drop(self) -> float:
         """Best accuracy minus the lowest accuracy after it (0 when nothing is lower)."""
-        first_best = next(i for i, e in enumerate(self.evaluations) if e.accuracy == self.best)
-        return self.best - min(e.accuracy for e in self.evaluations[first_best:])
+        accuracies = [e.accuracy for e in self.evaluations]
+        return self.best - min(accuracies[accuracies.index(self.best) :])
 
     @property
     def collapsed(self) -> bool:
@@ -82,31 +84,28 @@ def trajectory(
     records: Iterable[dict[str, Any]], *, label: str, method: str, seed: int, samples_per_step: int
 ) -> Trajectory:
     """From the records of a run with one stage, in the order of metrics.jsonl."""
-    seconds, evaluations, since = 0.0, [], list[dict[str, Any]]()
+    seconds, evaluations = 0.0, []
+    trained: dict[str, list[float]] = defaultdict(list)  # since the last evaluation
     for record in records:
-        seconds += sum(value for phase, value in record["seconds"].items() if phase not in NOT_TRAINING)
+        seconds += sum(value for phase, value in record["seconds"].items() if phase in TRAINING_PHASES)
         if record["kind"] == "train":
-            since.append(record)
-        if record["kind"] != "eval":
-            continue
-        means = {
-            name: statistics.fmean(values)
-            for name in TRAINING_MEANS
-            if (values := [r[name] for r in since if name in r])
-        }
-        since = []
-        evaluations.append(
-            Evaluation(
-                step=record["step"],
-                samples=record["step"] * samples_per_step,
-                seconds=seconds,
-                correct=record["correct"],
-                rows=record["rows"],
-                extractable=record["extractable"],
-                completion_length=record["completion_length"],
-                **means,
+            for name in TRAINING_MEANS:
+                if name in record:
+                    trained[name].append(record[name])
+        elif record["kind"] == "eval":
+            evaluations.append(
+                Evaluation(
+                    step=record["step"],
+                    samples=record["step"] * samples_per_step,
+                    seconds=seconds,
+                    correct=record["correct"],
+                    rows=record["rows"],
+                    extractable=record["extractable"],
+                    completion_length=record["completion_length"],
+                    **{name: statistics.fmean(values) for name, values in trained.items()},
+                )
             )
-        )
+            trained.clear()
     return Trajectory(label, method, seed, evaluations)
 
 
@@ -167,10 +166,6 @@ class MethodSummary:
     seconds_to_reach: float | None
 
 
-SFT, SFT_TIME = "sft", "sft_time"
-"""Continued SFT over as many rows as RL has rollouts, and for as long as the fastest RL run takes."""
-
-
 class Limits(NamedTuple):
     """Of one seed: where all methods are compared."""
 
@@ -185,11 +180,11 @@ class Limits(NamedTuple):
 def limits(runs: Sequence[Trajectory]) -> Limits:
     reinforced = [t for t in runs if t.method not in (SFT, SFT_TIME)]
     counted = [t for t in runs if t.method != SFT_TIME] or runs
-    continued = [t.best for t in runs if t.method == SFT] or [t.best for t in runs if t.method == SFT_TIME]
+    continued = [t for t in runs if t.method == SFT] or [t for t in runs if t.method == SFT_TIME]
     return Limits(
         samples=min(t.final.samples for t in counted),
         seconds=min(t.final.seconds for t in reinforced or runs),
-        target=max(continued, default=None),
+        target=max((t.best for t in continued), default=None),
     )
 
 
@@ -211,12 +206,8 @@ def _summary(runs: Sequence[Trajectory], by_seed: dict[int, Limits]) -> MethodSu
         """Continued SFT for equal time was cut to that time as predicted, so its end counts."""
         return run.final if run.method == SFT_TIME else run.at_seconds(by_seed[run.seed].seconds)
 
-    targets = [by_seed[t.seed].target for t in runs]
-    reached = [
-        found
-        for run, target in zip(runs, targets, strict=True)
-        if target is not None and (found := run.first_reaching(target)) is not None
-    ]
+    targets = [(t, by_seed[t.seed].target) for t in runs]
+    reached = [e for t, target in targets if target is not None and (e := t.first_reaching(target))]
     total_seconds = sum(e.seconds for e in finals)
     return MethodSummary(
         label=runs[0].label,
@@ -236,7 +227,7 @@ def _summary(runs: Sequence[Trajectory], by_seed: dict[int, Limits]) -> MethodSu
         kl=mean(e.kl for e in finals),
         entropy=mean(e.entropy for e in finals),
         completion_length=statistics.fmean(e.completion_length for e in finals),
-        reached=None if None in targets else len(reached),
+        reached=None if any(target is None for _, target in targets) else len(reached),
         samples_to_reach=mean(e.samples for e in reached),
         seconds_to_reach=mean(e.seconds for e in reached),
     )
@@ -246,9 +237,9 @@ def verdict(accuracies: dict[str, Accuracy]) -> str:
     """Which label has the best mean accuracy, and which cannot be told apart from it: overlapping 95% intervals."""
     best = max(accuracies, key=lambda label: accuracies[label].spread.mean)
     low, high = accuracies[best].ci95
-    others = {label: found for label, found in accuracies.items() if label != best}
-    alike = [label for label, found in others.items() if found.ci95[1] >= low and found.ci95[0] <= high]
-    apart = [label for label in others if label not in alike]
+    alike = [label for label, found in accuracies.items() if found.ci95[1] >= low and found.ci95[0] <= high]
+    apart = [label for label in accuracies if label not in alike]
+    alike.remove(best)
     sentences = [f"Highest mean: {best}, {accuracies[best].spread.mean:.1%}."]
     if alike:
         sentences.append(f"It cannot be told apart from {_listed(alike)}: the intervals overlap.")

@@ -5,8 +5,11 @@ from .methods import load_method_config as load_method_config
 from .methods import method_name as method_name
 from .methods import preset as preset
 from .schema import SYNTHETIC as SYNTHETIC
+from .schema import AnswerType as AnswerType
+from .schema import CalculatorMarks as CalculatorMarks
 from .schema import Config as Config
 from .schema import ContrastiveConfig as ContrastiveConfig
+from .schema import DataFormat as DataFormat
 from .schema import GuardConfig as GuardConfig
 from .schema import LoraConfig as LoraConfig
 from .schema import ModelConfig as ModelConfig
@@ -15,6 +18,7 @@ from .schema import RlConfig as RlConfig
 from .schema import RolloutConfig as RolloutConfig
 from .schema import SftConfig as SftConfig
 from .schema import StageConfig as StageConfig
+from .toml import Overrides as Overrides
 from .toml import differences as differences
 from .toml import load_config as load_config
 from .toml import replaced as replaced

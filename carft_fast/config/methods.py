@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from carft_fast.config.schema import Config
-from carft_fast.config.toml import load_config
+from carft_fast.config.toml import Overrides, load_config
 from carft_fast.core import InputError
 
 GROUP_SIZE = 4
@@ -18,7 +18,7 @@ _CARFT = _PPO | {"reward.partial": "embedding"}
 _GROUP = {"rl.kl_coef": 0.0, "contrastive.mode": "none", "reward.partial": "constant"}
 
 METHODS: dict[str, dict[str, Any]] = {
-    # more SFT in place of RL: what it runs depends on how long the RL methods would, see `continued_sft`
+    # more SFT in place of RL, for as long as RL would run: see `continued_sft`
     "sft": {},
     "reft": _PPO | {"contrastive.mode": "none", "reward.partial": "constant"},
     # KL coefficient: Shao et al. 2024
@@ -48,8 +48,8 @@ def preset(name: str, base: Config) -> dict[str, Any]:
 
 
 def continued_sft(base: Config) -> dict[str, Any]:
-    """As many annotated rows as RL with `base` would sample rollouts, in SFT's own batches, behind the rows that
-    sft.max_steps has seen; evaluated and saved as often as RL is, counted in rows."""
+    """SFT on as many annotated rows as RL with `base` would sample rollouts, in SFT's own batches. It begins after the
+    rows that sft.max_steps has seen. It evaluates and saves after as many rows as RL does."""
     sft, rl = base.sft, base.rl
 
     def steps(rl_steps: int) -> int:
@@ -64,12 +64,12 @@ def continued_sft(base: Config) -> dict[str, Any]:
     }
 
 
-def load_method_config(path: str | None, overrides: Sequence[str], name: str | None) -> tuple[Config, dict[str, Any]]:
+def load_method_config(path: str | None, overrides: Overrides, name: str | None) -> tuple[Config, dict[str, Any]]:
     """The config of --config, --method and --set, applied in that order, and what the method set."""
     if name is None:
         return load_config(path, overrides), {}
     check_method(name)
-    # a --set may make sense with the method alone; but how long RL runs, which continued SFT asks, it may well say
+    # a --set may be valid with the method alone; continued SFT needs those that say how long RL runs
     base = load_config(path, overrides if name == "sft" else ())
     values = preset(name, base)
     return load_config(path, overrides, values), values

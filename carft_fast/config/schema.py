@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from carft_fast.core import masked
 
 SYNTHETIC = "synthetic"
+AnswerType = Literal["numeric", "choice", "latex", "program"]
+CalculatorMarks = Literal["strip", "keep"]
+DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
 
 
 class Section(BaseModel):
@@ -35,8 +38,8 @@ class ModelConfig(Section):
     """"packed": each sequence by itself, FlashAttention in half precision on CUDA, SDPA elsewhere. The others are
     transformers' own: "flash_attention_2" (extra `flash`, NVIDIA GPU), and for models that "packed" refuses
     "flex_attention", "sdpa" or "eager" with a block-diagonal mask, quadratic in a micro-batch's tokens."""
-    impl: Literal["fast", "reference"] = "fast"
-    """"fast": packed sequences, fused losses. "reference": every batch padded to its longest prompt and completion,
+    impl: Literal["fast", "padded"] = "fast"
+    """"fast": packed sequences, fused losses. "padded": every batch padded to its longest prompt and completion,
     all its logits in float32; what the published trainers compute, kept to compare with."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: less memory, about one third more time."""
@@ -62,12 +65,12 @@ class DataConfig(Section):
     """File or Hub id with question, annotated CoT and answer, or "synthetic"."""
     eval: str = ""
     """File or Hub id with question and answer, or "synthetic"."""
-    format: Literal["auto", "reft", "gsm8k", "jsonl", "hub"] = "auto"
+    format: DataFormat = "auto"
     """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
     fields: dict[str, str] = {}
     """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file. A cot may be a
     list of texts: every epoch uses another one."""
-    calculator_marks: Literal["strip", "keep"] = "strip"
+    calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
     there is none here, so they are taken out of its annotations; "keep" teaches them."""
     merge_questions: bool = False
@@ -159,10 +162,6 @@ class RlConfig(StageConfig):
     reference_offload: bool = False
     """Keep the reference's weights in host memory, and on the GPU only while they are used, once a step. LoRA needs no
     copy at all."""
-    reference_prompts: Literal["forward", "stored"] = "forward"
-    """"stored": the reference's keys and values of all training prompts are computed once, when stage 2 begins, and
-    kept in the host memory of every process; a step's reference forward is then over completions alone. Pays from the
-    second pass over the data on."""
     share_prompts: bool = False
     """Forward a prompt once for all its completions in a micro-batch; needs model.attention = "packed"."""
     clip_low: float = Field(0.2, gt=0, lt=1)
@@ -182,7 +181,7 @@ class RlConfig(StageConfig):
 
 
 class RewardConfig(Section):
-    answer_type: Literal["numeric", "choice", "latex", "program"] = "numeric"
+    answer_type: AnswerType = "numeric"
     """"numeric": equal within tolerance; "choice": the same letter, case ignored; "latex": the same mathematics, by
     math-verify; "program": the completion is Python, and what its solution() returns is compared as "numeric"."""
     fn: str = ""
@@ -476,16 +475,10 @@ class Config(Section):
                 raise ValueError(
                     f"{stage}.micro_batch_tokens = {tokens} must be at least data.max_length = {self.data.max_length}"
                 )
-        stored = rl.reference_prompts == "stored"
-        for asked, setting in ((rl.share_prompts, "rl.share_prompts"), (stored, 'rl.reference_prompts = "stored"')):
-            if asked and (self.model.attention, self.model.impl) != ("packed", "fast"):
-                raise ValueError(
-                    f'{setting} needs model.attention = "packed" and model.impl = "fast", these are '
-                    f'"{self.model.attention}" and "{self.model.impl}"'
-                )
-        if stored and not (rl.kl_coef or rl.kl_loss_coef):
+        if rl.share_prompts and (self.model.attention, self.model.impl) != ("packed", "fast"):
             raise ValueError(
-                'rl.reference_prompts = "stored" needs a reference: rl.kl_coef or rl.kl_loss_coef above 0, both are 0'
+                'rl.share_prompts needs model.attention = "packed" and model.impl = "fast", these are '
+                f'"{self.model.attention}" and "{self.model.impl}"'
             )
         if rl.estimator != "gae":
             if per_prompt == 1:
@@ -498,9 +491,9 @@ class Config(Section):
                     f'rl.kl_coef = {rl.kl_coef:g} is a per-token reward, which rl.estimator = "{rl.estimator}" does '
                     "not have: set it to 0, and rl.kl_loss_coef for a KL term in the loss"
                 )
-        if self.model.impl == "reference" and (self.rollout.top_p < 1 or self.rollout.top_k):
+        if self.model.impl == "padded" and (self.rollout.top_p < 1 or self.rollout.top_k):
             raise ValueError(
-                f'model.impl = "reference" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} and '
+                f'model.impl = "padded" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} and '
                 f"{self.rollout.top_k}: the plain path does not cut its distribution to the sampler's"
             )
         if rl.old_logprobs == "sampled" and (self.rollout.top_p < 1 or self.rollout.top_k):

@@ -2,23 +2,25 @@
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from carft_fast.config.schema import Config, Section
 from carft_fast.core import InputError
 
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Texts `section.key=value`, or dotted key -> value."""
 
-def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping[str, Any] | None = None) -> Config:
-    """Resolve a config from a TOML file (none: the defaults), the fields a method fixes (dotted key -> value) and
-    `section.key=value` overrides, in that order.
 
-    Raises InputError naming the key, the value seen and what is allowed.
+def load_config(path: str | None, overrides: Overrides = (), preset: Mapping[str, Any] | None = None) -> Config:
+    """The config of a TOML file (none: the defaults), then the fields of `preset` (dotted key -> value), then
+    overrides. Raises InputError naming the key, the value seen and what is allowed.
     """
     tree: dict[str, Any] = {}
     if path is not None:
@@ -31,8 +33,12 @@ def load_config(path: str | None, overrides: Sequence[str] = (), preset: Mapping
         except tomllib.TOMLDecodeError as error:
             raise InputError(f"--config {path}: not valid TOML: {error}") from None
     _put_all(tree, preset or {})
-    for override in overrides:
-        _apply_override(tree, override)
+    if isinstance(overrides, Mapping):
+        _put_all(tree, overrides)
+    else:
+        for override in overrides:
+            key, value = _parse_override(override)
+            _put(tree, key, value, said=f"--set {override}")
     return _validated(tree)
 
 
@@ -52,35 +58,38 @@ def _validated(tree: dict[str, Any]) -> Config:
 
 def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        *sections, name = key.split(".")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[name] = value
+        _put(tree, str(key), os.fspath(value) if isinstance(value, os.PathLike) else value, said=str(key))
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _put(tree: dict[str, Any], key: str, value: Any, *, said: str) -> None:
+    """Set the value of a dotted key. `said` is what the user wrote, for the error."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{said}: {section} is a value, not a section")
+    tree[name] = value
+
+
+def _parse_override(override: str) -> tuple[str, Any]:
     key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
+    key = key.strip()
+    if not separator or not all(key.split(".")):
         raise InputError(f"--set {override}: expected section.key=value, for instance rl.lr=3e-7")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string: --set model.path=my/folder
-    node = tree
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise InputError(f"--set {override}: {part} is a value, not a section")
-    node[parts[-1]] = value
+        return key, text.strip()  # a bare word is a string: --set model.path=my/folder
 
 
 def _explain(error: Any) -> str:
     location = [str(part) for part in error["loc"]]
     key = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
-        known = list(_section_fields(location[:-1]))
+        section: Any = Config
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {'.'.join([*location[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
@@ -90,16 +99,6 @@ def _explain(error: Any) -> str:
     if error["type"] == "value_error":  # a section's own rule, whose message starts with the field
         return f"{key}.{message}"
     return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
-
-
-def _section_fields(location: Sequence[str]) -> dict[str, FieldInfo]:
-    section: type[BaseModel] = Config
-    for part in location:
-        annotation = section.model_fields[part].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return {}
-        section = annotation
-    return section.model_fields
 
 
 def value_origins(
@@ -130,13 +129,11 @@ def iter_fields(config: Section, prefix: str = "") -> Iterator[tuple[str, FieldI
 
 
 def to_toml(config: Config, *, origins: dict[str, str] | None = None) -> str:
-    """The resolved config as TOML that loads back to the same config; fields that are absent are comments.
+    """The resolved config as TOML that loads back to the same config; fields that are not set are comments.
 
-    With `origins` (see `value_origins`) every field is preceded by its documentation and followed by where its value
-    comes from.
+    With `origins` (see `value_origins`) every field has its documentation before it and the origin of its value behind.
     """
-    lines: list[str] = []
-    section = ""
+    lines, section = list[str](), ""
     for key, field, value in iter_fields(config):
         head, _, name = key.rpartition(".")
         if head != section:
@@ -152,17 +149,15 @@ def to_toml(config: Config, *, origins: dict[str, str] | None = None) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, float):
-        return repr(value)
+        return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False)
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Keys whose values differ, as `key: theirs -> ours`; how the work is divided is none of them."""
-    theirs_by_key = {key: value for key, _, value in iter_fields(theirs)}
+    """Keys whose values differ, as `key: theirs -> ours`; [distributed] is not compared."""
+    old, new = ({key: value for key, _, value in iter_fields(config)} for config in (theirs, ours))
     return [
-        f"{key}: {theirs_by_key.get(key)!r} -> {value!r}"
-        for key, _, value in iter_fields(ours)
-        if theirs_by_key.get(key) != value and not key.startswith("distributed.")
+        f"{key}: {old[key]!r} -> {value!r}"
+        for key, value in new.items()
+        if old[key] != value and not key.startswith("distributed.")
     ]

@@ -1,8 +1,9 @@
-"""What a run says while it works: bars with rate and ETA on a terminal, plain lines elsewhere, a log file always."""
+"""What a run says while it works: bars with rate and ETA on a terminal or in a notebook, else lines; and a log file."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console as RichConsole
@@ -73,7 +74,9 @@ class Console:
         """Of several processes only the main one says anything."""
         self._rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not is_main())
         self._log_path: Path | None = None
-        self.is_terminal = self._rich.is_terminal and is_main()
+        # a notebook draws bars with ipywidgets
+        draws = find_spec("ipywidgets") is not None if self._rich.is_jupyter else self._rich.is_terminal
+        self.is_terminal = draws and is_main()
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -1,6 +1,10 @@
 """Ctrl-C and SIGTERM save first: the first one asks the run to stop at its next safe point, a second one kills it."""
 
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 
@@ -24,9 +28,18 @@ class StopRequest:
         self.held = False
         """Between a step's update and the count of it: what is saved there would be trained on twice."""
 
-    def install(self) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._handle)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle the signals, and put the handlers from before back. Only a main thread may: others do nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def check(self) -> None:
         if not self.held:
@@ -50,4 +63,5 @@ class StopRequest:
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         self._signum = signum
         if not self._several:  # launchers repeat what a terminal has sent to every process already
-            signal.signal(signum, signal.SIG_DFL)
+            # a session at a prompt, or a notebook, shall survive the second one
+            signal.signal(signum, signal.default_int_handler if hasattr(sys, "ps1") else signal.SIG_DFL)

@@ -1,7 +1,10 @@
+from .check import Check as Check
 from .check import check_data as check_data
-from .check import check_table as check_table
 from .load import LoadReport as LoadReport
+from .load import Source as Source
+from .load import check_source as check_source
 from .load import load_examples as load_examples
+from .load import load_set as load_set
 from .prompts import EncodedExample as EncodedExample
 from .prompts import PromptFormat as PromptFormat
 from .prompts import check_tokenizer as check_tokenizer

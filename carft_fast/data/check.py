@@ -9,7 +9,7 @@ from rich.table import Table
 
 from carft_fast.config import Config
 from carft_fast.core import Example
-from carft_fast.data.load import load_examples
+from carft_fast.data.load import load_set
 from carft_fast.data.prompts import PromptFormat, too_long
 from carft_fast.rewards import extract_answer, parse_target, same_answer
 
@@ -71,6 +71,43 @@ class Check:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def table(self) -> Table:
+        """For a person to read; lengths first, then what is wrong with how many rows, and the first of them."""
+        table = Table("", "", "first of them", title=f"{self.source}: {self.rows_used} of {self.rows_read} rows usable")
+
+        def add(name: str, finding: Finding | None) -> None:
+            if finding is None:
+                table.add_row(name, "not checked", "")
+            else:
+                table.add_row(name, f"{finding.count:,}", "\n".join(finding.examples))
+
+        for name, lengths in self.lengths.items():
+            if lengths is not None:
+                text = f"{lengths.min} / {lengths.median} / {lengths.p95} / {lengths.max}"
+                table.add_row(f"{name}, {self.unit}", text, "min / median / 95% / max")
+        table.add_section()
+        table.add_row("annotations", f"{self.annotations:,}", "")
+        if self.rows_merged:
+            table.add_row("rows merged into an earlier one", f"{self.rows_merged:,}", "")
+        for reason, finding in self.left_out.items():
+            add(f"left out: {reason}", finding)
+        add("rows without annotation", self.not_annotated)
+        if self.unit == "tokens":
+            for reason, finding in self.too_long.items():
+                add(f"left out: {reason}", finding)
+            if not self.too_long:
+                table.add_row(f"left out as too long for data.max_length = {self.limits['max_length']}", "0", "")
+            name = f"annotations over rollout.max_new_tokens = {self.limits['max_new_tokens']}"
+            add(f"{name} (a rollout as long is cut)", self.annotations_over_max_new_tokens)
+        else:
+            table.add_row("too long, or cut", "not checked", "limits are in tokens: set model.path")
+        table.add_row("annotations that state an answer", f"{self.annotations_with_an_answer:,}", "")
+        add("  another one than the target", self.annotations_with_another_answer)
+        add("question again, same answer", self.repeated_with_the_same_answer)
+        add("question again, another answer", self.repeated_with_another_answer)
+        add(f"question also in {self.against or 'a test set (--against)'}", self.in_test_set)
+        return table
+
 
 def check_data(path: str, config: Config, tokenizer: Any | None, against: str | None) -> Check:
     """Read a source as training would, all of it, and look at every row.
@@ -79,15 +116,8 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     questions should not be in `path`. Raises InputError for a source that cannot be read or has no usable row.
     """
     data, rule = config.data, config.reward
-    common: dict[str, Any] = {
-        "format": data.format,
-        "fields": data.fields or None,
-        "answer_type": None if rule.fn else rule.answer_type,
-        "calculator_marks": data.calculator_marks,
-        "require_cot": False,
-    }
-    examples, report = load_examples(path, split=data.train_split, merge_questions=data.merge_questions, **common)
-    tested = load_examples(against, split=data.eval_split, **common)[0] if against else []
+    examples, report = load_set(config, "train", path, all_rows=True)
+    tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
     form = PromptFormat(tokenizer, data.template if tokenizer is not None else "carft")
     prompts: list[int] = []
@@ -170,41 +200,3 @@ def _look_for_repeats(check: Check, examples: Sequence[Example], config: Config)
         elif earlier:
             check.repeated_with_another_answer.add(example, f"{answer}, before {earlier[0]}: {example.question}")
         earlier.append(answer)
-
-
-def check_table(check: Check) -> Table:
-    """For a person to read; lengths first, then what is wrong with how many rows, and the first of them."""
-    table = Table("", "", "first of them", title=f"{check.source}: {check.rows_used} of {check.rows_read} rows usable")
-
-    def add(name: str, finding: Finding | None) -> None:
-        if finding is None:
-            table.add_row(name, "not checked", "")
-        else:
-            table.add_row(name, f"{finding.count:,}", "\n".join(finding.examples))
-
-    for name, lengths in check.lengths.items():
-        if lengths is not None:
-            text = f"{lengths.min} / {lengths.median} / {lengths.p95} / {lengths.max}"
-            table.add_row(f"{name}, {check.unit}", text, "min / median / 95% / max")
-    table.add_section()
-    table.add_row("annotations", f"{check.annotations:,}", "")
-    if check.rows_merged:
-        table.add_row("rows merged into an earlier one", f"{check.rows_merged:,}", "")
-    for reason, finding in check.left_out.items():
-        add(f"left out: {reason}", finding)
-    add("rows without annotation", check.not_annotated)
-    if check.unit == "tokens":
-        for reason, finding in check.too_long.items():
-            add(f"left out: {reason}", finding)
-        if not check.too_long:
-            table.add_row(f"left out as too long for data.max_length = {check.limits['max_length']}", "0", "")
-        name = f"annotations over rollout.max_new_tokens = {check.limits['max_new_tokens']}"
-        add(f"{name} (a rollout as long is cut)", check.annotations_over_max_new_tokens)
-    else:
-        table.add_row("too long, or cut", "not checked", "limits are in tokens: set model.path")
-    table.add_row("annotations that state an answer", f"{check.annotations_with_an_answer:,}", "")
-    add("  another one than the target", check.annotations_with_another_answer)
-    add("question again, same answer", check.repeated_with_the_same_answer)
-    add("question again, another answer", check.repeated_with_another_answer)
-    add(f"question also in {check.against or 'a test set (--against)'}", check.in_test_set)
-    return table

@@ -2,17 +2,19 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from carft_fast.config import AnswerType, CalculatorMarks, Config, DataFormat
 from carft_fast.core import Example, InputError
-from carft_fast.rewards import Answer, AnswerType, parse_target
+from carft_fast.rewards import Answer, parse_target
 
-DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
-CalculatorMarks = Literal["strip", "keep"]
+Source = str | Iterable[Any]
+"""A file, a folder, a Hub id, or rows: dicts, `Example`s, or a `datasets.Dataset`."""
 FIELDS = ("question", "cot", "answer", "item_id")
 REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_value", "item_id": "item_id"}
 GSM8K_FIELDS = {"question": "question", "cot": "answer", "answer": "answer"}
@@ -56,9 +58,44 @@ class LoadReport:
         return "\n".join(lines)
 
 
+def check_source(name: str, source: Any) -> None:
+    """Raises InputError for what cannot be `Trainer(train=...)` or `Trainer(eval=...)`."""
+    datasets = sys.modules.get("datasets")  # who has a Dataset has imported it
+    known = (str, Path, list, tuple, *([datasets.Dataset] if datasets else []))
+    if not isinstance(source, known):
+        raise InputError(
+            f"{name} is a {type(source).__name__}: expected a path or Hub id, a list of dicts or of Examples, or a "
+            "datasets.Dataset"
+        )
+
+
+def load_set(
+    config: Config, name: Literal["train", "eval"], source: Source, *, all_rows: bool = False
+) -> tuple[list[Example], LoadReport]:
+    """Read `source` as the config says that data.`name` is read.
+
+    `all_rows`: whatever the config's limit on their number, and whether they are annotated or not.
+    """
+    data, train = config.data, name == "train"
+    limit = data.train_rows if train else data.eval_rows
+    return load_examples(
+        source,
+        label=source if isinstance(source, str) else f"the rows given as {name}",
+        format=data.format,
+        fields=data.fields,
+        split=data.train_split if train else data.eval_split,
+        answer_type=None if config.reward.fn else config.reward.answer_type,
+        calculator_marks=data.calculator_marks,
+        merge_questions=train and data.merge_questions,
+        require_cot=train and not all_rows,
+        limit=None if all_rows else limit,
+    )
+
+
 def load_examples(
-    path: str,
+    source: Source,
     *,
+    label: str = "",
     format: DataFormat = "auto",
     fields: Mapping[str, str] | None = None,
     split: str = "train",
@@ -72,15 +109,17 @@ def load_examples(
 
     Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
     reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" (own `fields`), "hub"
-    (`datasets`, own `fields` or recognised ones), "auto" (by what is there). An annotation may be a list of texts.
-    `merge_questions` makes one example of rows with the same question and answer. `limit` keeps that many usable
-    examples from the top.
+    (`datasets`, own `fields` or recognised ones), "auto" (by what is there). Rows of Python are read like "jsonl";
+    `Example`s have the names of their fields. An annotation may be a list of texts. Columns that are no field become
+    `Example.extra`. `merge_questions` makes one example of rows with the same question and answer, with the first one's
+    extra. `limit` keeps that many usable examples from the top. `label` is what the source is called.
     Answers must be targets of `answer_type`; None takes any text.
 
     Raises InputError for a source that cannot be read, or without one usable row.
     """
-    rows, names = _open(path, format, dict(fields or {}), split, require_cot)
-    report = LoadReport(path)
+    label = label or str(source)
+    rows, names = _open(source, label, format, dict(fields or {}), split, require_cot)
+    report = LoadReport(label)
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
         if limit is not None and len(examples) == limit and not merge_questions:
@@ -95,7 +134,7 @@ def load_examples(
         examples = merged[:limit]
     report.rows_used = len(examples)
     if not examples:
-        raise InputError(f"no usable row in {report.summary()}" if report.rows_read else f"{path}: no rows")
+        raise InputError(f"no usable row in {report.summary()}" if report.rows_read else f"{label}: no rows")
     return examples, report
 
 
@@ -121,14 +160,20 @@ def _to_example(
     report: LoadReport,
 ) -> Example | None:
     where = f"row {number}"
-    if not isinstance(row, dict):
+    if isinstance(row, Example):
+        extra, names = row.extra, {name: name for name in FIELDS}
+        found = {"question": row.question, "cot": row.cots, "answer": row.answer, "item_id": row.item_id or None}
+    elif isinstance(row, dict):
+        extra = {key: value for key, value in row.items() if key not in names.values()}
+        found = {name: row.get(key) for name, key in names.items()}
+    else:
         report.reject("not an object", where, str(row))
         return None
-    values = {name: row[key] for name, key in names.items() if row.get(key) is not None}
+    values = {name: value for name, value in found.items() if value is not None}
     where += f" ({values['item_id']})" if "item_id" in values else ""
     texts: dict[str, list[str]] = {name: [] for name in FIELDS}
     for name, value in values.items():
-        parts = value if name == "cot" and isinstance(value, list) else [value]
+        parts = value if name == "cot" and isinstance(value, list | tuple) else [value]
         if not all(isinstance(part, (str, int, float)) for part in parts):
             report.reject(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
             return None
@@ -154,7 +199,7 @@ def _to_example(
         except ValueError as error:
             report.reject("unparsable answer", where, str(error))
             return None
-        return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer)
+        return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
     return None
 
 
@@ -164,11 +209,14 @@ def _is_text(text: str) -> bool:
 
 
 def _open(
-    path: str, format: str, fields: dict[str, str], split: str, require_cot: bool
+    source: Source, label: str, format: str, fields: dict[str, str], split: str, require_cot: bool
 ) -> tuple[Iterable[Any], dict[str, str]]:
     """Rows of a source and the names of their fields."""
     if unknown := sorted(set(fields) - set(FIELDS)):
         raise InputError(f"data.fields: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
+    if not isinstance(source, str):
+        return _with_fields(source, label, fields, require_cot)
+    path = source
     if format == "auto":
         format = _guess(path)
     if format == "hub":

@@ -10,15 +10,13 @@ by one, which on a CPU is as fast: its work is linear in the segments, and no [T
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-
-from carft_fast.models.last_layer import ATTRIBUTE, ReadTokens, put, take
 
 PACKED = "carft_packed"
 KEPT_MASK = 1 << 16
@@ -60,8 +58,6 @@ class Segments:
     keep: PromptStates | None = None
     """To be filled with the states at `keep_index` (int64 [P])."""
     keep_index: Tensor | None = None
-    read: ReadTokens | None = None
-    """For the last layer; None where all are read."""
     masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     """The small ones, by queries, keys and window: made once for all layers."""
 
@@ -101,14 +97,8 @@ def packed_attention(
         key, value = (torch.cat(pair, 2) for pair in zip(segments.before.layers[module], (key, value), strict=True))
     if segments.key_index is not None:
         key, value = (x.index_select(2, segments.key_index) for x in (key, value))
-    read, tokens = None, query.shape[2]
-    if (last := getattr(module, ATTRIBUTE, None)) is not None:
-        read = last.read = segments.read
-    if read is not None:
-        query, segments = take(query, read, 2), replace(segments, cu_q=read.cu, q_lengths=read.lengths)
     attend = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _by_segment
-    output = attend(query, key, value, scaling, sliding_window, segments)
-    return output if read is None else put(output, read, 1, tokens), None
+    return attend(query, key, value, scaling, sliding_window, segments), None
 
 
 def _by_segment(
@@ -121,8 +111,6 @@ def _by_segment(
         value.split(segments.k_lengths, 2),
     )
     for q, k, v in zip(*parts, strict=True):
-        if q.shape[2] == 0:
-            continue
         mask = _causal_mask(q, k.shape[2], window, segments.masks)
         outputs.append(
             scaled_dot_product_attention(

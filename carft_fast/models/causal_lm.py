@@ -19,7 +19,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from carft_fast.core import InputError, first_line, is_main
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.heads import CarftHeads
-from carft_fast.models.last_layer import LastLayer, decoder_layers
 from carft_fast.models.packing import PackedBatch, pack
 from carft_fast.models.sampler_weights import SamplerWeights, base_lm
 from carft_kernels import cpu_linear
@@ -65,9 +64,8 @@ class CarftModel(nn.Module):
         self._generation_config: GenerationConfig | None = lm.generation_config
         lm.generation_config = GenerationConfig()
         self._compiled = False
-        self._outer: Callable[[Callable[[CarftModel], Any]], Any] | None = None
-        layers = decoder_layers(lm) if self.attention == PACKED else None
-        self._last_layer = LastLayer.of(layers[-1]) if layers else None
+        self.divided = False
+        """Whether processes share its weights (FSDP2, DeepSpeed)."""
         if packs:
             self._check_attention()
         self.plain_head = self._has_plain_head()
@@ -78,13 +76,13 @@ class CarftModel(nn.Module):
     def device(self) -> torch.device:
         return self.lm.device
 
-    def run(self, work: "Callable[[CarftModel], T]") -> T:
-        """work(self) with the weights it needs in place. Processes that share weights have to call it together."""
-        return work(self) if self._outer is None else self._outer(work)
+    def forward(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        """function(self, ...): `model(function, ...)` is the way to everything that reads weights.
 
-    def run_through(self, outer: nn.Module | None) -> None:
-        """From now on `run` goes through the module that brings this model's weights together; None lets go of it."""
-        self._outer = None if outer is None else outer.__call__
+        FSDP2 and DeepSpeed gather weights that no layer's own forward uses (the LM head in the losses, the two heads)
+        around it. Processes that share weights call it together.
+        """
+        return function(self, *args, **options)
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -102,9 +100,8 @@ class CarftModel(nn.Module):
         assert self.heads is not None, "the reference model has no heads"
         return self.heads.embed(pooled_BD)
 
-    def forward(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
-        """Last hidden states [T, D] after the final norm, in the packed order of `batch`: those at its indices. What
-        the others are is undefined where `batch.segments.read` says that nobody reads them.
+    def hidden_states(self, batch: PackedBatch, *, need_logits: bool = True) -> ModelOutput:
+        """Last hidden states [T, D] after the final norm, in the packed order of `batch`.
 
         `need_logits=False` skips the LM head where it would be materialised.
         """
@@ -138,8 +135,6 @@ class CarftModel(nn.Module):
         self.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
         if self.attention == PACKED:
             self.lm.config._attn_implementation = "sdpa"
-        if self._last_layer:
-            self._last_layer.read = None
         try:
             with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
                 yield self.lm
@@ -171,7 +166,7 @@ class CarftModel(nn.Module):
         difference = self._packing_difference()
         if difference is None:
             return
-        own, allowed = self.attention, ['model.impl = "reference", which pads']
+        own, allowed = self.attention, ['model.impl = "padded", which pads']
         for shown, name in (("eager", "eager"), ("sdpa", "sdpa"), ("packed", PACKED)):
             self.attention = self.lm.config._attn_implementation = name
             if name != own and self._packing_difference() is None:
@@ -192,7 +187,7 @@ class CarftModel(nn.Module):
         sequences = [[i % vocabulary for i in range(5)], [i % vocabulary for i in range(3, 10)]]
         try:
             batch = pack([ids[:3] for ids in sequences], [ids[3:] for ids in sequences], self.device)
-            found_TD = self(batch, need_logits=False).hidden_TD
+            found_TD = self.hidden_states(batch, need_logits=False).hidden_TD
             with self.padded() as lm, self.autocast():
                 expected_TD = torch.cat(
                     [lm.base_model(torch.tensor([ids], device=self.device)).last_hidden_state[0] for ids in sequences]
@@ -246,7 +241,8 @@ class CarftModel(nn.Module):
 
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises InputError for a model that does not keep them in a list."""
-        layers = decoder_layers(self.lm)
+        depth = self.lm.config.get_text_config().num_hidden_layers
+        layers = next((m for m in self.lm.modules() if isinstance(m, nn.ModuleList) and len(m) == depth), None)
         if layers is None:
             raise InputError(f"{type(self.lm).__name__} has no list of its layers, which model.compile and fsdp2 need")
         return layers
@@ -256,11 +252,6 @@ class CarftModel(nn.Module):
         for layer in self.layers():
             layer.compile(dynamic=True)
         self._compiled = True
-
-    @property
-    def divided(self) -> bool:
-        """Whether processes may share its weights."""
-        return self._outer is not None
 
     def gather(self) -> "Gathered | None":
         """What the main process needs to `save` where weights are divided or LoRA is to be merged in, else None.

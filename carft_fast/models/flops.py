@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from carft_fast.models.last_layer import decoder_layers, dense_mlp
-
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
@@ -31,8 +29,6 @@ class ModelCost:
     layers: int
     linear_width: int
     """Inputs and outputs of all linear layers in the decoder layers, summed: elements per token."""
-    read_weights: int
-    """Elements of those matrices of the last layer that only tokens go through whose state is read."""
 
     @classmethod
     def of(cls, lm: nn.Module) -> "ModelCost":
@@ -46,8 +42,6 @@ class ModelCost:
         head: Any = lm.get_output_embeddings()  # type: ignore[operator]
         vocabulary, hidden = getattr(head.weight, "ds_shape", head.weight.shape)
         linear = [m for m in lm.modules() if isinstance(m, nn.Linear) and m is not head]
-        layers = decoder_layers(lm)
-        mlp = dense_mlp(layers[-1]) if layers else None
         head_size = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
         return cls(
             layer_weights=sum(numel(m.weight) for m in linear),
@@ -58,7 +52,6 @@ class ModelCost:
             vocabulary=vocabulary,
             layers=config.num_hidden_layers,
             linear_width=sum(m.in_features + m.out_features for m in linear),
-            read_weights=0 if mlp is None else sum(numel(m.weight) for m in mlp.modules() if isinstance(m, nn.Linear)),
         )
 
     @classmethod
@@ -71,21 +64,14 @@ class ModelCost:
         """Forward of all layers over `tokens` tokens with `pairs` (query, key) pairs in each head."""
         return 2 * self.layer_weights * tokens + 4 * self.attention_width * pairs
 
-    def unread_flops(self, tokens: float, pairs: float) -> float:
-        """What of this the last layer leaves out for `tokens` tokens whose state nobody reads, with `pairs` pairs."""
-        if not self.read_weights:
-            return 0.0
-        return 2 * self.read_weights * tokens + 4 * self.attention_width / self.layers * pairs
-
     def head_flops(self, tokens: float) -> float:
         """One matmul with the LM head: logits, or either of its two gradients."""
         return 2 * self.head_weights * tokens
 
     def sequence_flops(self, prompt: int, completion: int) -> float:
         """Forward of one packed sequence, the LM head on its completion only."""
-        n, unread = prompt + completion, prompt - 1
-        layers = self.layers_flops(n, causal_pairs(n)) - self.unread_flops(unread, causal_pairs(unread))
-        return layers + self.head_flops(completion)
+        n = prompt + completion
+        return self.layers_flops(n, causal_pairs(n)) + self.head_flops(completion)
 
 
 def causal_pairs(n: float) -> float:
@@ -123,38 +109,27 @@ class StepShape:
 
 
 def fast_step(
-    cost: ModelCost,
-    shape: StepShape,
-    *,
-    recompute: bool = False,
-    one_micro_batch: bool = True,
-    stored_prompts: bool = False,
+    cost: ModelCost, shape: StepShape, *, recompute: bool = False, one_micro_batch: bool = True
 ) -> dict[str, Work]:
-    """Work of this trainer's step (CARFT), by phase: packed, LM head and what it can of the last layer on completion
-    tokens only, 3 matmuls in the loss, annotated CoTs after the prompts of their rollouts.
+    """Work of this trainer's step (CARFT), by phase: packed, LM head on completion tokens only, 3 matmuls in the loss,
+    annotated CoTs after the prompts of their rollouts.
 
-    `recompute` is model.gradient_checkpointing. `one_micro_batch`: a mini-batch is one, so that the look at the first
-    is its update's forward. `stored_prompts` is rl.reference_prompts.
+    `recompute` is model.gradient_checkpointing. `one_micro_batch`: a mini-batch is one micro-batch, so the first
+    update reuses the forward of the log-prob pass.
     """
     rows = list(zip(shape.prompts, shape.completions, strict=True))
     tokens, completion_tokens = sum(map(sum, rows)), sum(shape.completions)
     layers = cost.layers_flops(tokens, sum(causal_pairs(p + c) for p, c in rows))
-    layers -= cost.unread_flops(sum(shape.prompts) - len(rows), sum(causal_pairs(p - 1) for p in shape.prompts))
-
-    def after_prompts(lengths: Sequence[int]) -> float:
-        """Of sequences whose prompts have gone through before; a prompt's last token does again."""
-        pairs = (causal_pairs(p + n) - causal_pairs(p - 1) for p, n in zip(shape.prompts, lengths, strict=True))
-        return cost.layers_flops(sum(lengths) + len(lengths), sum(pairs))
-
-    layers_annotated = after_prompts(shape.annotated)
-    layers_reference = after_prompts(shape.completions) if stored_prompts else layers
+    # an annotated CoT goes on from its prompt, whose last token is forwarded again
+    pairs = (causal_pairs(p + a) - causal_pairs(p - 1) for p, a in zip(shape.prompts, shape.annotated, strict=True))
+    layers_annotated = cost.layers_flops(sum(shape.annotated) + len(rows), sum(pairs))
     head = cost.head_flops(completion_tokens)
     weights = cost.all_weights * shape.bytes_per_weight
     backward = (4 if recompute else 3) * layers + 3 * head
     spared = Work(-layers, -weights) * (1 / shape.updates_per_epoch if one_micro_batch else 0)
     return {
         "rollout": _decode(cost, shape),
-        "log-probs": Work(layers + layers_reference + 2 * head + layers_annotated, 3 * weights),
+        "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
         "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs + spared,
         "sync": Work(0, 2 * weights),
     }

@@ -99,7 +99,7 @@ def _load_lm(config: Config, path: str) -> Any:
     model_config = config.model.model_copy(update={"path": path})
     lm_config = load_lm_config(model_config)
     attention: str | None = PACKED if config.model.attention == "packed" else config.model.attention
-    if config.model.impl == "reference" and attention == PACKED:
+    if config.model.impl == "padded" and attention == PACKED:
         attention = "eager" if soft_cap(lm_config) else None  # transformers' choice: "sdpa" where the model has it
     try:
         if path == SYNTHETIC:
@@ -126,7 +126,7 @@ def _load_lm(config: Config, path: str) -> Any:
         if PACKED in str(error):
             raise InputError(
                 f'model.attention = "packed": model_type "{lm_config.model_type}" has attention classes of its own: '
-                'try "eager", or model.impl = "reference", which pads'
+                'try "eager", or model.impl = "padded", which pads'
             ) from None
         raise _load_failure(path, "weights could not be loaded", error) from error
     lm, found = loaded

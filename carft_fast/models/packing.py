@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 
 from carft_fast.models.attention import PromptStates, Segments
-from carft_fast.models.last_layer import ReadTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +81,11 @@ def pack(
     first_key = after.tokens if after is not None else 0
     q_lengths: list[int] = []
     k_lengths: list[int] = []
-    read_lengths: list[int] = []
     uses = Counter(map(tuple, prompts)) if share_prompts and after is None else Counter()
     shared_at: dict[tuple[int, ...], int] = {}
 
-    def lay(tokens: Sequence[int], reads: int, before: Iterable[int] = ()) -> int:
-        """A segment of its own, after the keys `before`, whose last `reads` states are read; returns its start."""
+    def lay(tokens: Sequence[int], before: Iterable[int] = ()) -> int:
+        """A segment of its own, after the keys `before`; returns its start."""
         seen = list(before)
         start = len(ids)
         ids.extend(tokens)
@@ -95,7 +93,6 @@ def pack(
         keys.extend([*seen, *range(first_key + start, first_key + len(ids))])
         q_lengths.append(len(tokens))
         k_lengths.append(len(seen) + len(tokens))
-        read_lengths.append(reads)
         return start
 
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -103,27 +100,23 @@ def pack(
             raise ValueError(f"prompts[{row}] is empty: nothing would predict its first completion token")
         key = tuple(prompt)
         if uses[key] > 1 and completion:
-            at = shared_at[key] if key in shared_at else shared_at.setdefault(key, lay(prompt, 1))
-            start = lay(completion, len(completion), range(at, at + len(prompt)))
+            at = shared_at[key] if key in shared_at else shared_at.setdefault(key, lay(prompt))
+            start = lay(completion, range(at, at + len(prompt)))
             predict += [at + len(prompt) - 1, *range(start, start + len(completion) - 1)]
         else:
-            reads = len(completion) + 1 if completion else 0
             if after is None:
-                at = lay([*prompt, *completion], reads)
+                at = lay([*prompt, *completion])
                 start = at + len(prompt)
             else:
                 seen = after.at[key]
-                start = lay([prompt[-1], *completion], reads, range(seen, seen + len(prompt) - 1)) + 1
+                start = lay([prompt[-1], *completion], range(seen, seen + len(prompt) - 1)) + 1
             predict += range(start - 1, start + len(completion) - 1)
         if keep_prompts and key not in kept_at:
             kept_at[key] = len(kept)
             kept += range(at, at + len(prompt))
         read += range(start, start + len(completion))
     lengths = [len(completion) for completion in completions]
-    ends = zip(itertools.accumulate(q_lengths), read_lengths, strict=True)
-    last = [at for end, reads in ends for at in range(end - reads, end)]
     columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths), kept]
-    columns += [last, _offsets(read_lengths)]
     indexed = bool(shared_at) or after is not None
     shipped = _to_device([*columns, keys] if indexed else columns, device)
     return PackedBatch(
@@ -132,14 +125,12 @@ def pack(
         segments=Segments(
             shipped[5].int(),
             shipped[6].int(),
-            shipped[10] if indexed else None,
+            shipped[8] if indexed else None,
             tuple(q_lengths),
             tuple(k_lengths),
             before=after,
             keep=PromptStates(kept_at, len(kept)) if keep_prompts else None,
             keep_index=shipped[7],
-            # where nothing is read somebody asks for the states themselves
-            read=ReadTokens(shipped[8], shipped[9].int(), tuple(read_lengths)) if 0 < len(last) < len(ids) else None,
         ),
         completion_cu=shipped[4],
         read_index_C=shipped[2],

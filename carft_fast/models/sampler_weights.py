@@ -1,11 +1,12 @@
 """The policy's weights as a sampler loads them: Hugging Face names, the sampler's dtype, one layer at a time.
 
 The stream is made from `state_dict()`, not `named_parameters()`: with tied embeddings the latter has no
-`lm_head.weight`, and an engine that reloads layer by layer then keeps an old one without a word. Nothing of the
-trainer is written to: LoRA is merged into the copy that is sent, so there is nothing to undo.
+`lm_head.weight`, and an engine that reloads layer by layer would silently keep an old one. The trainer's weights are
+not changed: LoRA is merged into the copy that is sent.
 """
 
 import contextlib
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -33,9 +34,8 @@ class WeightInfo(NamedTuple):
 class SamplerWeights:
     """Iterate for (name, tensor), whole and in `dtype`, in a fixed order; every pass starts anew.
 
-    Sharded parameters (FSDP2's DTensor, ZeRO-3) are gathered a layer at a time, so a pass holds one whole layer at
-    most; that is a collective, so every rank has to iterate. Raises InputError for an adapter that a plain weight
-    cannot express.
+    Sharded parameters (FSDP2's DTensor, ZeRO-3) are gathered a layer at a time: a pass holds one whole layer at most,
+    and every rank has to iterate. Raises InputError for an adapter that a plain weight cannot express.
     """
 
     def __init__(self, lm: nn.Module, dtype: torch.dtype) -> None:
@@ -46,10 +46,9 @@ class SamplerWeights:
         for name, tensor in base.state_dict(keep_vars=True).items():
             if _ADAPTER.search(name):
                 continue
-            layer = adapted.get(name.rpartition(".base_layer.")[0])
-            delta = layer if layer is not None and name.endswith(".base_layer.weight") else None
+            layer = adapted.get(name.removesuffix(".base_layer.weight"))
             plain = re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name)
-            self._parts[plain] = _Part(tensor, delta)
+            self._parts[plain] = _Part(tensor, layer)
 
     def metadata(self) -> list[WeightInfo]:
         """Names and whole shapes, in the order of iteration; gathers nothing."""
@@ -64,15 +63,15 @@ class SamplerWeights:
 
     @torch.no_grad()
     def groups(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """The same, a list for each layer; what lies outside the layers goes a tensor at a time."""
-        for names in _by_layer(list(self._parts)):
-            parts = [self._parts[name] for name in names]
-            with gathered([p for part in parts for p in part.parameters()]):
-                yield [(name, part.merged(self.dtype)) for name, part in zip(names, parts, strict=True)]
+        """The same, a list for each layer. A tensor outside the layers has a list of its own."""
+        for _, names in itertools.groupby(self._parts, _layer_of):
+            parts = {name: self._parts[name] for name in names}
+            with gathered([p for part in parts.values() for p in part.parameters()]):
+                yield [(name, part.merged(self.dtype)) for name, part in parts.items()]
 
 
 class HeldWeights:
-    """The same from a copy in host memory, handed out on `device`: made by all processes, kept by one (`keep`)."""
+    """The same from a copy in host memory, given out on `device`. All processes make it; those with `keep` keep it."""
 
     def __init__(self, weights: SamplerWeights, device: torch.device, *, keep: bool) -> None:
         self.dtype, self._device, self._metadata = weights.dtype, device, weights.metadata()
@@ -93,7 +92,7 @@ class HeldWeights:
 
 
 class _Part(NamedTuple):
-    """One weight, and the LoRA layer whose product belongs on top of it."""
+    """A weight, and the LoRA layer whose product is added to it."""
 
     tensor: Tensor
     lora: Any | None
@@ -102,7 +101,7 @@ class _Part(NamedTuple):
         return [self.tensor, *([] if self.lora is None else self.lora.parameters())]
 
     def merged(self, dtype: torch.dtype) -> Tensor:
-        """A tensor of its own where anything had to be computed, else the trainer's."""
+        """The trainer's tensor itself where nothing has to be computed."""
         weight = _whole(self.tensor.detach())
         if self.lora is not None and not (self.lora.merged or self.lora.disable_adapters):
             weight = weight.float()
@@ -129,19 +128,10 @@ def _adapted_layers(base: nn.Module) -> Mapping[str, Any]:
     return layers
 
 
-def _by_layer(names: list[str]) -> Iterator[list[str]]:
-    """Neighbours of one layer together: `model.layers.3.` is a group, `lm_head.weight` one of its own."""
-    key: str | None = None
-    group: list[str] = []
-    for name in names:
-        match = _LAYER.match(name)
-        if group and (match is None or match.group() != key):
-            yield group
-            group = []
-        key = match.group() if match else None
-        group.append(name)
-    if group:
-        yield group
+def _layer_of(name: str) -> str:
+    """`model.layers.3.` for a weight of that layer, the name itself outside the layers."""
+    match = _LAYER.match(name)
+    return match.group() if match else name
 
 
 def _whole(tensor: Tensor) -> Tensor:

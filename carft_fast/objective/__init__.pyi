@@ -11,9 +11,11 @@ from .losses import contrastive_loss as contrastive_loss
 from .losses import correction_weights as correction_weights
 from .losses import explained_variance as explained_variance
 from .losses import sampler_support_logprobs as sampler_support_logprobs
+from .losses import tokens_of as tokens_of
 from .passes import Forward as Forward
-from .passes import Look as Look
 from .passes import Loss as Loss
+from .passes import Outputs as Outputs
+from .passes import Passes as Passes
 from .passes import Rows as Rows
 from .passes import Want as Want
 from .passes import build_passes as build_passes

@@ -1,4 +1,4 @@
-"""The annotated CoTs of a step: what they have in common with its rollouts, and the looks at them."""
+"""The annotated CoTs of a step: what they have in common with its rollouts, and their embeddings."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from carft_fast.core import world_size
 from carft_fast.models import PromptStates
-from carft_fast.objective.passes import Look, Passes, Rows, gathered
+from carft_fast.objective.passes import Outputs, Passes, Rows, gathered
 from carft_kernels import lcs_mask
 
 
@@ -32,15 +32,16 @@ def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[
 
 
 class Annotated:
-    """The annotated CoTs of a step, a question's once for all its samples, and the looks at them."""
+    """The annotated CoTs of a step, each once for all samples of its question."""
 
     def __init__(self, rows: Rows) -> None:
+        """`rows`: the annotated CoT of every rollout."""
         self._has_parts = rows.parts is not None
         samples: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
         for i, (prompt, cot) in enumerate(rows.pairs):
             samples.setdefault((tuple(prompt), tuple(cot)), []).append(i)
         self._samples = list(samples.values())
-        self.unique = rows.pick([members[0] for members in self._samples])
+        self.rows = rows.pick([members[0] for members in self._samples])
         if rows.parts is not None:  # of one CoT the whole, then what each sample has in common with it
             most = max(map(len, self._samples))
             parts = []
@@ -48,31 +49,34 @@ class Annotated:
                 common = [rows.parts[i][1:] for i in members]
                 padding = [torch.zeros_like(common[0])] * (most - len(members))
                 parts.append(torch.cat([rows.parts[members[0]][:1], *common, *padding]))
-            self.unique = self.unique._replace(parts=parts)
-        self.turns: list[list[list[int]]] = []
-        """Micro-batches of `unique`, dealt to the processes in turn; in a turn all have as many, some maybe empty."""
-        self.looks: list[Look] = []
-        """Of this process's micro-batches."""
+            self.rows = self.rows._replace(parts=parts)
 
-    def follow(self, micros: Sequence[Sequence[int]], passes: Passes) -> None:
-        """Each comes after the micro-batch that has the first rollout of its question."""
+    def micro_batches_after(self, micros: Sequence[Sequence[int]], passes: Passes) -> list[list[list[int]]]:
+        """For each turn of the processes over the rollouts' `micros`, the micro-batches of `rows` that follow it.
+
+        A CoT follows the micro-batch with the first rollout of its question, whose prompt states it goes on from. The
+        processes take a turn's micro-batches in turn, as many each; some may be empty.
+        """
         of_rollout = {members[0]: k for k, members in enumerate(self._samples)}
-        for turn in range(0, len(micros), world_size()):
+        turns = []
+        for start in range(0, len(micros), world_size()):
             dealt = []
-            for micro in micros[turn : turn + world_size()]:
+            for micro in micros[start : start + world_size()]:
                 rows = [of_rollout[i] for i in micro if i in of_rollout]
-                dealt.append([[rows[j] for j in batch] for batch in passes.micro_batches(self.unique.pick(rows))])
+                dealt.append([[rows[j] for j in batch] for batch in passes.micro_batches(self.rows.pick(rows))])
             most = max(map(len, dealt))
-            self.turns.append([batches[k] if k < len(batches) else [] for k in range(most) for batches in dealt])
+            turns.append([batches[k] if k < len(batches) else [] for k in range(most) for batches in dealt])
+        return turns
 
     def one_of(self, prompts: PromptStates) -> int:
-        """A row with one of the prompts, for a process that has to look at some."""
-        return next(k for k, prompt in enumerate(self.unique.prompts) if tuple(prompt) in prompts.at)
+        """A row with one of the prompts, for a process whose micro-batch is empty."""
+        return next(k for k, prompt in enumerate(self.rows.prompts) if tuple(prompt) in prompts.at)
 
-    def embeddings(self) -> tuple[Tensor, Tensor | None]:
-        """Of every rollout's annotated CoT z_1 [N, E], and z of what the rollout has in common with it."""
-        z_BPE = gathered(self.looks, self.unique, [micro for turn in self.turns for micro in turn]).z_BPE
-        assert z_BPE is not None
+    def embeddings(self, own: Sequence[Outputs], micros: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
+        """For every rollout z_1 [N, E], and z [N, E] of what its annotated CoT has in common with it (None without
+        parts), from this process's outputs for its share of `micros`."""
+        z = gathered(own, self.rows, micros).z
+        assert z is not None
         places = {i: (row, k) for row, members in enumerate(self._samples) for k, i in enumerate(members)}
-        index_2N = torch.tensor([places[i] for i in range(len(places))], device=z_BPE.device).T
-        return z_BPE[index_2N[0], 0], z_BPE[index_2N[0], 1 + index_2N[1]] if self._has_parts else None
+        row_N, sample_N = torch.tensor([places[i] for i in range(len(places))], device=z.device).T
+        return z[row_N, 0], z[row_N, 1 + sample_N] if self._has_parts else None

@@ -37,6 +37,16 @@ class RolloutTargets(NamedTuple):
     old_value_C: Tensor | None
     return_C: Tensor | None
 
+    def of_rows(self, rows: Sequence[int], lengths: Sequence[int]) -> "RolloutTargets":
+        """Those of some rollouts, whose completions have `lengths[row]` tokens."""
+        return RolloutTargets._make(None if x is None else tokens_of(x, rows, lengths) for x in self)
+
+
+def tokens_of(x_C: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The tokens of some rollouts, end to end; all completions have `lengths`."""
+    by_row = x_C.split(list(lengths))
+    return torch.cat([by_row[i] for i in rows])
+
 
 def completion_logprobs(
     model: CarftModel, output: ModelOutput, batch: PackedBatch, *, temperature: float = 1.0
@@ -212,52 +222,54 @@ def cot_embeddings(
 
 
 class ContrastTargets(NamedTuple):
-    """What the contrastive loss needs to know of B rollouts beside their own embeddings; no gradient.
+    """What the contrastive loss needs to know of B rollouts beside their own embeddings z_2; no gradient.
 
-    The last three are the negative signal's: z of the annotated tokens that the rollout has in common with it, whether
-    a rollout is wrong and has such tokens, and whether it is wrong and has tokens beyond them.
+    `z_1` [B, E]: of their annotated CoTs. The last three are the negative signal's: z [B, E] of the annotated tokens
+    that the rollout has in common with it, whether a rollout is wrong and has such tokens, and whether it is wrong and
+    has tokens beyond them.
     """
 
-    z_1_BE: Tensor
+    z_1: Tensor
     correct_B: Tensor
-    common_BE: Tensor | None = None
+    common: Tensor | None = None
     has_common_B: Tensor | None = None
     has_excluded_B: Tensor | None = None
 
 
-def contrastive_loss(z_2_BPE: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
-    """The signals of `contrastive.mode`, weighed by `negative_weight` where there are both; z_2 holds the rollouts'
-    embeddings: whole, and for the negative signal common and excluded part. Rollouts that a signal is not about leave
-    it alone; 0 where it is about none.
+def contrastive_loss(z_2: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
+    """The signals of `contrastive.mode`, weighed by `negative_weight` where there are both.
+
+    z_2 [B, P, E] holds the rollouts' embeddings: whole, and for the negative signal common and excluded part. A rollout
+    that a signal is not about has no part in it; a signal about none is 0.
     """
     if config.mode == "positive":
-        return positive_signal(z_2_BPE[:, 0], targets, config)
-    negative = negative_signal(z_2_BPE[:, 1], z_2_BPE[:, 2], targets, config)
+        return positive_signal(z_2[:, 0], targets, config)
+    negative = negative_signal(z_2[:, 1], z_2[:, 2], targets, config)
     if config.mode == "negative":
         return negative
-    positive = positive_signal(z_2_BPE[:, 0], targets, config)
+    positive = positive_signal(z_2[:, 0], targets, config)
     return (1 - config.negative_weight) * positive + config.negative_weight * negative
 
 
-def positive_signal(z_2_BE: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
+def positive_signal(z_2: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
     """Masked InfoNCE of paper eq. 7: a correct rollout's annotated CoT is drawn to it, away from all other rollouts.
 
     Mean over the correct rollouts; every candidate carries gradient. With `gradient` "published" candidates carry none
     and the loss is the SUM over all rollouts, wrong ones too, as soon as one is correct: the published code's training.
     Candidates and counts are those of all processes; the processes' losses add up to the whole.
     """
-    z_1_BE, correct_B = targets.z_1_BE, targets.correct_B
-    candidate_ME, start = gather_rows(z_2_BE, _GATHERED[config.gradient])
+    z_1, correct_B = targets.z_1, targets.correct_B
+    candidate_ME, start = gather_rows(z_2, _GATHERED[config.gradient])
     settings: dict[str, Any] = {
-        "positive_N": torch.arange(start, start + len(z_1_BE), device=z_1_BE.device),
+        "positive_N": torch.arange(start, start + len(z_1), device=z_1.device),
         "temperature": config.temperature,
         "positive_clamp": config.positive_clamp,
     }
     if config.gradient != "published":
-        loss, _ = masked_infonce(z_1_BE, candidate_ME, row_mask_N=correct_B, **settings)
+        loss, _ = masked_infonce(z_1, candidate_ME, row_mask_N=correct_B, **settings)
         return _share(loss, correct_B)
-    _, row_loss_B = masked_infonce(z_1_BE, candidate_ME, **settings)
-    cosine_B = torch.cosine_similarity(z_1_BE, z_2_BE).clamp(max=config.positive_clamp)
+    _, row_loss_B = masked_infonce(z_1, candidate_ME, **settings)
+    cosine_B = torch.cosine_similarity(z_1, z_2).clamp(max=config.positive_clamp)
     pull_B = (cosine_B.detach() - cosine_B) / config.temperature  # 0, with the numerator's gradient
     return (row_loss_B + pull_B).sum() * (global_sum(correct_B.sum()) > 0)
 
@@ -271,7 +283,7 @@ def negative_signal(
     Mean over wrong rollouts with a common part; the negatives are the excluded parts of all wrong rollouts, of all
     processes. With `gradient` "published" the negatives carry none. The processes' losses add up to the whole.
     """
-    assert targets.common_BE is not None
+    assert targets.common is not None
     assert targets.has_common_B is not None
     assert targets.has_excluded_B is not None
     n = len(common_BE)
@@ -280,7 +292,7 @@ def negative_signal(
     own_BB = torch.eye(n, dtype=torch.bool, device=common_BE.device)
     loss, _ = masked_infonce(
         common_BE,
-        torch.cat([targets.common_BE, negative_ME]),
+        torch.cat([targets.common, negative_ME]),
         row_mask_N=targets.has_common_B,
         candidate_mask=torch.cat([own_BB, is_negative_M.expand(n, -1)], 1),
         temperature=config.temperature,

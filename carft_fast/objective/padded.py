@@ -1,4 +1,4 @@
-"""The plain path, `model.impl = "reference"`: padded rows, float32 logits of every position, losses in plain torch.
+"""The padded path, `model.impl = "padded"`: padded rows, float32 logits of every position, losses in plain torch.
 
 What the published trainers compute, rows as wide as theirs (the longest prompt plus the longest completion of a
 micro-batch), written to be read next to the paper. The fast path has to equal it, and is timed against it.
@@ -35,7 +35,7 @@ class PaddedBatch(NamedTuple):
         return torch.zeros_like(self.predicted, dtype=per_token_C.dtype).masked_scatter(self.predicted, per_token_C)
 
 
-class PlainOutput(NamedTuple):
+class PaddedOutput(NamedTuple):
     hidden_BLD: Tensor
     logits_BLV: Tensor
 
@@ -50,13 +50,13 @@ def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], 
     return PaddedBatch(ids.to(device), completion.to(device))
 
 
-def forward(model: CarftModel, batch: PaddedBatch) -> PlainOutput:
+def forward(model: CarftModel, batch: PaddedBatch) -> PaddedOutput:
     with model.autocast():
         output = model.lm(input_ids=batch.ids_BL, use_cache=False, output_hidden_states=True)
-    return PlainOutput(output.hidden_states[-1], output.logits.float())
+    return PaddedOutput(output.hidden_states[-1], output.logits.float())
 
 
-def logprobs(output: PlainOutput, batch: PaddedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def logprobs(output: PaddedOutput, batch: PaddedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Log-probs [B, L - 1] of the tokens that follow, and the full log-softmax [B, L - 1, V]."""
     logp_BLV = (output.logits_BLV[:, :-1] / temperature).log_softmax(-1)
     return logp_BLV.gather(-1, batch.ids_BL[:, 1:, None]).squeeze(-1), logp_BLV
@@ -86,7 +86,7 @@ def sft_loss(model: CarftModel, batch: PaddedBatch, total_tokens: int) -> Tensor
 
 def update_loss(
     model: CarftModel,
-    output: PlainOutput,
+    output: PaddedOutput,
     batch: PaddedBatch,
     targets: RolloutTargets,
     config: RlConfig,

@@ -1,4 +1,7 @@
-"""How sequences go through the model: packed (the fast path) or padded (`model.impl = "reference"`)."""
+"""How sequences go through the model: packed (the fast path) or padded (`model.impl = "padded"`).
+
+B sequences, C their completion tokens, E embedding size, P parts of a completion that are embedded.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -34,17 +37,13 @@ class Rows(NamedTuple):
         parts = None if self.parts is None else [self.parts[i] for i in rows]
         return Rows([self.prompts[i] for i in rows], [self.completions[i] for i in rows], parts)
 
+    def pick_or_shortest(self, rows: Sequence[int]) -> "Rows":
+        return self.pick(rows or [self.shortest])
+
     @property
     def pairs(self) -> Iterator[tuple[list[int], list[int]]]:
         """Prompt and completion of every sequence."""
         return zip(self.prompts, self.completions, strict=True)
-
-    def pack(self, device: torch.device, **options: Any) -> PackedBatch:
-        """`options` of `batch.pack`."""
-        return pack(self.prompts, self.completions, device, **options)
-
-    def pad(self, device: torch.device) -> padded.PaddedBatch:
-        return padded.pad(self.prompts, self.completions, device)
 
     @property
     def lengths(self) -> list[int]:
@@ -53,52 +52,42 @@ class Rows(NamedTuple):
 
     @property
     def shortest(self) -> int:
-        """What a process without rows of its own computes, for nothing: what processes do together needs them all."""
+        """A process without rows computes this one for nothing: collectives need every process."""
         return min(range(len(self.prompts)), key=lambda i: len(self.prompts[i]) + len(self.completions[i]))
 
 
 class Want(NamedTuple):
-    """What a look shall find."""
+    """Which outputs a pass without gradient shall find."""
 
     logprob: bool = False
     value: bool = False
     embedding: bool = False
 
 
-class Forward(NamedTuple):
-    """Sequences that have gone through the model's layers."""
+class Outputs(NamedTuple):
+    """What a pass without gradient found; None for what was not wanted. `z` is float32 [B, P, E], the rest [C]."""
 
-    rows: Rows
-    batch: Any
-    """PackedBatch or PaddedBatch."""
-    output: Any
-    """ModelOutput or PlainOutput: last hidden states, with their graph or without."""
-    prompts: PromptStates | None = None
-    """Where they were to be kept."""
+    logprob_C: Tensor | None = None
+    support_logprob_C: Tensor | None = None
+    """On the support the sampler drew from: see `sampler_support_logprobs`."""
+    value_C: Tensor | None = None
+    z: Tensor | None = None
 
-
-class Look(NamedTuple):
-    """No-gradient results of some sequences: per token [C], and z [B, P, E] per sequence and part."""
-
-    logprob_C: Tensor | None
-    support_logprob_C: Tensor | None
-    value_C: Tensor | None
-    z_BPE: Tensor | None
-
-    @property
-    def nothing(self) -> "Look":
-        """What a process without rows of its own found."""
-        return Look(*(None if x is None else x[:0] for x in self))
+    def of_no_rows(self) -> "Outputs":
+        return Outputs(*(None if x is None else x[:0] for x in self))
 
 
-def gathered(looks: Sequence[Look], rows: Rows, micros: Sequence[Sequence[int]]) -> Look:
-    """What all processes found in their micro-batches, in the order of the rows."""
-    found: list[Tensor | None] = []
-    for own, sizes in zip(zip(*looks, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
-        tensors = [x for x in own if x is not None]
-        by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
-        found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
-    return Look(*found)
+class Forward:
+    """Sequences that have gone through the model's layers.
+
+    Neither tuple nor dataclass, in which FSDP2 would find the states: it takes a call's arguments that carry gradient
+    for the start of that call, and would divide weights again whose backward has not run.
+    """
+
+    def __init__(self, batch: Any, output: Any, prompts: PromptStates | None = None) -> None:
+        """`batch` and `output` are packed or padded; the last hidden states have a graph or none. `prompts`: where
+        their states were to be kept."""
+        self.batch, self.output, self.prompts = batch, output, prompts
 
 
 class Loss(NamedTuple):
@@ -106,14 +95,26 @@ class Loss(NamedTuple):
     logprob_C: Tensor
     """Without gradient."""
     metrics: dict[str, Tensor]
-    z_BPE: Tensor | None
+    z: Tensor | None
+    """[B, P, E] with gradient, where it was asked for."""
+
+
+def gathered(own: Sequence[Outputs], rows: Rows, micros: Sequence[Sequence[int]]) -> Outputs:
+    """What all processes found in their micro-batches, in the order of the rows."""
+    found: list[Tensor | None] = []
+    for parts, sizes in zip(zip(*own, strict=True), [*[rows.lengths] * 3, [1] * len(rows.prompts)], strict=True):
+        tensors = [x for x in parts if x is not None]
+        by_row = gather_by_row(torch.cat(tensors), micros, sizes) if tensors else {}
+        found.append(torch.cat([by_row[i] for i in sorted(by_row)]) if by_row else None)
+    return Outputs(*found)
 
 
 class Passes(Protocol):
-    """How sequences go through the model."""
+    """How sequences go through the model. Each takes the model first: `model(passes.loss, ...)` runs it where the
+    model's weights are gathered."""
 
-    goes_on: bool
-    """Whether a forward can go on from prompts that an earlier one has kept."""
+    reuses_prompts: bool
+    """Whether a forward can start from prompts whose states an earlier one kept."""
 
     def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
         """Indices of the sequences that go through the model together. Their number is a multiple of `multiple_of`:
@@ -124,31 +125,33 @@ class Passes(Protocol):
         """Of the completion tokens, divided by `total_tokens`."""
         ...
 
-    def forward(
+    def outputs(
         self,
         model: CarftModel,
         rows: Rows,
+        want: Want,
         *,
-        need_logits: bool = True,
+        keep_graph: bool = False,
         keep_prompts: bool = False,
         after: PromptStates | None = None,
-    ) -> Forward:
-        """`keep_prompts` and `after`, where `goes_on`: see `batch.pack`."""
+    ) -> tuple[Outputs, Forward]:
+        """`keep_graph`: the forward can serve `loss`. `keep_prompts` and `after`, for passes that reuse prompts: see
+        `models.pack`."""
         ...
-
-    def look(self, model: CarftModel, forward: Forward, want: Want) -> Look: ...
 
     def loss(
         self,
         model: CarftModel,
-        forward: Forward,
+        rows: Rows,
         targets: RolloutTargets,
         normaliser: Normaliser,
         live: Sequence[bool],
         *,
         embedding: bool,
+        forward: Forward | None = None,
     ) -> Loss:
-        """Rows that are not `live` count for nothing but the normaliser; with `embedding` z comes with gradient."""
+        """Rows that are not `live` count for nothing but the normaliser. With `embedding` z comes with gradient.
+        `forward`: of these rows and with its graph, where there is one already."""
         ...
 
 
@@ -157,7 +160,7 @@ class PackedPasses:
 
     def __init__(self, config: Config, micro_batch_tokens: int, cost: ModelCost, *, share_prompts: bool) -> None:
         self._config, self._cost, self._budget, self._share = config, cost, micro_batch_tokens, share_prompts
-        self.goes_on = config.model.attention == "packed"
+        self.reuses_prompts = config.model.attention == "packed"
 
     def micro_batches(self, rows: Rows, multiple_of: int = 1) -> list[list[int]]:
         units = self._units(rows)
@@ -184,25 +187,28 @@ class PackedPasses:
             newest[tuple(prompt)] = unit, tokens + len(completion)
         return units
 
-    def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
-        batch = rows.pack(model.device, share_prompts=self._share)
-        return sft_loss(model, model(batch), batch, total_tokens)
+    def _pack(self, model: CarftModel, rows: Rows, **options: Any) -> PackedBatch:
+        return pack(rows.prompts, rows.completions, model.device, share_prompts=self._share, **options)
 
-    def forward(
+    def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
+        batch = self._pack(model, rows)
+        return sft_loss(model, model.hidden_states(batch), batch, total_tokens)
+
+    @torch.no_grad()
+    def outputs(
         self,
         model: CarftModel,
         rows: Rows,
+        want: Want,
         *,
-        need_logits: bool = True,
+        keep_graph: bool = False,
         keep_prompts: bool = False,
         after: PromptStates | None = None,
-    ) -> Forward:
-        batch = rows.pack(model.device, share_prompts=self._share, keep_prompts=keep_prompts, after=after)
-        return Forward(rows, batch, model(batch, need_logits=need_logits), batch.segments.keep)
-
-    @torch.no_grad()
-    def look(self, model: CarftModel, forward: Forward, want: Want) -> Look:
-        (rows, batch, output, _), sampling = forward, self._config.rollout
+    ) -> tuple[Outputs, Forward]:
+        sampling = self._config.rollout
+        batch = self._pack(model, rows, keep_prompts=keep_prompts, after=after)
+        with torch.set_grad_enabled(keep_graph):
+            output = model.hidden_states(batch, need_logits=want.logprob or keep_graph)
         logprob_C = support_logprob_C = None
         if want.logprob:
             logprob_C = completion_logprobs(model, output, batch, temperature=sampling.temperature)
@@ -215,27 +221,26 @@ class PackedPasses:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
-        return Look(
-            logprob_C,
-            support_logprob_C,
-            model.value(output.hidden_TD[batch.predict_index_C]) if want.value else None,
-            cot_embeddings(model, output.hidden_TD, batch, rows.parts) if want.embedding else None,
-        )
+        value_C = model.value(output.hidden_TD[batch.predict_index_C]) if want.value else None
+        z = cot_embeddings(model, output.hidden_TD, batch, rows.parts) if want.embedding else None
+        return Outputs(logprob_C, support_logprob_C, value_C, z), Forward(batch, output, batch.segments.keep)
 
     def loss(
         self,
         model: CarftModel,
-        forward: Forward,
+        rows: Rows,
         targets: RolloutTargets,
         normaliser: Normaliser,
         live: Sequence[bool],
         *,
         embedding: bool,
+        forward: Forward | None = None,
     ) -> Loss:
         assert all(live), "rollouts without a gradient are in no micro-batch"
-        (rows, batch, output, _), rl = forward, self._config.rl
+        batch = self._pack(model, rows) if forward is None else forward.batch
+        output = model.hidden_states(batch) if forward is None else forward.output
+        rl, temperature = self._config.rl, self._config.rollout.temperature
         weight_C = normaliser.weights(batch, rl.loss_mean)
-        temperature = self._config.rollout.temperature
         found = update_loss(model, output, batch, targets, rl, weight_C=weight_C, temperature=temperature)
         return Loss(*found, cot_embeddings(model, output.hidden_TD, batch, rows.parts) if embedding else None)
 
@@ -243,7 +248,7 @@ class PackedPasses:
 class PaddedPasses:
     """Rows in the order drawn, as many as fit the token budget, pads included."""
 
-    goes_on = False
+    reuses_prompts = False
 
     def __init__(self, config: Config, micro_batch_tokens: int) -> None:
         self._config, self._budget = config, micro_batch_tokens
@@ -255,45 +260,48 @@ class PaddedPasses:
         return [*batches, *([] for _ in range(-len(batches) % multiple_of))]
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
-        return padded.sft_loss(model, rows.pad(model.device), total_tokens)
+        return padded.sft_loss(model, padded.pad(rows.prompts, rows.completions, model.device), total_tokens)
 
-    def forward(
+    @torch.no_grad()
+    def outputs(
         self,
         model: CarftModel,
         rows: Rows,
+        want: Want,
         *,
-        need_logits: bool = True,
+        keep_graph: bool = False,
         keep_prompts: bool = False,
         after: PromptStates | None = None,
-    ) -> Forward:
-        assert not keep_prompts, "see goes_on"
-        batch = rows.pad(model.device)
-        return Forward(rows, batch, padded.forward(model, batch))
-
-    @torch.no_grad()
-    def look(self, model: CarftModel, forward: Forward, want: Want) -> Look:
-        rows, batch, output, _ = forward
-        logprob_C = None
+    ) -> tuple[Outputs, Forward]:
+        assert not keep_graph
+        assert not keep_prompts
+        assert after is None
+        batch = padded.pad(rows.prompts, rows.completions, model.device)
+        output = padded.forward(model, batch)
+        logprob_C = value_C = z = None
         if want.logprob:
             logprob_C = padded.logprobs(output, batch, self._config.rollout.temperature)[0][batch.predicted]
-        return Look(
-            logprob_C,
-            logprob_C,
-            model.value(output.hidden_BLD)[:, :-1][batch.predicted] if want.value else None,
-            padded.embedding(model, output.hidden_BLD, batch, rows.parts) if want.embedding else None,
-        )
+        if want.value:
+            value_C = model.value(output.hidden_BLD)[:, :-1][batch.predicted]
+        if want.embedding:
+            z = padded.embedding(model, output.hidden_BLD, batch, rows.parts)
+        return Outputs(logprob_C, logprob_C, value_C, z), Forward(batch, output)
 
     def loss(
         self,
         model: CarftModel,
-        forward: Forward,
+        rows: Rows,
         targets: RolloutTargets,
         normaliser: Normaliser,
         live: Sequence[bool],
         *,
         embedding: bool,
+        forward: Forward | None = None,
     ) -> Loss:
-        (rows, batch, output, _), config = forward, self._config
+        assert forward is None, "no graph is kept"
+        config = self._config
+        batch = padded.pad(rows.prompts, rows.completions, model.device)
+        output = padded.forward(model, batch)
         live_B = torch.tensor(live, device=model.device)
         found = padded.update_loss(
             model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature
@@ -303,6 +311,6 @@ class PaddedPasses:
 
 def build_passes(config: Config, model: CarftModel, micro_batch_tokens: int, *, share_prompts: bool = False) -> Passes:
     """By `model.impl`."""
-    if config.model.impl == "reference":
+    if config.model.impl == "padded":
         return PaddedPasses(config, micro_batch_tokens)
     return PackedPasses(config, micro_batch_tokens, ModelCost.of(model.lm), share_prompts=share_prompts)

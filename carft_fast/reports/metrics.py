@@ -1,7 +1,6 @@
 """One record per step: phase timers, metrics.jsonl, TensorBoard.
 
-`METRICS` names every quantity a record may hold; a name that is not there is refused, so the table in the docs and
-the file on disk cannot drift apart.
+A record holds only what `METRICS` names, so the documentation and the file on disk cannot drift apart.
 """
 
 import json
@@ -94,7 +93,7 @@ class MetricsLog:
     """metrics.jsonl and TensorBoard of one run. Records: stage, kind (train, eval or guard), step (done), values."""
 
     def __init__(self, folder: Path, *, write: bool = True) -> None:
-        """`write` False: only `records`, for the processes that keep up with the one that writes."""
+        """`write` False: keep `records` and write nothing."""
         self._write = write
         self._path = folder / "metrics.jsonl"
         self._tensorboard = folder / "tensorboard"
@@ -102,15 +101,15 @@ class MetricsLog:
         self.records: list[dict[str, Any]] = []
 
     def load(self) -> None:
-        """Read what an earlier process logged. A kill may have cut the last line; every earlier one is whole."""
+        """Read what another process logged. Its last line may be incomplete and is left out then."""
         if self._path.exists():
-            whole = self._path.read_text(encoding="utf-8").split("\n")[:-1]
-            self.records = [json.loads(line) for line in whole]
+            *lines, _ = self._path.read_text(encoding="utf-8").split("\n")
+            self.records = [json.loads(line) for line in lines]
 
     def rewind(self, stage: str, step: int) -> None:
-        """Take back what this stage logged after `step`: those steps are run, and counted, again.
+        """Remove what this stage logged after `step`: those steps run again.
 
-        Records of SFT come first even where it had to be done again, its model being damaged, after RL had begun.
+        Records of SFT come first, also where SFT is repeated after RL because its model was damaged.
         """
         kept = [r for r in self.records if r["stage"] != stage or r["step"] <= step]
         self.records = sorted(kept, key=lambda r: r["stage"] != "sft")
@@ -130,7 +129,11 @@ class MetricsLog:
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         with writing(self._tensorboard):
-            writer = self._writer(stage, step)
+            if stage not in self._writers:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writers[stage] = SummaryWriter(str(self._tensorboard / stage), purge_step=step, max_queue=50)
+            writer = self._writers[stage]
             for name, value in values.items():
                 if isinstance(value, int | float):
                     writer.add_scalar(f"{kind}/{name}", value, step)
@@ -152,10 +155,3 @@ class MetricsLog:
         with writing(self._tensorboard):
             for writer in self._writers.values():
                 writer.close()
-
-    def _writer(self, stage: str, step: int) -> Any:
-        if stage not in self._writers:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writers[stage] = SummaryWriter(str(self._tensorboard / stage), purge_step=step, max_queue=50)
-        return self._writers[stage]

@@ -2,14 +2,13 @@
 
 import html
 import io
-import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 NOT_MEASURED = "not measured"
 SERIES = tuple(f"#0000a{i}" for i in range(1, 9))
-"""Colours to draw with: each stands for a colour of the page, which has one for light and one for dark."""
+"""Colours to draw with. Each is a placeholder for a colour of the page, which has a light and a dark one."""
 INK, FAINT = "#0000b1", "#0000b2"
 _VARIABLES = {color: f"var(--s{i})" for i, color in enumerate(SERIES, 1)} | {INK: "var(--ink)", FAINT: "var(--line)"}
 Cell = str | float | int | bool | None | tuple[Any, str]
@@ -77,7 +76,7 @@ for (const field of document.querySelectorAll("input[type=search]"))
 
 
 def page(title: str, lead: str, sections: Mapping[str, Iterable[str]]) -> str:
-    """A document. Sections are heading -> blocks of HTML; `title` and headings are text, `lead` is HTML."""
+    """The document. `sections`: heading -> blocks of HTML. `title` and headings are text, `lead` is HTML."""
     anchors = {heading: re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") for heading in sections}
     links = " ".join(f'<a href="#{anchor}">{text(heading)}</a>' for heading, anchor in anchors.items())
     body = "\n".join(
@@ -122,22 +121,22 @@ def number(value: float) -> str:
 def table(columns: Sequence[str], rows: Iterable[Sequence[Cell]], *, search: str = "") -> str:
     """A table that sorts by any column. A cell is text, a number, (number to sort by, text), or None: not measured.
 
-    `search` is a name for a table long enough to need a search field; no other table of the page has it.
+    `search` adds a search field; it is the table's name, unique on the page. ValueError for rows of unequal length.
     """
     rows = list(rows)
-    numeric = [any(isinstance(cell, float | int | tuple) for cell in cells) for cells in zip(*rows, strict=True)]
-    heads = "".join(
-        f'<th scope="col"{" class=number" * right}><button type="button">{text(name)}</button></th>'
-        for name, right in itertools.zip_longest(columns, numeric, fillvalue=False)
-    )
+    heads = ""
+    for name, *cells in zip(columns, *rows, strict=True):
+        right = " class=number" if any(isinstance(cell, float | int | tuple) for cell in cells) else ""
+        heads += f'<th scope="col"{right}><button type="button">{text(name)}</button></th>'
     body = "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    grid = f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    if not search:
-        return f'<div class="scroll" tabindex="0"><table>{grid}'
-    name = text(search)
+    table_id = search_field = ""
+    if search:
+        name = text(search)
+        table_id = f' id="{name}"'
+        search_field = f'<input type="search" data-table="{name}" placeholder="Search" aria-label="Search {name}">'
     return (
-        f'<input type="search" data-table="{name}" placeholder="Search" aria-label="Search {name}">'
-        f'<div class="scroll" tabindex="0"><table id="{name}">{grid}'
+        f'{search_field}<div class="scroll" tabindex="0"><table{table_id}>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
@@ -151,11 +150,6 @@ def _cell(value: Cell) -> str:
     return f'<td class="number" data-sort="{value}">{number(value)}</td>'
 
 
-def facts(pairs: Mapping[str, Any]) -> str:
-    """Names and values."""
-    return table(("what", "value"), [(name, str(value)) for name, value in pairs.items()])
-
-
 def details(summary: str, *blocks: str) -> str:
     return f"<details><summary>{text(summary)}</summary>{''.join(blocks)}</details>"
 
@@ -164,11 +158,17 @@ def charts(*figures: str) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
+def new_figure(width: float, height: float) -> Any:
+    """A matplotlib figure, in inches, that belongs to no window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def chart(title: str, draw: Callable[[Any], object], *, height: float = 2.8) -> str:
-    """What `draw` draws on matplotlib axes, as SVG in the page's colours; its lines and fills take SERIES by itself."""
+    """What `draw` draws on matplotlib axes, as SVG in the page's colours. Lines and fills take theirs from SERIES."""
     import matplotlib
     from cycler import cycler
-    from matplotlib.figure import Figure
 
     settings: Any = {
         "svg.fonttype": "none",
@@ -185,14 +185,13 @@ def chart(title: str, draw: Callable[[Any], object], *, height: float = 2.8) -> 
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.edgecolor"), INK),
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
+        figure = new_figure(4.6, height)
         draw(figure.subplots())
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     svg = stream.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (width|height)="[0-9.]+pt"', "", svg)  # the picture's own: the page scales it
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{text(title)}"', 1)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)

@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from carft_fast.config import Config, load_config, method_name, to_toml
 from carft_fast.core import InputError, write_text, writing
 from carft_fast.reports import page as page
-from carft_fast.reports.metrics import METRICS, PHASES
+from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog
 
 CURVES: dict[str, str] = {
     "reward": "reward",
@@ -29,47 +29,48 @@ def write_report(folder: Path, config: Config, records: Sequence[dict[str, Any]]
     plots = folder / "plots"
     with writing(folder):
         plots.mkdir(exist_ok=True)
-        written = [*_draw_curves(plots, records), *_draw_seconds(plots, records)]
+        written = _draw_plots(plots, records)
         (folder / "report.md").write_text(_markdown(config, summary, written), encoding="utf-8")
-    write_text(folder / "report.html", html(config, records, summary, _environment(folder)))
+    _write_page(folder, config, records, summary)
 
 
 def rewrite_page(folder: Path) -> Path:
-    """report.html of a run folder as it is now, finished or not."""
-    metrics = folder / "metrics.jsonl"
-    if not metrics.is_file():
+    """Write report.html for a run folder as it is now, finished or not."""
+    if not (folder / "metrics.jsonl").is_file():
         hint = f": a comparison, its page is {folder / 'compare.html'}" if (folder / "compare.csv").is_file() else ""
         raise InputError(f"{folder}: no metrics.jsonl, so this is no run folder{hint}")
-    # a run that goes on may be in the middle of its last line
-    lines = [line for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    metrics = MetricsLog(folder, write=False)
+    metrics.load()
     summary_file = folder / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else None
-    config = load_config(str(folder / "config.toml"))
-    write_text(
-        folder / "report.html", html(config, [json.loads(line) for line in lines], summary, _environment(folder))
-    )
+    return _write_page(folder, load_config(str(folder / "config.toml")), metrics.records, summary)
+
+
+def _write_page(
+    folder: Path, config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any] | None
+) -> Path:
+    environment = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    write_text(folder / "report.html", _html(config, records, summary, environment))
     return folder / "report.html"
 
 
-def _environment(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-
-
-def _draw_curves(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:
-    from matplotlib.figure import Figure
-
-    written = []
+def _draw_plots(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Write the curves as pictures. Returns their file names."""
+    figures = {}
     for name, title in CURVES.items():
-        figure = Figure(figsize=(6, 3.2), layout="constrained")
-        stages = _stages_with(name, records)
-        if not stages:
-            continue
-        for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-            _draw_curve(axes, name, stage, records)
-        figure.suptitle(textwrap.fill(f"{title}: {METRICS[name]}", 90), fontsize=9)
-        figure.savefig(folder / f"{name}.png", dpi=110)
-        written.append(f"{name}.png")
-    return written
+        if stages := _stages_with(name, records):
+            figure = figures[f"{name}.png"] = page.new_figure(6, 3.2)
+            for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+                _draw_curve(axes, name, stage, records)
+            figure.suptitle(textwrap.fill(f"{title}: {METRICS[name]}", 90), fontsize=9)
+    if _rl_steps(records):
+        figure = figures["seconds_per_phase.png"] = page.new_figure(6, 3.2)
+        axes = figure.subplots()
+        _draw_phases(axes, records)
+        axes.set_title("seconds per phase", fontsize=9)
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=110)
+    return list(figures)
 
 
 def _stages_with(name: str, records: Sequence[dict[str, Any]]) -> list[str]:
@@ -77,14 +78,15 @@ def _stages_with(name: str, records: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _draw_curve(axes: Any, name: str, stage: str, records: Sequence[dict[str, Any]]) -> None:
-    for kind, style in (("train", {"linewidth": 1.2}), ("eval", {"marker": "o", "linewidth": 1.2})):
-        points = [(r["step"], r[name]) for r in records if (r["stage"], r["kind"]) == (stage, kind) and name in r]
+    def plot(kind: str, figure: str, label: str, **style: Any) -> None:
+        points = [(r["step"], r[figure]) for r in records if (r["stage"], r["kind"]) == (stage, kind) and figure in r]
         if points:
-            axes.plot(*zip(*points, strict=True), label="held-out" if kind == "eval" else "training", **style)
+            axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
+
+    plot("train", name, "training")
+    plot("eval", name, "held-out", marker="o")
     if name == "accuracy":
-        sampled = [(r["step"], r["train_accuracy"]) for r in records if r["stage"] == stage and "train_accuracy" in r]
-        if sampled:
-            axes.plot(*zip(*sampled, strict=True), label="rollouts", alpha=0.5, linewidth=1.2)
+        plot("train", "train_accuracy", "rollouts", alpha=0.5)
         axes.set_ylim(0, 1)
     if len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
@@ -98,33 +100,16 @@ def tidy(axes: Any, x_label: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_seconds(folder: Path, records: Sequence[dict[str, Any]]) -> list[str]:
-    from matplotlib.figure import Figure
-
-    if not _rl_steps(records):
-        return []
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.subplots()
-    _draw_phases(axes, records)
-    axes.set_title("seconds per phase", fontsize=9)
-    figure.savefig(folder / "seconds_per_phase.png", dpi=110)
-    return ["seconds_per_phase.png"]
-
-
 def _rl_steps(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [r for r in records if r["stage"] == "rl" and r["kind"] == "train"]
 
 
 def _draw_phases(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     steps = _rl_steps(records)
-    phases = [
-        phase for phase in PHASES if any(phase in r["seconds"] for r in steps) and phase not in ("load", "checkpoint")
-    ]
-    axes.stackplot(
-        [r["step"] for r in steps],
-        [[r["seconds"].get(phase, 0.0) for r in steps] for phase in phases],
-        labels=phases,
-    )
+    recorded = set().union(*(r["seconds"] for r in steps)) - {"load", "checkpoint"}
+    phases = [phase for phase in PHASES if phase in recorded]
+    seconds = [[r["seconds"].get(phase, 0.0) for r in steps] for phase in phases]
+    axes.stackplot([r["step"] for r in steps], seconds, labels=phases)
     axes.set_xlabel("RL step")
     axes.set_ylabel("seconds per step")
     axes.legend(frameon=False, fontsize=8)
@@ -144,7 +129,7 @@ def _result_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def html(
+def _html(
     config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any] | None, environment: dict[str, Any]
 ) -> str:
     """The page of a run; `summary` is None while it goes on."""
@@ -161,41 +146,31 @@ def html(
         sections["Result"] = [page.table(("figure", "before RL", "final"), _result_rows(summary))]
         sections["One question, before and after"] = [
             page.paragraph(f"{example['question'].strip()} (target {example['target']})"),
-            *(
-                f"<h3>{when}</h3>{page.quote(example[key])}"
-                for when, key in (("Before RL", "before"), ("Final", "after"))
-            ),
+            f"<h3>Before RL</h3>{page.quote(example['before'])}",
+            f"<h3>Final</h3>{page.quote(example['after'])}",
         ]
-    sections["Learning curves"] = [
-        page.charts(
-            *(
-                page.chart(f"{title}, {stage.upper()}", partial(_draw_curve, name=name, stage=stage, records=records))
-                for name, title in CURVES.items()
-                for stage in _stages_with(name, records)
-            )
-        )
+    curves = [
+        page.chart(f"{title}, {stage.upper()}", partial(_draw_curve, name=name, stage=stage, records=records))
+        for name, title in CURVES.items()
+        for stage in _stages_with(name, records)
     ]
+    sections["Learning curves"] = [page.charts(*curves)]
     if _rl_steps(records):
         seconds = page.chart("Seconds per phase of each RL step", partial(_draw_phases, records=records))
         sections["Seconds per phase"] = [page.charts(seconds)]
         if summary is not None:
             phases = [(phase, PHASES[phase], value) for phase, value in summary["seconds_by_phase"].items()]
             sections["Seconds per phase"].append(page.table(("phase", "what", "seconds, the run's sum"), phases))
-    trainings = [r for r in records if r["kind"] == "train"]
-    if trainings:
+    if trainings := [r for r in records if r["kind"] == "train"]:
         last = trainings[-1]
+        values = [(name, last[name], meaning) for name, meaning in METRICS.items() if name in last]
         sections["Every quantity"] = [
             page.paragraph(f"As of {last['stage'].upper()} step {last['step']}, and what it is, with its unit."),
-            page.table(
-                ("name", "value", "what it is"),
-                [
-                    (name, last[name], meaning)
-                    for name, meaning in METRICS.items()
-                    if isinstance(last.get(name), float | int)
-                ],
-            ),
+            page.table(("name", "value", "what it is"), [row for row in values if isinstance(row[1], float | int)]),
         ]
-    sections["Environment"] = [page.facts(_flat(environment)), page.details("Settings", page.pre(to_toml(config)))]
+    facts = [(name, str(value)) for name, value in _flat(environment).items()]
+    settings = page.details("Settings", page.pre(to_toml(config)))
+    sections["Environment"] = [page.table(("what", "value"), facts), settings]
     method = summary["method"] if summary else method_name(config)
     return page.page(f"{config.output.name}: {method}, seed {config.seed}", lead, sections)
 
@@ -208,43 +183,47 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+
+
 def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> str:
-    example = summary["example"]
-    rows = _result_rows(summary)
-    phases = [(phase, PHASES[phase], f"{seconds:.1f}") for phase, seconds in summary["seconds_by_phase"].items()]
-    lines = [
-        f"# {config.output.name}: {summary['method']}, seed {summary['seed']}",
-        "",
+    def quote(words: str) -> str:
+        return "\n".join(f"> {line}" for line in words.strip().splitlines())
+
+    lead = (
         f"Model `{config.model.path}`, training data `{config.data.train}`, {summary['eval_rows']} held-out rows of "
         f"`{config.data.eval}`. {summary['completion_tokens']:,} tokens sampled in RL, "
-        f"{summary['seconds_total']:.0f} s in all.",
-        "",
-        "| | before RL | final |",
-        "| --- | --- | --- |",
-        *(f"| {name} | {before} | {after} |" for name, before, after in rows),
-        "",
-        "## One question, before and after",
-        "",
-        f"{example['question'].strip()} (target {example['target']})",
-        "",
-        "Before RL:",
-        "",
-        *(f"> {line}" for line in example["before"].strip().splitlines()),
-        "",
-        "Final:",
-        "",
-        *(f"> {line}" for line in example["after"].strip().splitlines()),
-        "",
-        "## Seconds per phase",
-        "",
-        "| phase | what | seconds |",
-        "| --- | --- | --- |",
-        *(f"| {phase} | {what} | {seconds} |" for phase, what, seconds in phases),
-        "",
-        "## Learning curves",
-        "",
-        *(f"![{name.removesuffix('.png')}](plots/{name})" for name in plots),
-        "",
-        "Versions: " + ", ".join(f"{name} {number}" for name, number in summary["versions"].items()),
-    ]
-    return "\n".join(lines) + "\n"
+        f"{summary['seconds_total']:.0f} s in all."
+    )
+    example = summary["example"]
+    phases = [(phase, PHASES[phase], f"{seconds:.1f}") for phase, seconds in summary["seconds_by_phase"].items()]
+    pictures = "\n".join(f"![{name.removesuffix('.png')}](plots/{name})" for name in plots)
+    return f"""# {config.output.name}: {summary["method"]}, seed {summary["seed"]}
+
+{lead}
+
+{markdown_table(("", "before RL", "final"), _result_rows(summary))}
+
+## One question, before and after
+
+{example["question"].strip()} (target {example["target"]})
+
+Before RL:
+
+{quote(example["before"])}
+
+Final:
+
+{quote(example["after"])}
+
+## Seconds per phase
+
+{markdown_table(("phase", "what", "seconds"), phases)}
+
+## Learning curves
+
+{pictures}
+
+Versions: {", ".join(f"{name} {number}" for name, number in summary["versions"].items())}
+"""

@@ -1,7 +1,6 @@
 from .answers import ANSWER_TRIGGER as ANSWER_TRIGGER
 from .answers import REASONING_TRIGGER as REASONING_TRIGGER
 from .answers import Answer as Answer
-from .answers import AnswerType as AnswerType
 from .answers import Grade as Grade
 from .answers import base_score as base_score
 from .answers import embedding_partial_score as embedding_partial_score
@@ -9,4 +8,5 @@ from .answers import extract_answer as extract_answer
 from .answers import parse_target as parse_target
 from .answers import same_answer as same_answer
 from .grader import Grader as Grader
+from .grader import RewardFunction as RewardFunction
 from .programs import ProgramPool as ProgramPool

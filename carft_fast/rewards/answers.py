@@ -1,17 +1,16 @@
 """Answers: taken out of a completion, compared with the target, scored. Pure; never raises on what a model wrote.
 
-`grade` is all there is to "numeric" and "choice". "latex" and "program" need limits that pure code cannot keep: here
-are only what they extract and `compare_latex`, which may take for ever; `grading.Grader` does the rest.
-docs/rewards.md shows what is read as what.
+`grade` does all for "numeric" and "choice". "latex" and "program" need limits that pure code cannot keep: `Grader`
+sets them around what is extracted here and `compare_latex`, which may never end. docs/rewards.md has examples.
 """
 
-import collections
 import math
 import re
 import unicodedata
 from typing import Any, Literal, NamedTuple
 
-AnswerType = Literal["numeric", "choice", "latex", "program"]
+from carft_fast.config import AnswerType
+
 Answer = float | str
 LatexVerdict = Literal["same", "different", "unreadable"]
 
@@ -27,8 +26,7 @@ _LONGEST_PROGRAM = 65536
 _INVISIBLE = "\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # zero-width characters, marks of direction
 _OPENING = rf"[\s{_INVISIBLE}\"'`*(<\[{{]*"
 _SIGN = "[+\\-−–－﹣]"
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_MINUSES = str.maketrans("−–－﹣", "----")
+_PLAIN = str.maketrans("−–－﹣⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-----+0123456789")  # signs and superscripts
 _FRACTION_CHARACTERS = str.maketrans(
     {c: " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 )
@@ -37,7 +35,7 @@ _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "tri
 
 
 def _power(name: str) -> str:
-    """Pattern of what makes 10 a power: ^5, **5, ^{5} or superscript digits."""
+    """Pattern of an exponent after 10: ^5, **5, ^{5} or superscript digits."""
     return rf"\s*(?:(?:\^|\*\*)\s*\{{?(?P<{name}>{_SIGN}?[0-9]{{1,4}})\}}?|(?P<{name}_sup>[⁻⁺]?[⁰¹²³⁴-⁹]{{1,4}}))"
 
 
@@ -101,35 +99,28 @@ class Grade(NamedTuple):
 
 
 def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
-    """The answer a completion gives: what follows its last "Therefore, the answer is".
+    """The answer of a completion: what follows its last "Therefore, the answer is", else the last \\boxed, else the
+    text itself if it is nothing but an answer. None when there is nothing to extract.
 
-    Numbers are read as a person would: commas between thousands, a currency sign, a unit, a percent sign, a fraction,
-    brackets; after "=" when an equation was written. inf and nan are not answers. Without the trigger the last \\boxed
-    counts, and without that the text itself if it is nothing but an answer. `text` may hold the prompt too: what
-    precedes the last "Answer reasoning:" is dropped. Of "latex" and "program" the source is returned, as text that was
-    not understood yet. Returns None when there is nothing to extract.
+    `text` may hold the prompt too: what precedes the last "Answer reasoning:" is dropped. Numbers are read as a person
+    would: commas between thousands, a currency sign, a unit, a percent sign, a fraction, brackets; after "=" when an
+    equation was written. inf and nan are not answers. "latex" and "program" return source text, not yet understood.
     """
     text = text.rsplit(REASONING_TRIGGER, 1)[-1].strip()
     if answer_type == "program":
         return _program(text)
     longest = _LONGEST_LATEX if answer_type == "latex" else _LONGEST_ANSWER
-    triggers = collections.deque(_TRIGGER.finditer(text), maxlen=1)
-    if triggers:
-        start = triggers[0].end()
-        answer = text[start:].lstrip()[:longest]
-        boxed = _last_boxed(answer, longest)
-        if boxed is None and answer_type == "latex":
-            return _latex_source(answer)
-        answer = answer.split("\n", 1)[0] if boxed is None else boxed
-    else:
-        boxed = _last_boxed(text, longest)
-        if boxed is None:
-            if answer_type == "latex" or len(text) > longest:
-                return None
-            return _read(text, answer_type, whole=True)
-        answer = boxed
+    *before, answer = _TRIGGER.split(text)
+    if before:
+        answer = answer.lstrip()[:longest]
+    boxed = _last_boxed(answer, longest)
     if answer_type == "latex":
-        return _latex_source(answer)
+        if boxed is None and not before:
+            return None
+        return _latex_source(answer if boxed is None else boxed)
+    if boxed is None and not before:
+        return _read(answer, answer_type, whole=True) if len(answer) <= longest else None
+    answer = answer.split("\n", 1)[0] if boxed is None else boxed
     return _read(re.split("[=≈]", answer)[-1] if answer_type == "numeric" else answer, answer_type, whole=False)
 
 
@@ -189,12 +180,12 @@ def _read(text: str, answer_type: AnswerType, *, whole: bool, unit: bool = False
     value = _value(match)
     if value is None or not math.isfinite(value):
         return None
-    sign = (match["sign"] or match["late_sign"] or "+").translate(_MINUSES)
+    sign = (match["sign"] or match["late_sign"] or "+").translate(_PLAIN)
     return -value if sign == "-" else value
 
 
 def _value(match: re.Match[str]) -> float | None:
-    """What the number written there is worth, without its sign; None where it divides by zero."""
+    """Value of the number without its sign; None where it divides by zero."""
     scale = _SCALES.get(match["scale"] or "", 1.0)
     if match["whole"] is not None:
         denominator = int(match["denominator"])
@@ -202,7 +193,7 @@ def _value(match: re.Match[str]) -> float | None:
     alone, times = (_exponent(match, name) for name in ("alone", "times"))
     if match["digits"] is None:
         return float(f"1e{alone}") * scale
-    own = int((match["exponent"] or "e0")[1:].translate(_MINUSES))
+    own = int((match["exponent"] or "e0")[1:].translate(_PLAIN))
     value = float(f"{match['digits'].replace(',', '')}e{own + times}") * scale
     if match["divisor"] is None:
         return value
@@ -211,21 +202,17 @@ def _value(match: re.Match[str]) -> float | None:
 
 
 def _exponent(match: re.Match[str], name: str) -> int:
-    written = match[name] or (match[f"{name}_sup"] or "0").translate(_SUPERSCRIPTS)
-    return int(written.translate(_MINUSES))
+    return int((match[name] or match[f"{name}_sup"] or "0").translate(_PLAIN))
 
 
 def read_number(text: str) -> float | None:
     """A text that is nothing but a number, perhaps with a unit of one word."""
     value = _read(text.strip(), "numeric", whole=True, unit=True) if len(text) <= _LONGEST_ANSWER else None
-    return value if isinstance(value, float) else None
+    return value if isinstance(value, float) else None  # always: for the type checker
 
 
 def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:
-    """The target an answer is compared with, read by the rule completions are read by.
-
-    Raises ValueError for one that cannot be compared with anything.
-    """
+    """The target an answer is compared with. Raises ValueError for one that cannot be compared with anything."""
     if answer_type == "choice":
         letter = _read(answer.strip("()[]. \"'"), answer_type, whole=True) if len(answer) <= _LONGEST_ANSWER else None
         if letter is None:
@@ -279,10 +266,7 @@ def grade(text: str, target: str, *, answer_type: AnswerType, tolerance: float =
 
 def compare(found: Answer | None, target: str, *, answer_type: AnswerType, tolerance: float) -> Grade:
     """`grade` for an answer that was extracted already."""
-    wanted = parse_target(target, answer_type=answer_type)
-    if isinstance(found, float) and isinstance(wanted, float):
-        return Grade(abs(found - wanted) <= tolerance, found)
-    return Grade(found is not None and found == wanted, found)
+    return Grade(same_answer(found, parse_target(target, answer_type=answer_type), tolerance), found)
 
 
 def same_answer(a: Answer | None, b: Answer | None, tolerance: float) -> bool:

@@ -26,12 +26,12 @@ _PROGRAM_SECONDS = 10.0
 class Grader(AbstractContextManager["Grader"]):
     """Grades completions as `reward` says; a run has one. Processes start when they are first needed.
 
-    Raises InputError at once for a `reward.fn` that cannot be imported.
+    Raises InputError at once for a `reward.fn` that cannot be imported; `function` is called in its place.
     """
 
-    def __init__(self, config: RewardConfig) -> None:
+    def __init__(self, config: RewardConfig, function: RewardFunction | None = None) -> None:
         self._config = config
-        self._function = load_function(config.fn) if config.fn else None
+        self._function = function or (load_function(config.fn) if config.fn else None)
         self._latex: LatexChecker | None = None
         self._programs: ProgramPool | None = None
 

@@ -1,5 +1,5 @@
-"""LaTeX answers, compared in a process of their own. Processor time per comparison is limited, since neither
-math-verify nor sympy is bounded: a comparison that exceeds it ends the process, and `LatexChecker` starts another.
+"""LaTeX answers, compared in a process of its own. math-verify and sympy have no bounds, so each comparison has a limit
+of processor time: one that exceeds it ends the process, and `LatexChecker` starts another.
 
 The process: python -m carft_fast.rewards.latex SECONDS; one JSON line in, one word out.
 """
@@ -24,14 +24,14 @@ _START_SECONDS = 120.0
 
 
 class LatexChecker:
-    """Compares LaTeX in a process of its own (`main`): processor time and memory are limited there."""
+    """Compares LaTeX in a process (`main`) with limits of processor time and memory."""
 
     def __init__(self, cpu_seconds: float) -> None:
         self._cpu_seconds = cpu_seconds
         self._process: subprocess.Popen[bytes] | None = None
 
     def compare(self, answer: str, target: str) -> LatexVerdict:
-        """ "unreadable" as well for what goes over the limits."""
+        """Also "unreadable": what goes over the limits. Raises RewardError where the process cannot be used."""
         process = self._process or self._start()
         assert process.stdin is not None
         try:
@@ -48,7 +48,7 @@ class LatexChecker:
                 self.close()
         return "unreadable"
 
-    def _start(self) -> "subprocess.Popen[bytes]":
+    def _start(self) -> subprocess.Popen[bytes]:
         package = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with tempfile.TemporaryFile() as errors:
@@ -68,18 +68,17 @@ class LatexChecker:
         return self._process
 
     @staticmethod
-    def _reply(process: "subprocess.Popen[bytes]", seconds: float) -> str:
+    def _reply(process: subprocess.Popen[bytes], seconds: float) -> str:
         """Its next line; empty when it ended or took too long."""
         assert process.stdout is not None
         ready, _, _ = select.select([process.stdout], [], [], seconds)
         return process.stdout.readline().decode().strip() if ready else ""
 
     def close(self) -> None:
-        if self._process is None:
-            return
-        self._process.kill()
-        self._process.communicate()
-        self._process = None
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
 """Programs that a language model wrote, run for what their solution() returns. They are taken to be hostile.
 
-The trainer's side: it hands texts to fork servers (`sandbox_server.py`, processes of their own that hold nothing of the
-trainer) and reads a kind and some bytes back. docs/sandbox.md says what this guards against and what not.
+This is the trainer's side. It sends texts to fork servers (`sandbox_server.py`), whose processes hold nothing of the
+trainer, and reads a kind and some bytes back. docs/sandbox.md says what this guards against and what not.
 """
 
 import contextlib
 import json
 import math
+import multiprocessing.connection
 import os
 import platform
-import selectors
 import socket
 import struct
 import subprocess
@@ -17,9 +17,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 from carft_fast.core import InputError, RewardError
@@ -53,12 +52,14 @@ class SandboxError(RewardError):
     """Programs cannot be run safely here, or their servers keep ending. The message says why."""
 
 
-class ProgramPool:
+class ProgramPool(contextlib.AbstractContextManager["ProgramPool"]):
     """Runs programs on `workers` fork servers; a context manager. Threads may share it: they take turns.
 
-    A program has `cpu_seconds` of processor time and `wall_seconds` in all, `memory_mb` MiB of address space (the
-    interpreter's own included) and returns at most `output_bytes`. The same text gives the same outcome whatever ran
-    before or beside it, limits and clocks apart: random is seeded, and every program starts from the same memory.
+    A program has `cpu_seconds` of processor time and `wall_seconds` in all, `memory_mb` MiB of address space (with the
+    interpreter's own) and returns at most `output_bytes`. The same text gives the same outcome whatever else runs,
+    limits and clocks apart: random is seeded, and every program starts from the same memory.
+
+    Raises InputError for a platform or a limit that is not allowed, SandboxError where programs cannot be run safely.
     """
 
     def __init__(
@@ -110,25 +111,25 @@ class ProgramPool:
         with self._lock:
             if not self._workers:
                 raise SandboxError("the pool is closed")
-            outcomes: dict[int, Outcome] = {}
-            waiting: deque[tuple[int, bytes]] = deque()
-            for index, program in enumerate(programs):
-                text = program.encode("utf-8", "replace")
-                if len(text) > PROGRAM_BYTES:
-                    outcomes[index] = Outcome(None, f"a program of {len(text)} bytes, over {PROGRAM_BYTES}")
-                else:
-                    waiting.append((index, text))
-            self._run(waiting, outcomes)
-            return [outcomes[index] for index in range(len(programs))]
+            texts = [program.encode("utf-8", "replace") for program in programs]
+            outcomes = {
+                index: Outcome(None, f"a program of {len(text)} bytes, over {PROGRAM_BYTES}")
+                for index, text in enumerate(texts)
+                if len(text) > PROGRAM_BYTES
+            }
+            self._run(texts, outcomes)
+            return [outcomes[index] for index in range(len(texts))]
 
-    def _run(self, waiting: deque[tuple[int, bytes]], outcomes: dict[int, Outcome]) -> None:
+    def _run(self, texts: Sequence[bytes], outcomes: dict[int, Outcome]) -> None:
+        """Add the outcomes that are missing."""
+        waiting = deque(index for index in range(len(texts)) if index not in outcomes)
         busy: dict[int, int] = {}  # worker -> program
         try:
             while waiting or busy:
                 for slot in range(len(self._workers)):
                     if waiting and slot not in busy:
-                        busy[slot] = waiting[0][0]
-                        self._send(slot, waiting.popleft()[1])
+                        busy[slot] = waiting.popleft()
+                        self._send(slot, texts[busy[slot]])
                 for slot in self._ready(busy):
                     index = busy[slot]
                     try:
@@ -150,17 +151,14 @@ class ProgramPool:
             self._replace(slot)
             self._workers[slot].send(text)
 
-    def _ready(self, busy: dict[int, int]) -> list[int]:
-        """Workers that have answered, ended, or are overdue."""
-        with selectors.DefaultSelector() as selector:
-            for slot in busy:
-                selector.register(self._workers[slot].channel, selectors.EVENT_READ, slot)
-            while True:
-                first = min(self._workers[slot].deadline for slot in busy)
-                ready = [key.data for key, _ in selector.select(max(0.0, first - time.monotonic()))]
-                now = time.monotonic()
-                if found := {*ready, *(slot for slot in busy if self._workers[slot].deadline <= now)}:
-                    return sorted(found)
+    def _ready(self, busy: Iterable[int]) -> list[int]:
+        """Wait. Returns the workers that have answered, ended, or are overdue."""
+        workers = {slot: self._workers[slot] for slot in busy}
+        first = min(worker.deadline for worker in workers.values())
+        channels = [worker.channel for worker in workers.values()]
+        readable = set(multiprocessing.connection.wait(channels, max(0.0, first - time.monotonic())))
+        now = time.monotonic()
+        return [slot for slot, worker in workers.items() if worker.channel in readable or worker.deadline <= now]
 
     def _replace(self, slot: int) -> None:
         self._workers[slot].kill()
@@ -176,12 +174,7 @@ class ProgramPool:
                 worker.kill()
             self._workers = []
 
-    def __enter__(self) -> "ProgramPool":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -206,7 +199,6 @@ class _Worker:
         self._patience = options["wall_seconds"] + _GRACE_SECONDS
         self.deadline = math.inf
         try:
-            self.channel.settimeout(_START_SECONDS)
             self.defences = self._greeting()
             self._check()
         except OSError as error:
@@ -217,6 +209,7 @@ class _Worker:
             raise
 
     def _greeting(self) -> tuple[str, ...]:
+        self.channel.settimeout(_START_SECONDS)
         greeting = self.channel.recv(64 * 1024)
         if greeting[:1] != b"+":
             raise SandboxError(f"the sandbox's server did not start: {greeting[1:].decode() or 'it ended'}")

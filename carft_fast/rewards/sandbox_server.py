@@ -1,63 +1,53 @@
 """The hostile side of `carft_fast.rewards.programs`: a fork server, run as a script in an interpreter of its own.
 
-Three processes a worker: this one, which gives up what it can and then waits; the server, its child, which forks; and
-one child of that for each program. A child is forked before its program arrives and reads the program itself, so the
-server never holds a byte of any: every program starts from the same memory. It is made of the standard library alone
-and imports nothing of carft_fast.
+A worker has three processes: this one, which gives up its privileges and then waits; the server, its child, which
+forks; and a child of the server for each program. A child is forked before its program arrives and reads the program
+itself. So the server never holds a byte of any, and every program starts from the same memory. This file imports the
+standard library alone, nothing of carft_fast.
 
 Lines of defence, outermost first: user, namespaces and an empty root where the kernel permits, resource limits, no
 descriptor but the result pipe, and an allow-list of system calls, which no program runs without.
 """
 
-import _strptime  # noqa: F401 - imported by datetime at its first use
-import abc  # noqa: F401 - what follows unused is for the programs: nothing can be read from disk later
-import array  # noqa: F401
-import bisect  # noqa: F401
-import calendar  # noqa: F401
-import cmath  # noqa: F401
 import codecs
-import collections.abc  # noqa: F401
 import contextlib
-import copy  # noqa: F401
 import ctypes
-import dataclasses  # noqa: F401
 import decimal
-import enum  # noqa: F401
 import errno
 import fcntl
 import fractions
-import functools  # noqa: F401
 import gc
-import heapq  # noqa: F401
+import importlib
 import importlib.machinery
 import io
-import itertools  # noqa: F401
 import json
 import linecache
 import math
-import numbers  # noqa: F401
-import operator  # noqa: F401
 import os
 import platform
 import random
-import re  # noqa: F401
 import resource
 import select
 import signal
 import socket
-import statistics  # noqa: F401
-import string  # noqa: F401
 import struct
 import sys
-import textwrap  # noqa: F401
 import time
 import traceback
 import types
 import typing
-import unicodedata  # noqa: F401
 import warnings
 from pathlib import Path
 from typing import NoReturn
+
+# Modules for the programs, which can read nothing from disk; datetime imports _strptime at its first use.
+FOR_PROGRAMS = (
+    *("_strptime", "abc", "array", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "enum"),
+    *("functools", "heapq", "itertools", "numbers", "operator", "re", "statistics", "string", "textwrap"),
+    "unicodedata",
+)
+for module in FOR_PROGRAMS:
+    importlib.import_module(module)
 
 RESULT = 3  # the only descriptor a program has
 NOFILE = 32
@@ -78,6 +68,28 @@ libc.syscall.argtypes = [ctypes.c_long] * 3
 libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 
 
+# Name -> number on x86_64 and on aarch64; None where there is no such call
+CALLS: dict[str, tuple[int | None, int | None]] = {
+    "write": (1, 64),
+    "mmap": (9, 222),
+    "mprotect": (10, 226),
+    "munmap": (11, 215),
+    "brk": (12, 214),
+    "mremap": (25, 216),
+    "madvise": (28, 233),
+    "exit": (60, 93),
+    "gettimeofday": (96, 169),
+    "capset": (126, 91),
+    "pivot_root": (155, 41),
+    "time": (201, None),
+    "clock_gettime": (228, 113),
+    "clock_getres": (229, 114),
+    "exit_group": (231, 94),
+    "openat": (257, 56),
+    "getrandom": (318, 278),
+}
+
+
 class Architecture(typing.NamedTuple):
     audit: int
     """What seccomp reports as the architecture of a call made in this ABI."""
@@ -85,63 +97,12 @@ class Architecture(typing.NamedTuple):
 
 
 ARCHITECTURES = {
-    "x86_64": Architecture(
-        0xC000003E,
-        {
-            "write": 1,
-            "mmap": 9,
-            "mprotect": 10,
-            "munmap": 11,
-            "brk": 12,
-            "mremap": 25,
-            "madvise": 28,
-            "exit": 60,
-            "gettimeofday": 96,
-            "capset": 126,
-            "pivot_root": 155,
-            "time": 201,
-            "clock_gettime": 228,
-            "clock_getres": 229,
-            "exit_group": 231,
-            "openat": 257,
-            "getrandom": 318,
-        },
-    ),
-    "aarch64": Architecture(
-        0xC00000B7,
-        {
-            "pivot_root": 41,
-            "openat": 56,
-            "write": 64,
-            "capset": 91,
-            "exit": 93,
-            "exit_group": 94,
-            "clock_gettime": 113,
-            "clock_getres": 114,
-            "gettimeofday": 169,
-            "brk": 214,
-            "munmap": 215,
-            "mremap": 216,
-            "mmap": 222,
-            "mprotect": 226,
-            "madvise": 233,
-            "getrandom": 278,
-        },
-    ),
+    "x86_64": Architecture(0xC000003E, {name: x86 for name, (x86, _) in CALLS.items() if x86 is not None}),
+    "aarch64": Architecture(0xC00000B7, {name: arm for name, (_, arm) in CALLS.items() if arm is not None}),
 }
 # Nothing here waits: there is no sleep, and a lock that is taken twice is a forbidden futex call.
-PLAIN_CALLS = [
-    "brk",
-    "munmap",
-    "mremap",
-    "getrandom",
-    "clock_gettime",
-    "clock_getres",
-    "gettimeofday",
-    "time",
-    "exit",
-    "exit_group",
-]
+CLOCK_CALLS = ("clock_gettime", "clock_getres", "gettimeofday", "time")
+PLAIN_CALLS = ("brk", "munmap", "mremap", "getrandom", *CLOCK_CALLS, "exit", "exit_group")
 
 
 def check(result: int) -> None:
@@ -179,7 +140,7 @@ def call_filter(architecture: Architecture) -> bytes:
         (at_least, 0, 1, 0x40000000),  # x32
         kill,
     ]
-    for name, steps in {**{name: [allow] for name in PLAIN_CALLS}, **conditions}.items():
+    for name, steps in ({name: [allow] for name in PLAIN_CALLS} | conditions).items():
         if name in architecture.calls:
             program += [(equal, 0, len(steps), architecture.calls[name]), *steps]
     return b"".join(struct.pack("<HBBI", *step) for step in [*program, kill])

@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from carft_fast.config import RolloutConfig
 from carft_fast.core import EngineError, InputError, derive_seed
 from carft_fast.models import CarftModel
 
@@ -29,6 +30,18 @@ class SamplingParams:
     first_prompt: int = 0
     """Index of the first of these prompts in the whole batch; a prompt's seed depends on its index there."""
 
+    @classmethod
+    def of(cls, config: RolloutConfig, seed: int) -> "SamplingParams":
+        """What a run's rollouts are sampled with."""
+        return cls(
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            samples_per_prompt=config.samples_per_prompt,
+            seed=seed,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
@@ -44,6 +57,7 @@ class Rollout:
     weight_version: int
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     @property
     def version(self) -> int:

@@ -137,7 +137,7 @@ class HFEngine:
                     one_token = replace(sampling, max_new_tokens=1)
                     self._generate_batch([_Job([self._eos_id], 0)], one_token, lambda _: None, together)
 
-        self._model.run(sample)
+        self._model(sample)
         return [results[job] for job in range(len(jobs))]
 
     def forwards_together(self) -> bool:

@@ -1,5 +1,10 @@
 from .agreement import check_agreement as check_agreement
+from .batch import Experience as Experience
+from .batch import Needs as Needs
+from .batch import Samples as Samples
+from .evaluate import grade_rollouts as grade_rollouts
 from .evaluate import wilson_interval as wilson_interval
+from .export import copy_model as copy_model
 from .export import export_checkpoint as export_checkpoint
 from .loop import stage_total_steps as stage_total_steps
 from .memory import Strategy as Strategy
@@ -16,13 +21,10 @@ from .pipeline import train as train
 from .reference import Reference as Reference
 from .rl import as_samples as as_samples
 from .rl import estimate_advantages as estimate_advantages
-from .rl import grade_all as grade_all
 from .rl import score_rollouts as score_rollouts
 from .run import CONFIG_FILE as CONFIG_FILE
+from .run import SUMMARY_FILE as SUMMARY_FILE
+from .run import Given as Given
 from .run import Run as Run
 from .run import versions as versions
-from .step import Experience as Experience
-from .step import MiniBatch as MiniBatch
-from .step import Needs as Needs
-from .step import Samples as Samples
 from .step import Step as Step

@@ -1,6 +1,7 @@
 """Do trainer and sampler hold the same weights? Ask both for the log-probs of the same tokens."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from carft_fast.config import Config
 from carft_fast.core import EngineError, derive_seed
-from carft_fast.models import CarftModel, pack
-from carft_fast.objective import completion_logprobs, sampler_support_logprobs
+from carft_fast.models import CarftModel
+from carft_fast.objective import Outputs, Rows, Want, build_passes
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 
 PROMPTS, TOKENS = 8, 16
@@ -41,31 +42,17 @@ def sampled_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> Tenso
     return torch.tensor([x for rollout in rollouts for x in rollout.sampled_logprobs], device=device)
 
 
-@torch.no_grad()
-def check_agreement(
-    engine: RolloutEngine, model: CarftModel, prompts: Sequence[Sequence[int]], config: Config
-) -> Mismatch:
+def check_agreement(engine: RolloutEngine, model: CarftModel, prompts: Sequence[list[int]], config: Config) -> Mismatch:
     """Sample a little with the run's settings, and compare. Raises EngineError beyond rollout.probe_tolerance."""
-    rollout = config.rollout
-    picked = list(prompts[:PROMPTS])
-    sampling = SamplingParams(
-        max_new_tokens=min(TOKENS, rollout.max_new_tokens),
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        seed=derive_seed(config.seed, "probe"),
-    )
+    rollout, picked = config.rollout, list(prompts[:PROMPTS])
+    sampling = SamplingParams.of(rollout, derive_seed(config.seed, "probe"))
+    sampling = replace(sampling, max_new_tokens=min(TOKENS, rollout.max_new_tokens), samples_per_prompt=1)
     rollouts = engine.generate(picked, sampling)
-    batch = pack(picked, [r.completion_ids for r in rollouts], model.device)
-
-    def support_logprobs(model: CarftModel) -> Tensor:
-        output = model(batch)
-        logprob_C = completion_logprobs(model, output, batch, temperature=rollout.temperature)
-        return sampler_support_logprobs(
-            model, output, batch, logprob_C, temperature=rollout.temperature, top_p=rollout.top_p, top_k=rollout.top_k
-        )
-
-    mismatch = Mismatch.of(model.run(support_logprobs), sampled_logprobs(rollouts, model.device))
+    rows = Rows(picked, [r.completion_ids for r in rollouts])
+    passes = build_passes(config, model, config.rl.micro_batch_tokens)
+    outputs: Outputs = model(passes.outputs, rows, Want(logprob=True))[0]
+    assert outputs.support_logprob_C is not None
+    mismatch = Mismatch.of(outputs.support_logprob_C, sampled_logprobs(rollouts, model.device))
     half = "bfloat16" in (config.model.compute_dtype, rollout.dtype)
     tolerance = rollout.probe_tolerance or (0.05 if half else 1e-3)
     if not mismatch.mean <= tolerance:  # NaN is a mismatch too

@@ -167,12 +167,19 @@ def add_samples(
     return EvalResult(greedy.metrics | metrics, samples)
 
 
+def grade_rollouts(
+    rollouts: Sequence[Rollout], rows: Sequence[EncodedExample], prompt_format: PromptFormat, grader: Grader
+) -> tuple[list[str], list[Grade]]:
+    """Each completion's text and grade."""
+    texts = [prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
+    return texts, grader.grade(texts, [row.example for row in rows])
+
+
 def _graded(
     rollouts: Sequence[Rollout], rows: Sequence[EncodedExample], prompt_format: PromptFormat, grader: Grader
 ) -> tuple[list[dict[str, Any]], list[Grade]]:
-    """What each completion says and whether it is right."""
-    texts = [prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
-    grades = grader.grade(texts, [row.example for row in rows])
+    """What each completion says and whether it is right, as samples store it."""
+    texts, grades = grade_rollouts(rollouts, rows, prompt_format, grader)
     answers = [
         {
             "completion": text,

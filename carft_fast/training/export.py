@@ -29,10 +29,7 @@ _OF_THE_RUN = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     """Write `folder` all or nothing. Raises InputError for a damaged checkpoint, or a folder that is not empty."""
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; give a new or empty folder")
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder}: not empty; give a new or empty folder")
+    _check_new(folder)
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such folder")
     if not any((checkpoint / name).is_file() for name in (STATE_FILE, MANIFEST)):
@@ -60,9 +57,28 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     write_folder(folder, write)
 
 
+def copy_model(model: Path, folder: Path) -> None:
+    """Copy an exported model, all or nothing. Raises InputError for a damaged one, or a folder that is not empty."""
+    _check_new(folder)
+    if damage := find_damage(model):
+        raise InputError(f"{model}: damaged: {damage}")
+
+    def write(target: Path) -> None:
+        shutil.copytree(model, target, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+
+    write_folder(folder, write)
+
+
+def _check_new(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; give a new or empty folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder}: not empty; give a new or empty folder")
+
+
 def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
     """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    plain: dict[str, Any] = {"device": "cpu", "impl": "reference", "attention": "eager"}
+    plain: dict[str, Any] = {"device": "cpu", "impl": "padded", "attention": "eager"}
     plain |= {"compile": False, "gradient_checkpointing": False}
     config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
     sharded = has_sharded(checkpoint)

@@ -1,8 +1,8 @@
-"""Collapse guard: when does a run fall apart, told from its own records. Pure; off by default.
+"""Collapse guard: tells from a run's records when training falls apart. Pure; off by default.
 
-Watched are means over the last `window` steps. A collapse is any of: reward or the share of extractable answers far
-below its best, entropy or KL beyond a bound, a figure that is no longer finite. What was already answered (records of
-kind "guard") starts the watch anew, so a rollback is not followed by another for the same fall.
+It looks at means over the last `window` steps. A collapse is any of: reward or the share of extractable answers far
+below its best, entropy or KL beyond a bound, a figure that is no longer finite. Only steps after the last record of
+kind "guard" count, so a rollback is not followed by another for the same fall.
 """
 
 import math
@@ -11,40 +11,34 @@ from typing import Any
 
 from carft_fast.config import GuardConfig
 
-WATCHED = ("reward", "extractable", "entropy", "kl")
-
 
 def find_collapse(records: Sequence[dict[str, Any]], config: GuardConfig) -> str | None:
-    """The cause of a collapse at the newest of a run's RL records, None while there is none."""
+    """The cause of a collapse at the last RL step; None where there is none."""
     answered = max((i for i, record in enumerate(records) if record["kind"] == "guard"), default=-1)
     steps = [r for r in records[answered + 1 :] if r["kind"] == "train" and r["stage"] == "rl"]
     if not steps:
         return None
-    for name in WATCHED:
+    for name in ("reward", "extractable", "entropy", "kl"):
         if not math.isfinite(steps[-1].get(name, 0.0)):
             return f"{name} is {steps[-1][name]}"
     if len(steps) < config.window:
         return None
     for name, share in (("reward", config.reward_drop), ("extractable", config.extractable_drop)):
-        means = _moving_means([step[name] for step in steps], config.window)
+        values = [step[name] for step in steps]
+        means = [sum(values[i - config.window : i]) / config.window for i in range(config.window, len(values) + 1)]
         best = max(means)
         if means[-1] < best - share * abs(best):
             return f"{name} fell to {means[-1]:.3f}, mean of {config.window} steps, from {best:.3f} at its best"
-    for name, low, high in (
-        ("entropy", config.entropy_min, config.entropy_max),
-        ("kl", None, config.kl_max),
-    ):
+    for name, low, high in (("entropy", config.entropy_min, config.entropy_max), ("kl", None, config.kl_max)):
         recent = [step[name] for step in steps[-config.window :] if name in step]
-        mean = sum(recent) / len(recent) if recent else None
-        if mean is not None and low is not None and mean < low:
+        if not recent:
+            continue
+        mean = sum(recent) / len(recent)
+        if low is not None and mean < low:
             return f"{name} fell to {mean:.3g} nats, mean of {config.window} steps, below {low:g}"
-        if mean is not None and high is not None and mean > high:
+        if high is not None and mean > high:
             return f"{name} rose to {mean:.3g} nats, mean of {config.window} steps, above {high:g}"
     return None
-
-
-def _moving_means(values: Sequence[float], window: int) -> list[float]:
-    return [sum(values[i - window : i]) / window for i in range(window, len(values) + 1)]
 
 
 def rollbacks(records: Sequence[dict[str, Any]]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from carft_fast.config import Config, SftConfig, StageConfig
-from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows
+from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows, on_main
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel, load_model
 from carft_fast.rollout import RolloutEngine
@@ -31,6 +31,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         self._model_path = model_path
         checkpoint = run.store.latest(stage)
         trained, self._step = checkpoint or (None, 0)
+        self._told = trained  # the checkpoint that callbacks were told of last
+        self._untold: list[Path] = []
         with run.timer("load"):
             self.learner: Learner = build_learner(run.config, self._load(trained), config, run.device)
             if trained is not None:
@@ -61,13 +63,16 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 if best or self._due(self._config.save_every):
                     self._save(best=best)
                 run.store.check()
+                if self._tell_of_checkpoints():
+                    continue  # evaluated and saved as the stage's last step
                 run.stop.check_together()
                 if self._step in (self.total_steps, self._ends_at):
                     return
                 yield self._step
                 self._step += 1
-                run.stop.held = False
+                run.stop.held = False  # see begin_update
                 tracker.advance(note=self._note())
+                self._tell("on_step", run.metrics.find(self._stage, "train", self._step)[-1])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -76,8 +81,35 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             path = self._save()
         if error is None or isinstance(error, Stopped):
             self._run.store.wait()
+            self._tell_of_checkpoints()
         if isinstance(error, Stopped):
             self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
+
+    def begin_update(self) -> None:
+        """From here to the end of the step a stop request waits: what is saved between would be trained on twice."""
+        self._run.stop.held = True
+
+    def _tell(self, event: str, value: Any) -> bool:
+        """Call the callbacks; True if one asked for the stage's end, which is then this step."""
+        run = self._run
+        reason = run.tell(event, value)
+        if reason is None or self._ends_at is not None:
+            return False
+        self._ends_at = self._step
+        run.metrics.log(self._stage, "guard", self._step, {"action": "stop", "cause": reason}, {})
+        run.console.log(f"{self._stage} step {self._step}: stop, {reason}")
+        return True
+
+    def _tell_of_checkpoints(self) -> bool:
+        """Of those that are whole on disk by now, which is later than `_save` with output.async_save."""
+        stops = False
+        while self._untold:
+            whole: bool = on_main(self._untold[0].is_dir)
+            if not whole:
+                break
+            self._told = self._untold.pop(0)
+            stops |= self._tell("on_checkpoint", self._told)
+        return stops
 
     def report_skipped(self, rows: list[dict[str, Any]]) -> None:
         """After a step's record, when its loss or gradient was not finite: keep the rows it came from.
@@ -152,12 +184,13 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         else:
             assert self._current_engine is not None
             accuracy = run.evaluate(self._current_engine(), stage, step).accuracy
+            self._tell("on_evaluate", run.metrics.records[-1])
         return step > 0 and accuracy > max(earlier, default=-1.0)
 
     def _save(self, *, best: bool = False) -> Path:
         run = self._run
         with run.timer("checkpoint"):
-            return run.store.save(
+            path = run.store.save(
                 self._stage,
                 self._step,
                 self.learner.model,
@@ -168,6 +201,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 seed=run.config.seed,
                 best=best,
             )
+        if path not in (self._told, *self._untold):
+            self._untold.append(path)
+        return path
 
     def _note(self) -> str:
         record = self._run.metrics.records[-1]

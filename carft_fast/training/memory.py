@@ -1,10 +1,9 @@
 """What training holds in memory, estimated from the model's sizes; nothing here is measured.
 
 Counted: weights, gradients, AdamW's moments, the reference, what a strategy gathers, the largest activations, the
-sampler's KV cache where the trainer samples itself. Not counted: the two heads, temporaries of kernels,
-fragmentation, a vLLM engine.
+KV cache of the trainer's own sampler. Not counted: the two heads, temporaries of kernels, fragmentation, a vLLM engine.
 
-What a device of n holds of what is divided is 1/n, by strategy:
+Share of each that one of n devices holds, by strategy:
 
               weights  gradients  moments  reference
     ddp         all       all       all       all
@@ -17,8 +16,8 @@ from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.models import ModelCost
+from carft_fast.training.batch import Needs
 from carft_fast.training.parallel import BUCKET, Strategy
-from carft_fast.training.step import Needs
 
 FLOAT32 = 4
 
@@ -26,9 +25,8 @@ FLOAT32 = 4
 def estimate_memory(
     config: Config, cost: ModelCost, lm_config: Any, stage: str, strategy: Strategy = "ddp", devices: int = 1
 ) -> dict[str, tuple[float, str]]:
-    """What -> (bytes on each device, formula) for a stage, "total" last.
-
-    Activations and KV cache take turns: the total has the larger one.
+    """What -> (bytes on each device, formula) for a stage, "total" last. Activations and KV cache are never there
+    together, so the total has the larger one.
     """
     compute = 2 if config.model.compute_dtype == "bfloat16" else FLOAT32
     frozen = cost.layer_weights * compute + (cost.all_weights - cost.layer_weights) * FLOAT32
@@ -52,7 +50,7 @@ def estimate_memory(
     if stage == "rl" and Needs.of(config).reference and not rank and not config.rl.reference_offload:
         lasting["reference"] = share(frozen, frozen_text, weight_shards)
     if devices > 1:
-        lasting |= _whole_for_a_moment(cost, strategy, compute, lora=bool(rank), trained=trained)
+        lasting |= _in_transit(cost, strategy, compute, lora=bool(rank), trained=trained)
         if strategy in ("zero2", "zero3"):  # its optimizer works on a copy of its part of the weights
             lasting["DeepSpeed's copy"] = share(trained * FLOAT32, "trained weights x 4 bytes", devices)
     passing = {"activations": _activations(config, cost, stage, compute)}
@@ -62,10 +60,10 @@ def estimate_memory(
     return {**lasting, **passing, "total": (total, "the sum, of activations and KV cache the larger")}
 
 
-def _whole_for_a_moment(
+def _in_transit(
     cost: ModelCost, strategy: Strategy, compute: int, *, lora: bool, trained: int
 ) -> dict[str, tuple[float, str]]:
-    """Weights where they are divided, gathered to be used; gradients on their way to where they are added up."""
+    """Divided weights while they are gathered for use; gradients until they are summed over devices."""
     if strategy == "ddp":
         return {"gradient bucket": (min(BUCKET, trained * FLOAT32), "128 MiB, or all gradients where they are less")}
     layer, rest = cost.layer_weights / cost.layers, cost.all_weights - cost.layer_weights
@@ -89,7 +87,7 @@ def _activations(config: Config, cost: ModelCost, stage: str, compute: int) -> t
         width = cost.layers * cost.hidden_size + cost.linear_width // cost.layers
         text = "(layers x hidden size + one layer's linear inputs and outputs)"
     size, text = tokens * width * float(compute), f"{tokens:,} tokens x {text} x {compute} bytes"
-    if config.model.impl == "reference":
+    if config.model.impl == "padded":
         size += 3 * tokens * cost.vocabulary * FLOAT32
         text += f" + 3 x {tokens:,} x vocabulary x 4 bytes of logits"
     return size, text

@@ -31,7 +31,7 @@ class Learner:
     """A whole copy of model and optimizer on every process (one process, DDP)."""
 
     keeps_graphs = True
-    """Whether `model.run` may be called again before the backward of an earlier call."""
+    """Whether the model may be called again before the backward of an earlier call."""
 
     def __init__(self, model: CarftModel, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -51,8 +51,7 @@ class Learner:
         return None
 
     def close(self) -> None:
-        """Let go of what would keep the model in memory: wrappers that it knows and that know it."""
-        self.model.run_through(None)
+        """Let go of what would keep the model in memory."""
 
     def replace_weights(self, restored: CarftModel) -> None:
         """Take over another model's weights, and forget the moments."""
@@ -87,20 +86,6 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(total.view_as(gradient))
-
-
-class _Root(nn.Module):
-    """What FSDP2 and DeepSpeed take for the model's forward: everything between the token ids and the loss.
-
-    Weights that no layer's own forward uses (LM head in the fused loss, the two heads) are whole inside.
-    """
-
-    def __init__(self, model: CarftModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, work: Callable[[CarftModel], T]) -> T:
-        return work(self.model)
 
 
 class ShardedLearner(Learner):
@@ -142,16 +127,14 @@ def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> 
     }
     for layer in model.layers():
         fully_shard(layer, mp_policy=precision, **common)
-    root = _Root(model)
-    fully_shard(root, **common)
-    model.run_through(root)
+    fully_shard(model, **common)
+    model.divided = True
 
 
 class DeepSpeedLearner(Learner):
     """ZeRO-2 (gradients and moments divided) or ZeRO-3 (weights as well)."""
 
     def __init__(self, model: CarftModel, stage: StageConfig, zero: dict[str, Any]) -> None:
-        deepspeed = _import_deepspeed()
         optimizer = build_optimizer(model, stage)
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # not read: the boundary of a step is set below
@@ -160,8 +143,7 @@ class DeepSpeedLearner(Learner):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        self._engine, optimizer, _, _ = deepspeed.initialize(model=_Root(model), optimizer=optimizer, config=settings)
-        model.run_through(self._engine)
+        self._engine, optimizer = _deepspeed_engine(model, settings, optimizer)
         super().__init__(model, optimizer)
         self.keeps_graphs = zero["stage"] < 3  # else backward computes with weights that are no longer there
 
@@ -215,7 +197,7 @@ class DeepSpeedLearner(Learner):
 
     def close(self) -> None:
         self._engine.destroy()
-        super().close()
+        del self.model.forward  # the engine's, which knows the model
 
     def replace_weights(self, restored: CarftModel) -> None:
         raise RuntimeError("check_strategy refuses it before the run")
@@ -232,6 +214,25 @@ class DeepSpeedLearner(Learner):
         skipped = bool(self._engine.optimizer.overflow)
         norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
         return torch.tensor(norm, device=loss.device), torch.tensor(float(skipped), device=loss.device)
+
+
+class _Inner(nn.Module):
+    """What DeepSpeed wraps: the model's own forward, whose place the engine's takes."""
+
+    def __init__(self, model: CarftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., T], *args: Any, **options: Any) -> T:
+        return function(self.model, *args, **options)
+
+
+def _deepspeed_engine(model: CarftModel, settings: dict[str, Any], optimizer: Any = None) -> tuple[Any, Any]:
+    """DeepSpeed's engine and optimizer; from now on calls of `model` go through the engine."""
+    engine, optimizer, _, _ = _import_deepspeed().initialize(model=_Inner(model), optimizer=optimizer, config=settings)
+    model.forward = engine.__call__  # type: ignore[method-assign]
+    model.divided = True
+    return engine, optimizer
 
 
 def _put_moment(parameter: Any, whole: Tensor, key: str) -> None:
@@ -331,5 +332,4 @@ def divide_frozen(config: Config, model: CarftModel, device: torch.device, *, of
     elif how == "zero3":
         zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": 3}
         settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        engine, _, _, _ = _import_deepspeed().initialize(model=_Root(model), config=settings)
-        model.run_through(engine)
+        _deepspeed_engine(model, settings)

@@ -2,8 +2,8 @@
 
 import gc
 import json
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,25 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.config import SYNTHETIC, Config, method_name
-from carft_fast.core import Console, Example, InputError, StopRequest, on_main, world_size, write_folder, write_text
+from carft_fast.core import (
+    Console,
+    Example,
+    InputError,
+    StopRequest,
+    is_main,
+    on_main,
+    world_size,
+    write_folder,
+    write_text,
+)
 from carft_fast.data import (
     EncodedExample,
     LoadReport,
     PromptFormat,
+    Source,
     check_tokenizer,
     encode_examples,
-    load_examples,
+    load_set,
     make_task,
 )
 from carft_fast.models import (
@@ -40,7 +51,7 @@ from carft_fast.training.memory import estimate_memory
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
-from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
+from carft_fast.training.run import SUMMARY_FILE, Given, Run, check_run_folder, versions
 from carft_fast.training.sft import train_sft
 
 
@@ -62,14 +73,16 @@ def prepare(
     resume: bool = False,
     write: bool = True,
     dry_run: bool = False,
+    given: Given | None = None,
 ) -> Prepared:
     """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError.
 
     A dry run needs no weights: a folder with config and tokenizer will do.
     """
+    given = given or Given()
     if write:
         on_main(lambda: check_run_folder(folder, config, stages, resume=resume))
-    grader = Grader(config.reward)
+    grader = Grader(config.reward, given.reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
@@ -80,36 +93,35 @@ def prepare(
     prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
-    check_engine(config, lm_config, device.type)
+    if given.engine is None:
+        check_engine(config, lm_config, device.type)
     if stages:
         check_strategy(config, stages)
-    if stages and not config.data.train:
-        raise InputError('data.train is not set: give a file, a Hub id or "synthetic"')
-    if not config.data.eval:
-        raise InputError('data.eval is not set: give a file, a Hub id or "synthetic"')
-    train, held_out, reports = _load_data(config, with_train=bool(stages))
-
-    def encode(
-        examples: list[Example], report: LoadReport, *, require_cot: bool, max_new_tokens: int
-    ) -> list[EncodedExample]:
+    sources = {"train": config.data.train if given.train is None else given.train} if stages else {}
+    sources["eval"] = config.data.eval if given.eval is None else given.eval
+    for name, source in sources.items():
+        if source == "":
+            raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
+    rows: dict[str, list[EncodedExample]] = {"train": []}
+    reports = []
+    for name, (examples, report) in _load_data(config, sources).items():
+        longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
         with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
-            return encode_examples(
+            rows[name] = encode_examples(
                 examples,
                 prompt_format,
                 max_length=config.data.max_length,
-                max_prompt_length=config.data.max_length - max_new_tokens,
+                max_prompt_length=config.data.max_length - longest,
                 report=report,
-                require_cot=require_cot,
+                require_cot=name == "train",
                 on_row=tracker.advance,
             )
-
-    train_rows: list[EncodedExample] = []
-    if stages:
-        train_rows = encode(train, reports[0], require_cot=True, max_new_tokens=config.rollout.max_new_tokens)
-    eval_rows = encode(held_out, reports[-1], require_cot=False, max_new_tokens=config.eval_max_new_tokens)
+        reports.append(report)
     stop = StopRequest(several=world_size() > 1)
-    run = Run(config, folder, tokenizer, prompt_format, train_rows, eval_rows, device, console, stop, grader)
-    _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows])
+    run = Run(
+        config, folder, tokenizer, prompt_format, rows["train"], rows["eval"], device, console, stop, grader, given
+    )
+    _check_vocabulary(config, lm_config, tokenizer, [*run.train_rows, *run.eval_rows])
     run.check_same_data(resume=resume)
     return Prepared(run, reports, lm_config)
 
@@ -135,37 +147,13 @@ def _check_vocabulary(config: Config, lm_config: Any, tokenizer: Any, rows: Sequ
         )
 
 
-def _load_data(config: Config, *, with_train: bool) -> tuple[list[Example], list[Example], list[LoadReport]]:
-    data = config.data
-    if data.eval == SYNTHETIC:
-        train, held_out = make_task(config.seed)
-        train, held_out = train[: data.train_rows], held_out[: data.eval_rows]
-        reports = [
-            LoadReport(SYNTHETIC, len(train), len(train)),
-            LoadReport(SYNTHETIC, len(held_out), len(held_out)),
-        ]
-        return train, held_out, reports if with_train else reports[1:]
-    common: dict[str, Any] = {
-        "format": data.format,
-        "fields": data.fields or None,
-        "answer_type": None if config.reward.fn else config.reward.answer_type,
-        "calculator_marks": data.calculator_marks,
-    }
-    train, reports = [], []
-    if with_train:
-        train, report = load_examples(
-            data.train,
-            split=data.train_split,
-            require_cot=True,
-            limit=data.train_rows,
-            merge_questions=data.merge_questions,
-            **common,
-        )
-        reports.append(report)
-    held_out, report = load_examples(
-        data.eval, split=data.eval_split, require_cot=False, limit=data.eval_rows, **common
-    )
-    return train, held_out, [*reports, report]
+def _load_data(config: Config, sources: Mapping[Any, Source]) -> dict[str, tuple[list[Example], LoadReport]]:
+    if config.data.eval != SYNTHETIC:
+        return {name: load_set(config, name, source) for name, source in sources.items()}
+    limits = {"train": config.data.train_rows, "eval": config.data.eval_rows}
+    made = dict(zip(limits, make_task(config.seed), strict=True))
+    kept = {name: made[name][: limits[name]] for name in sources}
+    return {name: (rows, LoadReport(SYNTHETIC, len(rows), len(rows))) for name, rows in kept.items()}
 
 
 def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
@@ -179,8 +167,8 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
     samples = f", {run.config.eval.samples} samples each" * (not stages and run.config.eval.samples > 1)
     table.add_row("evaluation", f"{len(run.eval_rows)} rows{samples}")
     rollout = run.config.rollout
-    servers = f", {len(rollout.servers or rollout.server_devices) or 1} server(s)" * (rollout.engine == "vllm-server")
-    table.add_row("sampling", f"{rollout.engine}{servers}, at most {rollout.max_new_tokens} tokens")
+    servers = f", {len(rollout.servers or rollout.server_devices) or 1} server(s)" * (run.engine_name == "vllm-server")
+    table.add_row("sampling", f"{run.engine_name}{servers}, at most {rollout.max_new_tokens} tokens")
     table.add_row("device", f"{run.device}, {run.config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
     if stages:
@@ -216,19 +204,8 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     if resume and (finished := on_main(lambda: _read_summary(summary_path))):
         run.console.log(f"{run.folder}: this run is finished")
         return finished
-    run.stop.install()
-    run.open(stages, resume=resume)
-    for report in prepared.reports:
-        run.console.log(report.summary())
     model_path = run.config.model.path
     trainers = {"sft": train_sft, "rl": train_rl}
-    with closing(run):
-        for stage in stages:
-            final = run.folder / ("sft" if stage == "sft" else "model")
-            if not run.store.has_model(final):  # else a resumed run that was past this stage
-                _export(run, trainers[stage](run, model_path), final)
-                gc.collect()  # the next stage needs the room
-            model_path = str(final)
 
     def finish() -> dict[str, Any]:
         summary = summarise(run, stages)
@@ -236,9 +213,21 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
         write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
         return summary
 
-    summary = on_main(finish)
-    run.console.show(summary_table(summary))
-    run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
+    with run.stop.installed():
+        with closing(run):
+            run.open(stages, resume=resume)
+            for report in prepared.reports:
+                run.console.log(report.summary())
+            for stage in stages:
+                final = run.folder / ("sft" if stage == "sft" else "model")
+                if not run.store.has_model(final):  # else a resumed run that was past this stage
+                    _export(run, trainers[stage](run, model_path), final)
+                    gc.collect()  # the next stage needs the room
+                model_path = str(final)
+        summary = on_main(finish)
+        run.console.show(summary_table(summary))
+        run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
+        run.tell("on_end", summary)
     return summary
 
 
@@ -258,24 +247,28 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
     loop.learner.close()
 
 
-def evaluate_only(prepared: Prepared) -> EvalResult:
-    """Evaluation of the model as it is, greedy and with eval.samples; writes nothing."""
+def evaluate_only(prepared: Prepared, *, write: bool = False) -> EvalResult:
+    """Evaluation of the model as it is, greedy and with eval.samples; `write`: into the run's folder, else nowhere."""
     run = prepared.run
-    if world_size() == 1:  # several processes end together by the signals' own effect
-        run.stop.install()
-    for report in prepared.reports:
-        run.console.log(report.summary())
-    model = load_model(run.config, run.config.model.path, run.device, heads=False)
-    with closing(run):
+    if write:
+        run.open((), resume=False)
+    # several processes end together by the signals' own effect
+    with run.stop.installed() if world_size() == 1 else nullcontext(), closing(run):
+        for report in prepared.reports:
+            run.console.log(report.summary())
+        model = load_model(run.config, run.config.model.path, run.device, heads=False)
         engine = run.sampler(model)
         result = run.answer(engine, "eval")
         samples = run.config.eval.samples
-        if samples <= 1:
-            return result
-        with run.console.track("eval samples", samples * len(run.eval_rows), "completions") as tracker:
-            return add_samples(
-                result, engine, run.eval_rows, run.prompt_format, run.config, run.grader, run.on_progress(tracker)
-            )
+        if samples > 1:
+            with run.console.track("eval samples", samples * len(run.eval_rows), "completions") as tracker:
+                result = add_samples(
+                    result, engine, run.eval_rows, run.prompt_format, run.config, run.grader, run.on_progress(tracker)
+                )
+    if write and is_main():
+        run.write_result(result)
+    run.console.log(result.describe())
+    return result
 
 
 def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:

@@ -1,18 +1,12 @@
-"""The frozen reference policy of a step: no copy with LoRA, none at all where no KL term asks for it.
-
-H_kv key-value heads, P tokens of a prompt, d head size.
-"""
+"""The frozen reference policy of a step: no copy with LoRA, none at all where no KL term asks for it."""
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import psutil
 import torch
 
 from carft_fast.config import Config
-from carft_fast.core import InputError
-from carft_fast.models import CarftModel, PromptStates, load_model
+from carft_fast.models import CarftModel, load_model
 from carft_fast.training.parallel import divide_frozen, strategy
 
 
@@ -55,51 +49,3 @@ class Reference:
         """The weights never change, so nothing is copied back."""
         for parameter, weight in self._host.items():
             parameter.data = weight
-
-
-class StoredPrompts:
-    """Keys and values of prompts in a frozen model, in host memory: [layers, 2, H_kv, P, d] of each prompt."""
-
-    def __init__(self) -> None:
-        self._states: dict[tuple[int, ...], torch.Tensor] = {}
-        self._modules: list[torch.nn.Module] = []
-        self.bytes = 0
-
-    def add(self, kept: PromptStates) -> None:
-        self._modules = list(kept.layers)
-        if len({key.shape for key, _ in kept.layers.values()}) > 1:
-            raise InputError(
-                'rl.reference_prompts = "stored": the layers of this model have key-value heads of different number or '
-                'size, allowed here is "forward"'
-            )
-        states = torch.stack([torch.cat(pair) for pair in kept.layers.values()]).cpu()
-        for prompt, at in kept.at.items():
-            self._states[prompt] = states[..., at : at + len(prompt), :].clone()
-            self.bytes += self._states[prompt].nbytes
-
-    def of(self, prompts: Sequence[Sequence[int]], device: torch.device) -> PromptStates:
-        """On the device, by one copy that nobody waits for."""
-        at: dict[tuple[int, ...], int] = {}
-        tokens = 0
-        for prompt in map(tuple, prompts):
-            if prompt not in at:
-                at[prompt] = tokens
-                tokens += len(prompt)
-        states = torch.cat([self._states[prompt] for prompt in at], 3)
-        if device.type == "cuda":
-            states = states.pin_memory()
-        layers = states.to(device, non_blocking=True).split(1, 1)
-        return PromptStates(at, tokens, dict(zip(self._modules, zip(*layers, strict=True), strict=True)), closed=True)
-
-    def check_room(self, tokens: int) -> None:
-        """Raises InputError where `tokens` of prompts would not fit host memory, judged by those that are there."""
-        per_token = self.bytes / sum(map(len, self._states))
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        needed = per_token * tokens * processes
-        available = psutil.virtual_memory().available + self.bytes * processes
-        if needed > available:
-            raise InputError(
-                f'rl.reference_prompts = "stored" needs {needed / 2**30:.1f} GB of host memory ({tokens:,} tokens of '
-                f"prompts, {per_token:,.0f} bytes each, in {processes} processes), {available / 2**30:.1f} GB are "
-                'free: allowed here is "forward"'
-            )

@@ -1,11 +1,11 @@
 """Stage 2: reinforced fine-tuning. One loop for every method; a method is a choice of config values.
 
-A step, top to bottom: sample, grade, look at the samples without gradient (old log-probs, values, reference,
-embeddings), turn scores into advantages, update for a few PPO epochs, hand the weights back to the sampler.
+A step, top to bottom: sample, grade, forwards without gradient (old log-probs, values, reference, embeddings), scores
+to advantages, an update of a few PPO epochs, the weights back to the sampler, one record.
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,85 +14,72 @@ from carft_fast.config import Config
 from carft_fast.core import derive_seed
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel
-from carft_fast.objective import Advantages, Rows, explained_variance, group_advantages, mark_common, ppo_advantages
-from carft_fast.rewards import Grade, Grader, base_score, embedding_partial_score
+from carft_fast.objective import Advantages, Rows, explained_variance, group_advantages, ppo_advantages
+from carft_fast.rewards import Grade, base_score, embedding_partial_score
 from carft_fast.rollout import Rollout, RolloutEngine, RolloutStream, SamplingParams
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
+from carft_fast.training.batch import Experience, Needs, Samples
+from carft_fast.training.evaluate import grade_rollouts
 from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.reference import Reference
 from carft_fast.training.run import Run
-from carft_fast.training.step import Experience, Needs, Samples, Step
+from carft_fast.training.step import Step
 
 
 def train_rl(run: Run, model_path: str) -> StageLoop:
     """Run stage 2 to its end, with the model at `model_path` as start and frozen reference; returns its loop."""
-    config = run.config.rl
-    sampling = run.config.rollout
+    config, sampling = run.config.rl, run.config.rollout
     prompts_per_step = config.batch_size // sampling.samples_per_prompt
     total_steps = stage_total_steps(run.config, "rl", len(run.train_rows))
 
-    def request(step: int) -> tuple[list[list[int]], SamplingParams]:
-        return [row.prompt_ids for row in picked_rows(run, "rl", prompts_per_step, step)], SamplingParams(
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            samples_per_prompt=sampling.samples_per_prompt,
-            seed=derive_seed(run.config.seed, "rl", step),
-        )
+    @lru_cache(maxsize=2)  # the next step's prompts may be asked for before this step's rows
+    def prompts_of(step: int) -> list[EncodedExample]:
+        return picked_rows(run, "rl", prompts_per_step, step)
 
-    with StageLoop(run, "rl", config, model_path, total_steps) as loop, ExitStack() as stack:
+    def request(step: int) -> tuple[list[list[int]], SamplingParams]:
+        seed = derive_seed(run.config.seed, "rl", step)
+        return [row.prompt_ids for row in prompts_of(step)], SamplingParams.of(sampling, seed)
+
+    with StageLoop(run, "rl", config, model_path, total_steps) as loop:
         policy, timer = loop.learner.model, run.timer
         with timer("load"):
             reference = Reference(run.config, model_path, policy) if Needs.of(run.config).reference else None
             work = Step(run.config, loop.learner, reference)
-            if config.reference_prompts == "stored":
-                stored = work.store_reference_prompts([row.prompt_ids for row in run.train_rows])
-                run.console.log(f"reference: states of all prompts stored, {stored / 2**30:.2f} GB of host memory")
             engine = run.sampler(policy)
             probe(run, engine, policy)
         loop.evaluate_with(lambda: engine)
-        stream = stack.enter_context(RolloutStream(engine, request, total_steps, sampling, run.stop.check_aside))
-        for step in loop:
-            seed = derive_seed(run.config.seed, "rl", step)
-            picked = picked_rows(run, "rl", prompts_per_step, step)
-            rows = [row for row in picked for _ in range(sampling.samples_per_prompt)]
-
-            with timer("rollout"), run.console.track("rollout", len(rows), "completions") as tracker:
-                rollouts, staleness = stream.take(step, run.on_progress(tracker))
-            with timer("reward"):
-                completions = [run.prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
-                grades = grade_all(completions, rows, run.grader)
-            with timer("forward"):
-                samples = as_samples(rows, rollouts, run.device, common_parts=work.needs.negative)
-                plan = work.plan(samples, seed)
-                experience = work.look(samples, plan[0])
-                score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
-                advantages = estimate_advantages(score_N, experience, run.config)
-                live = work.live(samples, advantages)
-                if live is not None and not all(live):
-                    plan = work.plan(samples, seed, live)
-            run.stop.held = True  # until the loop has counted the step
-            with timer("update"):
-                lr = learning_rate(step, loop.total_steps, config) * loop.lr_scale
-                correct = [g.correct for g in grades]
-                updated = work.update(samples, plan, experience, advantages, correct, live, lr)
-            with timer("sync"):
-                stream.sync(policy)
-                if sampling.probe_every and (step + 1) % sampling.probe_every == 0:
-                    probe(run, engine, policy)
-
-            values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | updated.metrics
-            values |= {"lr": lr, "staleness": staleness}
-            run.metrics.log("rl", "train", step + 1, values, timer.flush())
-            described = describe_samples(rows, rollouts, completions, grades, score_N)
-            run.write_samples(f"rl-{step + 1:06d}", described[: run.config.output.samples_per_step])
-            if updated.skipped_rows:
-                loop.report_skipped([described[i] for i in updated.skipped_rows])
-            if loop.guard_against_collapse():
+        with RolloutStream(engine, request, total_steps, sampling, run.stop.check_aside) as stream:
+            for step in loop:
+                rows = [row for row in prompts_of(step) for _ in range(sampling.samples_per_prompt)]
+                with timer("rollout"), run.console.track("rollout", len(rows), "completions") as tracker:
+                    rollouts, staleness = stream.take(step, run.on_progress(tracker))
+                with timer("reward"):
+                    completions, grades = grade_rollouts(rollouts, rows, run.prompt_format, run.grader)
+                with timer("forward"):
+                    samples = as_samples(rows, rollouts, run.device)
+                    experience = work.explore(samples, derive_seed(run.config.seed, "rl", step))
+                    score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
+                    advantages = estimate_advantages(score_N, experience, run.config)
+                loop.begin_update()
+                with timer("update"):
+                    lr = learning_rate(step, loop.total_steps, config) * loop.lr_scale
+                    updated = work.update(experience, advantages, [g.correct for g in grades], lr)
                 with timer("sync"):
                     stream.sync(policy)
+                    if sampling.probe_every and (step + 1) % sampling.probe_every == 0:
+                        probe(run, engine, policy)
+
+                values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | updated.metrics
+                values |= {"lr": lr, "staleness": staleness}
+                run.metrics.log("rl", "train", step + 1, values, timer.flush())
+                described = describe_samples(rows, rollouts, completions, grades, score_N)
+                run.write_samples(f"rl-{step + 1:06d}", described[: run.config.output.samples_per_step])
+                if updated.skipped_rows:
+                    loop.report_skipped([described[i] for i in updated.skipped_rows])
+                if loop.guard_against_collapse():
+                    with timer("sync"):
+                        stream.sync(policy)
     return loop
 
 
@@ -105,19 +92,10 @@ def probe(run: Run, engine: RolloutEngine, policy: CarftModel) -> None:
     )
 
 
-def grade_all(completions: Sequence[str], rows: Sequence[EncodedExample], grader: Grader) -> list[Grade]:
-    return grader.grade(completions, [row.example for row in rows])
-
-
-def as_samples(
-    rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device, *, common_parts: bool = False
-) -> Samples:
-    """`common_parts`: with the tokens that rollout and annotated CoT have in common, for the negative signal."""
+def as_samples(rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device) -> Samples:
     prompts = [row.prompt_ids for row in rows]
     sampled = Rows(prompts, [rollout.completion_ids for rollout in rollouts])
     annotated = Rows(prompts, [row.completion_ids for row in rows])
-    if common_parts:
-        sampled, annotated = mark_common(sampled, annotated, device)
     return Samples(sampled, annotated, sampled_logprobs(rollouts, device))
 
 

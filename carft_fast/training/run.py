@@ -29,11 +29,11 @@ from carft_fast.core import (
     world_size,
     write_text,
 )
-from carft_fast.data import EncodedExample, PromptFormat
+from carft_fast.data import EncodedExample, PromptFormat, Source
 from carft_fast.models import CarftModel
 from carft_fast.reports import MetricsLog, PhaseTimer
-from carft_fast.rewards import Grader
-from carft_fast.rollout import RolloutEngine, build_engine
+from carft_fast.rewards import Grader, RewardFunction
+from carft_fast.rollout import RolloutEngine, SpreadEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluate import EvalResult, evaluate
 from carft_fast.training.parallel import strategy
@@ -55,6 +55,17 @@ VERSIONED = (
 )
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a caller in Python gives in place of what the config names; see `Trainer`."""
+
+    train: Source | None = None
+    eval: Source | None = None
+    reward: RewardFunction | None = None
+    engine: RolloutEngine | None = None
+    callbacks: Sequence[Any] = ()
+
+
 @dataclass
 class Run:
     """Everything a stage needs, made once by `pipeline.prepare`."""
@@ -69,7 +80,10 @@ class Run:
     console: Console
     stop: StopRequest
     grader: Grader
+    given: Given = Given()
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    stop_reason: str | None = None
+    """Set to end the stage after its present step; the main process's counts."""
 
     def __post_init__(self) -> None:
         self.metrics = MetricsLog(self.folder, write=is_main())
@@ -98,6 +112,7 @@ class Run:
             "seed": self.config.seed,
             "versions": versions(),
             "data": self._data,
+            "engine": self.engine_name,
             "machine": {
                 "cpu_count": os.cpu_count(),
                 "threads": torch.get_num_threads(),
@@ -116,6 +131,8 @@ class Run:
             digest = hashlib.sha256()
             for row in rows:
                 digest.update(row.example.answer.encode())
+                if self.config.reward.fn and row.example.extra:  # what JSON cannot hold counts by its type
+                    digest.update(json.dumps(row.example.extra, skipkeys=True, default=_type_name).encode())
                 for ids in (row.prompt_ids, *row.completions):
                     digest.update(array("q", [len(ids), *ids]).tobytes())
             found[name] = {"rows": len(rows), "sha256": digest.hexdigest()}
@@ -163,6 +180,24 @@ class Run:
 
         return advance
 
+    def tell(self, event: str, value: Any) -> str | None:
+        """Call the callbacks that have a method `event`, on the main process; on all, what they raise is raised, and
+        the reason returned for which the stage shall stop."""
+
+        def call() -> str | None:
+            for callback in self.given.callbacks:
+                if (method := getattr(callback, event, None)) is not None:
+                    method(value)
+            reason, self.stop_reason = self.stop_reason, None
+            return reason
+
+        return on_main(call)
+
+    @property
+    def engine_name(self) -> str:
+        given = type(self.given.engine)
+        return self.config.rollout.engine if self.given.engine is None else f"{given.__module__}:{given.__qualname__}"
+
     def sampler(self, model: CarftModel) -> RolloutEngine:
         """The run's sampler, with this model's weights: started at its first use, shared by the stages."""
 
@@ -171,7 +206,11 @@ class Run:
             self.console.log(message)
             self.stop.check()
 
-        if self._engine is None:
+        if self._engine is None and self.given.engine is not None:
+            self.console.log(f"sampling: {self.engine_name}, given to Trainer")
+            self._engine = SpreadEngine(self.given.engine) if world_size() > 1 else self.given.engine
+            self._engine.sync(model)
+        elif self._engine is None:
             self._engine = build_engine(
                 self.config,
                 model,
@@ -184,13 +223,14 @@ class Run:
         return self._engine
 
     def close(self) -> None:
-        """End the sampler, the grader's processes and the metrics files; what is on disk is whole without it."""
+        """End the sampler unless it was given, the grader's processes and the metrics files; what is on disk is whole
+        without it."""
         with ExitStack() as ends:  # each is called whatever those before it raise
             for part in (self.store, self.metrics, self.grader):
                 ends.callback(part.close)
-            if self._engine is not None:
+            if self._engine is not None and self.given.engine is None:
                 ends.callback(self._engine.close)
-                self._engine = None
+            self._engine = None
 
     def answer(self, engine: RolloutEngine, description: str) -> EvalResult:
         """Greedy evaluation with a progress bar; a stop request ends it."""
@@ -206,6 +246,10 @@ class Run:
         self.metrics.log(stage, "eval", step, result.metrics, self.timer.flush())
         self.console.log(f"{stage} step {step}: {result.describe()}")
         return result
+
+
+def _type_name(value: object) -> str:
+    return type(value).__qualname__
 
 
 def _others(some: dict[str, Any], more: dict[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """Stage 1: supervised fine-tuning on annotated chains of thought. Spec: docs/methods, paper section 3.1."""
 
-from functools import partial
-
 import torch
 
 from carft_fast.core import global_sum, own_turns, world_size
@@ -28,8 +26,8 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
                 own = own_turns(passes.micro_batches(batch, world_size()))
                 for number, micro in enumerate(own):
                     # a process without rows goes along with one that counts for nothing
-                    rows, share = (batch.pick(micro), 1.0) if micro else (batch.pick([batch.shortest]), 0.0)
-                    loss = share * model.run(partial(passes.cross_entropy, rows=rows, total_tokens=tokens))
+                    rows, share = batch.pick_or_shortest(micro), float(bool(micro))
+                    loss = share * model(passes.cross_entropy, rows, tokens)
                     learner.backward(loss, last=number == len(own) - 1)
                     loss_sum += loss.detach()
                 loss_sum = global_sum(loss_sum)

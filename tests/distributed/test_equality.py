@@ -36,7 +36,7 @@ from carft_fast.training.pipeline import train as train_run
 from carft_fast.training.run import evaluate
 from carft_fast.training.step import Update
 from tests.conftest import TINY_RUN
-from tests.integration.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
+from tests.training.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
 
 OPTIONS = ["rl.lr=1e-3", "rl.eps=1e-4", "rl.max_grad_norm=1.0", "model.gradient_checkpointing=false"]
 GROUPS = {
@@ -79,7 +79,7 @@ def settings() -> list[Setting]:
                 )
             )
     found.append(Setting("lora", [*METHODS["carft_both"], "lora.rank=4"], lambda: three(1)))
-    found.append(Setting("padded", [*METHODS["carft_both"], 'model.impl="reference"'], lambda: three(1)))
+    found.append(Setting("padded", [*METHODS["carft_both"], 'model.impl="padded"'], lambda: three(1)))
     return found
 
 
@@ -94,7 +94,7 @@ def train(setting: Setting, strategy: str) -> tuple[list[dict[str, float]], dict
     for case in setting.cases():
         p = look_at(config, case, learner)
         correct = [grade.correct for grade in case.grades]
-        found = p.step.update(p.samples, p.plan, p.experience, p.advantages, correct, p.live, 1e-3).metrics
+        found = p.step.update(p.experience, p.advantages, correct, 1e-3).metrics
         advantage_C = p.advantages.raw_advantage_C
         metrics.append(found | {"advantage": float(advantage_C.sum()), "score": float(p.score_N.sum())})
     return metrics, whole_weights(policy)
@@ -136,7 +136,7 @@ def train_around(strategy: str, *, spoilt: bool) -> dict[str, Any]:
         case = random_case(number, "mixed")
         p = look_at(config, case, learner)
         plan, correct = [p.plan[0][minis]], [grade.correct for grade in case.grades]
-        update = p.step.update(p.samples, plan, p.experience, p.advantages, correct, p.live, 1e-3)
+        update = p.step.update(p.experience._replace(plan=plan), p.advantages, correct, 1e-3)
         return update, sorted(i for mini in plan[0] for i in mini.rows)
 
     found: dict[str, Any] = {"fine": step(0, slice(None))[0].metrics, "held": [held(learner)]}

@@ -1,4 +1,4 @@
-"""A real vLLM on the CPU for every test here: one engine in this process, two servers, shared by the session."""
+"""A real vLLM on the CPU for tests that ask for one: an engine in this process, two servers, shared by the session."""
 
 import copy
 import os

@@ -1,0 +1,284 @@
+"""The front door: what a run is asked to do, from Python or by the command line, which is its first client.
+
+Other rooms load inside the functions, so that `import carft_fast` and `carft-fast --help` answer at once.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carft_fast.config import SYNTHETIC, Config, Overrides, load_method_config, replaced
+from carft_fast.core import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from carft_fast.core import Example
+    from carft_fast.data import Check
+    from carft_fast.rewards import RewardFunction
+    from carft_fast.rollout import RolloutEngine
+    from carft_fast.training import Prepared
+
+    StrPath = str | os.PathLike[str]
+    Rows = StrPath | Sequence[dict[str, Any] | Example] | Any
+
+STAGES = (("sft",), ("rl",), ("sft", "rl"))
+EVENTS = ("on_step", "on_evaluate", "on_checkpoint", "on_end")
+
+
+def load_config(path: "StrPath | None" = None, *, method: str | None = None, overrides: Overrides = ()) -> Config:
+    """The settings of a run: a TOML file (none: the defaults), what `method` fixes, and overrides, in that order.
+
+    `overrides` maps dotted keys to values, `{"rl.max_steps": 20}`, or lists texts, `["rl.max_steps=20"]`. Raises
+    InputError, which names the key, the value seen and what is allowed.
+    """
+    if isinstance(overrides, str):
+        raise InputError(f'overrides = "{overrides}": expected a dict of dotted keys, or a list of "section.key=value"')
+    return load_method_config(None if path is None else os.fspath(path), overrides, method)[0]
+
+
+class Trainer:
+    """One run of the stages on a config, in one folder.
+
+    Under `torchrun` or `accelerate launch` every process makes the same Trainer and calls the same methods.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        train: "Rows | None" = None,
+        eval: "Rows | None" = None,
+        reward: "RewardFunction | None" = None,
+        engine: "RolloutEngine | None" = None,
+        callbacks: Sequence[Any] = (),
+        output_dir: "StrPath | None" = None,
+    ) -> None:
+        """Check the arguments; nothing is loaded or written yet. Raises InputError.
+
+        config      what `load_config` returned
+        train, eval in place of data.train, data.eval: a path or Hub id, a list of dicts or of `Example`s, or a
+                    `datasets.Dataset`. data.fields maps the names of the columns
+        reward      in place of reward.fn: (completions, examples) -> one finite score each. Scores are taken as they
+                    are, so reward.partial becomes "constant"
+        engine      samples in place of rollout.engine; whoever made it closes it
+        callbacks   objects with any of on_step(record), on_evaluate(record), on_checkpoint(path), on_end(summary).
+                    They run on the main process; what they raise ends the run
+        output_dir  the run's folder; runs/<output.name> if not given
+        """
+        if not isinstance(config, Config):
+            raise InputError(f"config is a {type(config).__name__}: expected what load_config returns")
+        self._given: dict[str, Any] = {"reward": reward, "engine": engine, "callbacks": _checked_callbacks(callbacks)}
+        values: dict[str, Any] = {}
+        for name, other, source in (("train", "eval", train), ("eval", "train", eval)):
+            if source is not None:
+                from carft_fast.data import check_source
+
+                check_source(name, source)
+                if isinstance(source, str | os.PathLike):
+                    values[f"data.{name}"] = os.fspath(source)
+                else:
+                    values[f"data.{name}"], self._given[name] = "", source
+                if values[f"data.{name}"] != SYNTHETIC and getattr(config.data, other) == SYNTHETIC:
+                    values.setdefault(f"data.{other}", "")  # the generated task has both or none
+        if reward is not None:
+            if not callable(reward):
+                raise InputError(
+                    f"reward is a {type(reward).__name__}: expected a function (completions, examples) -> scores; the "
+                    "name of one goes into reward.fn"
+                )
+            named_as = reward if hasattr(reward, "__qualname__") else type(reward)
+            values["reward.fn"] = f"{named_as.__module__}:{named_as.__qualname__}"
+            values["reward.partial"] = "constant"  # its scores are taken as they are
+        if engine is not None:
+            _check_engine(engine)
+        self.config = replaced(config, values)
+        self.output_dir = Path(output_dir) if output_dir else Path("runs") / config.output.name
+        self._run: Any = None
+
+    def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
+        """Run the stages; returns the figures of summary.json (docs/runs.md). A finished run returns them at once.
+
+        `resume` goes on from the folder's last checkpoint. Raises InputError before anything is written; Stopped after
+        Ctrl-C or SIGTERM, with everything saved; EngineError, RewardError and TrainingError where a run cannot go on.
+        """
+        from carft_fast.training import train
+
+        stages = _checked_stages(stages)
+        prepared = self._prepare(self.config, self.output_dir, stages, resume=resume)
+        self._run = prepared.run
+        try:
+            return train(prepared, stages, resume=resume)
+        finally:
+            self._run = None
+
+    def stop(self, reason: str) -> None:
+        """End the stage after its present step: evaluated, saved, and logged as a "guard" record with `reason` as its
+        cause. For callbacks; raises InputError when no training is under way."""
+        if self._run is None:
+            raise InputError("stop: no training is under way; it is for callbacks")
+        if not reason or not isinstance(reason, str):
+            raise InputError(f"stop: reason = {reason!r}: expected a text that says why")
+        self._run.stop_reason = reason
+
+    def plan(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> "Table":
+        """What `train` would do: everything is checked, nothing written. Of the model it needs no weights."""
+        from carft_fast.training import describe_plan
+
+        stages = _checked_stages(stages)
+        return describe_plan(self._prepare(self.config, self.output_dir, stages, resume=resume, dry_run=True), stages)
+
+    def evaluate(
+        self, model: "StrPath | None" = None, *, output_dir: "StrPath | None" = None, dry_run: bool = False
+    ) -> dict[str, Any]:
+        """Greedy accuracy with its interval, and maj@k and pass@k with eval.samples; see docs/evaluation.md.
+
+        `model` is a folder or Hub id; when absent the trained one, and model.path before there is one. Completions and
+        figures are written to `output_dir` where it is given. `dry_run` prints the plan and returns nothing.
+        """
+        from carft_fast.core import Console
+        from carft_fast.training import describe_plan, evaluate_only
+
+        path = os.fspath(self._trained() or self.config.model.path if model is None else model)
+        config = self.config
+        if path != config.model.path:
+            config = replaced(config, {"model.path": path, "model.revision": None})
+        folder = Path(output_dir) if output_dir else self.output_dir
+        prepared = self._prepare(config, folder, (), write=output_dir is not None, dry_run=dry_run)
+        if dry_run:
+            Console().show(describe_plan(prepared, ()))
+            return {}
+        return evaluate_only(prepared, write=output_dir is not None).metrics
+
+    def save(self, folder: "StrPath") -> None:
+        """Write the trained model, with its heads, as a plain Hugging Face folder.
+
+        Raises InputError before any training, and for a folder that is not empty.
+        """
+        from carft_fast.core import on_main
+        from carft_fast.training import copy_model
+
+        trained = self._trained()
+        if trained is None:
+            raise InputError(f"save: {self.output_dir} holds no finished run; call train first")
+        on_main(lambda: copy_model(trained, Path(folder)))
+
+    def _trained(self) -> Path | None:
+        """The model of the finished run in the folder."""
+        finished = (self.output_dir / "summary.json").is_file()
+        found = (self.output_dir / name for name in ("model", "sft"))
+        return next((path for path in found if finished and path.is_dir()), None)
+
+    def _prepare(self, config: Config, folder: Path, stages: Sequence[str], **options: Any) -> "Prepared":
+        from carft_fast.core import Console, join
+        from carft_fast.models import resolve_device
+        from carft_fast.training import Given, prepare
+
+        join(resolve_device(config.model.device).type, config.distributed.timeout_s)
+        return prepare(config, folder, Console(), stages=stages, given=Given(**self._given), **options)
+
+
+def compare(
+    config: Config,
+    *,
+    methods: str | Sequence[str] = (),
+    seeds: str | Sequence[int] = (),
+    vary: Sequence[str] = (),
+    output_dir: "StrPath | None" = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Methods from one SFT checkpoint per seed, with a report; see docs/compare.md.
+
+    `methods` and `seeds` are lists, or texts with commas; the default methods and the config's seed if not given.
+    `vary` lists `section.key=value,value`. Raises InputError.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
+    from carft_fast.compare import DEFAULT_METHODS, Comparison, parse_methods, parse_seeds, parse_vary
+    from carft_fast.core import Console
+
+    console, folder = Console(), Path(output_dir or Path("runs") / f"{config.output.name}-compare")
+    comparison = Comparison(
+        config,
+        parse_methods(methods if isinstance(methods, str) else ",".join(methods)) if methods else DEFAULT_METHODS,
+        parse_seeds(seeds if isinstance(seeds, str) else ",".join(map(str, seeds))) if seeds else [config.seed],
+        dict(map(parse_vary, vary)),
+        folder,
+        console,
+        resume=resume,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        console.show(comparison.plan())
+        return
+    comparison.run()
+    console.log(f"report: {folder / 'compare.md'}")
+
+
+def report(folder: "StrPath") -> Path:
+    """Write report.html of a run from what its folder holds, finished or not; returns its path. Raises InputError."""
+    from carft_fast.reports import rewrite_page
+
+    return rewrite_page(Path(folder))
+
+
+def check_data(source: str, config: Config, *, against: str | None = None) -> "Check":
+    """What of a file, folder or Hub id can be used as data.train, and what is wrong with the rest; see docs/data.md.
+
+    `against` is a test set whose questions should not be in it; data.eval if not given. Lengths are in tokens where
+    model.path is set. Loads no model. Raises InputError.
+    """
+    from carft_fast.data import check_data, check_tokenizer
+
+    held_out = config.data.eval if config.data.eval not in ("", SYNTHETIC, source) else None
+    tokenizer = None
+    if config.model.path:
+        from carft_fast.models import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+        check_tokenizer(tokenizer)
+    return check_data(source, config, tokenizer, against or held_out)
+
+
+def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Become a vLLM server for runs with this config; does not return. Raises InputError."""
+    from carft_fast.rollout.vllm.launch import serve
+
+    serve(config, host, port)
+
+
+def export(checkpoint: "StrPath", folder: "StrPath") -> None:
+    """Write a checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it.
+
+    Raises InputError for a damaged checkpoint, or a folder that is not empty.
+    """
+    from carft_fast.training import export_checkpoint
+
+    export_checkpoint(Path(checkpoint), Path(folder))
+
+
+def _checked_stages(stages: Sequence[str]) -> tuple[str, ...]:
+    found = (stages,) if isinstance(stages, str) else tuple(stages)
+    if found not in STAGES:
+        raise InputError(f"stages = {stages!r}: allowed are {', '.join(map(str, STAGES))}")
+    return found
+
+
+def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
+    if not isinstance(callbacks, list | tuple):
+        raise InputError(f"callbacks is a {type(callbacks).__name__}: expected a list of objects")
+    for callback in callbacks:
+        if isinstance(callback, type) or not any(callable(getattr(callback, event, None)) for event in EVENTS):
+            raise InputError(f"callbacks: {callback!r} has none of the methods {', '.join(EVENTS)}")
+    return tuple(callbacks)
+
+
+def _check_engine(engine: Any) -> None:
+    from carft_fast.rollout import RolloutEngine
+
+    if isinstance(engine, type) or not isinstance(engine, RolloutEngine):
+        names = ("version", "generate", "sync", "close")
+        missing = [name for name in names if isinstance(engine, type) or not hasattr(engine, name)]
+        raise InputError(f"engine {engine!r} is no RolloutEngine: it has no {', '.join(missing)}")

@@ -1,0 +1,110 @@
+"""A comparison's statistics, worked out by hand."""
+
+import csv
+import io
+import statistics
+from typing import Any
+
+import pytest
+
+from carft_fast.compare.report import evaluations_csv, summary_csv
+from carft_fast.compare.stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
+from carft_fast.training.evaluate import wilson_interval
+
+
+def run(
+    label: str, seed: int, correct: list[int], seconds: list[float], *, rows: int = 100, **state: Any
+) -> Trajectory:
+    return Trajectory(
+        label,
+        label,
+        seed,
+        [
+            Evaluation(i, 64 * i, s, c, rows, **({"extractable": 1.0, "completion_length": 9.0} | state))
+            for i, (c, s) in enumerate(zip(correct, seconds, strict=True))
+        ],
+    )
+
+
+def test_records_become_a_trajectory() -> None:
+    def record(kind: str, step: int, seconds: dict[str, float], **values: Any) -> dict[str, Any]:
+        return {"stage": "rl", "kind": kind, "step": step, "seconds": seconds, **values}
+
+    held_out = {"rows": 20, "extractable": 0.9, "completion_length": 11.0}
+    records = [
+        record("eval", 0, {"load": 5.0, "evaluate": 7.0}, correct=4, **held_out),
+        record("train", 1, {"rollout": 1.0, "update": 2.0}, reward=0.2, entropy=1.0),
+        record("train", 2, {"rollout": 1.5, "update": 2.5, "checkpoint": 9.0}, reward=0.4, entropy=2.0),
+        record("guard", 2, {}, action="rollback", cause="reward"),
+        record("eval", 2, {"evaluate": 8.0}, correct=10, **held_out),
+        record("train", 3, {"update": 1.0}, reward=0.9, entropy=3.0),
+        record("eval", 3, {"evaluate": 8.0}, correct=6, **held_out),
+    ]
+    found = trajectory(records, label="x", method="reft", seed=0, samples_per_step=8)
+    assert [(e.step, e.samples, e.seconds, e.accuracy) for e in found.evaluations] == [
+        (0, 0, 0.0, 0.2),
+        (2, 16, 7.0, 0.5),
+        (3, 24, 8.0, 0.3),
+    ]
+    assert [e.reward for e in found.evaluations] == [None, pytest.approx(0.3), 0.9]
+    assert [e.kl for e in found.evaluations] == [None, None, None]
+    assert (found.best, found.worst_drop) == (0.5, pytest.approx(0.2))
+
+
+def test_drop_and_collapse() -> None:
+    assert run("a", 0, [50, 40, 60, 55], [0, 1, 2, 3]).worst_drop == pytest.approx(0.05)
+    assert run("a", 0, [50, 60, 20, 58], [0, 1, 2, 3]).worst_drop == pytest.approx(0.4)
+    assert not run("a", 0, [50, 60, 31], [0, 1, 2]).collapsed
+    assert run("a", 0, [50, 60, 29], [0, 1, 2]).collapsed
+    silent = Trajectory("a", "a", 0, [Evaluation(0, 0, 0, 5, 10, 0.9, 1), Evaluation(1, 8, 1, 5, 10, 0.4, 1)])
+    assert silent.collapsed, "answers stopped being extractable"
+
+
+def test_equal_samples_and_equal_time() -> None:
+    """The fastest RL run ends after 10 s: the slower ones are read off at their last evaluation before that."""
+    runs = [
+        run("sft", 0, [40, 50, 52, 48], [0, 1, 2, 3]),
+        run("reft", 0, [40, 45, 70, 60], [0, 3, 6, 10]),
+        run("carft", 0, [40, 55, 65, 90], [0, 5, 11, 16]),
+    ]
+    sft, reft, carft = summarise(runs)
+    assert [s.equal_samples.spread.mean for s in (sft, reft, carft)] == [0.48, 0.6, 0.9]
+    assert [s.equal_time.spread.mean for s in (sft, reft, carft)] == [0.48, 0.6, 0.55]
+    # the best that continued SFT reached is 52
+    assert (reft.reached, reft.samples_to_reach, reft.seconds_to_reach) == (1, 128, 6)
+    assert (carft.samples_to_reach, carft.seconds_to_reach) == (64, 5)
+    assert sft.samples_to_reach == 128
+    assert carft.samples_per_second == pytest.approx(192 / 16)
+
+
+def test_spread_over_seeds_and_pooled_interval() -> None:
+    runs = [run("reft", seed, [40, final], [0, 4]) for seed, final in enumerate((60, 70, 50))]
+    (found,) = summarise(runs)
+    assert found.final.spread.mean == pytest.approx(0.6)
+    assert found.final.spread.sd == pytest.approx(statistics.stdev([0.6, 0.7, 0.5]))
+    assert (found.final.spread.low, found.final.spread.high) == (0.5, 0.7)
+    assert found.final.ci95 == wilson_interval(180, 300)
+    assert found.reached is None, "no continued SFT to reach"
+
+
+def test_never_reached_is_said() -> None:
+    runs = [run("sft", 0, [40, 60], [0, 1]), run("reft", 0, [40, 50], [0, 2])]
+    rows = {row["label"]: row for row in csv.DictReader(io.StringIO(summary_csv(summarise(runs))))}
+    assert rows["reft"]["samples_to_reach_sft"] == rows["reft"]["seconds_to_reach_sft"] == "never"
+    assert rows["sft"]["samples_to_reach_sft"] == "64.0"
+    points = list(csv.DictReader(io.StringIO(evaluations_csv(runs))))
+    assert [(p["label"], p["samples"], p["accuracy"]) for p in points] == [
+        ("sft", "0", "0.4"),
+        ("sft", "64", "0.6"),
+        ("reft", "0", "0.4"),
+        ("reft", "64", "0.5"),
+    ]
+
+
+def test_overlapping_intervals_cannot_be_told_apart() -> None:
+    def accuracy(correct: int) -> Accuracy:
+        return Accuracy.of([Evaluation(1, 64, 1.0, correct, 100, 1.0, 9.0)])
+
+    text = verdict({"reft": accuracy(60), "carft": accuracy(64), "grpo": accuracy(30)})
+    assert text.startswith("Highest mean: carft, 64.0%. It cannot be told apart from reft")
+    assert "The intervals of grpo lie below" in text

@@ -1,0 +1,86 @@
+"""What holds for the package as a whole: no file of it unpickles, evaluates or reads the clock, and nothing reports."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import carft_fast
+
+PACKAGE = Path(carft_fast.__file__).parent
+ROOT = PACKAGE.parent
+
+
+def forbidden(tree: ast.AST) -> Iterator[str]:
+    """Calls and imports that load or run what somebody else wrote."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            modules = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            yield from (m for m in modules if m.split(".")[0] in ("pickle", "cPickle", "dill", "joblib", "yaml"))
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("torch.load", "eval", "exec", "os.system", "os.popen"):
+                yield f"{name}, line {node.lineno}"
+            for keyword in node.keywords:
+                if keyword.arg in ("shell", "trust_remote_code") and ast.unparse(keyword.value) == "True":
+                    yield f"{keyword.arg}=True, line {node.lineno}"
+
+
+def test_the_search_finds_what_it_is_for() -> None:
+    code = (
+        "import pickle\nfrom yaml import load\ntorch.load(p)\neval(t)\nf(trust_remote_code=True)\n"
+        "run('ls', shell=True)\nmodel.eval()\nf(trust_remote_code=config.trust_remote_code)\n"
+    )
+    assert len(list(forbidden(ast.parse(code)))) == 6
+
+
+def test_the_packages_neither_unpickle_nor_evaluate() -> None:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "kernels" / "carft_kernels").rglob("*.py")]
+    assert len(files) > 50
+    found = {path.name: list(forbidden(ast.parse(path.read_text()))) for path in files}
+    # the sandbox runs a model's program: in a process that can do nothing (docs/sandbox.md)
+    allowed = {name: calls for name, calls in found.items() if calls}
+    assert set(allowed) <= {"sandbox_server.py"}, allowed
+    assert all(call.startswith("exec,") for calls in allowed.values() for call in calls), allowed
+
+
+def test_nothing_reads_the_wall_clock_but_the_stamps_of_the_console_log() -> None:
+    package = Path(carft_fast.__file__).parent
+    found = {
+        (path.name, match)
+        for path in package.rglob("*.py")
+        for match in re.findall(r"time\.time\w*\(|datetime\.\w+\(|st_[amc]time|time\.strftime\(", path.read_text())
+    }
+    assert found == {("console.py", "time.strftime(")}
+
+
+NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"]
+
+
+def environment_of_a_trainer(**given: str) -> dict[str, str]:
+    code = (
+        "import carft_fast, json, os, huggingface_hub.constants as c\n"
+        "print(json.dumps(dict(os.environ) | {'telemetry': str(not c.HF_HUB_DISABLE_TELEMETRY)}))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in NAMES}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return json.loads(result.stdout)
+
+
+def test_no_library_reports_from_the_trainer() -> None:
+    environment = environment_of_a_trainer()
+    assert [environment[name] for name in NAMES] == ["1"] * 4
+    assert environment["telemetry"] == "False"
+
+
+def test_what_the_user_set_stays() -> None:
+    given = {"HF_HUB_DISABLE_TELEMETRY": "0", "DO_NOT_TRACK": "0", "DISABLE_TELEMETRY": "0", "VLLM_NO_USAGE_STATS": "0"}
+    environment = environment_of_a_trainer(**given)
+    assert {name: environment[name] for name in given} == given
+    assert environment["telemetry"] == "True"
