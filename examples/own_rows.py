@@ -28,7 +28,6 @@ config = load_config(
     overrides={
         "model.path": "synthetic",  # a tiny untrained model; name a folder or a Hub id here
         "data.max_length": 160,
-        "reward.partial": "constant",  # an own reward is taken as it is, without CARFT's cosine
         "rollout.max_new_tokens": 16,
         "sft.max_steps": 20,
         "sft.batch_size": 16,

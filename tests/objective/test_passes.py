@@ -20,7 +20,7 @@ from carft_fast.objective.passes import Rows, Want, build_passes
 from ..models.checks import config
 
 CPU = torch.device("cpu")
-IMPLEMENTATIONS = {"packed": "fast", "padded": "reference"}
+IMPLEMENTATIONS = {"packed": "fast", "padded": "padded"}
 WHOLE = Normaliser(sequences=9, tokens=80, max_new_tokens=12)
 
 
@@ -37,10 +37,10 @@ def micro_batches(passes: Any, lengths: Sequence[tuple[int, int]], multiple_of: 
 
 def found_by(passes: Any, model: CarftModel, rows: Rows) -> dict[str, Tensor]:
     """What a forward without gradient finds."""
+    outputs, _ = passes.outputs(model, rows, Want(logprob=True, value=True, embedding=True))
     with torch.no_grad():
-        look = passes.look(model, passes.forward(model, rows), Want(logprob=True, value=True, embedding=True))
         loss = passes.cross_entropy(model, rows, WHOLE.tokens)
-    return {"log-probs": look.logprob_C, "values": look.value_C, "embeddings": look.z_BPE, "cross-entropy": loss}
+    return {"log-probs": outputs.logprob_C, "values": outputs.value_C, "embeddings": outputs.z, "cross-entropy": loss}
 
 
 def trained_by(
@@ -49,9 +49,9 @@ def trained_by(
     """The update's loss, its metrics and the embeddings it used; every parameter's gradient of loss and embeddings."""
     model.zero_grad()
     live = [True] * len(rows.prompts)
-    found = passes.loss(model, passes.forward(model, rows), targets, WHOLE, live, embedding=True)
-    (found.loss + found.z_BPE.square().mean()).backward()
-    results = {"loss": found.loss.detach(), "log-probs": found.logprob_C, "embeddings": found.z_BPE.detach()}
+    found = passes.loss(model, rows, targets, WHOLE, live, embedding=True)
+    (found.loss + found.z.square().mean()).backward()
+    results = {"loss": found.loss.detach(), "log-probs": found.logprob_C, "embeddings": found.z.detach()}
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return results | {name: x.float() for name, x in found.metrics.items()}, gradients
 

@@ -37,7 +37,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rows of no kind": ({"train": 5}, "train is a int: expected a path or Hub id, a list of dicts or of Examples"),
     "a mapping of splits": ({"eval": {"test": []}}, "eval is a dict: expected a path"),
     "no function": ({"reward": "mod:fn"}, "reward is a str: expected a function"),
-    "an own reward with CARFT's partial one": ({"reward": score}, 'test_door:score" needs partial = "constant"'),
     "half an engine": ({"engine": NoSync()}, "is no RolloutEngine: it has no sync, close"),
     "one callback": ({"callbacks": NoMethod()}, "callbacks is a NoMethod: expected a list"),
     "a callback for nothing": (
@@ -53,6 +52,13 @@ def test_wrong_arguments(case: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)) as refused:
         Trainer(**{"config": load_config(), **arguments})
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_an_own_reward_is_taken_as_it_is_whatever_the_method() -> None:
+    config = load_config(method="carft")
+    assert config.reward.partial == "embedding"
+    reward = Trainer(config, reward=score).config.reward
+    assert (reward.fn.rpartition(".")[2], reward.partial) == ("test_door:score", "constant")
 
 
 def test_wrong_stages_and_reasons(tmp_path: Path) -> None:
@@ -97,7 +103,7 @@ def test_importing_the_front_door_loads_no_torch() -> None:
 import sys
 from carft_fast import Example, InputError, Trainer, load_config
 def score(completions, examples): ...
-config = load_config(overrides={"reward.partial": "constant"})
+config = load_config(method="carft")
 Trainer(config, train=[Example("1", "q", (), "2")], reward=score, callbacks=[type("C", (), {"on_step": print})()])
 print(sorted({"torch", "transformers", "datasets", "matplotlib"} & set(sys.modules)))
 """

@@ -253,7 +253,7 @@ def test_own_engine_own_reward_and_a_column_of_the_rows(tmp_path: Path) -> None:
         return [text.count("Ada") * example.extra.get("weight", 0) / 100 for text, example in pairs]
 
     engine = Scripted()
-    options = [FIELDS, "reward.partial=constant", "rl.max_steps=1", "rollout.probe_tolerance=100"]
+    options = [FIELDS, "rl.max_steps=1", "rollout.probe_tolerance=100"]
     options += ["output.samples_per_step=12", "rl.whiten_advantages=false"]
     arguments: dict[str, Any] = {"eval": held_out, "reward": words_times_weight, "engine": engine}
     trainer = Trainer(tiny(*options), train=rows, output_dir=tmp_path / "run", **arguments)
