@@ -92,6 +92,7 @@ def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int) -> Case
             "vocabulary": "i32",
             "stride": "i32",
             "scale": "fp32",
+            "ignore_index": "i32",
             "ENTROPY": entropy,
         },
         rows.row_config(dtype),
@@ -120,7 +121,7 @@ def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entro
             "target": "*i64",
             **dict.fromkeys(("row_top", "log_total", "d_logprob", "entropy"), "*fp32"),
             "d_entropy": "*fp32" if entropy else None,
-            **dict.fromkeys(("vocabulary", "stride", "out_stride"), "i32"),
+            **dict.fromkeys(("vocabulary", "stride", "out_stride", "ignore_index"), "i32"),
             **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
             "COMPACT": compact,
             "ENTROPY": entropy,
@@ -332,17 +333,20 @@ def other_cases() -> list[Case]:
                 rows.TOKEN_CONFIG,
             )
         )
-    for entropy in (False, True):
+    # the similarities' targets are never ignored; they have no entropy
+    for entropy, ignoring in ((False, True), (True, True), (False, False)):
         cases.append(
             Case(
                 matmul.combine_kernel,
-                f"entropy={entropy}",
+                f"entropy={entropy}{'' if ignoring else ', similarity'}",
                 "small",
                 dict.fromkeys(("top", "total", "spread", "target_logit", "logprob", "entropy"), vector)
-                | {"row_top": vector, "log_total": vector, "n": "i32", "blocks": "i32", "scale": "fp32"}
+                | {"target": "*i64", "row_top": vector, "log_total": vector, "scale": "fp32"}
+                | dict.fromkeys(("n", "m", "blocks"), "i32")
+                | {"ignore_index": "i32" if ignoring else None}
                 | {"target_limit": "fp32", "logprob_limit": "fp32", "ENTROPY": entropy},
                 matmul.COMBINE_CONFIG,
-                ("blocks",),
+                ("m", "blocks", "ignore_index"),
             )
         )
     for longest in (1, 512, 1024, 4096, 8192):

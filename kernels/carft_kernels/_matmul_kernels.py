@@ -222,12 +222,15 @@ def combine_kernel(
     total,
     spread,
     target_logit,
+    target,
     logprob,
     entropy,
     row_top,
     log_total,
     n,
+    m,
     blocks,
+    ignore_index,  # or None: no target is ignored
     scale,
     target_limit,  # the target's logit counts as at most this
     logprob_limit,  # 0 where the target is one of the columns: rounding must not make it more
@@ -258,15 +261,25 @@ def combine_kernel(
             row_spread += tl.sum(tl.exp2(z) * (d + tl.maximum(z, _LOWEST) * s), 0)
         row_total = row_total * rescale + tl.sum(tl.exp2(z) * s, 0)
         largest = new_top
-    x = tl.load(target_logit + rows, mask=inside, other=0.0)
+    # a target outside the columns, which nothing checks on a GPU, has a log-prob of NaN
+    wanted = tl.load(target + rows, mask=inside, other=0)
+    x = tl.load(target_logit + rows, mask=inside & (wanted >= 0) & (wanted < m), other=float("nan"))
     row_total = tl.where(inside, row_total, 1.0)
     log2_total = tl.log2(row_total)
     value = (tl.fma(tl.where(x > target_limit, target_limit, x), scale, -largest) - log2_total) * _LN2
-    tl.store(logprob + rows, tl.where(value > logprob_limit, logprob_limit, value), mask=inside)
+    value = tl.where(value > logprob_limit, logprob_limit, value)
+    h = (log2_total - row_spread / row_total) * _LN2
+    if ignore_index is not None:
+        ignored = wanted == ignore_index
+        value = tl.where(ignored, 0.0, value)
+        h = tl.where(ignored, 0.0, h)
+        largest = tl.where(ignored, 0.0, largest)
+        log2_total = tl.where(ignored, 0.0, log2_total)
+    tl.store(logprob + rows, value, mask=inside)
     tl.store(row_top + rows, largest, mask=inside)
     tl.store(log_total + rows, log2_total, mask=inside)
     if ENTROPY:
-        tl.store(entropy + rows, (log2_total - row_spread / row_total) * _LN2, mask=inside)
+        tl.store(entropy + rows, h, mask=inside)
 
 
 COMBINE_CONFIG = {"ROWS": 64, "BLOCKS": 16, "num_warps": 4, **FUSED}
@@ -284,12 +297,14 @@ def matmul_logprob(
     mask: Tensor | None = None,
     target_limit: float = float("inf"),
     logprob_limit: float = 0.0,
+    ignore_index: int | None = None,
     with_entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-prob of the targets, entropy (empty unless asked), row maximum, log2 of the sum below it, targets' logits.
 
     The logits are x_ij / temperature, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j. `mask` (uint8, [M] or
-    [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. FLOP: 2 N M K, once.
+    [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. All is 0 where the target is
+    `ignore_index`; the log-prob of any other target outside [0, M) is NaN. FLOP: 2 N M K, once.
     """
     n, m = len(a_NK), len(b_MK)
     scale = LOG2E / temperature
@@ -336,12 +351,15 @@ def matmul_logprob(
                 parts[1],
                 parts[-1],
                 target_logit_N[rows],
+                target_N[rows],
                 logprob_N[rows],
                 entropy_N[rows],
                 top_N[rows],
                 log_total_N[rows],
                 len(a),
+                m,
                 blocks,
+                ignore_index,
                 scale,
                 target_limit,
                 logprob_limit,

@@ -65,14 +65,17 @@ def logprob_fwd_kernel(
     vocabulary,
     stride,
     scale,  # log2(e) / temperature
+    ignore_index,  # a row with this target is not read: its log-prob and entropy are 0
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    wanted = tl.load(target + row)
+    ignored = wanted == ignore_index
     start = row * stride
-    end = start + vocabulary
+    end = start + tl.where(ignored, 0, vocabulary)
     aligned = (start + 7) // 8 * 8
     aligned_end = tl.maximum(end // 8 * 8, aligned)
     offset, vector = _tile_offsets(GROUPS, LANES, VECTOR)
@@ -99,18 +102,21 @@ def logprob_fwd_kernel(
     edge_z = tl.fma(edge_x, scale, -shift)
     edge_e = tl.exp2(edge_z)
     row_total = tl.sum(total * rescale, 0) + tl.sum(edge_e, 0)
+    row_total = tl.where(ignored, 1.0, row_total)
     log2_total = tl.log2(row_total)
-    tl.store(row_top + row, largest)
+    tl.store(row_top + row, tl.where(ignored, 0.0, largest))
     tl.store(log_total + row, log2_total)
-    x = tl.load(logits + start + tl.load(target + row)).to(tl.float32)
+    # a target outside the vocabulary, which nothing checks on a GPU, has a log-prob of NaN
+    inside_row = (wanted >= 0) & (wanted < vocabulary) & (wanted != ignore_index)
+    x = tl.load(logits + start + wanted, mask=inside_row, other=float("nan")).to(tl.float32)
     # rounding must not make a probability larger than 1; the comparison lets NaN pass
     value = (tl.fma(x, scale, -largest) - log2_total) * _LN2
-    tl.store(logprob + row, tl.where(value > 0.0, 0.0, value))
+    tl.store(logprob + row, tl.where(ignored | (value > 0.0), 0.0, value))
     if ENTROPY:
         moved = tl.where(top == float("-inf"), 0.0, top - shift)
         row_spread = tl.sum(rescale * (spread + moved * total), 0)
         row_spread += tl.sum(edge_e * tl.maximum(edge_z, _LOWEST), 0)
-        tl.store(entropy + row, (log2_total - row_spread / row_total) * _LN2)
+        tl.store(entropy + row, tl.where(ignored, 0.0, (log2_total - row_spread / row_total) * _LN2))
 
 
 @triton.jit
@@ -140,6 +146,7 @@ def logprob_bwd_kernel(
     out_stride,
     scale,  # log2(e) / temperature
     inverse_temperature,
+    ignore_index,  # a row with this target is not read: its gradient is 0
     COMPACT: tl.constexpr,
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -159,39 +166,49 @@ def logprob_bwd_kernel(
     # strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
     if COMPACT:
         out += program * out_stride - start
-    row_target = start + tl.load(target + row)
-    largest = tl.load(row_top + row)
-    log2_total = tl.load(log_total + row)
-    g = tl.load(d_logprob + row) * inverse_temperature
+    wanted = tl.load(target + row)
+    live = wanted != ignore_index
+    row_target = start + wanted
+    largest = tl.load(row_top + row, mask=live, other=0.0)
+    log2_total = tl.load(log_total + row, mask=live, other=0.0)
+    g = tl.load(d_logprob + row, mask=live, other=0.0) * inverse_temperature
+    # the log-prob of a target outside the vocabulary is NaN, and so is its gradient
+    g = tl.where(((wanted < 0) | (wanted >= vocabulary)) & live & (g != 0.0), float("nan"), g)
     g_p = g
     g_plogp = 0.0
     if ENTROPY:
-        g_entropy = tl.load(d_entropy + row) * inverse_temperature
-        g_p += g_entropy * tl.load(entropy + row)
+        g_entropy = tl.load(d_entropy + row, mask=live, other=0.0) * inverse_temperature
+        g_p += g_entropy * tl.load(entropy + row, mask=live, other=0.0)
         g_plogp = g_entropy * _LN2
     offset, vector = _tile_offsets(GROUPS, LANES, VECTOR)
     tile: tl.constexpr = GROUPS * LANES * VECTOR
     rest = aligned + (aligned_end - aligned) // tile * tile
-    for base in range(aligned, rest, tile):
+    live_rest = tl.where(live, rest, aligned)
+    for base in range(aligned, live_rest, tile):
         column = base + offset
         x = tl.load(logits + column).to(tl.float32)
         d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
         tl.store(out + column, d.to(out.dtype.element_ty))
+    for base in range(live_rest, rest, tile):
+        tl.store(out + base + offset, tl.zeros([GROUPS, LANES, VECTOR], out.dtype.element_ty))
     column = rest + offset
-    whole = vector < (aligned_end - rest) // VECTOR
-    x = tl.load(logits + column, mask=whole, other=0.0).to(tl.float32)
+    vectors = (aligned_end - rest) // VECTOR
+    whole = vector < vectors
+    x = tl.load(logits + column, mask=vector < tl.where(live, vectors, 0), other=0.0).to(tl.float32)
     d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
     tl.store(out + column, d.to(out.dtype.element_ty), mask=whole)
     k = tl.arange(0, 16)
     column = tl.where(k < 8, start + k, aligned_end + k - 8)
     inside = tl.where(k < 8, column < tl.minimum(aligned, end), column < end)
-    x = tl.load(logits + column, mask=inside, other=0.0).to(tl.float32)
+    live_end = tl.where(live, end, start)
+    read = tl.where(k < 8, column < tl.minimum(aligned, live_end), column < live_end)
+    x = tl.load(logits + column, mask=read, other=0.0).to(tl.float32)
     d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
     tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
 
 
 def logprob_forward(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool
+    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy (empty unless asked), row maximum, log2 of the sum of exponentials below it; float32 [T]."""
     tokens, vocabulary = logits_TV.shape
@@ -209,6 +226,7 @@ def logprob_forward(
                 vocabulary,
                 logits_TV.stride(0),
                 LOG2E / temperature,
+                ignore_index,
                 ENTROPY=with_entropy,
                 **row_config(logits_TV.dtype),
             )
@@ -223,6 +241,7 @@ def logprob_backward(
     log_total_T: Tensor,
     d_logprob_T: Tensor,
     temperature: float,
+    ignore_index: int,
     *,
     entropy_T: Tensor | None = None,
     d_entropy_T: Tensor | None = None,
@@ -252,6 +271,7 @@ def logprob_backward(
             out_NV.stride(0),
             LOG2E / temperature,
             1 / temperature,
+            ignore_index,
             COMPACT=index_N is not None,
             ENTROPY=d_entropy_T is not None,
             **row_config(logits_TV.dtype, group=8),

@@ -125,6 +125,19 @@ def check_index_range(name: str, x: Tensor, size: int) -> None:
             raise ValueError(f"{name} holds {low if low < 0 else high}: expected values in [0, {size})")
 
 
+def check_targets(name: str, target_T: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Values in [0, vocabulary) or ignore_index. Reads the tensor: see check_index_range."""
+    if index_checks_on(target_T):
+        counted = target_T[target_T != ignore_index]
+        if counted.numel():
+            low, high = int(counted.min()), int(counted.max())
+            if low < 0 or high >= vocabulary:
+                raise ValueError(
+                    f"{name} holds {low if low < 0 else high}: expected values in [0, {vocabulary}), "
+                    f"or ignore_index = {ignore_index}"
+                )
+
+
 def check_cu_seqlens(name: str, cu_seqlens: Tensor, like_name: str, like: Tensor) -> None:
     """Shape (sequences + 1,), integers, device as `like`."""
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
@@ -150,6 +163,11 @@ def check_positive(name: str, x: float) -> None:
         raise ValueError(f"{name} = {x}: expected a finite number above 0")
 
 
+def check_ignore_index(ignore_index: int) -> None:
+    if not -(1 << 31) <= ignore_index < 1 << 31:
+        raise ValueError(f"ignore_index = {ignore_index}: expected a 32-bit integer")
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -169,6 +187,29 @@ def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
     """
     elements = 1 << (28 if device.type == "cuda" else 23)
     return max(1, min(tokens, max(32, elements // max(vocabulary, 1))))
+
+
+def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [N, 1] that can be gathered with, bool [N] which are ignored, bool [N] which are outside [0, size).
+
+    Nothing is read back. What is outside gets NaN: without index checks it would be somebody else's number.
+    """
+    ignored_N = torch.zeros_like(index_N, dtype=torch.bool) if ignore_index is None else index_N == ignore_index
+    outside_N = ((index_N < 0) | (index_N >= size)) & ~ignored_N
+    return index_N.long().clamp(0, size - 1)[:, None], ignored_N, outside_N
+
+
+def gradient_or_nan(d_N: Tensor, outside_N: Tensor) -> Tensor:
+    """The gradient of a number that is NaN because its index is outside; 0 stays 0."""
+    return d_N.masked_fill(outside_N & (d_N != 0), math.nan)
+
+
+def zero_rows_(x: Tensor, rows: Tensor) -> None:
+    """x[rows] = 0 for bool rows, whatever x holds; nothing is read back from a GPU."""
+    if x.device.type == "cpu":
+        x.index_fill_(0, rows.nonzero()[:, 0], 0.0)  # touches those rows alone
+    else:
+        x.masked_fill_(rows[:, None], 0.0)
 
 
 def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,20 +22,24 @@ from carft_kernels._runtime import (
     accumulation_dtype,
     add_product_,
     check_float,
-    check_index_range,
+    check_ignore_index,
     check_integer,
     check_like,
     check_positive,
     check_rows,
     check_same_dtype,
+    check_targets,
     chunk_size,
     d_logits_,
+    gradient_or_nan,
     linear,
     log_implementation,
     rows_scratch,
     softmax_parts_,
+    split_index,
     use_triton,
     wide_matmul,
+    zero_rows_,
 )
 
 
@@ -47,12 +51,14 @@ def linear_logprob_reference(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression: all logits at once."""
-    logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias)
+    counted_T = target_T != ignore_index
+    logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
     logp_TV = (logits_TV.to(accumulation_dtype(logits_TV)) / temperature).log_softmax(-1)
-    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) if with_entropy else None
-    return logp_TV.gather(1, target_T.long()[:, None])[:, 0], entropy_T
+    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) * counted_T if with_entropy else None
+    return logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T, entropy_T
 
 
 def _chunk_logits(h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -68,6 +74,7 @@ def _forward(
     bias: Tensor | None,
     temperature: float,
     with_entropy: bool,
+    ignore_index: int,
     via_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy (empty unless asked), row maximum and log of the sum of exponentials below it.
@@ -75,15 +82,22 @@ def _forward(
     The last two serve this implementation's own backward: Triton keeps them in units of its own.
     """
     log_implementation("linear_logprob", via_triton, hidden_TD.device.type)
-    check_index_range("target_T", target_T, weight_VD.shape[0])
+    check_targets("target_T", target_T, weight_VD.shape[0], ignore_index)
     if via_triton:
-        result = matmul_logprob(hidden_TD, weight_VD, target_T, temperature, bias_M=bias, with_entropy=with_entropy)
-        return result[:4]
+        return matmul_logprob(
+            hidden_TD,
+            weight_VD,
+            target_T,
+            temperature,
+            bias_M=bias,
+            ignore_index=ignore_index,
+            with_entropy=with_entropy,
+        )[:4]
     tokens = hidden_TD.shape[0]
     dtype = accumulation_dtype(hidden_TD)
     logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
     entropy_T = hidden_TD.new_empty(tokens if with_entropy else 0, dtype=dtype)
-    target_T1 = target_T.long()[:, None]
+    target_T1, ignored_T, outside_T = split_index(target_T, weight_VD.shape[0], ignore_index)
     step = chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)
     for s in range(0, tokens, step):
         e = s + step
@@ -92,6 +106,9 @@ def _forward(
         log_total_T[s:e] = sum_exp.log()
         if with_entropy:
             entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
+    logprob_T.masked_fill_(outside_T, torch.nan)
+    for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
+        x_T.masked_fill_(ignored_T, 0.0)
     return logprob_T, entropy_T, top_T, log_total_T
 
 
@@ -122,6 +139,7 @@ def _backward(
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
     temperature: float,
+    ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -134,13 +152,15 @@ def _backward(
     d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
     d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
     step = chunk_size(tokens, vocabulary, hidden_TD.device)
-    target_T1 = target_T.long()[:, None]
+    target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
+    d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
     if via_triton:
         x_scratch = rows_scratch(hidden_TD, step, vocabulary, torch.float32)
         d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, step, vocabulary)
     for s in range(0, tokens, step):
         rows = slice(s, s + step)
-        h = hidden_TD[rows]
+        # whatever an ignored token's state holds must not reach d_weight: 0 * NaN is NaN
+        h = hidden_TD[rows].masked_fill(ignored_T[rows, None], 0.0)
         if via_triton:
             x, d = x_scratch[: len(h)], d_scratch[: len(h)]
             wide_matmul(h, weight_VD.T, out=x)
@@ -150,7 +170,7 @@ def _backward(
             if hidden_TD.dtype == dtype:
                 # The two matmuls round differently: with float32 logits in the hundreds that would show in
                 # exp(logit - lse). Half precision hides it, and saves the pass.
-                _, _, top, log_total = logprob_forward(x, target_T[rows], temperature, False)
+                _, _, top, log_total = logprob_forward(x, target_T[rows], temperature, False, ignore_index)
             logprob_backward(
                 x,
                 d,
@@ -159,6 +179,7 @@ def _backward(
                 log_total,
                 d_logprob_T[rows],
                 temperature,
+                ignore_index,
                 entropy_T=entropy_T[rows],
                 d_entropy_T=None if d_entropy_T is None else d_entropy_T[rows],
             )
@@ -166,6 +187,7 @@ def _backward(
             logp = _chunk_logits(h, weight_VD, bias, temperature).sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
             d_entropy_n = None if d_entropy_T is None else d_entropy_T[rows]
             d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n)
+            zero_rows_(d, ignored_T[rows])
             if temperature != 1.0:
                 d.div_(temperature)
         if need_bias:
@@ -189,7 +211,7 @@ def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_TD, weight_VD, target_T, bias, ctx.temperature, ctx.with_entropy, ctx.via_triton = inputs
+    hidden_TD, weight_VD, target_T, bias, ctx.temperature, ctx.with_entropy, ctx.ignore_index, ctx.via_triton = inputs
     _, entropy_T, top_T, log_total_T = output
     ctx.mark_non_differentiable(top_T, log_total_T)
     ctx.save_for_backward(hidden_TD, weight_VD, target_T, bias, top_T, log_total_T, entropy_T)
@@ -203,6 +225,7 @@ def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tu
         d_logprob_T.contiguous(),
         d_entropy_T.contiguous() if ctx.with_entropy else None,
         ctx.temperature,
+        ctx.ignore_index,
         need_hidden,
         need_weight,
         need_bias,
@@ -213,6 +236,7 @@ def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tu
         d_weight_VD if need_weight else None,
         None,
         d_bias_V if need_bias else None,
+        None,
         None,
         None,
         None,
@@ -230,19 +254,25 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    ignore_index: int = -100,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of `target_T` under softmax((hidden @ weight.T + bias) / temperature), and its entropy if asked.
 
-    Equivalent: `((hidden @ weight.T + bias).float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`.
+    Equivalent: `((hidden @ weight.T + bias).float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`,
+    which is `-cross_entropy((hidden @ weight.T + bias).float() / temperature, target, reduction="none",
+    ignore_index=ignore_index)`.
 
     Args:
         hidden_TD: float [T, D], any float dtype.
         weight_VD: [V, D], dtype and device of `hidden_TD`.
-        target_T: int64 or int32 [T], values in [0, V).
+        target_T: int64 or int32 [T], values in [0, V) or `ignore_index`. Others raise where index checks are on (see
+            `set_index_checks`); where they are off they give a log-prob of NaN.
         bias: [V], dtype and device of `hidden_TD`.
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
+        ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
+            are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
@@ -265,10 +295,11 @@ def linear_logprob(
     check_like("target_T", target_T, (hidden_TD.shape[0],), "hidden_TD", hidden_TD)
     check_integer("target_T", target_T)
     check_positive("temperature", temperature)
+    check_ignore_index(ignore_index)
     if via_triton:
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
     logprob_T, entropy_T, *_ = _forward(
-        hidden_TD, weight_VD, target_T.contiguous(), bias, temperature, with_entropy, via_triton
+        hidden_TD, weight_VD, target_T.contiguous(), bias, temperature, with_entropy, ignore_index, via_triton
     )
     return logprob_T, entropy_T if with_entropy else None

@@ -23,18 +23,20 @@ from carft_kernels._runtime import (
     accumulation_dtype,
     add_product_,
     check_float,
-    check_index_range,
+    check_ignore_index,
     check_integer,
     check_like,
     check_positive,
     check_rows,
     check_same_dtype,
+    check_targets,
     chunk_size,
     linear,
     log_implementation,
     rows_scratch,
     scaled_gradient,
     softmax_parts_,
+    split_index,
     use_triton,
     wide_matmul,
 )
@@ -54,11 +56,14 @@ def linear_policy_loss_reference(
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """The obvious expression: loss and log-probs [T], all logits at once."""
-    logits_TV = hidden_TD @ weight_VD.T
+    counted_T = target_T != ignore_index
+    weight_T = torch.where(counted_T, weight_T, 0.0)
+    logits_TV = torch.where(counted_T[:, None], hidden_TD, 0.0) @ weight_VD.T
     logp_TV = (logits_TV.to(accumulation_dtype(hidden_TD)) / temperature).log_softmax(-1)
-    logprob_T = logp_TV.gather(1, target_T.long()[:, None])[:, 0]
+    logprob_T = logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T
     ratio_T = (logprob_T - (logprob_T.detach() if old_logprob_T is None else old_logprob_T)).exp()
     loss_T = torch.max(-advantage_T * ratio_T, -advantage_T * ratio_T.clamp(1 - clip_low, 1 + clip_high))
     if ref_logprob_T is not None:
@@ -82,6 +87,7 @@ def _forward(
     kl_coef: float,
     entropy_coef: float,
     temperature: float,
+    ignore_index: int,
     chunk_tokens: int,
     need_hidden: bool,
     need_weight: bool,
@@ -90,13 +96,14 @@ def _forward(
     """Loss, log-probs, the sums [5] of policy_terms, d_hidden and d_weight (empty where not needed)."""
     log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-    check_index_range("target_T", target_T, vocabulary)
+    check_targets("target_T", target_T, vocabulary, ignore_index)
     dtype = accumulation_dtype(hidden_TD)
     d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
     d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
     logprob_T = hidden_TD.new_empty(tokens, dtype=dtype)
     stats = hidden_TD.new_zeros(5, dtype=dtype)
-    target_T1 = target_T.long()[:, None]
+    target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
+    weight_T = weight_T.masked_fill(ignored_T, 0.0)
     chunk_tokens = min(chunk_tokens, tokens)
     if via_triton:
         x_scratch = rows_scratch(hidden_TD, chunk_tokens, vocabulary, torch.float32)
@@ -107,7 +114,7 @@ def _forward(
         if via_triton:
             x = x_scratch[: len(h)]
             wide_matmul(h, weight_VD.T, out=x)
-            logprob, entropy, top, log_total = logprob_forward(x, target_T[rows], temperature, True)
+            logprob, entropy, top, log_total = logprob_forward(x, target_T[rows], temperature, True, ignore_index)
         else:
             x = linear(h, weight_VD).to(dtype)
             if temperature != 1.0:
@@ -115,6 +122,7 @@ def _forward(
             logprob, _, p, sum_exp = softmax_parts_(x, target_T1[rows])
             # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
             entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
+            logprob.masked_fill_(outside_T[rows], torch.nan).masked_fill_(ignored_T[rows], 0.0)
         logprob_T[rows] = logprob
         d_logprob = policy_terms(
             logprob,
@@ -152,6 +160,7 @@ def _forward(
                 log_total,
                 d_logprob,
                 temperature,
+                ignore_index,
                 entropy_T=entropy,
                 d_entropy_T=d_entropy,
                 index_N=None if everyone else index,
@@ -227,6 +236,7 @@ def linear_policy_loss(
     kl_coef: float = 0.0,
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
+    ignore_index: int = -100,
     chunk_tokens: int | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -239,7 +249,8 @@ def linear_policy_loss(
     Args:
         hidden_TD: float [T, D], the states that predict the targets.
         weight_VD: [V, D] of the LM head, dtype and device of `hidden_TD`.
-        target_T: int64 or int32 [T], values in [0, V).
+        target_T: int64 or int32 [T], values in [0, V) or `ignore_index`. Others raise where index checks are on (see
+            `set_index_checks`); where they are off they give a log-prob of NaN.
         advantage_T, old_logprob_T: float [T]; no gradient. `old_logprob_T` None: the policy has not changed since it
             sampled, its own log-probs are the old ones and every ratio is 1.
         weight_T: float [T], the token's share of the loss; it carries every normaliser; no gradient. For float16 put
@@ -250,6 +261,8 @@ def linear_policy_loss(
         kl_coef: weight of the k3 estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T`.
         entropy_coef: weight of the entropy bonus.
         temperature: divides the logits; above 0.
+        ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
+            share in loss and metrics, no gradient to anything.
         chunk_tokens: tokens per chunk; by default what keeps a chunk's logits small.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
@@ -291,6 +304,7 @@ def linear_policy_loss(
     if not clip_high >= 0:
         raise ValueError(f"clip_high = {clip_high}: expected a number of at least 0")
     check_positive("temperature", temperature)
+    check_ignore_index(ignore_index)
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
     if via_triton:
@@ -314,6 +328,7 @@ def linear_policy_loss(
         kl_coef,
         entropy_coef,
         temperature,
+        ignore_index,
         chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),
         differentiate and hidden_TD.requires_grad,
         differentiate and weight_VD.requires_grad,

@@ -44,11 +44,13 @@ from carft_kernels._runtime import (
     check_rows,
     check_same_dtype,
     chunk_size,
+    gradient_or_nan,
     index_checks_on,
     linear,
     log_implementation,
     on_device,
     rows_scratch,
+    split_index,
     use_triton,
     wide_matmul,
 )
@@ -194,9 +196,10 @@ def _forward(
         stats_2N[0], stats_2N[1], row_loss_N = top_N, log_total_N, -logprob_N
     else:
         row_loss_N = torch.empty_like(inverse_N)
+        positive_N1, _, outside_N = split_index(positive_N, m)
         anchor_ND, candidate_MD = (x * y[:, None] for x, y in ((anchor_ND, inverse_N), (candidate_MD, inverse_M)))
         for rows, x in _similarity_chunks(anchor_ND, candidate_MD):
-            positive = x.gather(1, positive_N[rows, None].long())[:, 0].clamp(max=positive_clamp)
+            positive = x.gather(1, positive_N1[rows])[:, 0].clamp(max=positive_clamp)
             if candidate_mask is not None:
                 x.masked_fill_(~(candidate_mask if candidate_mask.ndim == 1 else candidate_mask[rows]), float("-inf"))
             top = x.amax(1)
@@ -204,6 +207,7 @@ def _forward(
             log_total = x.div_(temperature).exp_().sum(1).log_()
             row_loss_N[rows] = (top - positive) / temperature + log_total
             stats_2N[0, rows], stats_2N[1, rows] = top, log_total
+        row_loss_N.masked_fill_(outside_N, torch.nan)
     if candidate_mask is not None:  # a row that does not count may have no candidate
         row_loss_N = row_loss_N.masked_fill(stats_2N[0] == float("-inf"), 0.0)
     if row_mask_N is None:
@@ -262,14 +266,15 @@ def _backward(
     inverse_N, inverse_M = _inverse_norm(anchor_ND, via_triton), _inverse_norm(candidate_MD, via_triton)
     # the row loss of a row without candidates is the constant 0
     top_N, log_total_N = stats_2N
-    d_row_N = torch.where(top_N == float("-inf"), 0.0, d_row_N)
+    positive_N1, _, outside_N = split_index(positive_N, m)
+    d_row_N = gradient_or_nan(torch.where(top_N == float("-inf"), 0.0, d_row_N), outside_N)
     d_anchor_ND = torch.empty(anchor_ND.shape, dtype=dtype, device=anchor_ND.device)
     d_candidate_MD = torch.zeros(candidate_MD.shape, dtype=dtype, device=anchor_ND.device)
     if not via_triton:
         d_logit_N = d_row_N / temperature
         anchor_hat, candidate_hat = anchor_ND * inverse_N[:, None], candidate_MD * inverse_M[:, None]
         for rows, x in _similarity_chunks(anchor_hat, candidate_hat):
-            column = positive_N[rows, None].long()
+            column = positive_N1[rows]
             pull = (x.gather(1, column)[:, 0] <= positive_clamp) * d_logit_N[rows]
             if candidate_mask is not None:
                 x.masked_fill_(~(candidate_mask if candidate_mask.ndim == 1 else candidate_mask[rows]), float("-inf"))
@@ -376,7 +381,9 @@ def masked_infonce(
     Args:
         anchor_ND: float [N, D], any float dtype.
         candidate_MD: [M, D], dtype and device of `anchor_ND`.
-        positive_N: int64 or int32 [N], index of each anchor's positive; i -> i when None, which needs M >= N.
+        positive_N: int64 or int32 [N], index of each anchor's positive, in [0, M). Others raise where index checks are
+            on (see `set_index_checks`); where they are off they give a row loss of NaN. i -> i when None, which needs
+            M >= N.
         row_mask_N: bool [N], the rows that count; all when None.
         candidate_mask: bool [M] or [N, M], the candidates in the denominator; all when None. A counted row's positive
             must be among them.

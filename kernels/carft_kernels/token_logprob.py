@@ -18,31 +18,48 @@ from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
     check_float,
-    check_index_range,
+    check_ignore_index,
     check_integer,
     check_like,
     check_positive,
     check_rows,
+    check_targets,
     chunk_size,
     d_logits_,
+    gradient_or_nan,
     log_implementation,
     softmax_parts_,
+    split_index,
     use_triton,
+    zero_rows_,
 )
 
 
 def token_logprob_reference(
-    logits_TV: Tensor, target_T: Tensor, *, temperature: float = 1.0, with_entropy: bool = False
+    logits_TV: Tensor,
+    target_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression."""
+    counted_T = target_T != ignore_index
+    logits_TV = torch.where(counted_T[:, None], logits_TV, 0.0)
     logp_TV = (logits_TV.to(accumulation_dtype(logits_TV)) / temperature).log_softmax(-1)
-    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) if with_entropy else None
-    return logp_TV.gather(1, target_T.long()[:, None])[:, 0], entropy_T
+    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) * counted_T if with_entropy else None
+    return logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T, entropy_T
 
 
 @torch.library.custom_op("carft::token_logprob", mutates_args=())
 def _forward(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, inplace: bool, via_triton: bool
+    logits_TV: Tensor,
+    target_T: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    ignore_index: int,
+    inplace: bool,
+    via_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy (empty unless asked), row maximum and log of the sum of exponentials below it.
 
@@ -50,13 +67,13 @@ def _forward(
     """
     log_implementation("token_logprob", via_triton, logits_TV.device.type)
     tokens, vocabulary = logits_TV.shape
-    check_index_range("target_T", target_T, vocabulary)
+    check_targets("target_T", target_T, vocabulary, ignore_index)
     if via_triton:
-        return logprob_forward(logits_TV, target_T, temperature, with_entropy)
+        return logprob_forward(logits_TV, target_T, temperature, with_entropy, ignore_index)
     dtype = accumulation_dtype(logits_TV)
     logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
     entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype)
-    target_T1 = target_T.long()[:, None]
+    target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
     step = chunk_size(tokens, vocabulary, logits_TV.device)
     for s in range(0, tokens, step):
         e = s + step
@@ -65,6 +82,9 @@ def _forward(
         log_total_T[s:e] = sum_exp.log()
         if with_entropy:
             entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
+    logprob_T.masked_fill_(outside_T, torch.nan)
+    for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
+        x_T.masked_fill_(ignored_T, 0.0)
     return logprob_T, entropy_T, top_T, log_total_T
 
 
@@ -87,6 +107,7 @@ def _write_gradient(
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
     temperature: float,
+    ignore_index: int,
     via_triton: bool,
 ) -> None:
     if via_triton:
@@ -98,12 +119,14 @@ def _write_gradient(
             log_total_T,
             d_logprob_T,
             temperature,
+            ignore_index,
             entropy_T=entropy_T,
             d_entropy_T=d_entropy_T,
         )
         return
     step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
-    target_T1 = target_T.long()[:, None]
+    target_T1, ignored_T, outside_T = split_index(target_T, logits_TV.shape[1], ignore_index)
+    d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
     for s in range(0, len(target_T), step):
         rows = slice(s, s + step)
         x = (logits_TV[rows].to(top_T.dtype) / temperature).sub_(top_T[rows, None])
@@ -111,6 +134,7 @@ def _write_gradient(
         logp = x.sub_(log_total_T[rows, None])
         d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n)
         out_TV[rows] = d.div_(temperature)
+    zero_rows_(out_TV, ignored_T)
 
 
 @torch.library.custom_op("carft::token_logprob_backward", mutates_args=())
@@ -123,12 +147,12 @@ def _backward(
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
     temperature: float,
+    ignore_index: int,
     via_triton: bool,
 ) -> Tensor:
     out_TV = torch.empty_like(logits_TV)
-    _write_gradient(
-        out_TV, logits_TV, target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, temperature, via_triton
-    )
+    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T)
+    _write_gradient(out_TV, logits_TV, *tensors, temperature, ignore_index, via_triton)
     return out_TV
 
 
@@ -147,15 +171,15 @@ def _backward_(
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
     temperature: float,
+    ignore_index: int,
     via_triton: bool,
 ) -> None:
-    _write_gradient(
-        logits_TV, logits_TV, target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, temperature, via_triton
-    )
+    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T)
+    _write_gradient(logits_TV, logits_TV, *tensors, temperature, ignore_index, via_triton)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TV, target_T, ctx.temperature, ctx.with_entropy, ctx.inplace, ctx.via_triton = inputs
+    logits_TV, target_T, ctx.temperature, ctx.with_entropy, ctx.ignore_index, ctx.inplace, ctx.via_triton = inputs
     _, entropy_T, top_T, log_total_T = output
     ctx.mark_non_differentiable(top_T, log_total_T)
     ctx.save_for_backward(logits_TV, target_T, top_T, log_total_T, entropy_T)
@@ -165,12 +189,12 @@ def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tu
     logits_TV, *saved = ctx.saved_tensors
     # contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index
     d_entropy = d_entropy_T.contiguous() if ctx.with_entropy else None
-    arguments = (*saved, d_logprob_T.contiguous(), d_entropy, ctx.temperature, ctx.via_triton)
+    arguments = (*saved, d_logprob_T.contiguous(), d_entropy, ctx.temperature, ctx.ignore_index, ctx.via_triton)
     if ctx.inplace:
         logits_TV = logits_TV.detach()
         _backward_(logits_TV, *arguments)
-        return logits_TV, None, None, None, None, None
-    return _backward(logits_TV, *arguments), None, None, None, None, None
+        return logits_TV, None, None, None, None, None, None
+    return _backward(logits_TV, *arguments), None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -182,18 +206,23 @@ def token_logprob(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    ignore_index: int = -100,
     inplace_backward: bool = False,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-prob of `target_T` under softmax(logits / temperature), and its entropy if asked.
 
-    Equivalent: `(logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`.
+    Equivalent: `(logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`, which is
+    `-cross_entropy(logits.float() / temperature, target, reduction="none", ignore_index=ignore_index)`.
 
     Args:
         logits_TV: float [T, V], any float dtype; -inf columns are allowed (a masked vocabulary).
-        target_T: int64 or int32 [T], values in [0, V).
+        target_T: int64 or int32 [T], values in [0, V) or `ignore_index`. Others raise where index checks are on (see
+            `set_index_checks`); where they are off they give a log-prob of NaN.
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
+        ignore_index: a token with this target takes no part, whatever its row of logits holds. Its log-prob and entropy
+            are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards. It is
             ignored for rows that share memory, and under torch.compile, which plans memory itself.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
@@ -211,11 +240,12 @@ def token_logprob(
     check_like("target_T", target_T, (logits_TV.shape[0],), "logits_TV", logits_TV)
     check_integer("target_T", target_T)
     check_positive("temperature", temperature)
+    check_ignore_index(ignore_index)
     if via_triton:
         check_rows("logits_TV", logits_TV)
     apart = len(logits_TV) < 2 or logits_TV.stride(0) >= logits_TV.shape[1]
     inplace = inplace_backward and apart and not torch.compiler.is_compiling()
     logprob_T, entropy_T, *_ = _forward(
-        logits_TV, target_T.contiguous(), temperature, with_entropy, inplace, via_triton
+        logits_TV, target_T.contiguous(), temperature, with_entropy, ignore_index, inplace, via_triton
     )
     return logprob_T, entropy_T if with_entropy else None
