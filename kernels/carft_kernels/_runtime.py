@@ -199,6 +199,17 @@ def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> 
     return index_N.long().clamp(0, size - 1)[:, None], ignored_N, outside_N
 
 
+def given_gradients(
+    d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, like_T: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of log-prob and entropy, None where autograd has none, as the backward operators take them.
+
+    Contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index.
+    """
+    d_logprob_T = torch.zeros_like(like_T) if d_logprob_T is None else d_logprob_T.contiguous()
+    return d_logprob_T, None if d_entropy_T is None or not d_entropy_T.numel() else d_entropy_T.contiguous()
+
+
 def gradient_or_nan(d_N: Tensor, outside_N: Tensor) -> Tensor:
     """The gradient of a number that is NaN because its index is outside; 0 stays 0."""
     return d_N.masked_fill(outside_N & (d_N != 0), math.nan)

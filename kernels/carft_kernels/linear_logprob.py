@@ -31,6 +31,7 @@ from carft_kernels._runtime import (
     check_targets,
     chunk_size,
     d_logits_,
+    given_gradients,
     gradient_or_nan,
     linear,
     log_implementation,
@@ -211,19 +212,19 @@ def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_TD, weight_VD, target_T, bias, ctx.temperature, ctx.with_entropy, ctx.ignore_index, ctx.via_triton = inputs
+    hidden_TD, weight_VD, target_T, bias, ctx.temperature, _, ctx.ignore_index, ctx.via_triton = inputs
     _, entropy_T, top_T, log_total_T = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
     ctx.mark_non_differentiable(top_T, log_total_T)
     ctx.save_for_backward(hidden_TD, weight_VD, target_T, bias, top_T, log_total_T, entropy_T)
 
 
-def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    saved = ctx.saved_tensors
     d_hidden_TD, d_weight_VD, d_bias_V = _backward(
-        *ctx.saved_tensors,
-        # contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index
-        d_logprob_T.contiguous(),
-        d_entropy_T.contiguous() if ctx.with_entropy else None,
+        *saved,
+        *given_gradients(d_logprob_T, d_entropy_T, saved[4]),
         ctx.temperature,
         ctx.ignore_index,
         need_hidden,

@@ -206,11 +206,14 @@ def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, logprob_T, stats, d_hidden_TD, d_weight_VD = output
     ctx.need_hidden, ctx.need_weight, ctx.inputs = inputs[-3], inputs[-2], len(inputs)
+    ctx.set_materialize_grads(False)  # no zeros of the head's size for the outputs that carry no gradient
     ctx.mark_non_differentiable(logprob_T, stats, d_hidden_TD, d_weight_VD)
     ctx.save_for_backward(d_hidden_TD, d_weight_VD)
 
 
-def _autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * ctx.inputs
     d_hidden_TD, d_weight_VD = ctx.saved_tensors
     return (
         scaled_gradient(d_hidden_TD, d_loss, d_hidden_TD.dtype) if ctx.need_hidden else None,

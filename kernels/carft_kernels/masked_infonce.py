@@ -335,16 +335,18 @@ def _(anchor_ND: Tensor, candidate_MD: Tensor, *_: Any) -> tuple[Tensor, Tensor]
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.temperature, ctx.positive_clamp, ctx.via_triton = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the outputs without a gradient
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _autograd(ctx: Any, d_loss: Tensor, d_row_loss_N: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, d_loss: Tensor | None, d_row_loss_N: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask, stats_2N = ctx.saved_tensors
-    if row_mask_N is None:
-        d_row_N = d_row_loss_N + d_loss / max(len(anchor_ND), 1)
-    else:
-        d_row_N = d_row_loss_N + row_mask_N * (d_loss / row_mask_N.sum().clamp(min=1))
+    d_row_N = stats_2N.new_zeros(len(anchor_ND)) if d_row_loss_N is None else d_row_loss_N
+    if d_loss is not None and row_mask_N is None:
+        d_row_N = d_row_N + d_loss / max(len(anchor_ND), 1)
+    elif d_loss is not None:
+        d_row_N = d_row_N + row_mask_N * (d_loss / row_mask_N.sum().clamp(min=1))
     d_anchor_ND, d_candidate_MD = _backward(
         anchor_ND,
         candidate_MD,

@@ -177,12 +177,15 @@ def _(value_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, gradient_T, stats = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
     ctx.mark_non_differentiable(gradient_T, stats)
     ctx.save_for_backward(gradient_T)
     ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
 
 
-def _autograd(ctx: Any, d_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if d_loss is None:
+        return (None,) * ctx.inputs
     (gradient_T,) = ctx.saved_tensors
     return scaled_gradient(gradient_T, d_loss, ctx.dtype), *([None] * (ctx.inputs - 1))
 

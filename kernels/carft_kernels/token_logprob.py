@@ -26,6 +26,7 @@ from carft_kernels._runtime import (
     check_targets,
     chunk_size,
     d_logits_,
+    given_gradients,
     gradient_or_nan,
     log_implementation,
     softmax_parts_,
@@ -179,17 +180,17 @@ def _backward_(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TV, target_T, ctx.temperature, ctx.with_entropy, ctx.ignore_index, ctx.inplace, ctx.via_triton = inputs
+    logits_TV, target_T, ctx.temperature, _, ctx.ignore_index, ctx.inplace, ctx.via_triton = inputs
     _, entropy_T, top_T, log_total_T = output
+    ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
     ctx.mark_non_differentiable(top_T, log_total_T)
     ctx.save_for_backward(logits_TV, target_T, top_T, log_total_T, entropy_T)
 
 
-def _autograd(ctx: Any, d_logprob_T: Tensor, d_entropy_T: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     logits_TV, *saved = ctx.saved_tensors
-    # contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index
-    d_entropy = d_entropy_T.contiguous() if ctx.with_entropy else None
-    arguments = (*saved, d_logprob_T.contiguous(), d_entropy, ctx.temperature, ctx.ignore_index, ctx.via_triton)
+    d_logprob, d_entropy = given_gradients(d_logprob_T, d_entropy_T, saved[1])
+    arguments = (*saved, d_logprob, d_entropy, ctx.temperature, ctx.ignore_index, ctx.via_triton)
     if ctx.inplace:
         logits_TV = logits_TV.detach()
         _backward_(logits_TV, *arguments)

@@ -244,11 +244,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden_TD, value_T, cu_seqlens, _, ctx.via_triton = inputs
     pooled_BD, weight_T = output
     ctx.value_dtype = value_T.dtype
+    ctx.set_materialize_grads(False)  # no zeros for the output that carries no gradient
     ctx.mark_non_differentiable(weight_T)
     ctx.save_for_backward(hidden_TD, weight_T, pooled_BD, cu_seqlens)
 
 
-def _autograd(ctx: Any, d_pooled_BD: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, d_pooled_BD: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if d_pooled_BD is None:
+        return (None,) * 5
     hidden_TD, weight_T, pooled_BD, cu_seqlens = ctx.saved_tensors
     d_hidden_TD, d_value_T = _backward(
         hidden_TD, weight_T, pooled_BD, d_pooled_BD.contiguous(), cu_seqlens, ctx.via_triton

@@ -1,5 +1,6 @@
 """What the operators' tests measure with."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from carft_kernels import set_index_checks
 
 
 class LargestTensor(TorchDispatchMode):
@@ -39,3 +42,11 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def largest_tensor() -> LargestTensor:
     return LargestTensor()
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As on CUDA by default, where nothing reads index ranges."""
+    set_index_checks(False)
+    yield
+    set_index_checks(None)

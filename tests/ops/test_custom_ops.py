@@ -1,17 +1,24 @@
 """Operators as PyTorch sees them: registration, torch.compile, allocations."""
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
 from carft_kernels import lcs
-from carft_kernels._runtime import chunk_size
+from carft_kernels._runtime import chunk_size, use_triton
 from carft_kernels.lcs import lcs_mask_reference
 
 from .test_triton import DEVICE, offsets, randint, randn
@@ -71,6 +78,32 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
 
 
 NAMES = list(calls("torch"))
+
+
+class Recorded(TorchDispatchMode):
+    """Names every operation and the shapes it returns; inside custom operators too, if asked."""
+
+    def __init__(self, *, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+        self.calls: list[tuple[str, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.inside and func.namespace == "carft":
+            with self:
+                return OPDEFS[func._name.removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func.overloadpacket.__name__, args, result))
+        return result
+
+    def readbacks(self) -> set[str]:
+        """What stops a CUDA stream: numbers read, and boolean indices, whose count is the result's shape."""
+        names = {"nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal", "unique_consecutive"}
+        found = {name for name, _, _ in self.calls if name in names}
+        for name, args, _ in self.calls:
+            if name in ("index", "index_put", "index_put_"):
+                found |= {f"{name} by bool" for x in args[1] if x is not None and x.dtype == torch.bool}
+        return found
 
 
 def flat(outputs: Any) -> list[Tensor]:
@@ -263,3 +296,27 @@ def test_lcs_mask_of_what_is_too_long_for_triton(monkeypatch: pytest.MonkeyPatch
         assert torch.equal(ours, expected)
     with pytest.raises(ValueError, match=r"b holds a sequence of 21 tokens: impl='triton' takes up to 20; use 'torch'"):
         ck.lcs_mask(*arguments, impl="triton")
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if calls("torch")[n][1]])
+def test_no_zeros_are_made_for_outputs_without_gradient(name: str) -> None:
+    """The linear operators would write the head's size in zeros, once a step."""
+    function, inputs = calls("torch")[name]
+    outputs = [x for x in flat(function(*inputs)) if x.requires_grad]
+    with Recorded(inside=False) as backward:
+        torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
+    made = [tuple(r.shape) for call, _, r in backward.calls if "zero" in call or call in ("full", "new_full", "fill_")]
+    assert made == []
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["token_logprob", "linear_logprob", "masked_infonce"])
+def test_one_output_alone_has_its_own_gradient(name: str, impl: str) -> None:
+    """As if the other's were zero."""
+    function, inputs = calls(impl)[name]
+    for which in (0, 1):
+        one = torch.autograd.grad(flat(function(*inputs))[which].sum(), inputs)
+        outputs = flat(function(*inputs))
+        both = torch.autograd.grad(outputs, inputs, [torch.full_like(x, float(x is outputs[which])) for x in outputs])
+        for x, y in zip(one, both, strict=True):
+            torch.testing.assert_close(x, y)

@@ -1,6 +1,5 @@
 """Targets that are ignored, and targets outside the vocabulary."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,6 @@ IMPLEMENTATIONS = ["torch", "triton"]
 T, V, D = 9, 37, 16
 IGNORED = torch.tensor([True, False, False, True, True, False, False, False, True])
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """As on CUDA, where nothing reads the targets."""
-    ck.set_index_checks(False)
-    yield
-    ck.set_index_checks(None)
 
 
 def some_ignored(ignore_index: int, dtype: torch.dtype = torch.int64) -> Tensor:
