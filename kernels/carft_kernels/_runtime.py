@@ -87,7 +87,17 @@ def check_rows(name: str, x: Tensor) -> None:
         )
 
 
+def check_local(name: str, x: Tensor) -> None:
+    """An operator computes on the memory of one process; torch's own message does not say which argument it means."""
+    if hasattr(x, "full_tensor"):
+        raise ValueError(
+            f"{name} is a DTensor: expected a torch.Tensor; pass {name}.full_tensor(), or call the operator where "
+            "FSDP has gathered its module's parameters"
+        )
+
+
 def check_float(name: str, x: Tensor, ndim: int) -> None:
+    check_local(name, x)
     if x.ndim != ndim:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {ndim} dimension{'s' if ndim > 1 else ''}")
     if x.dtype not in _FLOAT_DTYPES:
@@ -96,6 +106,7 @@ def check_float(name: str, x: Tensor, ndim: int) -> None:
 
 def check_like(name: str, x: Tensor, shape: tuple[int, ...], like_name: str, like: Tensor) -> None:
     """Shape as given and device as `like`."""
+    check_local(name, x)
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}, to go with {like_name}")
     if x.device != like.device:
@@ -113,6 +124,7 @@ def check_bool(name: str, x: Tensor) -> None:
 
 
 def check_integer(name: str, x: Tensor) -> None:
+    check_local(name, x)
     if x.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} has dtype {x.dtype}: expected int64 or int32")
 

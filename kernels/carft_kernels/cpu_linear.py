@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from carft_kernels._runtime import linear
+from carft_kernels._runtime import check_local, linear
 
 
 @torch.library.custom_op("carft::cpu_linear", mutates_args=())
@@ -98,8 +98,14 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         without oneDNN: torch's own result.
 
     Raises:
+        ValueError: where the weight or the bias is a DTensor and x is none. All three may be, then torch computes.
         RuntimeError: torch's own, for shapes that do not go together.
     """
+    if hasattr(x, "full_tensor"):
+        return torch.nn.functional.linear(x, weight, bias)
+    check_local("weight", weight)
+    if bias is not None:
+        check_local("bias", bias)
     takes = (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

@@ -320,3 +320,51 @@ def test_one_output_alone_has_its_own_gradient(name: str, impl: str) -> None:
         both = torch.autograd.grad(outputs, inputs, [torch.full_like(x, float(x is outputs[which])) for x in outputs])
         for x, y in zip(one, both, strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[Any]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_sharded_argument_is_refused_by_name(mesh: Any) -> None:
+    """torch's own error, "mixed torch.Tensor and DTensor", says neither which one nor what to do."""
+    hidden, weight, target, bias = randn(1, T, D).float(), randn(2, V, D).float(), randint(3, V, T), randn(4, V).float()
+    policy = {"advantage_T": hidden[:, 0], "old_logprob_T": None, "weight_T": hidden[:, 0].abs()}
+
+    def sharded(x: Tensor) -> Tensor:
+        return distribute_tensor(x, mesh, [Shard(0)])
+
+    refused = {
+        "weight_VD": [
+            lambda: ck.linear_logprob(hidden, sharded(weight), target),
+            lambda: ck.linear_policy_loss(hidden, sharded(weight), target, **policy),
+        ],
+        "hidden_TD": [
+            lambda: ck.linear_logprob(sharded(hidden), sharded(weight), target),
+            lambda: ck.value_pool(sharded(hidden), hidden[:, 0], offsets([T])),
+        ],
+        "bias": [
+            lambda: ck.linear_logprob(hidden, weight, target, bias=sharded(bias)),
+            lambda: ck.cpu_linear(hidden, weight, sharded(bias)),
+        ],
+        "weight": [lambda: ck.cpu_linear(hidden, sharded(weight))],
+        "target_T": [lambda: ck.token_logprob(hidden, sharded(target))],
+        "logits_TV": [lambda: ck.token_logprob(sharded(hidden), target)],
+        "candidate_MD": [lambda: ck.masked_infonce(hidden, sharded(weight))],
+        "weight_T": [lambda: ck.policy_loss(*[hidden[:, 0]] * 3, weight_T=sharded(hidden[:, 0]))],
+        "cu_seqlens": [lambda: ck.gae(bias, bias, sharded(offsets([V])), gamma=1.0, lam=1.0)],
+        "b": [lambda: ck.lcs_mask(target, offsets([T]), sharded(target), offsets([T]))],
+    }
+    for name, functions in refused.items():
+        for function in functions:
+            with pytest.raises(ValueError, match=rf"^{name} is a DTensor: .*pass {name}\.full_tensor\(\)"):
+                function()
+    whole = ck.linear_logprob(hidden, sharded(weight).full_tensor(), target)[0]
+    assert torch.equal(whole, ck.linear_logprob(hidden, weight, target)[0])
+    together = ck.cpu_linear(sharded(hidden), sharded(weight).redistribute(placements=[Replicate()]))
+    torch.testing.assert_close(together.full_tensor(), hidden @ weight.T)
