@@ -53,11 +53,18 @@ def index_checks_on(x: Tensor) -> bool:
 
 
 def use_triton(op: str, impl: str, x: Tensor) -> bool:
-    """Whether Triton runs this call: "auto" takes it on CUDA, except for float64, which only torch computes."""
+    """Whether Triton runs this call: "auto" takes it on NVIDIA GPUs, but for float64, which only torch computes."""
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl = {impl!r}: allowed for {op} are 'auto', 'torch', 'triton'")
     supported = x.dtype in _TRITON_DTYPES or not x.is_floating_point()
+    # an AMD device is "cuda" to torch, and its capability, (9, 4) for one, that of another NVIDIA device
+    amd = x.is_cuda and torch.version.hip is not None
     if impl == "triton":
+        if amd:
+            raise ValueError(
+                f"impl = 'triton': {op} got a tensor on an AMD device, for which its kernels are not configured; "
+                "'auto' or 'torch' work here"
+            )
         if not (x.is_cuda or INTERPRETED):
             raise ValueError(
                 f"impl = 'triton': {op} got a tensor on {x.device}; Triton needs a CUDA device (or TRITON_INTERPRET=1 "
@@ -65,7 +72,7 @@ def use_triton(op: str, impl: str, x: Tensor) -> bool:
             )
         if not supported:
             raise ValueError(f"impl = 'triton': {op} got {x.dtype}; allowed are float32, bfloat16, float16")
-    return impl == "triton" or (impl == "auto" and x.is_cuda and supported)
+    return impl == "triton" or (impl == "auto" and x.is_cuda and supported and not amd)
 
 
 @functools.cache

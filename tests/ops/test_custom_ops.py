@@ -368,3 +368,24 @@ def test_a_sharded_argument_is_refused_by_name(mesh: Any) -> None:
     assert torch.equal(whole, ck.linear_logprob(hidden, weight, target)[0])
     together = ck.cpu_linear(sharded(hidden), sharded(weight).redistribute(placements=[Replicate()]))
     torch.testing.assert_close(together.full_tensor(), hidden @ weight.T)
+
+
+def test_triton_is_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch calls an AMD device "cuda" too, and the capability of an MI300, (9, 4), looks like Hopper's."""
+    with FakeTensorMode():
+        x, indices = torch.empty(5, 8, device="cuda"), torch.empty(5, dtype=torch.int64, device="cuda")
+        assert use_triton("token_logprob", "auto", x)
+        assert use_triton("token_logprob", "triton", x)
+        monkeypatch.setattr(torch.version, "hip", "6.4.43482")
+        for y in (x, x.bfloat16(), indices):
+            assert not use_triton("token_logprob", "auto", y)
+            assert not use_triton("token_logprob", "torch", y)
+        message = r"^impl = 'triton': \w+ got a tensor on an AMD device, .*; 'auto' or 'torch' work here$"
+        for call in (
+            lambda: ck.token_logprob(x, indices, impl="triton"),
+            lambda: ck.whiten(torch.empty(5, device="cuda"), impl="triton"),
+            lambda: ck.lcs_mask(indices, indices, indices, indices, impl="triton"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+    assert use_triton("token_logprob", "triton", torch.empty(1, device=DEVICE))  # interpreted, whatever the GPU
