@@ -147,7 +147,8 @@ SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
 WHITEN_CONFIG = {"BLOCK": 2048, "num_warps": 16, **FUSED}
 
 
-@torch.library.custom_op("carft::gae", mutates_args=())
+# torch reads the longest length back, which no CUDA graph can hold
+@torch.library.custom_op("carft::gae", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _gae(
     reward_T: Tensor, value_T: Tensor, cu_seqlens: Tensor, gamma: float, lam: float, via_triton: bool
 ) -> tuple[Tensor, Tensor]:
@@ -210,8 +211,11 @@ def _kl_shaped_reward(
                 )
         return reward_T
     reward_T = -kl_coef * (old_logprob_T.to(dtype) - ref_logprob_T.to(dtype))
-    filled_B = cu_seqlens.diff() > 0
-    return reward_T.index_add_(0, cu_seqlens[1:][filled_B].long() - 1, score_B[filled_B].to(dtype))
+    if len(reward_T) == 0:
+        return reward_T
+    # an empty sequence adds 0 to another one's last token, or to the first
+    last_B = (cu_seqlens[1:].long() - 1).clamp(min=0)
+    return reward_T.index_add_(0, last_B, torch.where(cu_seqlens.diff() > 0, score_B.to(dtype), 0.0))
 
 
 @_kl_shaped_reward.register_fake

@@ -149,7 +149,8 @@ def _groups(cells: list[int]) -> list[tuple[int, int]]:
     return [*groups, (start, len(cells))]
 
 
-@torch.library.custom_op("carft::lcs_mask", mutates_args=())
+# lengths are read back, which no CUDA graph can hold
+@torch.library.custom_op("carft::lcs_mask", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _lcs_mask(
     a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool, any_length: bool
 ) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,10 @@
 Source: paper eq. 5 (PPO); the KL term is the k3 estimator of GRPO. Since the loss is a plain sum, each chunk of tokens
 can be differentiated as soon as its logits exist: one matmul for them, one for d_hidden, one for d_weight, 3F in all
 (F = 2 T V D) and no recomputation. Tokens whose gradient is exactly zero (no weight, no advantage, clipped) are left
-out of the last two; on CUDA their number is read back once a chunk. Kept for backward: d_hidden and d_weight.
-Accumulation: float32 past the matmul and for d_weight (float64 for float64 input). Half-precision matmuls run on the
-weight as it is: only a chunk's logits are widened, never the weight. Triton: row kernels between cuBLAS products.
+out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for backward: d_hidden
+and d_weight. Accumulation: float32 past the matmul and for d_weight (float64 for float64 input). Half-precision matmuls
+run on the weight as it is: only a chunk's logits are widened, never the weight. Triton: row kernels between cuBLAS
+products.
 """
 
 from typing import Any
@@ -73,8 +74,7 @@ def linear_policy_loss_reference(
     return (weight_T * loss_T).sum(), logprob_T
 
 
-@torch.library.custom_op("carft::linear_policy_loss", mutates_args=())
-def _forward(
+def _loss_and_gradients(
     hidden_TD: Tensor,
     weight_VD: Tensor,
     target_T: Tensor,
@@ -89,6 +89,7 @@ def _forward(
     temperature: float,
     ignore_index: int,
     chunk_tokens: int,
+    skip_dead: bool,
     need_hidden: bool,
     need_weight: bool,
     via_triton: bool,
@@ -142,20 +143,25 @@ def _forward(
             continue
 
         live = d_logprob != 0 if not entropy_coef else weight != 0
-        index = live.nonzero()[:, 0]
-        if len(index) == 0:
-            continue
-        everyone = len(index) == len(h)
+        if skip_dead:
+            index = live.nonzero()[:, 0]
+            if len(index) == 0:
+                continue
+            everyone = len(index) == len(h)
+        else:
+            # whatever a token without gradient holds must not reach d_weight: 0 * NaN is NaN
+            everyone, h = True, h.masked_fill(~live[:, None], 0.0)
         d_entropy = -entropy_coef * weight if entropy_coef else None
         if via_triton:
             # rows beyond `index` are neither read nor written; without a gap the gradient goes over its own logits
-            d = d_scratch[: len(index)]
+            d = d_scratch[: len(h) if everyone else len(index)]
+            target = target_T[rows] if skip_dead else target_T[rows].masked_fill(~live, ignore_index)
             if not everyone and d_scratch is x_scratch:
                 d = rows_scratch(hidden_TD, len(index), vocabulary)
             logprob_backward(
                 x,
                 d,
-                target_T[rows],
+                target,
                 top,
                 log_total,
                 d_logprob,
@@ -179,6 +185,8 @@ def _forward(
             d.scatter_add_(1, target, d_logprob[:, None])
             if temperature != 1.0:
                 d.div_(temperature)
+            if not skip_dead:
+                d.masked_fill_(~live[:, None], 0.0)
             d = d.to(hidden_TD.dtype)
         if need_hidden:
             if everyone:
@@ -190,8 +198,14 @@ def _forward(
     return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD.to(weight_VD.dtype)
 
 
-@_forward.register_fake
-def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+# the number of tokens with a gradient is read back, which no CUDA graph can hold
+_forward = torch.library.custom_op(
+    "carft::linear_policy_loss", _loss_and_gradients, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+_forward_of_all = torch.library.custom_op("carft::linear_policy_loss_of_all", _loss_and_gradients, mutates_args=())
+
+
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     need_hidden, need_weight = rest[-3:-1]
     dtype = accumulation_dtype(hidden_TD)
     return (
@@ -222,7 +236,9 @@ def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     )
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+for _operator in (_forward, _forward_of_all):
+    _operator.register_fake(_fake)
+    _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def linear_policy_loss(
@@ -241,6 +257,7 @@ def linear_policy_loss(
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    skip_dead: bool = True,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """PPO / GRPO policy loss straight from hidden states, never holding [T, V].
@@ -267,6 +284,9 @@ def linear_policy_loss(
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
         chunk_tokens: tokens per chunk; by default what keeps a chunk's logits small.
+        skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
+            back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
+            captured in a CUDA graph; the results are the same within rounding.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
@@ -318,7 +338,8 @@ def linear_policy_loss(
         None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values()
     )
     differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
-    loss, logprob_T, stats, _, _ = _forward(
+    operator = _forward if skip_dead else _forward_of_all
+    loss, logprob_T, stats, _, _ = operator(
         hidden_TD,
         weight_VD,
         target_T.contiguous(),
@@ -333,6 +354,7 @@ def linear_policy_loss(
         temperature,
         ignore_index,
         chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),
+        skip_dead,
         differentiate and hidden_TD.requires_grad,
         differentiate and weight_VD.requires_grad,
         via_triton,

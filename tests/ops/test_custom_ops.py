@@ -60,6 +60,12 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
             ),
             (leaf(5, T, D), leaf(6, V, D)),
         ),
+        "linear_policy_loss, all tokens": (
+            lambda h, x: ck.linear_policy_loss(
+                h, x, target, advantage_T=a, old_logprob_T=b, weight_T=w, skip_dead=False, impl=impl
+            ),
+            (leaf(5, T, D), leaf(6, V, D)),
+        ),
         "value_pool": (
             lambda h, v: ck.value_pool(h, v, cu, mask_T=mask, impl=impl),
             (leaf(5, T, D), leaf(8, T)),
@@ -320,6 +326,69 @@ def test_one_output_alone_has_its_own_gradient(name: str, impl: str) -> None:
         both = torch.autograd.grad(outputs, inputs, [torch.full_like(x, float(x is outputs[which])) for x in outputs])
         for x, y in zip(one, both, strict=True):
             torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("unchecked")
+def test_operators_that_read_back_say_so(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`cudagraph_unsafe` is on what reads a device's numbers in one of its implementations, and on nothing else."""
+    unsafe = {"linear_policy_loss", "lcs_mask", "gae"}
+    lists: list[Tensor] = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: (lists.append(x), tolist(x))[1])
+    for module in ("token_logprob", "linear_logprob"):  # a CPU takes another way than a GPU's
+        monkeypatch.setattr(sys.modules[f"carft_kernels.{module}"], "zero_rows_", _zero_rows_of_a_gpu)
+    function, inputs = calls(impl)[name]
+    with Recorded(inside=True) as inside:
+        outputs = function(*inputs)
+        if inputs:
+            scalar(outputs).backward()
+    operator = name.split(",")[0] + ("_of_all" if "all tokens" in name else "")
+    tagged = torch.Tag.cudagraph_unsafe in getattr(torch.ops.carft, operator).default.tags
+    assert tagged == (operator in unsafe)
+    assert tagged or not (inside.readbacks() or lists)
+    if operator == "linear_policy_loss":
+        assert inside.readbacks() == {"nonzero"}  # that the mode sees what it looks for
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_policy_loss_of_all_tokens_is_that_of_those_with_a_gradient(
+    impl: Any, dtype: torch.dtype, entropy_coef: float
+) -> None:
+    """Also where tokens without gradient hold NaN, and where the gradient overwrites its logits."""
+    found = []
+    target, share, hidden = randint(0, V, T), vector(3).abs(), randn(5, T, D)
+    target[2], share[4], share[7], hidden[4] = -100, 0, 0, torch.nan
+    hidden[2] = torch.nan
+    for skip_dead in (True, False):
+        h = hidden.to(dtype).to(DEVICE).requires_grad_()
+        weight = randn(6, V, D).to(dtype).to(DEVICE).requires_grad_()
+        loss, logprob, metrics = ck.linear_policy_loss(
+            h,
+            weight,
+            target,
+            advantage_T=vector(1),
+            old_logprob_T=vector(2) - 5,
+            weight_T=share,
+            entropy_coef=entropy_coef,
+            chunk_tokens=5,
+            skip_dead=skip_dead,
+            impl=impl,
+        )
+        gradients = torch.autograd.grad(loss, (h, weight))
+        assert all(g.isfinite().all() for g in gradients)
+        assert not gradients[0][[2, 4, 7]].any()
+        found.append([loss, logprob, *metrics.values(), *gradients])
+    for x, y in zip(*found, strict=True):
+        tolerance = {"rtol": 1e-6, "atol": 1e-6} if x.dtype == torch.float32 else {"rtol": 2**-8, "atol": 2**-10}
+        torch.testing.assert_close(x, y, equal_nan=True, **tolerance)
+
+
+def _zero_rows_of_a_gpu(x: Tensor, rows: Tensor) -> None:
+    x.masked_fill_(rows[:, None], 0.0)
 
 
 @pytest.fixture
