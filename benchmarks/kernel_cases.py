@@ -168,7 +168,7 @@ def matmul_case(
     )
 
 
-STATISTICS = dict.fromkeys(("top", "total", "spread", "target_logit"), "*fp32")
+STATISTICS = dict.fromkeys(("top", "total", "target_logit"), "*fp32")
 
 
 def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
@@ -181,6 +181,7 @@ def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
             "BIAS": bias,
             "MASK": 0,
             "ENTROPY": entropy,
+            "spread": "*fp32" if entropy else None,
             **dict.fromkeys(("row_factor", "column_factor", "mask")),
         }
         label = f"LM head{', entropy' * entropy}{', bias' * bias}"
@@ -195,6 +196,7 @@ def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
         own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
         forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
+        forward["spread"] = None
         backward = {
             **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
             **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
@@ -340,7 +342,8 @@ def other_cases() -> list[Case]:
                 matmul.combine_kernel,
                 f"entropy={entropy}{'' if ignoring else ', similarity'}",
                 "small",
-                dict.fromkeys(("top", "total", "spread", "target_logit", "logprob", "entropy"), vector)
+                dict.fromkeys(("top", "total", "target_logit", "logprob", "entropy"), vector)
+                | {"spread": vector if entropy else None}
                 | {"target": "*i64", "row_top": vector, "log_total": vector, "scale": "fp32"}
                 | dict.fromkeys(("n", "m", "blocks"), "i32")
                 | {"ignore_index": "i32" if ignoring else None}

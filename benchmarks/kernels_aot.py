@@ -126,6 +126,7 @@ def compile_case(case: Case, cc: int) -> tuple[bytes, int]:
     launch = {k: options.pop(k) for k in ("num_warps", "num_stages", "enable_fp_fusion") if k in options}
     values = {**case.arguments, **options}
     types = {n: v if isinstance(v := values[n], str) and n not in options else "constexpr" for n in names}
+    changing = [*case.kernel.do_not_specialize, *case.kernel.do_not_specialize_on_alignment]  # names
     source = ASTSource(
         fn=case.kernel,
         signature=types,
@@ -133,7 +134,7 @@ def compile_case(case: Case, cc: int) -> tuple[bytes, int]:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, n in enumerate(names)
-            if types[n].startswith("*") or (types[n] == "i32" and n not in case.unaligned)
+            if (types[n].startswith("*") or types[n] == "i32") and n not in {*case.unaligned, *changing}
         },
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options={"enable_fp_fusion": True, **launch})

@@ -162,7 +162,7 @@ def tile_mask(mask, rows, columns, n, m, MASK: tl.constexpr):
     return allowed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def matmul_lse_kernel(
     a,
     b,
@@ -216,7 +216,7 @@ def matmul_lse_kernel(
         tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "blocks", "ignore_index"])
 def combine_kernel(
     top,
     total,
@@ -320,7 +320,9 @@ def matmul_logprob(
     for s in range(0, n, _ROWS_PER_LAUNCH):
         rows = slice(s, s + _ROWS_PER_LAUNCH)
         a = a_NK[rows]
-        parts = a_NK.new_empty(3 if with_entropy else 2, blocks, len(a), dtype=torch.float32)
+        # apart, so that where they start does not depend on the number of rows
+        top, total = (a_NK.new_empty(blocks, len(a), dtype=torch.float32) for _ in range(2))
+        spread = torch.empty_like(total) if with_entropy else None
         with on_device(a_NK):
             matmul_lse_kernel[(triton.cdiv(len(a), config.block_n) * blocks,)](
                 operand(a, config.block_n, config),
@@ -330,9 +332,9 @@ def matmul_logprob(
                 column_factor_M,
                 mask if mask is None or mask.ndim == 1 else mask[rows],
                 target_N[rows],
-                parts[0],
-                parts[1],
-                parts[-1],
+                top,
+                total,
+                spread,
                 target_logit_N[rows],
                 len(a),
                 m,
@@ -347,9 +349,9 @@ def matmul_logprob(
                 **options,
             )
             combine_kernel[(triton.cdiv(len(a), COMBINE_CONFIG["ROWS"]),)](
-                parts[0],
-                parts[1],
-                parts[-1],
+                top,
+                total,
+                spread,
                 target_logit_N[rows],
                 target_N[rows],
                 logprob_N[rows],

@@ -54,7 +54,11 @@ def _online(x, scale, top, total, spread, ENTROPY: tl.constexpr):
     return new_top, rescale * total + tl.sum(tl.sum(e, 2), 0), spread
 
 
-@triton.jit
+# Nothing that a packed batch changes is compiled in, neither its length nor where a chunk of a vector starts.
+@triton.jit(
+    do_not_specialize=["ignore_index"],
+    do_not_specialize_on_alignment=["target", "logprob", "entropy", "row_top", "log_total"],
+)
 def logprob_fwd_kernel(
     logits,  # [rows, V], rows `stride` apart
     target,
@@ -130,7 +134,10 @@ def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, ENTROPY
     return tl.where(column == target, d + g, d)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["ignore_index"],
+    do_not_specialize_on_alignment=["target", "row_top", "log_total", "entropy", "d_logprob", "d_entropy"],
+)
 def logprob_bwd_kernel(
     logits,  # [rows, V], rows `stride` apart
     out,  # d_logits, [programs, V], rows `out_stride` apart; may be the logits themselves
@@ -285,7 +292,10 @@ def _exp_less_linear(x):
     return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=["logprob", "old_logprob", "advantage", "weight", "ref_logprob", "entropy"],
+)
 def policy_kernel(
     logprob,
     old_logprob,

@@ -111,7 +111,7 @@ def kl_shaped_reward_kernel(score, old_logprob, ref_logprob, cu_seqlens, reward,
         tl.store(reward + t, tl.where(t == end - 1, r + last, r), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def whiten_kernel(x, mask, out, tokens, eps, MASKED: tl.constexpr, BLOCK: tl.constexpr):
     """One program, three passes over a vector that stays in the cache: mean, variance about it, result."""
     count = tl.zeros([BLOCK], tl.float32)

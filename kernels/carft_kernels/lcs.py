@@ -87,7 +87,7 @@ def _larger(x, y):
     return tl.maximum(x, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def lcs_table_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, BLOCK: tl.constexpr):
     """One program a pair. steps[i, j] = L[i + 1, j + 1] - L[i + 1, j]."""
     pair = first + tl.program_id(0)
@@ -111,7 +111,7 @@ def lcs_table_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, BLOCK: tl.con
         above_left = left
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def lcs_walk_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, mask_a, mask_b):
     """One program a pair, from the last cell of its table to an edge."""
     pair = first + tl.program_id(0)

@@ -102,7 +102,7 @@ def _(logprob_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def value_kernel(
     value,
     old_value,
