@@ -162,7 +162,8 @@ def tile_mask(mask, rows, columns, n, m, MASK: tl.constexpr):
     return allowed
 
 
-@triton.jit(do_not_specialize=["n", "m"])
+# The number of rows, which every packed batch changes, is not compiled in. m, the vocabulary, is: it stays what it is.
+@triton.jit(do_not_specialize=["n"])
 def matmul_lse_kernel(
     a,
     b,
@@ -216,7 +217,7 @@ def matmul_lse_kernel(
         tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < n)
 
 
-@triton.jit(do_not_specialize=["n", "m", "blocks", "ignore_index"])
+@triton.jit(do_not_specialize=["n", "ignore_index"])
 def combine_kernel(
     top,
     total,

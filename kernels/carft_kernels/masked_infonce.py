@@ -81,7 +81,7 @@ def masked_infonce_reference(
     return row_loss_N[mask_N].sum() / max(int(mask_N.sum()), 1), row_loss_N
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def inverse_norm_kernel(x, out, n, width, stride, eps, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     squares = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -94,10 +94,7 @@ def inverse_norm_kernel(x, out, n, width, stride, eps, BLOCK_N: tl.constexpr, BL
     tl.store(out + row, 1.0 / tl.maximum(norm, eps), mask=row < n)
 
 
-@triton.jit(
-    do_not_specialize=["n", "m"],
-    do_not_specialize_on_alignment=["row_factor", "mask", "positive", "row_top", "log_total", "d_row"],
-)
+@triton.jit
 def infonce_gradient_kernel(
     a,
     b,

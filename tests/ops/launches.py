@@ -39,8 +39,6 @@ def every_operator(tokens: int, dtype: torch.dtype) -> None:
         *ck.token_logprob(logits, target, with_entropy=True, impl=impl),
         *ck.linear_logprob(hidden, weight, target, with_entropy=True, impl=impl),
         ck.linear_logprob(hidden, weight, target, impl=impl)[0],
-        ck.masked_infonce(hidden, weight, impl=impl)[0],
-        ck.masked_infonce(weight[: tokens // 2], hidden, candidate_mask=mask, impl=impl)[0],
         ck.policy_loss(x, x, x, weight_T=x, impl=impl)[0],
         ck.value_loss(x, x, x, weight_T=x, impl=impl)[0],
         ck.value_pool(hidden, x, cu, mask_T=mask, impl=impl)[0],

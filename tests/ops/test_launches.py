@@ -10,7 +10,11 @@ import carft_kernels
 
 
 def test_no_length_of_a_packed_batch_compiles_a_kernel_again() -> None:
-    """Divisible by 16, by 4, by nothing: every operator's launches have the same keys, backward passes included."""
+    """Divisible by 16, by 4, by nothing: every launch over tokens has the same key, backward passes included.
+
+    masked_infonce is left out: it has rows of rollouts, not of tokens, and its masked tiles are read in vectors only
+    where their number is known to be divisible.
+    """
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(Path(carft_kernels.__file__).parents[1]), str(here.parents[2])])
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": path}
@@ -18,7 +22,7 @@ def test_no_length_of_a_packed_batch_compiles_a_kernel_again() -> None:
     run = subprocess.run(command, env=environment, cwd=here.parents[2], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     first, *others = json.loads(run.stdout).values()
-    assert len(first) == 16
+    assert len(first) == 14
     for other in others:
         for kernel, keys in first.items():
             assert other[kernel] == keys, kernel
