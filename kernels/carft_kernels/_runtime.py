@@ -24,6 +24,7 @@ ONEDNN_FROM = 1 << 20
 """Multiplications, from which on a product goes by oneDNN."""
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HALF_DTYPES = (torch.bfloat16, torch.float16)
 _TRITON_DTYPES = _FLOAT_DTYPES[1:]
 _log = logging.getLogger("carft_kernels")
 
@@ -292,14 +293,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
 
 
+def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """hidden @ weight.T + bias [N, V] in the accumulation dtype, of the LM head or of similarities.
+
+    Every pass of every operator takes its logits from here or from a kernel, so that none differs by a TF32 product.
+    """
+    if hidden_ND.dtype in _HALF_DTYPES and _on_cuda(hidden_ND):
+        x = torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
+        return x if bias_V is None else x.add_(bias_V)
+    return linear(hidden_ND, weight_VD, bias_V).to(accumulation_dtype(hidden_ND))
+
+
+def head_logits_into(out: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+    """out = hidden @ weight.T; see head_logits."""
+    wide_matmul(hidden_ND, weight_VD.T, out=out)
+
+
+def _on_cuda(x: Tensor) -> bool:
+    """Where torch has products of half-precision factors with a float32 result."""
+    return x.is_cuda
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their dtype.
+
+    On CUDA half-precision factors are summed in float32 and rounded once: left to itself, cuBLAS may add parts of a
+    long sum in half precision (`allow_bf16_reduced_precision_reduction` is on by default).
+    """
+    if a.dtype in _HALF_DTYPES and _on_cuda(a):
+        return torch.mm(a, b, out_dtype=torch.float32).to(a.dtype)
+    return linear(a, b.T)
+
+
 def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
-    """out = a @ b, where `out` may be float32 for half-precision factors: on CUDA their sum is never rounded."""
+    """out = a @ b, where `out` may be float32 for half-precision factors: on CUDA their sum is float32 in any case."""
     if out.dtype == a.dtype:
         if _by_onednn(a, b.T):
             out.copy_(linear(a, b.T))
+        elif a.dtype in _HALF_DTYPES and _on_cuda(a):
+            out.copy_(product(a, b))
         else:
             torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif _on_cuda(a):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # what CUDA computes, for kernels in the interpreter
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -313,7 +348,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
             total[s : s + step] += linear(a[s : s + step], b.T)
     elif total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif a.is_cuda:
+    elif _on_cuda(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += linear(a, b.T)

@@ -33,7 +33,8 @@ from carft_kernels._runtime import (
     d_logits_,
     given_gradients,
     gradient_or_nan,
-    linear,
+    head_logits,
+    head_logits_into,
     log_implementation,
     rows_scratch,
     softmax_parts_,
@@ -63,7 +64,7 @@ def linear_logprob_reference(
 
 
 def _chunk_logits(h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    x = linear(h, weight_VD, bias).to(accumulation_dtype(h))
+    x = head_logits(h, weight_VD, bias)
     return x if temperature == 1.0 else x.div_(temperature)
 
 
@@ -164,7 +165,7 @@ def _backward(
         h = hidden_TD[rows].masked_fill(ignored_T[rows, None], 0.0)
         if via_triton:
             x, d = x_scratch[: len(h)], d_scratch[: len(h)]
-            wide_matmul(h, weight_VD.T, out=x)
+            head_logits_into(x, h, weight_VD)
             if bias is not None:
                 x += bias
             top, log_total = top_T[rows], log_total_T[rows]

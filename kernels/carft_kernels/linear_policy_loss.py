@@ -32,8 +32,10 @@ from carft_kernels._runtime import (
     check_same_dtype,
     check_targets,
     chunk_size,
-    linear,
+    head_logits,
+    head_logits_into,
     log_implementation,
+    product,
     rows_scratch,
     scaled_gradient,
     softmax_parts_,
@@ -114,10 +116,10 @@ def _loss_and_gradients(
         h, weight = hidden_TD[rows], weight_T[rows]
         if via_triton:
             x = x_scratch[: len(h)]
-            wide_matmul(h, weight_VD.T, out=x)
+            head_logits_into(x, h, weight_VD)
             logprob, entropy, top, log_total = logprob_forward(x, target_T[rows], temperature, True, ignore_index)
         else:
-            x = linear(h, weight_VD).to(dtype)
+            x = head_logits(h, weight_VD)
             if temperature != 1.0:
                 x.div_(temperature)
             logprob, _, p, sum_exp = softmax_parts_(x, target_T1[rows])
@@ -192,7 +194,7 @@ def _loss_and_gradients(
             if everyone:
                 wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
             else:
-                d_hidden_TD[s + index] = linear(d, weight_VD.T)
+                d_hidden_TD[s + index] = product(d, weight_VD)
         if need_weight:
             add_product_(d_weight_VD, d.T, h if everyone else h[index])
     return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD.to(weight_VD.dtype)

@@ -45,8 +45,8 @@ from carft_kernels._runtime import (
     check_same_dtype,
     chunk_size,
     gradient_or_nan,
+    head_logits,
     index_checks_on,
-    linear,
     log_implementation,
     on_device,
     rows_scratch,
@@ -238,7 +238,7 @@ def _check_positives_allowed(positive_N: Tensor, row_mask_N: Tensor | None, allo
 def _similarity_chunks(anchor_ND: Tensor, candidate_MD: Tensor) -> Iterator[tuple[slice, Tensor]]:
     step = chunk_size(len(anchor_ND), len(candidate_MD), anchor_ND.device)
     for s in range(0, len(anchor_ND), step):
-        yield slice(s, s + step), linear(anchor_ND[s : s + step], candidate_MD)
+        yield slice(s, s + step), head_logits(anchor_ND[s : s + step], candidate_MD)
 
 
 def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tensor:
