@@ -6,6 +6,8 @@ import itertools
 import logging
 import math
 import os
+import threading
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -293,6 +295,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
 
 
+_precision_lock = threading.Lock()  # torch's setting is the process's, and a backward pass has its own thread
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """float32 products as float32, also where torch may take TF32 (`torch.set_float32_matmul_precision`)."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _precision_lock:
+        backends = cuda.fp32_precision, cpu.fp32_precision
+        if not {"tf32", "bf16"} & {*backends}:
+            yield
+            return
+        try:
+            setting = torch.get_float32_matmul_precision()
+        except RuntimeError:  # set for a backend alone, over "highest"
+            setting = "highest"
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(setting)
+            cuda.fp32_precision, cpu.fp32_precision = backends
+
+
 def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
     """hidden @ weight.T + bias [N, V] in the accumulation dtype, of the LM head or of similarities.
 
@@ -301,12 +327,14 @@ def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = No
     if hidden_ND.dtype in _HALF_DTYPES and _on_cuda(hidden_ND):
         x = torch.mm(hidden_ND, weight_VD.T, out_dtype=torch.float32)
         return x if bias_V is None else x.add_(bias_V)
-    return linear(hidden_ND, weight_VD, bias_V).to(accumulation_dtype(hidden_ND))
+    with full_float32():
+        return linear(hidden_ND, weight_VD, bias_V).to(accumulation_dtype(hidden_ND))
 
 
 def head_logits_into(out: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
     """out = hidden @ weight.T; see head_logits."""
-    wide_matmul(hidden_ND, weight_VD.T, out=out)
+    with full_float32():
+        wide_matmul(hidden_ND, weight_VD.T, out=out)
 
 
 def _on_cuda(x: Tensor) -> bool:

@@ -82,3 +82,51 @@ def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton:
         )
     assert d_hidden.dtype == d_weight.dtype == dtype
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("operator", ["linear_logprob", "linear_policy_loss", "masked_infonce"])
+def test_logits_are_float32_whatever_torch_may_round_to(operator: str, impl: Any, setting: str) -> None:
+    """Those of either pass; the gradients' products follow the setting, and it stays what it was."""
+    hidden, weight = randn(0, T, D).float().to(DEVICE), randn(1, V, D).float().to(DEVICE)
+    target, ones = randint(2, V, T), torch.ones(T, device=DEVICE)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with Products() as products:
+            h, w = hidden.requires_grad_(), weight.requires_grad_()
+            if operator == "linear_logprob":
+                ck.linear_logprob(h, w, target, impl=impl)[0].sum().backward()
+            elif operator == "masked_infonce":
+                ck.masked_infonce(h, w, impl=impl)[0].backward()
+            else:
+                ck.linear_policy_loss(h, w, target, advantage_T=ones, old_logprob_T=None, weight_T=ones, impl=impl)[
+                    0
+                ].backward()
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert after == setting
+    # kernels compute the products of theirs as three TF32 products, within float32
+    of_kernels = {"linear_logprob": 1, "linear_policy_loss": 0, "masked_infonce": 2}[operator]
+    passes = 1 if operator == "linear_policy_loss" else 2
+    logits = passes - of_kernels if impl == "triton" else passes
+    assert [x[3] for x in products.found].count("highest") == logits + (2 if setting == "highest" else 0)
+    assert len(products.found) == logits + 2
+
+
+def test_a_setting_of_one_backend_is_given_back() -> None:
+    """torch has two ways to say it, which must not be left saying different things."""
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    try:
+        for setting in (("tf32", "ieee"), ("ieee", "tf32"), ("tf32", "tf32"), ("ieee", "ieee")):
+            cuda.fp32_precision, cpu.fp32_precision = setting
+            with _runtime.full_float32():
+                assert cuda.fp32_precision not in ("tf32", "bf16")
+                assert cpu.fp32_precision not in ("tf32", "bf16")
+                assert torch.get_float32_matmul_precision() == "highest"
+            assert (cuda.fp32_precision, cpu.fp32_precision) == setting
+    finally:
+        cuda.fp32_precision, cpu.fp32_precision = before
