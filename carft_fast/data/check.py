@@ -120,17 +120,13 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
     form = PromptFormat(tokenizer, data.template if tokenizer is not None else "carft")
-    prompts: list[int] = []
-    completions: list[list[int]] = []
-    for example in examples:
-        if tokenizer is None:
-            prompts.append(len(form.prompt_text(example.question)))
-            completions.append([len(form.completion_text(cot, example.answer)) for cot in example.cots])
-        else:
-            prompts.append(len(form.prompt_ids(example.question)))
-            completions.append([len(form.completion_ids(cot, example.answer)) for cot in example.cots])
+    if tokenizer is None:
+        prompts = [len(form.prompt_text(e.question)) for e in examples]
+        completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
+    else:
+        prompts = [len(form.prompt_ids(e.question)) for e in examples]
+        completions = [[len(form.completion_ids(cot, e.answer)) for cot in e.cots] for e in examples]
     totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
-    limits = {"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens}
     check = Check(
         source=path,
         against=against,
@@ -145,7 +141,7 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
             "annotated completion": Lengths.of(n for row in completions for n in row),
             "prompt and completion": Lengths.of(totals),
         },
-        limits=limits,
+        limits={"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens},
     )
     if tokenizer is not None:
         _look_at_limits(check, examples, prompts, completions)

@@ -17,7 +17,7 @@ Source = str | Iterable[Any]
 """A file, a folder, a Hub id, or rows: dicts, `Example`s, or a `datasets.Dataset`."""
 FIELDS = ("question", "cot", "answer", "item_id")
 REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_value", "item_id": "item_id"}
-GSM8K_FIELDS = {"question": "question", "cot": "answer", "answer": "answer"}
+FORMAT_FIELDS = {"reft": REFT_FIELDS, "gsm8k": {"question": "question", "cot": "answer", "answer": "answer"}}
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 _SHOWN = 3
@@ -216,19 +216,16 @@ def _open(
         raise InputError(f"data.fields: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
     if not isinstance(source, str):
         return _with_fields(source, label, fields, require_cot)
-    path = source
     if format == "auto":
-        format = _guess(path)
+        format = _guess(source)
     if format == "hub":
-        return _open_hub(path, split, fields, require_cot)
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    rows = _read_json_list(path) if format == "reft" else _read_json_lines(path)
-    if format == "reft":
-        return rows, REFT_FIELDS | fields
-    if format == "gsm8k":
-        return rows, GSM8K_FIELDS | fields
-    return _with_fields(rows, path, fields, require_cot)
+        return _with_fields(_read_hub(source, split), source, fields, require_cot)
+    if not Path(source).is_file():
+        raise InputError(f"{source}: no such file")
+    rows = _read_json_list(source) if format == "reft" else _read_json_lines(source)
+    if format in FORMAT_FIELDS:
+        return rows, FORMAT_FIELDS[format] | fields
+    return _with_fields(rows, source, fields, require_cot)
 
 
 def _guess(path: str) -> str:
@@ -242,11 +239,7 @@ def _guess(path: str) -> str:
 
 
 def _read_json_list(path: str) -> list[Any]:
-    text = _read_text(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    rows = _parse_json(_read_text(path), path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: a JSON list of rows is expected, this is {type(rows).__name__}")
     return rows
@@ -254,12 +247,15 @@ def _read_json_list(path: str) -> list[Any]:
 
 def _read_json_lines(path: str) -> Iterator[Any]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):  # not splitlines(): JSON text may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
+        if line.strip():
+            yield _parse_json(line, path, number)
+
+
+def _parse_json(text: str, path: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {line or error.lineno}: not valid JSON: {error.msg}") from None
 
 
 def _read_text(path: str) -> str:
@@ -281,12 +277,8 @@ def _with_fields(
     """
     rows = list(rows)
     keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-    names = dict(fields)
-    for name in FIELDS:
-        for candidate in () if name in names else (REFT_FIELDS[name], name):
-            if candidate in keys:
-                names[name] = candidate
-                break
+    found = {name: key for name in FIELDS for key in (name, REFT_FIELDS[name]) if key in keys and name not in fields}
+    names = fields | found
     needed = {"question", "answer"} | (set(fields) if require_cot else set(fields) - {"cot"})
     for name in FIELDS:
         if keys and name in needed and names.get(name) not in keys:
@@ -297,7 +289,7 @@ def _with_fields(
     return rows, {"question": "question", "answer": "answer"} | names
 
 
-def _open_hub(path: str, split: str, fields: dict[str, str], require_cot: bool) -> tuple[list[Any], dict[str, str]]:
+def _read_hub(path: str, split: str) -> list[Any]:
     import datasets
 
     try:
@@ -306,4 +298,4 @@ def _open_hub(path: str, split: str, fields: dict[str, str], require_cot: bool) 
     except Exception as error:  # datasets raises many kinds; all mean the same to the user
         message = str(error).strip().splitlines()
         raise InputError(f"{path}: the dataset could not be loaded: {message[0] if message else error!r}") from None
-    return _with_fields(list(rows), path, fields, require_cot)
+    return list(rows)
