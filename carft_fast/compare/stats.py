@@ -11,6 +11,8 @@ from carft_fast.reports import PHASES
 from carft_fast.training import wilson_interval
 
 TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in ("load", "evaluate", "checkpoint"))
+EVALUATED = ("step", "correct", "rows", "extractable", "completion_length")
+"""What an evaluation takes from its record as it is."""
 TRAINING_MEANS = ("reward", "kl", "entropy")
 """Training metrics of which an evaluation has the mean over the steps since the evaluation before."""
 SFT, SFT_TIME = "sft", "sft_time"
@@ -93,18 +95,10 @@ def trajectory(
                 if name in record:
                     trained[name].append(record[name])
         elif record["kind"] == "eval":
-            evaluations.append(
-                Evaluation(
-                    step=record["step"],
-                    samples=record["step"] * samples_per_step,
-                    seconds=seconds,
-                    correct=record["correct"],
-                    rows=record["rows"],
-                    extractable=record["extractable"],
-                    completion_length=record["completion_length"],
-                    **{name: statistics.fmean(values) for name, values in trained.items()},
-                )
-            )
+            values = {name: record[name] for name in EVALUATED}
+            values |= {name: statistics.fmean(found) for name, found in trained.items()}
+            samples = record["step"] * samples_per_step
+            evaluations.append(Evaluation(samples=samples, seconds=seconds, **values))
             trained.clear()
     return Trajectory(label, method, seed, evaluations)
 

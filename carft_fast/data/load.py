@@ -125,9 +125,10 @@ def load_examples(
         if limit is not None and len(examples) == limit and not merge_questions:
             break
         report.rows_read += 1
-        example = _to_example(row, number, names, answer_type, calculator_marks, require_cot, report)
-        if example is not None:
-            examples.append(example)
+        try:
+            examples.append(_to_example(row, number, names, answer_type, calculator_marks, require_cot))
+        except _RowError as error:
+            report.reject(*error.args)
     if merge_questions:
         merged = _merge(examples, answer_type)
         report.rows_merged = len(examples) - len(merged)
@@ -150,6 +151,10 @@ def _merge(examples: Iterable[Example], answer_type: AnswerType | None) -> list[
     ]
 
 
+class _RowError(Exception):
+    """Its arguments are those of `LoadReport.reject`."""
+
+
 def _to_example(
     row: Any,
     number: int,
@@ -157,8 +162,7 @@ def _to_example(
     answer_type: AnswerType | None,
     calculator_marks: CalculatorMarks,
     require_cot: bool,
-    report: LoadReport,
-) -> Example | None:
+) -> Example:
     where = f"row {number}"
     if isinstance(row, Example):
         extra, names = row.extra, {name: name for name in FIELDS}
@@ -167,40 +171,34 @@ def _to_example(
         extra = {key: value for key, value in row.items() if key not in names.values()}
         found = {name: row.get(key) for name, key in names.items()}
     else:
-        report.reject("not an object", where, str(row))
-        return None
+        raise _RowError("not an object", where, str(row))
     values = {name: value for name, value in found.items() if value is not None}
     where += f" ({values['item_id']})" if "item_id" in values else ""
     texts: dict[str, list[str]] = {name: [] for name in FIELDS}
     for name, value in values.items():
         parts = value if name == "cot" and isinstance(value, list | tuple) else [value]
         if not all(isinstance(part, (str, int, float)) for part in parts):
-            report.reject(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
-            return None
+            raise _RowError(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
         texts[name] = [text for part in parts if (text := str(part).strip())]
         if not all(map(_is_text, texts[name])):
-            report.reject(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
-            return None
+            raise _RowError(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
     question, answer = ("".join(texts[name]) for name in ("question", "answer"))
     cots = texts["cot"]
     if names.get("cot") == names["answer"] or (not cots and "####" in answer):
         cot, _, answer = (part.strip() for part in answer.rpartition("####"))
         cots = [_CALCULATOR_MARK.sub("", cot) if calculator_marks == "strip" else cot] if cot else []
     if not question:
-        report.reject(f'no question (field "{names["question"]}")', where)
-    elif not answer:
-        report.reject(f'no answer (field "{names["answer"]}")', where, question)
-    elif require_cot and not cots:
-        report.reject("no annotated reasoning", where, question)
-    else:
-        try:
-            if answer_type is not None:
-                parse_target(answer, answer_type=answer_type)
-        except ValueError as error:
-            report.reject("unparsable answer", where, str(error))
-            return None
-        return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
-    return None
+        raise _RowError(f'no question (field "{names["question"]}")', where)
+    if not answer:
+        raise _RowError(f'no answer (field "{names["answer"]}")', where, question)
+    if require_cot and not cots:
+        raise _RowError("no annotated reasoning", where, question)
+    try:
+        if answer_type is not None:
+            parse_target(answer, answer_type=answer_type)
+    except ValueError as error:
+        raise _RowError("unparsable answer", where, str(error)) from None
+    return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
 
 
 def _is_text(text: str) -> bool:
