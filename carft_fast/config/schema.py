@@ -78,8 +78,7 @@ class DataConfig(Section):
     format: DataFormat = "auto"
     """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
     fields: dict[str, str] = {}
-    """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file. A cot may be a
-    list of texts: every epoch uses another one."""
+    """Own field names: question, cot, answer, item_id -> the file's. A cot may be a list of texts, one an epoch."""
     calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
     there is none here, so they are taken out of its annotations; "keep" teaches them."""
@@ -169,8 +168,7 @@ class RlConfig(StageConfig):
     """Log-probs the ratio is taken against: "recompute" the trainer's own, by a forward before the update (left out
     where there is one update per batch, and the ratio is 1); "sampled" those the sampler reports."""
     reference_offload: bool = False
-    """Keep the reference's weights in host memory, and on the GPU only while they are used, once a step. LoRA needs no
-    copy at all."""
+    """Keep the reference's weights in host memory, on the GPU only while used, once a step. LoRA needs no copy."""
     share_prompts: bool = False
     """Forward a prompt once for all its completions in a micro-batch; needs model.attention = "packed"."""
     clip_low: float = Field(0.2, gt=0, lt=1)

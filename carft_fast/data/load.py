@@ -108,12 +108,11 @@ def load_examples(
     """Read a source and keep the rows that can be used.
 
     Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
-    reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" (own `fields`), "hub"
-    (`datasets`, own `fields` or recognised ones), "auto" (by what is there). Rows of Python are read like "jsonl";
-    `Example`s have the names of their fields. An annotation may be a list of texts. Columns that are no field become
-    `Example.extra`. `merge_questions` makes one example of rows with the same question and answer, with the first one's
-    extra. `limit` keeps that many usable examples from the top. `label` is what the source is called.
-    Answers must be targets of `answer_type`; None takes any text.
+    reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" and "hub" (`datasets`) with
+    own `fields` or recognised ones, "auto" (by what is there). Rows given in Python are read like "jsonl". An
+    annotation may be a list of texts. Columns that are no field become `Example.extra`. `merge_questions` makes one
+    example of rows with the same question and answer, with the first one's extra. `limit` keeps that many usable
+    examples from the top. `label` names the source. Answers must be targets of `answer_type`; None takes any text.
 
     Raises InputError for a source that cannot be read, or without one usable row.
     """
