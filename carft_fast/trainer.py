@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from carft_fast.data import Check
     from carft_fast.rewards import RewardFunction
     from carft_fast.rollout import RolloutEngine
-    from carft_fast.training import Prepared
+    from carft_fast.training.run import Run
 
     StrPath = str | os.PathLike[str]
     Rows = StrPath | Sequence[dict[str, Any] | Example] | Any
@@ -95,7 +95,7 @@ class Trainer:
             _check_engine(engine)
         self.config = replaced(config, values)
         self.output_dir = Path(output_dir) if output_dir else Path("runs") / config.output.name
-        self._run: Any = None
+        self._run: Run | None = None
 
     def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
         """Run the stages; returns the figures of summary.json (docs/runs.md). A finished run returns them at once.
@@ -106,10 +106,9 @@ class Trainer:
         from carft_fast.training import train
 
         stages = _checked_stages(stages)
-        prepared = self._prepare(self.config, self.output_dir, stages, resume=resume)
-        self._run = prepared.run
+        self._run = run = self._prepare(self.config, self.output_dir, stages, resume=resume)
         try:
-            return train(prepared, stages, resume=resume)
+            return train(run, stages, resume=resume)
         finally:
             self._run = None
 
@@ -145,11 +144,11 @@ class Trainer:
         if path != config.model.path:
             config = replaced(config, {"model.path": path, "model.revision": None})
         folder = Path(output_dir) if output_dir else self.output_dir
-        prepared = self._prepare(config, folder, (), write=output_dir is not None, dry_run=dry_run)
+        run = self._prepare(config, folder, (), write=output_dir is not None, dry_run=dry_run)
         if dry_run:
-            Console().show(describe_plan(prepared, ()))
+            Console().show(describe_plan(run, ()))
             return {}
-        return evaluate_only(prepared, write=output_dir is not None).metrics
+        return evaluate_only(run, write=output_dir is not None).metrics
 
     def save(self, folder: "StrPath") -> None:
         """Write the trained model, with its heads, as a plain Hugging Face folder.
@@ -170,13 +169,13 @@ class Trainer:
         found = (self.output_dir / name for name in ("model", "sft"))
         return next((path for path in found if finished and path.is_dir()), None)
 
-    def _prepare(self, config: Config, folder: Path, stages: Sequence[str], **options: Any) -> "Prepared":
+    def _prepare(self, config: Config, folder: Path, stages: Sequence[str], **options: Any) -> "Run":
         from carft_fast.core import Console, join
         from carft_fast.models import resolve_device
-        from carft_fast.training import Given, prepare
+        from carft_fast.training import prepare
 
         join(resolve_device(config.model.device).type, config.distributed.timeout_s)
-        return prepare(config, folder, Console(), stages=stages, given=Given(**self._given), **options)
+        return prepare(config, folder, Console(), stages=stages, **self._given, **options)
 
 
 def compare(

@@ -4,7 +4,6 @@ import gc
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from carft_fast.core import (
     Example,
     InputError,
     StopRequest,
-    is_main,
     on_main,
     world_size,
     write_folder,
@@ -43,25 +41,16 @@ from carft_fast.models import (
     resolve_device,
 )
 from carft_fast.reports import write_report
-from carft_fast.rewards import Grader
-from carft_fast.rollout import check_engine
+from carft_fast.rewards import Grader, RewardFunction
+from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.evaluate import EvalResult, add_samples
 from carft_fast.training.loop import StageLoop, stage_total_steps
 from carft_fast.training.memory import estimate_memory
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
-from carft_fast.training.run import SUMMARY_FILE, Given, Run, check_run_folder, versions
+from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
 from carft_fast.training.sft import train_sft
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked run, nothing written yet."""
-
-    run: Run
-    reports: list[LoadReport]
-    lm_config: Any
 
 
 def prepare(
@@ -73,16 +62,19 @@ def prepare(
     resume: bool = False,
     write: bool = True,
     dry_run: bool = False,
-    given: Given | None = None,
-) -> Prepared:
+    train: Source | None = None,
+    eval: Source | None = None,
+    reward: RewardFunction | None = None,
+    engine: RolloutEngine | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Run:
     """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError.
 
-    A dry run needs no weights: a folder with config and tokenizer will do.
+    A dry run needs no weights: a folder with config and tokenizer will do. The last five arguments are `Trainer`'s.
     """
-    given = given or Given()
     if write:
         on_main(lambda: check_run_folder(folder, config, stages, resume=resume))
-    grader = Grader(config.reward, given.reward)
+    grader = Grader(config.reward, reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
@@ -93,12 +85,12 @@ def prepare(
     prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
-    if given.engine is None:
+    if engine is None:
         check_engine(config, lm_config, device.type)
     if stages:
         check_strategy(config, stages)
-    sources = {"train": config.data.train if given.train is None else given.train} if stages else {}
-    sources["eval"] = config.data.eval if given.eval is None else given.eval
+    sources = {"train": config.data.train if train is None else train} if stages else {}
+    sources["eval"] = config.data.eval if eval is None else eval
     for name, source in sources.items():
         if source == "":
             raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
@@ -117,13 +109,25 @@ def prepare(
                 on_row=tracker.advance,
             )
         reports.append(report)
-    stop = StopRequest(several=world_size() > 1)
+    _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"]])
     run = Run(
-        config, folder, tokenizer, prompt_format, rows["train"], rows["eval"], device, console, stop, grader, given
+        config=config,
+        folder=folder,
+        console=console,
+        device=device,
+        lm_config=lm_config,
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        grader=grader,
+        train_rows=rows["train"],
+        eval_rows=rows["eval"],
+        reports=reports,
+        given_engine=engine,
+        callbacks=callbacks,
+        stop=StopRequest(several=world_size() > 1),
     )
-    _check_vocabulary(config, lm_config, tokenizer, [*run.train_rows, *run.eval_rows])
     run.check_same_data(resume=resume)
-    return Prepared(run, reports, lm_config)
+    return run
 
 
 def _check_max_length(config: Config, lm_config: Any) -> None:
@@ -156,11 +160,10 @@ def _load_data(config: Config, sources: Mapping[Any, Source]) -> dict[str, tuple
     return {name: (rows, LoadReport(SYNTHETIC, len(rows), len(rows))) for name, rows in kept.items()}
 
 
-def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
+def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     """What a run would do, for --dry-run."""
-    run = prepared.run
     table = Table("plan", "", title="dry run: nothing was written")
-    for report in prepared.reports:
+    for report in run.reports:
         table.add_row("data", report.summary())
     for stage in stages:
         table.add_row(stage, describe_schedule(run.config, stage, len(run.train_rows)))
@@ -173,10 +176,10 @@ def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
     table.add_row("output", str(run.folder))
     if stages:
         table.add_section()
-        cost = ModelCost.of_config(prepared.lm_config, trust_remote_code=run.config.model.trust_remote_code)
+        cost = ModelCost.of_config(run.lm_config, trust_remote_code=run.config.model.trust_remote_code)
         how, devices = strategy(run.config), world_size()
         stage = "rl" if "rl" in stages else "sft"
-        memory = estimate_memory(run.config, cost, prepared.lm_config, stage, how, devices)
+        memory = estimate_memory(run.config, cost, run.lm_config, stage, how, devices)
         shared = f"each of {devices} devices, {how}" if devices > 1 else "one device"
         table.add_row("memory, an estimate", f"of the trainer on {shared}; {cost.all_weights:,} weights")
         for what, (size, formula) in memory.items():
@@ -197,9 +200,8 @@ def describe_schedule(config: Config, stage: str, rows: int) -> str:
     return text + "; lr {:g} at the start, {:g} half-way, {:g} at the end".format(*rates)
 
 
-def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
+def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
-    run = prepared.run
     summary_path = run.folder / SUMMARY_FILE
     if resume and (finished := on_main(lambda: _read_summary(summary_path))):
         run.console.log(f"{run.folder}: this run is finished")
@@ -216,8 +218,7 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     with run.stop.installed():
         with closing(run):
             run.open(stages, resume=resume)
-            for report in prepared.reports:
-                run.console.log(report.summary())
+            run.log_reports()
             for stage in stages:
                 final = run.folder / ("sft" if stage == "sft" else "model")
                 if not run.store.has_model(final):  # else a resumed run that was past this stage
@@ -247,15 +248,13 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
     loop.learner.close()
 
 
-def evaluate_only(prepared: Prepared, *, write: bool = False) -> EvalResult:
-    """Evaluation of the model as it is, greedy and with eval.samples; `write`: into the run's folder, else nowhere."""
-    run = prepared.run
+def evaluate_only(run: Run, *, write: bool = False) -> EvalResult:
+    """Evaluate the model as it is, greedily and with eval.samples. `write` puts the result into the run's folder."""
     if write:
         run.open((), resume=False)
     # several processes end together by the signals' own effect
     with run.stop.installed() if world_size() == 1 else nullcontext(), closing(run):
-        for report in prepared.reports:
-            run.console.log(report.summary())
+        run.log_reports()
         model = load_model(run.config, run.config.model.path, run.device, heads=False)
         engine = run.sampler(model)
         result = run.answer(engine, "eval")
@@ -265,8 +264,10 @@ def evaluate_only(prepared: Prepared, *, write: bool = False) -> EvalResult:
                 result = add_samples(
                     result, engine, run.eval_rows, run.prompt_format, run.config, run.grader, run.on_progress(tracker)
                 )
-    if write and is_main():
-        run.write_result(result)
+    if write:
+        run.write_samples("eval", result.samples)
+        figures = json.dumps({**result.metrics, "versions": versions()}, indent=2) + "\n"
+        on_main(lambda: write_text(run.folder / SUMMARY_FILE, figures))
     run.console.log(result.describe())
     return result
 
