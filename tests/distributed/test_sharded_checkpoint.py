@@ -20,6 +20,7 @@ from carft_fast.core.durable import find_damage
 from carft_fast.core.errors import TrainingError
 from carft_fast.core.processes import leave
 from carft_fast.data.synthetic import build_tokenizer
+from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
 from carft_fast.models.packing import pack
 from carft_fast.training.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
@@ -53,10 +54,13 @@ class Trainer:
         draw = torch.Generator().manual_seed(10 * number + part)
         sequences = [torch.randint(5, 40, (n,), generator=draw).tolist() for n in (6, 9)]
         batch = pack(sequences, [[], []], CPU)
-        hidden_TD = self.model.hidden_states(batch, need_logits=False).hidden_TD
-        logits_TV = hidden_TD @ self.model.head_weight_VD.T
-        loss = logits_TV.logsumexp(-1).mean() + self.model.value(hidden_TD).square().mean()
-        loss.backward()
+
+        def loss(model: CarftModel) -> Tensor:
+            hidden_TD = model.hidden_states(batch, need_logits=False).hidden_TD
+            logits_TV = hidden_TD @ model.head_weight_VD.T
+            return logits_TV.logsumexp(-1).mean() + model.value(hidden_TD).square().mean()
+
+        self.model(loss).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
