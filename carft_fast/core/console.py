@@ -8,14 +8,7 @@ from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from carft_fast.core.durable import writing
 from carft_fast.core.processes import is_main

@@ -2,35 +2,17 @@
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.config import SYNTHETIC, Config, method_name
-from carft_fast.core import (
-    Console,
-    Example,
-    InputError,
-    StopRequest,
-    on_main,
-    world_size,
-    write_folder,
-    write_text,
-)
-from carft_fast.data import (
-    EncodedExample,
-    LoadReport,
-    PromptFormat,
-    Source,
-    check_tokenizer,
-    encode_examples,
-    load_set,
-    make_task,
-)
+from carft_fast.config import Config, method_name
+from carft_fast.core import Console, InputError, StopRequest, on_main, world_size, write_folder, write_text
+from carft_fast.data import EncodedExample, PromptFormat, Source, check_tokenizer, encode_examples, load_set
 from carft_fast.models import (
     ModelCost,
     check_heads,
@@ -40,7 +22,7 @@ from carft_fast.models import (
     load_tokenizer,
     resolve_device,
 )
-from carft_fast.reports import write_report
+from carft_fast.reports import result_rows, write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.evaluate import EvalResult, add_samples
@@ -89,14 +71,15 @@ def prepare(
         check_engine(config, lm_config, device.type)
     if stages:
         check_strategy(config, stages)
-    sources = {"train": config.data.train if train is None else train} if stages else {}
-    sources["eval"] = config.data.eval if eval is None else eval
+    sources: dict[Literal["train", "eval"], Source] = {"eval": config.data.eval if eval is None else eval}
+    if stages:
+        sources = {"train": config.data.train if train is None else train, **sources}
     for name, source in sources.items():
         if source == "":
             raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
+    loaded = {name: load_set(config, name, source) for name, source in sources.items()}
     rows: dict[str, list[EncodedExample]] = {"train": []}
-    reports = []
-    for name, (examples, report) in _load_data(config, sources).items():
+    for name, (examples, report) in loaded.items():
         longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
         with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
             rows[name] = encode_examples(
@@ -108,7 +91,6 @@ def prepare(
                 require_cot=name == "train",
                 on_row=tracker.advance,
             )
-        reports.append(report)
     _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"]])
     run = Run(
         config=config,
@@ -121,7 +103,7 @@ def prepare(
         grader=grader,
         train_rows=rows["train"],
         eval_rows=rows["eval"],
-        reports=reports,
+        reports=[report for _, report in loaded.values()],
         given_engine=engine,
         callbacks=callbacks,
         stop=StopRequest(several=world_size() > 1),
@@ -151,35 +133,25 @@ def _check_vocabulary(config: Config, lm_config: Any, tokenizer: Any, rows: Sequ
         )
 
 
-def _load_data(config: Config, sources: Mapping[Any, Source]) -> dict[str, tuple[list[Example], LoadReport]]:
-    if config.data.eval != SYNTHETIC:
-        return {name: load_set(config, name, source) for name, source in sources.items()}
-    limits = {"train": config.data.train_rows, "eval": config.data.eval_rows}
-    made = dict(zip(limits, make_task(config.seed), strict=True))
-    kept = {name: made[name][: limits[name]] for name in sources}
-    return {name: (rows, LoadReport(SYNTHETIC, len(rows), len(rows))) for name, rows in kept.items()}
-
-
 def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     """What a run would do, for --dry-run."""
+    config, rollout = run.config, run.config.rollout
     table = Table("plan", "", title="dry run: nothing was written")
     for report in run.reports:
         table.add_row("data", report.summary())
     for stage in stages:
-        table.add_row(stage, describe_schedule(run.config, stage, len(run.train_rows)))
-    samples = f", {run.config.eval.samples} samples each" * (not stages and run.config.eval.samples > 1)
+        table.add_row(stage, describe_schedule(config, stage, len(run.train_rows)))
+    samples = f", {config.eval.samples} samples each" * (not stages and config.eval.samples > 1)
     table.add_row("evaluation", f"{len(run.eval_rows)} rows{samples}")
-    rollout = run.config.rollout
     servers = f", {len(rollout.servers or rollout.server_devices) or 1} server(s)" * (run.engine_name == "vllm-server")
     table.add_row("sampling", f"{run.engine_name}{servers}, at most {rollout.max_new_tokens} tokens")
-    table.add_row("device", f"{run.device}, {run.config.model.compute_dtype}")
+    table.add_row("device", f"{run.device}, {config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
     if stages:
         table.add_section()
-        cost = ModelCost.of_config(run.lm_config, trust_remote_code=run.config.model.trust_remote_code)
-        how, devices = strategy(run.config), world_size()
-        stage = "rl" if "rl" in stages else "sft"
-        memory = estimate_memory(run.config, cost, run.lm_config, stage, how, devices)
+        cost = ModelCost.of_config(run.lm_config, trust_remote_code=config.model.trust_remote_code)
+        how, devices = strategy(config), world_size()
+        memory = estimate_memory(config, cost, run.lm_config, stages[-1], how, devices)
         shared = f"each of {devices} devices, {how}" if devices > 1 else "one device"
         table.add_row("memory, an estimate", f"of the trainer on {shared}; {cost.all_weights:,} weights")
         for what, (size, formula) in memory.items():
@@ -203,9 +175,9 @@ def describe_schedule(config: Config, stage: str, rows: int) -> str:
 def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
     summary_path = run.folder / SUMMARY_FILE
-    if resume and (finished := on_main(lambda: _read_summary(summary_path))):
+    if resume and on_main(summary_path.is_file):
         run.console.log(f"{run.folder}: this run is finished")
-        return finished
+        return on_main(lambda: json.loads(summary_path.read_text()))
     model_path = run.config.model.path
     trainers = {"sft": train_sft, "rl": train_rl}
 
@@ -230,10 +202,6 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
         run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
         run.tell("on_end", summary)
     return summary
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _export(run: Run, loop: StageLoop, final: Path) -> None:
@@ -319,21 +287,10 @@ def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(
-        "",
-        "before RL",
-        "final",
-        title=f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows",
-    )
-
-    def percent(interval: Sequence[float]) -> str:
-        return f"[{interval[0]:.1%}, {interval[1]:.1%}]"
-
-    table.add_row("greedy accuracy", f"{summary['sft_accuracy']:.1%}", f"{summary['final_accuracy']:.1%}")
-    table.add_row("  95% interval", percent(summary["sft_accuracy_ci95"]), percent(summary["accuracy_ci95"]))
-    steps, length = summary["step_by_step"], summary["completion_length"]
-    table.add_row("step-by-step answers", f"{steps['sft']:.1%}", f"{steps['final']:.1%}")
-    table.add_row("tokens per answer", f"{length['sft']:.1f}", f"{length['final']:.1f}")
+    title = f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows"
+    table = Table("", "before RL", "final", title=title)
+    for row in result_rows(summary):
+        table.add_row(*row)
     table.add_row("tokens sampled in RL", "", f"{summary['completion_tokens']:,}")
     for phase, seconds in summary["seconds_by_phase"].items():
         table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")

