@@ -136,9 +136,9 @@ class Comparison:
             write=not resume,
             dry_run=dry_run,
         )
-        self._rows = len(checked.run.train_rows)
-        self._eval_rows = len(checked.run.eval_rows)
-        self._device = checked.run.device
+        self._rows = len(checked.train_rows)
+        self._eval_rows = len(checked.eval_rows)
+        self._device = checked.device
         for variant in self.variants:
             self.config(variant, seeds[0])
 
@@ -218,12 +218,12 @@ class Comparison:
         if not resumed:  # a kill may have fallen before the run's first file
             shutil.rmtree(folder, ignore_errors=True)
         self._console.log(f"{folder.name}: {'going on' if resumed else 'begins'}")
-        prepared = prepare(config, folder, Console(), stages=(stage,), resume=resumed)
-        prepared.run.stop = self._stop  # also for what is asked between two runs
+        run = prepare(config, folder, Console(), stages=(stage,), resume=resumed)
+        run.stop = self._stop  # also for what is asked between two runs
         self._stop.check()
-        train(prepared, (stage,), resume=resumed)
+        train(run, (stage,), resume=resumed)
         self._stop.check()
-        del prepared
+        del run
         gc.collect()
         torch.compiler.reset()  # else its limit of recompilations would be shared by all runs
         if torch.cuda.is_available():

@@ -1,8 +1,7 @@
 """What the processes of a run share. Without a process group there is one process, and nothing here communicates.
 
-Every process knows the whole step: prompts are a function of (seed, step), completions and grades are exchanged, and
-the results of forwards are gathered. Only forwards, backwards and sampling are divided. So all processes compute
-whitening, metrics and every decision from the same numbers.
+Only sampling, grading, forwards and backwards are divided; their results are gathered on every process. So all
+processes compute whitening, metrics and every decision from the same numbers.
 """
 
 import atexit
@@ -35,9 +34,9 @@ def is_main() -> bool:
 
 
 def join(device_type: str, timeout_s: float) -> None:
-    """Join the processes that `torchrun` or `accelerate launch` started; a process started alone stays alone.
+    """Join the processes that `torchrun` or `accelerate launch` started: gloo for CPU tensors, NCCL for those on GPUs.
 
-    Tensors on the CPU use gloo, those on GPUs NCCL. A collective that waits longer than `timeout_s` fails.
+    A collective that waits longer than `timeout_s` fails. Nothing happens in a process that was started alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
@@ -52,8 +51,8 @@ def join(device_type: str, timeout_s: float) -> None:
 def leave(exit_code: int = 0) -> NoReturn:
     """End a process that may have joined others, without finalizing Python's interpreter.
 
-    FSDP2's meshes keep gloo's threads alive after `destroy_process_group`. Such a thread may free a tensor late, and
-    aborts the process if the interpreter is being finalized then (pytorch#190489).
+    FSDP2's meshes keep gloo's threads after `destroy_process_group`. Such a thread may free a tensor late. That aborts
+    the process if the interpreter is being finalized (pytorch#190489).
     """
     if exit_code == 0 and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # after a failure it might wait for a process that is gone
@@ -105,7 +104,7 @@ def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | N
 
 
 def own_share(n: int) -> slice:
-    """This process's contiguous part of n items; parts differ by one item at most."""
+    """This process's contiguous part of n items; parts differ by at most one item."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
@@ -115,10 +114,10 @@ def own_turns(items: Sequence[T]) -> Sequence[T]:
 
 
 def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[int, Tensor]:
-    """Every row's tensor from all processes.
+    """Every row's tensor from all processes, by row.
 
-    `dealt` are the groups of rows that the ranks took in turn. `own` holds the results of this process's groups one
-    after the other; it may be empty. sizes[row] is a row's number of entries, so that no size has to be exchanged.
+    `dealt`: groups of rows, which the ranks took in turn (`own_turns`). `own`: the results of this process's groups,
+    concatenated; it may be empty. sizes[row]: a row's number of entries, so no size has to be exchanged.
     """
     size = world_size()
     by_rank = [[i for group in dealt[r::size] for i in group] for r in range(size)]

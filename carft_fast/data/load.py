@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from carft_fast.config import AnswerType, CalculatorMarks, Config, DataFormat
+from carft_fast.config import SYNTHETIC, AnswerType, CalculatorMarks, Config, DataFormat
 from carft_fast.core import Example, InputError
+from carft_fast.data.synthetic import make_task
 from carft_fast.rewards import Answer, parse_target
 
 Source = str | Iterable[Any]
@@ -78,6 +79,9 @@ def load_set(
     """
     data, train = config.data, name == "train"
     limit = data.train_rows if train else data.eval_rows
+    if source == SYNTHETIC:
+        rows = make_task(config.seed)[0 if train else 1][:limit]
+        return rows, LoadReport(SYNTHETIC, len(rows), len(rows))
     return load_examples(
         source,
         label=source if isinstance(source, str) else f"the rows given as {name}",
