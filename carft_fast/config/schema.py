@@ -15,6 +15,7 @@ SYNTHETIC = "synthetic"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 
 class Section(BaseModel):
@@ -388,7 +389,7 @@ class GuardConfig(Section):
 class DistributedConfig(Section):
     """Over the processes that `torchrun` or `accelerate launch` starts; without them none of it matters."""
 
-    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = "auto"
+    strategy: Literal["auto", Strategy] = "auto"
     """How model and optimizer are divided: "ddp" not at all, "fsdp2" weights, gradients and moments, "zero2" gradients
     and moments, "zero3" all (DeepSpeed, extra `deepspeed`). "auto": what accelerate's config says, else "ddp"."""
     timeout_s: float = Field(1800.0, ge=10)

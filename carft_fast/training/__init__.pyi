@@ -7,7 +7,6 @@ from .evaluate import wilson_interval as wilson_interval
 from .export import copy_model as copy_model
 from .export import export_checkpoint as export_checkpoint
 from .loop import stage_total_steps as stage_total_steps
-from .memory import Strategy as Strategy
 from .memory import estimate_memory as estimate_memory
 from .optim import build_optimizer as build_optimizer
 from .parallel import Learner as Learner

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,14 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from carft_fast.config import Config, StageConfig
+from carft_fast.config import Config, StageConfig, Strategy
 from carft_fast.core import InputError, is_main, rank, world_size
 from carft_fast.models import CarftModel
 from carft_fast.training.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained, trained_tensors
 from carft_fast.training.optim import build_optimizer
 
 T = TypeVar("T")
-Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 BUCKET = 2**27
 """Bytes of gradients that one all-reduce carries."""
 
