@@ -4,7 +4,7 @@ A room loads what is asked of it at the first use, so `import carft_fast` and `c
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,10 @@ def load_config(path: "StrPath | None" = None, *, method: str | None = None, ove
     `overrides` maps dotted keys to values, `{"rl.max_steps": 20}`, or lists texts, `["rl.max_steps=20"]`. Raises
     InputError, which names the key, the value seen and what is allowed.
     """
-    if isinstance(overrides, str):
-        raise InputError(f'overrides = "{overrides}": expected a dict of dotted keys, or a list of "section.key=value"')
-    return load_method_config(None if path is None else os.fspath(path), overrides, method)[0]
+    texts = isinstance(overrides, list | tuple) and all(isinstance(text, str) for text in overrides)
+    if not (texts or isinstance(overrides, Mapping)):
+        raise InputError(f'overrides = {overrides!r}: expected a dict of dotted keys, or a list of "section.key=value"')
+    return load_method_config(None if path is None else _text("path", path), overrides, method)[0]
 
 
 class Trainer:
@@ -93,7 +94,8 @@ class Trainer:
         if engine is not None:
             _check_engine(engine)
         self.config = replaced(config, values)
-        self.output_dir = Path(output_dir) if output_dir else Path("runs") / config.output.name
+        default = Path("runs") / config.output.name
+        self.output_dir = default if output_dir is None else Path(_text("output_dir", output_dir))
         self._run: Run | None = None
 
     def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
@@ -132,11 +134,15 @@ class Trainer:
         `model` is a folder or Hub id; when absent the trained one, and model.path before there is one. Completions and
         figures are written to `output_dir` where it is given. `dry_run` prints the plan and returns nothing.
         """
-        path = os.fspath(self._trained() or self.config.model.path if model is None else model)
-        config = self.config
+        config, trained = self.config, self._trained()
+        if model is None and trained is None and (self.output_dir / "config.toml").is_file():
+            raise InputError(
+                f"evaluate: the run in {self.output_dir} is not finished: call train(resume=True), or name a model"
+            )
+        path = str(trained or config.model.path) if model is None else _text("model", model, empty=True)
         if path != config.model.path:
             config = replaced(config, {"model.path": path, "model.revision": None})
-        folder = Path(output_dir) if output_dir else self.output_dir
+        folder = self.output_dir if output_dir is None else Path(_text("output_dir", output_dir))
         run = self._prepare(config, folder, (), write=output_dir is not None, dry_run=dry_run)
         if dry_run:
             core.Console().show(training.describe_plan(run, ()))
@@ -151,7 +157,8 @@ class Trainer:
         trained = self._trained()
         if trained is None:
             raise InputError(f"save: {self.output_dir} holds no finished run; call train first")
-        core.on_main(lambda: training.copy_model(trained, Path(folder)))
+        target = Path(_text("folder", folder))
+        core.on_main(lambda: training.copy_model(trained, target))
 
     def _trained(self) -> Path | None:
         """The model of the finished run in the folder."""
@@ -235,8 +242,16 @@ def export(checkpoint: "StrPath", folder: "StrPath") -> None:
     training.export_checkpoint(Path(checkpoint), Path(folder))
 
 
+def _text(name: str, value: Any, *, empty: bool = False) -> str:
+    """A path as text; `empty` text has a meaning of its own."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not (text or empty):
+        raise InputError(f"{name} = {value!r}: expected a path")
+    return text
+
+
 def _checked_stages(stages: Sequence[str]) -> tuple[str, ...]:
-    found = (stages,) if isinstance(stages, str) else tuple(stages)
+    found = (stages,) if isinstance(stages, str) else tuple(stages) if isinstance(stages, list | tuple) else ()
     if found not in STAGES:
         raise InputError(f"stages = {stages!r}: allowed are {', '.join(map(str, STAGES))}")
     return found
@@ -253,6 +268,6 @@ def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
 
 def _check_engine(engine: Any) -> None:
     names = ("version", "generate", "sync", "close")
-    missing = [name for name in names if isinstance(engine, type) or not hasattr(engine, name)]
+    missing = [name for name in names if isinstance(engine, type) or getattr(engine, name, None) is None]
     if missing:
         raise InputError(f"engine {engine!r} is no RolloutEngine: it has no {', '.join(missing)}")

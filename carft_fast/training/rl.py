@@ -67,7 +67,8 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                     updated = work.update(experience, advantages, [g.correct for g in grades], lr)
                 with timer("sync"):
                     stream.sync(policy)
-                    if sampling.probe_every and (step + 1) % sampling.probe_every == 0:
+                    due = sampling.probe_every and (step + 1) % sampling.probe_every == 0
+                    if due or (run.given_engine is not None and step == 0):  # does it take weights over at all?
                         probe(run, engine, policy)
 
                 values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | updated.metrics

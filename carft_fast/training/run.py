@@ -1,5 +1,6 @@
 """One run: its folder, its inputs, and the loop around the steps of a stage."""
 
+import copy
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ from carft_fast.data import EncodedExample, LoadReport, PromptFormat
 from carft_fast.models import CarftModel
 from carft_fast.reports import MetricsLog, PhaseTimer
 from carft_fast.rewards import Grader
-from carft_fast.rollout import RolloutEngine, SpreadEngine, build_engine
+from carft_fast.rollout import CheckedEngine, RolloutEngine, SpreadEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluate import EvalResult, evaluate
 from carft_fast.training.parallel import strategy
@@ -153,7 +154,7 @@ class Run:
         def call() -> str | None:
             for callback in self.callbacks:
                 if (method := getattr(callback, event, None)) is not None:
-                    method(value)
+                    method(copy.deepcopy(value))  # the record is the run's
             reason, self.stop_reason = self.stop_reason, None
             return reason
 
@@ -176,7 +177,8 @@ class Run:
             self._engine.sync(model)
         elif self.given_engine is not None:
             self.console.log(f"sampling: {self.engine_name}, given to Trainer")
-            self._engine = SpreadEngine(self.given_engine) if world_size() > 1 else self.given_engine
+            checked = CheckedEngine(self.given_engine, model.lm.config.get_text_config().vocab_size)
+            self._engine = SpreadEngine(checked) if world_size() > 1 else checked
             self._engine.sync(model)
         else:
             folder = self.folder if self.folder.is_dir() else None
