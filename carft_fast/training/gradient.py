@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import Config
-from carft_fast.core import gather_by_row, global_sum, own_turns
+from carft_fast.core import gather_by_row, global_sum, own_turns, to_device
 from carft_fast.objective import (
     Advantages,
     ContrastTargets,
@@ -172,10 +172,7 @@ class Gradient:
         def pick(x: Tensor) -> Tensor:
             return torch.stack([x[i] for i in rows]) if rows else x[:0]
 
-        correct_B = torch.tensor([self._correct[i] for i in rows], dtype=torch.bool)
-        if z_1.is_cuda:
-            correct_B = correct_B.pin_memory()
-        correct_B = correct_B.to(z_1.device, non_blocking=True)
+        correct_B = to_device([self._correct[i] for i in rows], torch.bool, z_1.device)
         if common is None:
             return ContrastTargets(pick(z_1), correct_B)
         parts = self._rollouts.parts
