@@ -1,0 +1,60 @@
+"""bfloat16 on a CPU: what autocast gives does not depend on where a tensor is cast."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from carft_fast.models import pack
+from carft_fast.models.attention import packed_attention
+from carft_fast.objective.passes import Rows
+
+CPU = torch.device("cpu")
+ROWS = Rows([[5, 6, 7], [5, 6, 7], [8, 9]], [[10, 11], [12], [13, 14, 15, 16]])
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int16 if x.dtype == torch.bfloat16 else torch.int32)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_attention_gets_the_bits_that_autocast_gives_sdpa(share: bool) -> None:
+    """Queries and keys in float32 from the rotary embeddings, values in bfloat16; SDPA casts under autocast itself.
+
+    Gradients of keys that several completions share are summed in float32, as without the cast.
+    """
+    segments = pack(ROWS.prompts, ROWS.completions, CPU, share_prompts=share).segments
+    tokens = sum(segments.q_lengths)
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2)]
+    inputs[2] = inputs[2].bfloat16()
+    d_output = torch.randn(1, tokens, 4, 8).bfloat16()
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return packed_attention(nn.Module(), q, k, v, None, scaling=0.3, segments=segments)[0]
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if segments.key_index is not None:
+            k, v = (x.index_select(2, segments.key_index) for x in (k, v))
+        outputs = []
+        lengths = segments.q_lengths, segments.k_lengths, segments.k_lengths
+        parts = (x.split(n, 2) for x, n in zip((q, k, v), lengths, strict=True))
+        for q_, k_, v_ in zip(*parts, strict=True):
+            behind = torch.ones(q_.shape[2], k_.shape[2], dtype=torch.bool).tril(k_.shape[2] - q_.shape[2])
+            mask = torch.zeros(behind.shape).masked_fill(~behind, -torch.inf) if q_.shape[2] < k_.shape[2] else None
+            outputs.append(
+                scaled_dot_product_attention(
+                    q_, k_, v_, attn_mask=mask, is_causal=mask is None, scale=0.3, enable_gqa=True
+                )
+            )
+        return torch.cat(outputs, 2).transpose(1, 2)
+
+    found = []
+    for attend in (ours, by_hand):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16):
+            output = attend(*leaves)
+        found.append([output, *torch.autograd.grad(output, leaves, d_output)])
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(bits(a), bits(b))
