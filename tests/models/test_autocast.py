@@ -1,13 +1,18 @@
-"""bfloat16 on a CPU: what autocast gives does not depend on where a tensor is cast."""
+"""bfloat16 on a CPU: what autocast gives does not depend on where a tensor is cast, or for how long a cast is kept."""
+
+import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from carft_fast.models import pack
-from carft_fast.models.attention import packed_attention
-from carft_fast.objective.passes import Rows
+from carft_fast.config import Config
+from carft_fast.models import CarftModel, ModelCost, pack
+from carft_fast.models.attention import PACKED, packed_attention
+from carft_fast.models.heads import CarftHeads
+from carft_fast.objective.passes import PackedPasses, Rows
 
 CPU = torch.device("cpu")
 ROWS = Rows([[5, 6, 7], [5, 6, 7], [8, 9]], [[10, 11], [12], [13, 14, 15, 16]])
@@ -57,4 +62,36 @@ def test_attention_gets_the_bits_that_autocast_gives_sdpa(share: bool) -> None:
         found.append([output, *torch.autograd.grad(output, leaves, d_output)])
     for a, b in zip(*found, strict=True):
         assert a.dtype == b.dtype
+        assert torch.equal(bits(a), bits(b))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_forward_has_the_same_bits_whether_casts_are_kept(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Loss and every gradient; torch keeps the casts of trained weights by default."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    lm_config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, attn_implementation=PACKED)
+    lm = LlamaForCausalLM(lm_config)
+    found = []
+    for keep in (True, False):
+        model = CarftModel(copy.deepcopy(lm), CarftHeads(32, 16, "shared", 0), torch.bfloat16)
+        if checkpointing:
+            model.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.lm.train()
+        kept = []
+        with monkeypatch.context() as patch:
+            if keep:
+                patch.setattr(
+                    CarftModel, "autocast", lambda self: torch.autocast("cpu", torch.bfloat16, cache_enabled=True)
+                )
+            with model.autocast():
+                kept.append(torch.is_autocast_cache_enabled())
+            passes = PackedPasses(Config(), 64, ModelCost.of(model.lm), share_prompts=False)
+            loss = passes.cross_entropy(model, ROWS, 7)
+            loss.backward()
+        assert kept == [keep]
+        found.append([loss.detach(), *(p.grad for p in model.lm.parameters())])
+    for a, b in zip(*found, strict=True):
         assert torch.equal(bits(a), bits(b))
