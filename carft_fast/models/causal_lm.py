@@ -137,7 +137,7 @@ class CarftModel(nn.Module):
         """The causal LM for padded batches and `generate`: evaluation mode, transformers' own SDPA, no compilation."""
         was_training = self.lm.training
         self.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
-        if self.attention == PACKED:
+        if self.attention == PACKED or self.attention.startswith("flash_attention"):  # flash-attn refuses float32
             self.lm.config._attn_implementation = "sdpa"
         try:
             with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():
