@@ -42,11 +42,13 @@ def join(device_type: str, timeout_s: float) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers leaves all weights but the first's empty
-    backend = "gloo"
+    backend, device = "gloo", None
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # without `device_id` a barrier guesses the device from the rank
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device)
 
 
 def leave(exit_code: int = 0) -> NoReturn:
