@@ -1,6 +1,8 @@
 """bfloat16 on a CPU: what autocast gives does not depend on where a tensor is cast, or for how long a cast is kept."""
 
 import copy
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from carft_fast.models import CarftModel, ModelCost, pack
 from carft_fast.models.attention import PACKED, packed_attention
 from carft_fast.models.heads import CarftHeads
 from carft_fast.objective.passes import PackedPasses, Rows
+from carft_fast.rollout.base import SamplingParams
+from carft_fast.rollout.hf import HFEngine
 
 CPU = torch.device("cpu")
 ROWS = Rows([[5, 6, 7], [5, 6, 7], [8, 9]], [[10, 11], [12], [13, 14, 15, 16]])
@@ -65,16 +69,19 @@ def test_attention_gets_the_bits_that_autocast_gives_sdpa(share: bool) -> None:
         assert torch.equal(bits(a), bits(b))
 
 
+def small_lm() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, **heads, attn_implementation=PACKED))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_forward_has_the_same_bits_whether_casts_are_kept(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool
 ) -> None:
     """Loss and every gradient; torch keeps the casts of trained weights by default."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    lm_config = LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, attn_implementation=PACKED)
-    lm = LlamaForCausalLM(lm_config)
-    found = []
+    lm, found = small_lm(), []
     for keep in (True, False):
         model = CarftModel(copy.deepcopy(lm), CarftHeads(32, 16, "shared", 0), torch.bfloat16)
         if checkpointing:
@@ -95,3 +102,18 @@ def test_a_forward_has_the_same_bits_whether_casts_are_kept(
         found.append([loss.detach(), *(p.grad for p in model.lm.parameters())])
     for a, b in zip(*found, strict=True):
         assert torch.equal(bits(a), bits(b))
+
+
+def test_the_sampler_keeps_casts_from_token_to_token() -> None:
+    model, seen = CarftModel(small_lm(), None, torch.bfloat16), []
+    head = model.lm.lm_head
+
+    def watch(*_: Any) -> None:
+        seen.append(torch.is_autocast_cache_enabled())
+
+    head.register_forward_hook(watch)
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    sampling = SamplingParams.of(Config().rollout.model_copy(update={"max_new_tokens": 3}), 0)
+    HFEngine(model, tokenizer, batch_size=2).generate([[5, 6]], sampling)
+    assert seen
+    assert all(seen)
