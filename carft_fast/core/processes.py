@@ -41,11 +41,13 @@ def join(device_type: str, timeout_s: float) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers leaves all weights but the first's empty
-    backend = "gloo"
+    backend, device = "gloo", None
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # without `device_id` a barrier guesses the device from the rank
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device)
 
 
 def leave(exit_code: int = 0) -> NoReturn:
@@ -130,15 +132,20 @@ def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[i
     }
 
 
-def gather_rows(x_BE: Tensor, gradient: Literal["full", "local", "none"]) -> tuple[Tensor, int]:
+def gather_rows(
+    x_BE: Tensor, counts: Sequence[int] | None, gradient: Literal["full", "local", "none"]
+) -> tuple[Tensor, int]:
     """The rows of all processes in rank order, and the index of this process's first. A process may have none.
 
+    `counts`: how many rows each process has, so that nothing is exchanged to find it; not read where there is one.
     "full": every row carries the sum of its gradients on all processes, which all have to take part in the backward
     pass. "local": only this process's rows carry gradient. "none": no row does.
     """
     if world_size() == 1:
         return (x_BE.detach() if gradient == "none" else x_BE), 0
-    sizes = _all_rows(torch.tensor([len(x_BE)], device=x_BE.device), [1] * world_size()).tolist()
+    assert counts is not None
+    assert counts[rank()] == len(x_BE)
+    sizes = list(counts)
     start = sum(sizes[: rank()])
     if gradient == "full":
         return _GatherRows.apply(x_BE, sizes, start), start
