@@ -8,9 +8,9 @@ from typing import Any
 
 import transformers
 
-from carft_fast.config import Config, load_config
+from carft_fast.config import Config, Strategy, load_config
 from carft_fast.models import ModelCost
-from carft_fast.training import Strategy, estimate_memory
+from carft_fast.training import estimate_memory
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "multi_gpu.md"
 START, END = "<!-- memory table: python -m benchmarks.memory_table -->", "<!-- end of the memory table -->"

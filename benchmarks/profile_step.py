@@ -30,7 +30,7 @@ def profiled(model: str, data: str) -> tuple[Any, str]:
     count = ROLLOUTS if model else 64
     CASES[name].options.extend([f"rl.batch_size={count}", f"rl.mini_batch_size={count}", "rl.ppo_epochs=1"])
     config = case_config(name, model, data)
-    run = prepare(config, Path("runs/profile"), Console(), stages=("rl",), write=False).run
+    run = prepare(config, Path("runs/profile"), Console(), stages=("rl",), write=False)
     rows = run.train_rows[:count]
     rollouts = [Rollout(row.completion_ids, [-1.0] * len(row.completion_ids), "stop", 0) for row in rows]
     decoded = [run.prompt_format.decode(row.completion_ids) for row in rows]

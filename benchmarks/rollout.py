@@ -56,7 +56,7 @@ def timed(call: Callable[[], Any]) -> float:
 
 def run_case(name: str, model_path: str, data: str, dtype: str, repeats: int) -> list[dict[str, Any]]:
     configs = {engine: case_config(model_path, data, dtype, engine) for engine in ENGINES}
-    run = prepare(configs["hf"], Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
+    run = prepare(configs["hf"], Path("runs/benchmark"), Console(), stages=("rl",), write=False)
     prompts = [row.prompt_ids for row in run.train_rows[:PROMPTS]]
     model: CarftModel = load_model(configs["hf"], run.config.model.path, torch.device("cpu"), heads=False)
     model.lm.to(getattr(torch, dtype))  # the baseline in the engines' own dtype, not under autocast

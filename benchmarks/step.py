@@ -260,7 +260,7 @@ def timings(turns: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 def run_case(name: str, model: str, data: str, repeats: int) -> dict[str, Any]:
     config = case_config(name, model, data)
-    run = prepare(config, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
+    run = prepare(config, Path("runs/benchmark"), Console(), stages=("rl",), write=False)
     model_path = run.config.model.path
     rows = run.train_rows[: config.rl.batch_size]
     policy = load_model(config, model_path, run.device, heads=True)

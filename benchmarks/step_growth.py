@@ -116,7 +116,7 @@ def smollm2_rollout_memory(model: str, data: str) -> list[dict[str, Any]]:
         return case_config(name, model, data, f"rl.batch_size={n}", f"rl.mini_batch_size={n}", *options)
 
     most = config(max(SMOLLM2_ROLLOUTS), "rollout.engine=vllm")
-    run = prepare(most, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
+    run = prepare(most, Path("runs/benchmark"), Console(), stages=("rl",), write=False)
     rows, path = run.train_rows[: max(SMOLLM2_ROLLOUTS)], run.config.model.path
     sampler = Sampler(most, load_model(most, path, run.device, heads=True), run, rows)
     rollouts = sampler.rollouts

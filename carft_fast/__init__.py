@@ -37,28 +37,18 @@ _ROOM_OF = {
     **dict.fromkeys(("EngineError", "Example", "InputError", "RewardError", "Stopped", "TrainingError"), "core"),
     **dict.fromkeys(("Rollout", "RolloutEngine", "SamplingParams"), "rollout"),
 }
-_TRAIN_EXTRA = (
-    "accelerate",
-    "typer",
-    "rich",
-    "pydantic",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "lazy_loader",
-    "matplotlib",
-    "math_verify",
-    "tensorboard",
-)
+_TRAIN_EXTRA = {
+    *("accelerate", "datasets", "lazy_loader", "math_verify", "matplotlib", "pydantic", "rich"),
+    *("safetensors", "tensorboard", "tokenizers", "transformers", "typer"),
+}
+"""Modules that the extra `train` installs."""
 
 
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """What to install, where a package of the extra `train` is missing."""
     missing = (error.name or "").partition(".")[0]
-    if missing not in _TRAIN_EXTRA:
-        return None
-    return f'carft-fast needs {missing}, which is not installed: pip install "carft-fast[train]"'
+    message = f'carft-fast needs {missing}, which is not installed: pip install "carft-fast[train]"'
+    return message if missing in _TRAIN_EXTRA else None
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from carft_fast import trainer
+from carft_fast import core, trainer
 from carft_fast.config import METHODS, Config, load_method_config, to_toml, value_origins
 from carft_fast.core import EngineError, InputError, RewardError, Stopped, TrainingError, redact
 from carft_fast.trainer import Trainer, load_config
@@ -105,10 +105,7 @@ def compare(
 
 @app.command("eval")
 def evaluate(
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-    output_dir: OutputDir = None,
+    config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False, output_dir: OutputDir = None
 ) -> None:
     """Greedy accuracy of model.path on data.eval, and maj@k and pass@k with eval.samples; with --output-dir,
     completions and figures are written there.
@@ -138,9 +135,7 @@ def check_data_file(
     if as_json:
         typer.echo(json.dumps(check.as_dict(), indent=2, ensure_ascii=False))
     else:
-        from carft_fast.core import Console
-
-        Console().show(check.table())
+        core.Console().show(check.table())
 
 
 @app.command()
@@ -175,10 +170,8 @@ def show_config(config: ConfigFile = None, method: Method = None, overrides: Ove
 def _train(config: Config, stages: tuple[str, ...], dry_run: bool, resume: bool, output_dir: str | None) -> None:
     run = Trainer(config, output_dir=output_dir)
     if dry_run:
-        from carft_fast.core import Console
-
         table = run.plan(stages, resume)
-        Console().show(table)  # made when the processes have joined, so that one of them speaks
+        core.Console().show(table)  # made when the processes have joined, so that one of them speaks
     else:
         run.train(stages, resume)
 
@@ -190,12 +183,10 @@ def run_cli() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         _run_app("")
         return
-    from carft_fast.core import leave
-
     try:
         _run_app(f"[rank {os.environ['RANK']}] ")
     except SystemExit as end:
-        leave(end.code if isinstance(end.code, int) else int(end.code is not None))
+        core.leave(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 def _run_app(rank: str) -> None:

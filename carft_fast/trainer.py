@@ -1,13 +1,14 @@
 """The front door: what a run is asked to do, from Python or by the command line, which is its first client.
 
-Other rooms load inside the functions, so that `import carft_fast` and `carft-fast --help` answer at once.
+A room loads what is asked of it at the first use, so `import carft_fast` and `carft-fast --help` answer at once.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from carft_fast import core, data, models, reports, training
 from carft_fast.config import SYNTHETIC, Config, Overrides, load_method_config, replaced
 from carft_fast.core import InputError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from carft_fast.data import Check
     from carft_fast.rewards import RewardFunction
     from carft_fast.rollout import RolloutEngine
-    from carft_fast.training import Prepared
+    from carft_fast.training.run import Run
 
     StrPath = str | os.PathLike[str]
     Rows = StrPath | Sequence[dict[str, Any] | Example] | Any
@@ -33,9 +34,10 @@ def load_config(path: "StrPath | None" = None, *, method: str | None = None, ove
     `overrides` maps dotted keys to values, `{"rl.max_steps": 20}`, or lists texts, `["rl.max_steps=20"]`. Raises
     InputError, which names the key, the value seen and what is allowed.
     """
-    if isinstance(overrides, str):
-        raise InputError(f'overrides = "{overrides}": expected a dict of dotted keys, or a list of "section.key=value"')
-    return load_method_config(None if path is None else os.fspath(path), overrides, method)[0]
+    texts = isinstance(overrides, list | tuple) and all(isinstance(text, str) for text in overrides)
+    if not (texts or isinstance(overrides, Mapping)):
+        raise InputError(f'overrides = {overrides!r}: expected a dict of dotted keys, or a list of "section.key=value"')
+    return load_method_config(None if path is None else _text("path", path), overrides, method)[0]
 
 
 class Trainer:
@@ -73,9 +75,7 @@ class Trainer:
         values: dict[str, Any] = {}
         for name, other, source in (("train", "eval", train), ("eval", "train", eval)):
             if source is not None:
-                from carft_fast.data import check_source
-
-                check_source(name, source)
+                data.check_source(name, source)
                 if isinstance(source, str | os.PathLike):
                     values[f"data.{name}"] = os.fspath(source)
                 else:
@@ -94,8 +94,9 @@ class Trainer:
         if engine is not None:
             _check_engine(engine)
         self.config = replaced(config, values)
-        self.output_dir = Path(output_dir) if output_dir else Path("runs") / config.output.name
-        self._run: Any = None
+        default = Path("runs") / config.output.name
+        self.output_dir = default if output_dir is None else Path(_text("output_dir", output_dir))
+        self._run: Run | None = None
 
     def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
         """Run the stages; returns the figures of summary.json (docs/runs.md). A finished run returns them at once.
@@ -103,13 +104,10 @@ class Trainer:
         `resume` goes on from the folder's last checkpoint. Raises InputError before anything is written; Stopped after
         Ctrl-C or SIGTERM, with everything saved; EngineError, RewardError and TrainingError where a run cannot go on.
         """
-        from carft_fast.training import train
-
         stages = _checked_stages(stages)
-        prepared = self._prepare(self.config, self.output_dir, stages, resume=resume)
-        self._run = prepared.run
+        self._run = run = self._prepare(self.config, self.output_dir, stages, resume=resume)
         try:
-            return train(prepared, stages, resume=resume)
+            return training.train(run, stages, resume=resume)
         finally:
             self._run = None
 
@@ -124,10 +122,9 @@ class Trainer:
 
     def plan(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> "Table":
         """What `train` would do: everything is checked, nothing written. Of the model it needs no weights."""
-        from carft_fast.training import describe_plan
-
         stages = _checked_stages(stages)
-        return describe_plan(self._prepare(self.config, self.output_dir, stages, resume=resume, dry_run=True), stages)
+        run = self._prepare(self.config, self.output_dir, stages, resume=resume, dry_run=True)
+        return training.describe_plan(run, stages)
 
     def evaluate(
         self, model: "StrPath | None" = None, *, output_dir: "StrPath | None" = None, dry_run: bool = False
@@ -137,32 +134,31 @@ class Trainer:
         `model` is a folder or Hub id; when absent the trained one, and model.path before there is one. Completions and
         figures are written to `output_dir` where it is given. `dry_run` prints the plan and returns nothing.
         """
-        from carft_fast.core import Console
-        from carft_fast.training import describe_plan, evaluate_only
-
-        path = os.fspath(self._trained() or self.config.model.path if model is None else model)
-        config = self.config
+        config, trained = self.config, self._trained()
+        if model is None and trained is None and (self.output_dir / "config.toml").is_file():
+            raise InputError(
+                f"evaluate: the run in {self.output_dir} is not finished: call train(resume=True), or name a model"
+            )
+        path = str(trained or config.model.path) if model is None else _text("model", model, empty=True)
         if path != config.model.path:
             config = replaced(config, {"model.path": path, "model.revision": None})
-        folder = Path(output_dir) if output_dir else self.output_dir
-        prepared = self._prepare(config, folder, (), write=output_dir is not None, dry_run=dry_run)
+        folder = self.output_dir if output_dir is None else Path(_text("output_dir", output_dir))
+        run = self._prepare(config, folder, (), write=output_dir is not None, dry_run=dry_run)
         if dry_run:
-            Console().show(describe_plan(prepared, ()))
+            core.Console().show(training.describe_plan(run, ()))
             return {}
-        return evaluate_only(prepared, write=output_dir is not None).metrics
+        return training.evaluate_only(run, write=output_dir is not None).metrics
 
     def save(self, folder: "StrPath") -> None:
         """Write the trained model, with its heads, as a plain Hugging Face folder.
 
         Raises InputError before any training, and for a folder that is not empty.
         """
-        from carft_fast.core import on_main
-        from carft_fast.training import copy_model
-
         trained = self._trained()
         if trained is None:
             raise InputError(f"save: {self.output_dir} holds no finished run; call train first")
-        on_main(lambda: copy_model(trained, Path(folder)))
+        target = Path(_text("folder", folder))
+        core.on_main(lambda: training.copy_model(trained, target))
 
     def _trained(self) -> Path | None:
         """The model of the finished run in the folder."""
@@ -170,13 +166,9 @@ class Trainer:
         found = (self.output_dir / name for name in ("model", "sft"))
         return next((path for path in found if finished and path.is_dir()), None)
 
-    def _prepare(self, config: Config, folder: Path, stages: Sequence[str], **options: Any) -> "Prepared":
-        from carft_fast.core import Console, join
-        from carft_fast.models import resolve_device
-        from carft_fast.training import Given, prepare
-
-        join(resolve_device(config.model.device).type, config.distributed.timeout_s)
-        return prepare(config, folder, Console(), stages=stages, given=Given(**self._given), **options)
+    def _prepare(self, config: Config, folder: Path, stages: Sequence[str], **options: Any) -> "Run":
+        core.join(models.resolve_device(config.model.device).type, config.distributed.timeout_s)
+        return training.prepare(config, folder, core.Console(), stages=stages, **self._given, **options)
 
 
 def compare(
@@ -197,9 +189,8 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
     from carft_fast.compare import DEFAULT_METHODS, Comparison, parse_methods, parse_seeds, parse_vary
-    from carft_fast.core import Console
 
-    console, folder = Console(), Path(output_dir or Path("runs") / f"{config.output.name}-compare")
+    console, folder = core.Console(), Path(output_dir or Path("runs") / f"{config.output.name}-compare")
     comparison = Comparison(
         config,
         parse_methods(methods if isinstance(methods, str) else ",".join(methods)) if methods else DEFAULT_METHODS,
@@ -219,9 +210,7 @@ def compare(
 
 def report(folder: "StrPath") -> Path:
     """Write report.html of a run from what its folder holds, finished or not; returns its path. Raises InputError."""
-    from carft_fast.reports import rewrite_page
-
-    return rewrite_page(Path(folder))
+    return reports.rewrite_page(Path(folder))
 
 
 def check_data(source: str, config: Config, *, against: str | None = None) -> "Check":
@@ -230,16 +219,12 @@ def check_data(source: str, config: Config, *, against: str | None = None) -> "C
     `against` is a test set whose questions should not be in it; data.eval if not given. Lengths are in tokens where
     model.path is set. Loads no model. Raises InputError.
     """
-    from carft_fast.data import check_data, check_tokenizer
-
     held_out = config.data.eval if config.data.eval not in ("", SYNTHETIC, source) else None
     tokenizer = None
     if config.model.path:
-        from carft_fast.models import load_tokenizer
-
-        tokenizer = load_tokenizer(config.model)
-        check_tokenizer(tokenizer)
-    return check_data(source, config, tokenizer, against or held_out)
+        tokenizer = models.load_tokenizer(config.model)
+        data.check_tokenizer(tokenizer)
+    return data.check_data(source, config, tokenizer, against or held_out)
 
 
 def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
@@ -254,13 +239,19 @@ def export(checkpoint: "StrPath", folder: "StrPath") -> None:
 
     Raises InputError for a damaged checkpoint, or a folder that is not empty.
     """
-    from carft_fast.training import export_checkpoint
+    training.export_checkpoint(Path(checkpoint), Path(folder))
 
-    export_checkpoint(Path(checkpoint), Path(folder))
+
+def _text(name: str, value: Any, *, empty: bool = False) -> str:
+    """A path as text; `empty` text has a meaning of its own."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not (text or empty):
+        raise InputError(f"{name} = {value!r}: expected a path")
+    return text
 
 
 def _checked_stages(stages: Sequence[str]) -> tuple[str, ...]:
-    found = (stages,) if isinstance(stages, str) else tuple(stages)
+    found = (stages,) if isinstance(stages, str) else tuple(stages) if isinstance(stages, list | tuple) else ()
     if found not in STAGES:
         raise InputError(f"stages = {stages!r}: allowed are {', '.join(map(str, STAGES))}")
     return found
@@ -276,9 +267,7 @@ def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
 
 
 def _check_engine(engine: Any) -> None:
-    from carft_fast.rollout import RolloutEngine
-
-    if isinstance(engine, type) or not isinstance(engine, RolloutEngine):
-        names = ("version", "generate", "sync", "close")
-        missing = [name for name in names if isinstance(engine, type) or not hasattr(engine, name)]
+    names = ("version", "generate", "sync", "close")
+    missing = [name for name in names if isinstance(engine, type) or getattr(engine, name, None) is None]
+    if missing:
         raise InputError(f"engine {engine!r} is no RolloutEngine: it has no {', '.join(missing)}")

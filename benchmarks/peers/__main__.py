@@ -173,7 +173,7 @@ def make_work(model: Model, prompts: int, k: int, steps: int, *, method: str, gi
     most = model.most_new_tokens if given else model.own_tokens
     options = [f"model.path={model.folder}", "data.eval_rows=1", f"rollout.max_new_tokens={most}"]
     config = load_config(model.config, [*model.options, *options])
-    run = prepare(config, Path("runs/benchmark"), Console(), stages=("rl",), write=False).run
+    run = prepare(config, Path("runs/benchmark"), Console(), stages=("rl",), write=False)
     rows = run.train_rows[:prompts]
     completions = None
     if given:

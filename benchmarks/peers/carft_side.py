@@ -1,4 +1,4 @@
-"""carft_fast's side: `Step` driven as train_rl.py drives it, with the case's rewards."""
+"""carft_fast's side: `Step` driven as training/rl.py drives it, with the case's rewards."""
 
 import argparse
 import json
@@ -13,8 +13,8 @@ from benchmarks.peers.work import Done, Work
 from carft_fast.config import Config, load_method_config
 from carft_fast.core import Example, derive_seed
 from carft_fast.data import EncodedExample, PromptFormat
-from carft_fast.models import CarftModel, load_model, load_tokenizer
-from carft_fast.objective import Rows
+from carft_fast.models import CarftModel, load_model, load_tokenizer, pack
+from carft_fast.objective import Rows, padded
 from carft_fast.rewards import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
@@ -134,8 +134,8 @@ class CarftSide:
 
     def _positions(self, rows: Rows) -> int:
         if self._config.model.impl == "padded":
-            return rows.pad(CPU).ids_BL.numel()
-        return len(rows.pack(CPU, share_prompts=self._config.rl.share_prompts).ids_T)
+            return padded.pad(rows.prompts, rows.completions, CPU).ids_BL.numel()
+        return len(pack(rows.prompts, rows.completions, CPU, share_prompts=self._config.rl.share_prompts).ids_T)
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.policy.lm.named_parameters())

@@ -5,7 +5,7 @@ import io
 import os
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,18 +105,24 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
 def draw_curves(folder: Path, runs: Sequence[Trajectory]) -> list[str]:
     """Write the curves as pictures. Returns their file names."""
     written = []
-    for file, (name, against, title) in CURVES.items():
-        if lines := _curve(runs, name, against):
-            figure = page.new_figure(7, 3.6)
-            axes = figure.subplots()
-            _draw_curve(axes, lines, against)
-            axes.set_title(title, fontsize=9)
-            figure.savefig(folder / f"{file}.png", dpi=110)
-            written.append(f"{file}.png")
+    for file, title, draw in _curves(runs):
+        figure = page.new_figure(7, 3.6)
+        axes = figure.subplots()
+        draw(axes)
+        axes.set_title(title, fontsize=9)
+        figure.savefig(folder / f"{file}.png", dpi=110)
+        written.append(f"{file}.png")
     return written
 
 
-def _curve(runs: Sequence[Trajectory], name: str, against: str) -> Curve:
+def _curves(runs: Sequence[Trajectory]) -> Iterator[tuple[str, str, Callable[[Any], None]]]:
+    """File, title and what draws, of each curve that has a point."""
+    for file, (name, against, title) in CURVES.items():
+        if lines := _points(runs, name, against):
+            yield file, title, partial(_draw_curve, lines=lines, against=against)
+
+
+def _points(runs: Sequence[Trajectory], name: str, against: str) -> Curve:
     """A point for each evaluation that recorded `name`; no label without a point."""
     lines: Curve = {}
     for label in dict.fromkeys(run.label for run in runs):
@@ -191,11 +197,7 @@ def html(runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], facts: 
         title: [page.table(*block) if isinstance(block, Table) else page.paragraph(block) for block in blocks]
         for title, blocks in sections(summaries).items()
     }
-    drawn = [
-        page.chart(title, partial(_draw_curve, lines=lines, against=against))
-        for name, against, title in CURVES.values()
-        if (lines := _curve(runs, name, against))
-    ]
+    drawn = [page.chart(title, draw) for _, title, draw in _curves(runs)]
     parts["Curves"] = [page.paragraph(ABOUT_CURVES), page.charts(*drawn)]
     parts["Environment"] = [page.paragraph(fact) for fact in facts]
     return page.page(heading(summaries), page.paragraph(INTRODUCTION), parts)

@@ -40,22 +40,15 @@ class Variant:
 
     @property
     def label(self) -> str:
-        return " ".join([self.method, *(f"{key}={_short(value)}" for key, value in self.values.items())])
-
-    @property
-    def is_sft(self) -> bool:
-        return self.method in (SFT, SFT_TIME)
+        values = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.values.items())
+        return " ".join([self.method, *values])
 
     @property
     def stage(self) -> str:
-        return "sft" if self.is_sft else "rl"
+        return "sft" if self.method in (SFT, SFT_TIME) else "rl"
 
     def folder_name(self, seed: int) -> str:
         return re.sub(r"[^A-Za-z0-9._=+-]", "-", self.label) + f"-seed{seed}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def parse_methods(text: str) -> list[str]:
@@ -99,8 +92,10 @@ def expand(methods: Sequence[str], varied: Mapping[str, Sequence[Any]], base: Co
     """
     found: dict[str, Variant] = {}
     for method in sorted(methods, key=lambda name: name == SFT_TIME):
-        fixed = continued_sft(base) if method in (SFT, SFT_TIME) else METHODS[method]
-        reads = ("sft", "lora") if method in (SFT, SFT_TIME) else tuple(set(VARIABLE) - {"sft"})
+        if Variant(method).stage == "sft":
+            fixed, reads = continued_sft(base), {"sft", "lora"}
+        else:
+            fixed, reads = METHODS[method], set(VARIABLE) - {"sft"}
         keys = [key for key in varied if key.partition(".")[0] in reads and key not in fixed]
         for values in itertools.product(*(varied[key] for key in keys)):
             variant = Variant(method, dict(zip(keys, values, strict=True)))
@@ -141,9 +136,9 @@ class Comparison:
             write=not resume,
             dry_run=dry_run,
         )
-        self._rows = len(checked.run.train_rows)
-        self._eval_rows = len(checked.run.eval_rows)
-        self._device = checked.run.device
+        self._rows = len(checked.train_rows)
+        self._eval_rows = len(checked.eval_rows)
+        self._device = checked.device
         for variant in self.variants:
             self.config(variant, seeds[0])
 
@@ -159,7 +154,7 @@ class Comparison:
         `sft_steps` are those of continued SFT for equal time.
         """
         values = variant.values | {"seed": seed, "model.path": str(self._start_folder(seed) / "sft")}
-        if variant.is_sft:
+        if variant.stage == "sft":
             done = stage_total_steps(self.base, "sft", self._rows)
             config = replaced(self.base, values | {"sft.max_steps": done, "rl.max_steps": self._rl_steps(self.base)})
             more = continued_sft(config)
@@ -173,14 +168,19 @@ class Comparison:
         """As with the base config's samples per question: a method with more takes fewer questions, not more steps."""
         return stage_total_steps(config.model_copy(update={"rollout": self.base.rollout}), "rl", self._rows)
 
+    def _schedules(self, at_equal_time: str) -> dict[str, str]:
+        """What is run for a seed, by label; `at_equal_time` describes SFT whose length depends on the other runs."""
+        found = {START: describe_schedule(self._start_config(self.seeds[0]), "sft", self._rows)}
+        for variant in self.variants:
+            schedule = describe_schedule(self.config(variant, self.seeds[0]), variant.stage, self._rows)
+            found[variant.label] = at_equal_time if variant.method == SFT_TIME else schedule
+        return found
+
     def plan(self) -> Table:
         table = Table("run, for each seed", "", title="dry run: nothing was written")
-        table.add_row(START, describe_schedule(self._start_config(self.seeds[0]), "sft", self._rows))
-        for variant in self.variants:
-            text = describe_schedule(self.config(variant, self.seeds[0]), variant.stage, self._rows)
-            if variant.method == SFT_TIME:
-                text = "as many SFT steps as fit the time of the seed's fastest RL run"
-            table.add_row(variant.label, text)
+        schedules = self._schedules("as many SFT steps as fit the time of the seed's fastest RL run")
+        for label, schedule in schedules.items():
+            table.add_row(label, schedule)
         table.add_row("seeds", ", ".join(map(str, self.seeds)))
         table.add_row("evaluation", f"{self._eval_rows} rows")
         table.add_row("output", str(self.folder))
@@ -188,44 +188,42 @@ class Comparison:
 
     def run(self) -> list[Trajectory]:
         """Every run that is not finished yet; the report is written after each seed."""
-        with self._stop.installed():
-            return self._run()
-
-    def _run(self) -> list[Trajectory]:
+        schedules = self._schedules("SFT continued for the training time of the seed's fastest RL run")
+        described = [f"`{label}`: {schedule}" for label, schedule in schedules.items()]
         runs: list[Trajectory] = []
-        for seed in self.seeds:
-            start = self._start_folder(seed)
-            self._train(self._start_config(seed), start, "sft")
-            of_seed: list[Trajectory] = []
-            for variant in self.variants:
-                steps = self._sft_steps(of_seed, start) if variant.method == SFT_TIME else None
-                config = self.config(variant, seed, steps)
-                folder = self.folder / variant.folder_name(seed)
-                self._train(config, folder, variant.stage)
-                of_seed.append(
-                    trajectory(
-                        read_records(folder),
-                        label=variant.label,
-                        method=variant.method,
-                        seed=seed,
-                        samples_per_step=config.sft.batch_size if variant.is_sft else config.rl.batch_size,
-                    )
-                )
-            runs += of_seed
-            write_comparison(self.folder, runs, self.base, self._describe(), self._device)
+        with self._stop.installed():
+            for seed in self.seeds:
+                runs += self._run_seed(seed)
+                write_comparison(self.folder, runs, self.base, described, self._device)
+        return runs
+
+    def _run_seed(self, seed: int) -> list[Trajectory]:
+        start = self._start_folder(seed)
+        self._train(self._start_config(seed), start, "sft")
+        runs: list[Trajectory] = []
+        for variant in self.variants:
+            steps = self._sft_steps(runs, start) if variant.method == SFT_TIME else None
+            config = self.config(variant, seed, steps)
+            folder = self.folder / variant.folder_name(seed)
+            self._train(config, folder, variant.stage)
+            samples = config.sft.batch_size if variant.stage == "sft" else config.rl.batch_size
+            found = trajectory(
+                read_records(folder), label=variant.label, method=variant.method, seed=seed, samples_per_step=samples
+            )
+            runs.append(found)
         return runs
 
     def _train(self, config: Config, folder: Path, stage: str) -> None:
-        going_on = (folder / CONFIG_FILE).is_file()
-        if not going_on:  # a kill may have fallen before the run's first file
+        resumed = (folder / CONFIG_FILE).is_file()
+        if not resumed:  # a kill may have fallen before the run's first file
             shutil.rmtree(folder, ignore_errors=True)
-        self._console.log(f"{folder.name}: {'going on' if going_on else 'begins'}")
-        prepared = prepare(config, folder, Console(), stages=(stage,), resume=going_on)
-        prepared.run.stop = self._stop  # also for what is asked between two runs
+        self._console.log(f"{folder.name}: {'going on' if resumed else 'begins'}")
+        run = prepare(config, folder, Console(), stages=(stage,), resume=resumed)
+        run.stop = self._stop  # also for what is asked between two runs
         self._stop.check()
-        train(prepared, (stage,), resume=going_on)
+        train(run, (stage,), resume=resumed)
         self._stop.check()
-        del prepared
+        del run
         gc.collect()
         torch.compiler.reset()  # else its limit of recompilations would be shared by all runs
         if torch.cuda.is_available():
@@ -236,18 +234,6 @@ class Comparison:
         steps = [record for record in read_records(start) if record["kind"] == "train"]
         seconds = sum(r["seconds"].get(phase, 0.0) for r in steps for phase in TRAINING_PHASES)
         return max(1, round(limits(runs).seconds / (seconds / len(steps)))) if runs else len(steps)
-
-    def _describe(self) -> list[str]:
-        """One line for each run of a seed."""
-        start = f"`{START}`: {describe_schedule(self._start_config(self.seeds[0]), 'sft', self._rows)}"
-        lines = []
-        for variant in self.variants:
-            if variant.method == SFT_TIME:
-                lines.append(f"`{variant.label}`: SFT continued for the training time of the seed's fastest RL run")
-            else:
-                schedule = describe_schedule(self.config(variant, self.seeds[0]), variant.stage, self._rows)
-                lines.append(f"`{variant.label}`: {schedule}")
-        return [start, *lines]
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:

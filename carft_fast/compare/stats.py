@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ from carft_fast.reports import PHASES
 from carft_fast.training import wilson_interval
 
 TRAINING_PHASES = tuple(phase for phase in PHASES if phase not in ("load", "evaluate", "checkpoint"))
+EVALUATED = ("step", "correct", "rows", "extractable", "completion_length")
+"""What an evaluation takes from its record as it is."""
 TRAINING_MEANS = ("reward", "kl", "entropy")
 """Training metrics of which an evaluation has the mean over the steps since the evaluation before."""
 SFT, SFT_TIME = "sft", "sft_time"
@@ -93,18 +95,10 @@ def trajectory(
                 if name in record:
                     trained[name].append(record[name])
         elif record["kind"] == "eval":
-            evaluations.append(
-                Evaluation(
-                    step=record["step"],
-                    samples=record["step"] * samples_per_step,
-                    seconds=seconds,
-                    correct=record["correct"],
-                    rows=record["rows"],
-                    extractable=record["extractable"],
-                    completion_length=record["completion_length"],
-                    **{name: statistics.fmean(values) for name, values in trained.items()},
-                )
-            )
+            values = {name: record[name] for name in EVALUATED}
+            values |= {name: statistics.fmean(found) for name, found in trained.items()}
+            samples = record["step"] * samples_per_step
+            evaluations.append(Evaluation(samples=samples, seconds=seconds, **values))
             trained.clear()
     return Trajectory(label, method, seed, evaluations)
 
@@ -135,37 +129,6 @@ class Accuracy(NamedTuple):
         return cls(Spread.of([e.accuracy for e in evaluations]), wilson_interval(correct, rows))
 
 
-@dataclass(frozen=True, slots=True)
-class MethodSummary:
-    """One method (or variant) over its seeds."""
-
-    label: str
-    method: str
-    seeds: int
-    samples: float
-    """Trained on, mean over seeds."""
-    seconds: Spread
-    samples_per_second: float
-    final: Accuracy
-    equal_samples: Accuracy
-    equal_time: Accuracy
-    best: Spread
-    worst_drop: float
-    """The largest over seeds."""
-    collapsed: int
-    """Seeds whose run collapsed."""
-    extractable: float
-    reward: float | None
-    kl: float | None
-    entropy: float | None
-    completion_length: float
-    reached: int | None
-    """Seeds in which the accuracy of continued SFT was reached; None without continued SFT."""
-    samples_to_reach: float | None
-    """Mean over the seeds that reached it."""
-    seconds_to_reach: float | None
-
-
 class Limits(NamedTuple):
     """Of one seed: where all methods are compared."""
 
@@ -188,49 +151,47 @@ def limits(runs: Sequence[Trajectory]) -> Limits:
     )
 
 
+class MethodSummary:
+    """One method (or variant) over its seeds. Each seed's run is compared at the limits of its own seed."""
+
+    def __init__(self, runs: Sequence[Trajectory], limits_of: Mapping[int, Limits]) -> None:
+        finals = [t.final for t in runs]
+        total_seconds = sum(e.seconds for e in finals)
+        targets = [(t, limits_of[t.seed].target) for t in runs]
+        reached = [e for t, target in targets if target is not None and (e := t.first_reaching(target))]
+        # continued SFT for equal time was cut to that time as predicted, so its end counts
+        at_equal_time = [t.final if t.method == SFT_TIME else t.at_seconds(limits_of[t.seed].seconds) for t in runs]
+
+        self.label, self.method, self.seeds = runs[0].label, runs[0].method, len(runs)
+        self.samples = statistics.fmean(e.samples for e in finals)
+        self.seconds = Spread.of([e.seconds for e in finals])
+        self.samples_per_second = sum(e.samples for e in finals) / total_seconds if total_seconds else math.nan
+        self.final = Accuracy.of(finals)
+        self.equal_samples = Accuracy.of([t.at_samples(limits_of[t.seed].samples) for t in runs])
+        self.equal_time = Accuracy.of(at_equal_time)
+        self.best = Spread.of([t.best for t in runs])
+        self.worst_drop = max(t.worst_drop for t in runs)
+        self.collapsed = sum(t.collapsed for t in runs)
+        """Seeds whose run collapsed."""
+        self.extractable = statistics.fmean(e.extractable for e in finals)
+        self.completion_length = statistics.fmean(e.completion_length for e in finals)
+        self.reward, self.kl, self.entropy = (_mean(getattr(e, name) for e in finals) for name in TRAINING_MEANS)
+        self.reached = None if any(target is None for _, target in targets) else len(reached)
+        """Seeds in which the accuracy of continued SFT was reached; None without continued SFT."""
+        self.samples_to_reach = _mean(e.samples for e in reached)
+        self.seconds_to_reach = _mean(e.seconds for e in reached)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def summarise(runs: Sequence[Trajectory]) -> list[MethodSummary]:
-    """One summary per label, in the order of their first appearance. Every seed is compared within itself."""
-    by_seed = {seed: limits([t for t in runs if t.seed == seed]) for seed in {t.seed for t in runs}}
+    """One summary per label, in the order of their first appearance."""
+    limits_of = {seed: limits([t for t in runs if t.seed == seed]) for seed in {t.seed for t in runs}}
     labels = dict.fromkeys(t.label for t in runs)
-    return [_summary([t for t in runs if t.label == label], by_seed) for label in labels]
-
-
-def _summary(runs: Sequence[Trajectory], by_seed: dict[int, Limits]) -> MethodSummary:
-    finals = [t.final for t in runs]
-
-    def mean(values: Iterable[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return statistics.fmean(known) if known else None
-
-    def at_equal_time(run: Trajectory) -> Evaluation:
-        """Continued SFT for equal time was cut to that time as predicted, so its end counts."""
-        return run.final if run.method == SFT_TIME else run.at_seconds(by_seed[run.seed].seconds)
-
-    targets = [(t, by_seed[t.seed].target) for t in runs]
-    reached = [e for t, target in targets if target is not None and (e := t.first_reaching(target))]
-    total_seconds = sum(e.seconds for e in finals)
-    return MethodSummary(
-        label=runs[0].label,
-        method=runs[0].method,
-        seeds=len(runs),
-        samples=statistics.fmean(e.samples for e in finals),
-        seconds=Spread.of([e.seconds for e in finals]),
-        samples_per_second=sum(e.samples for e in finals) / total_seconds if total_seconds else math.nan,
-        final=Accuracy.of(finals),
-        equal_samples=Accuracy.of([t.at_samples(by_seed[t.seed].samples) for t in runs]),
-        equal_time=Accuracy.of([at_equal_time(t) for t in runs]),
-        best=Spread.of([t.best for t in runs]),
-        worst_drop=max(t.worst_drop for t in runs),
-        collapsed=sum(t.collapsed for t in runs),
-        extractable=statistics.fmean(e.extractable for e in finals),
-        reward=mean(e.reward for e in finals),
-        kl=mean(e.kl for e in finals),
-        entropy=mean(e.entropy for e in finals),
-        completion_length=statistics.fmean(e.completion_length for e in finals),
-        reached=None if any(target is None for _, target in targets) else len(reached),
-        samples_to_reach=mean(e.samples for e in reached),
-        seconds_to_reach=mean(e.seconds for e in reached),
-    )
+    return [MethodSummary([t for t in runs if t.label == label], limits_of) for label in labels]
 
 
 def verdict(accuracies: dict[str, Accuracy]) -> str:

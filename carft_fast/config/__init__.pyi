@@ -18,6 +18,7 @@ from .schema import RlConfig as RlConfig
 from .schema import RolloutConfig as RolloutConfig
 from .schema import SftConfig as SftConfig
 from .schema import StageConfig as StageConfig
+from .schema import Strategy as Strategy
 from .toml import Overrides as Overrides
 from .toml import differences as differences
 from .toml import load_config as load_config

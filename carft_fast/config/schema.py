@@ -1,10 +1,11 @@
-"""One configuration for every command: frozen pydantic models. `config_io` reads and writes them.
+"""One configuration for every command: frozen pydantic models. `toml.py` reads and writes them.
 
 The text under a field is its documentation: `carft-fast config` prints it beside the resolved value. "paper" means
 arXiv 2508.15868, "published code" the repository of its authors; where they differ, the field says which is used.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,12 +15,23 @@ SYNTHETIC = "synthetic"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
+Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+
+    def _conflicts(self) -> Iterator[str]:
+        """A message for each combination of values that cannot be. Only the first is read."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if message := next(self._conflicts(), None):
+            raise ValueError(message)
+        return self
 
 
 class ModelConfig(Section):
@@ -28,8 +40,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Git revision of a Hub id; the default branch when absent."""
     trust_remote_code: bool = False
-    """Run the Python files that come with a model which transformers does not know. They can do whatever you can: read
-    them first."""
+    """Run the Python files of a model unknown to transformers. They can do whatever you can: read them first."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; "auto" takes the GPU when there is one."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -68,8 +79,7 @@ class DataConfig(Section):
     format: DataFormat = "auto"
     """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
     fields: dict[str, str] = {}
-    """Own field names for "jsonl" and "hub": question, cot, answer, item_id -> the name in the file. A cot may be a
-    list of texts: every epoch uses another one."""
+    """Own field names: question, cot, answer, item_id -> the file's. A cot may be a list of texts, one an epoch."""
     calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
     there is none here, so they are taken out of its annotations; "keep" teaches them."""
@@ -118,8 +128,7 @@ class StageConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Global gradient norm is clipped to this."""
     max_skipped_steps: int = Field(3, ge=1)
-    """An update whose loss or gradient is not finite is not applied; after so many steps in a row with one the run
-    ends."""
+    """An update with a loss or gradient that is not finite is skipped; so many such steps in a row end the run."""
     eval_every: int | None = Field(None, ge=1)
     """Steps between evaluations; the stage's end is always evaluated."""
     save_every: int | None = Field(None, ge=1)
@@ -160,8 +169,7 @@ class RlConfig(StageConfig):
     """Log-probs the ratio is taken against: "recompute" the trainer's own, by a forward before the update (left out
     where there is one update per batch, and the ratio is 1); "sampled" those the sampler reports."""
     reference_offload: bool = False
-    """Keep the reference's weights in host memory, and on the GPU only while they are used, once a step. LoRA needs no
-    copy at all."""
+    """Keep the reference's weights in host memory, on the GPU only while used, once a step. LoRA needs no copy."""
     share_prompts: bool = False
     """Forward a prompt once for all its completions in a micro-batch; needs model.attention = "packed"."""
     clip_low: float = Field(0.2, gt=0, lt=1)
@@ -209,24 +217,20 @@ class RewardConfig(Section):
     program_memory_mb: int = Field(256, ge=64, le=65536)
     """Memory a program may take (MiB)."""
 
-    @model_validator(mode="after")
-    def _possible_scores(self) -> "RewardConfig":
+    def _conflicts(self) -> Iterator[str]:
         if self.fn and self.partial != "constant":
-            raise ValueError(
-                f'fn = "{self.fn}" needs partial = "constant": its scores are taken as they are, no cosine is added'
-            )
+            yield f'fn = "{self.fn}" needs partial = "constant": its scores are taken as they are, no cosine is added'
         base, scale, most = self.partial_base, self.partial_scale, self.correct_score
         if self.partial == "embedding" and not scale <= base <= most - scale:
-            raise ValueError(
+            yield (
                 f"partial_base = {base:g} and partial_scale = {scale:g} let a wrong answer score below 0 or above a "
                 f"right one: partial_base +- partial_scale must be within 0 to correct_score = {most:g}"
             )
         if self.partial == "constant" and not self.fn and self.partial_constant > most:
-            raise ValueError(
+            yield (
                 f"partial_constant = {self.partial_constant:g} lets a wrong answer score above a right one: at most "
                 f"correct_score = {most:g}"
             )
-        return self
 
 
 class ContrastiveConfig(Section):
@@ -260,15 +264,12 @@ class EvalConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus sampling mass of those samples; 1 is off."""
     max_new_tokens: int | None = Field(None, ge=1)
-    """Longest completion in evaluation, greedy and sampled, in training too (tokens); rollout.max_new_tokens when
-    absent."""
+    """Longest completion of every evaluation, in training too (tokens); rollout.max_new_tokens when absent."""
 
-    @model_validator(mode="after")
-    def _possible_k(self) -> "EvalConfig":
+    def _conflicts(self) -> Iterator[str]:
         for name, values in (("k", self.k), ("maj_k", self.maj_k)):
             if values and max(values) > self.samples:
-                raise ValueError(f"{name} = {values}: at most samples = {self.samples}")
-        return self
+                yield f"{name} = {values}: at most samples = {self.samples}"
 
 
 class RolloutConfig(Section):
@@ -327,61 +328,40 @@ class RolloutConfig(Section):
     probe_tolerance: float | None = Field(None, gt=0)
     """Largest mean |log-prob difference| of that check (nats); when absent 1e-3 in float32, 0.05 in bfloat16."""
 
-    @model_validator(mode="after")
-    def _possible_engine(self) -> "RolloutConfig":
-        def need(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(message)
-
-        need(
-            not (self.async_depth and self.engine == "hf"),
-            'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained',
-        )
-        need(
-            self.engine == "hf" or 0.01 <= self.temperature <= 2,
-            f'temperature = {self.temperature:g} needs engine = "hf": vLLM takes 0.01 to 2',
-        )
-        need(
-            self.engine != "vllm-server" or self.samples_per_prompt <= self.batch_size,
-            f"samples_per_prompt = {self.samples_per_prompt} must be at most batch_size = {self.batch_size}: a vLLM "
-            "server takes a prompt's samples together",
-        )
-        need(
-            not (self.sleep_level and self.engine != "vllm"),
-            f'sleep_level = {self.sleep_level} needs engine = "vllm", this is "{self.engine}"',
-        )
-        need(
-            not (self.sleep_level and self.async_depth),
-            f"sleep_level = {self.sleep_level} needs async_depth = 0: the engine samples while the trainer updates",
-        )
-        need(
-            self.tensor_parallel == 1 or self.engine == "vllm-server",
-            f'tensor_parallel = {self.tensor_parallel} needs engine = "vllm-server", this is "{self.engine}"',
-        )
-        need(
-            not (self.servers or self.server_devices) or self.engine == "vllm-server",
-            f'servers and server_devices need engine = "vllm-server", this is "{self.engine}"',
-        )
-        need(
-            not (self.servers and self.server_devices),
-            "servers are running already and server_devices would be started: give one of the two",
-        )
-        need(len(set(self.servers)) == len(self.servers), f"servers = {self.servers}: an address is there twice")
+    def _conflicts(self) -> Iterator[str]:
+        engine, sleep, floor = self.engine, self.sleep_level, self.correction_floor
+        with_servers = engine == "vllm-server"
+        if self.async_depth and engine == "hf":
+            yield 'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained'
+        if engine != "hf" and not 0.01 <= self.temperature <= 2:
+            yield f'temperature = {self.temperature:g} needs engine = "hf": vLLM takes 0.01 to 2'
+        if with_servers and self.samples_per_prompt > self.batch_size:
+            yield (
+                f"samples_per_prompt = {self.samples_per_prompt} must be at most batch_size = {self.batch_size}: a "
+                "vLLM server takes a prompt's samples together"
+            )
+        if sleep and engine != "vllm":
+            yield f'sleep_level = {sleep} needs engine = "vllm", this is "{engine}"'
+        if sleep and self.async_depth:
+            yield f"sleep_level = {sleep} needs async_depth = 0: the engine samples while the trainer updates"
+        if self.tensor_parallel > 1 and not with_servers:
+            yield f'tensor_parallel = {self.tensor_parallel} needs engine = "vllm-server", this is "{engine}"'
+        if (self.servers or self.server_devices) and not with_servers:
+            yield f'servers and server_devices need engine = "vllm-server", this is "{engine}"'
+        if self.servers and self.server_devices:
+            yield "servers are running already and server_devices would be started: give one of the two"
+        if len(set(self.servers)) < len(self.servers):
+            yield f"servers = {self.servers}: an address is there twice"
         for url in self.servers:
-            need(
-                "@" not in url and "?" not in url,
-                "servers: an address holds credentials or a query, and would be saved with them; expected "
-                "http://host:port, and the servers' token in the environment variable CARFT_SERVER_TOKEN",
-            )
-            need(
-                url.startswith(("http://", "https://")),
-                f'servers: "{url}" is no address: expected http://host:port',
-            )
-        need(
-            not self.correction_floor or self.correction == "masked",
-            f'correction_floor = {self.correction_floor:g} needs correction = "masked", this is "{self.correction}"',
-        )
-        return self
+            if "@" in url or "?" in url:
+                yield (
+                    "servers: an address holds credentials or a query, and would be saved with them; expected "
+                    "http://host:port, and the servers' token in the environment variable CARFT_SERVER_TOKEN"
+                )
+            if not url.startswith(("http://", "https://")):
+                yield f'servers: "{url}" is no address: expected http://host:port'
+        if floor and self.correction != "masked":
+            yield f'correction_floor = {floor:g} needs correction = "masked", this is "{self.correction}"'
 
 
 class GuardConfig(Section):
@@ -409,7 +389,7 @@ class GuardConfig(Section):
 class DistributedConfig(Section):
     """Over the processes that `torchrun` or `accelerate launch` starts; without them none of it matters."""
 
-    strategy: Literal["auto", "ddp", "fsdp2", "zero2", "zero3"] = "auto"
+    strategy: Literal["auto", Strategy] = "auto"
     """How model and optimizer are divided: "ddp" not at all, "fsdp2" weights, gradients and moments, "zero2" gradients
     and moments, "zero3" all (DeepSpeed, extra `deepspeed`). "auto": what accelerate's config says, else "ddp"."""
     timeout_s: float = Field(1800.0, ge=10)
@@ -447,93 +427,74 @@ class Config(Section):
     def eval_max_new_tokens(self) -> int:
         return self.eval.max_new_tokens or self.rollout.max_new_tokens
 
-    @model_validator(mode="after")
-    def _without_secrets(self) -> "Config":
+    def _secrets(self) -> Iterator[str]:
         """A run saves its config, and reads it back on --resume: neither with a secret nor with a masked one."""
         for section, values in self.model_dump().items():
             for name, value in values.items() if isinstance(values, dict) else [("", values)]:
                 if masked(str(value)) != str(value):
                     key = f"{section}.{name}".rstrip(".")
-                    raise ValueError(f"{key} holds what looks like a password or token, and would be saved with it")
-        return self
+                    yield f"{key} holds what looks like a password or token, and would be saved with it"
 
-    @model_validator(mode="after")
-    def _possible_combination(self) -> "Config":
-        rl, per_prompt = self.rl, self.rollout.samples_per_prompt
+    def _conflicts(self) -> Iterator[str]:
+        yield from self._secrets()
+        model, data, rl, rollout, guard = self.model, self.data, self.rl, self.rollout, self.guard
+        per_prompt, longest = rollout.samples_per_prompt, data.max_length
         if rl.batch_size % per_prompt:
-            raise ValueError(
-                f"rl.batch_size = {rl.batch_size} must be a multiple of rollout.samples_per_prompt = {per_prompt}"
-            )
+            yield f"rl.batch_size = {rl.batch_size} must be a multiple of rollout.samples_per_prompt = {per_prompt}"
         if rl.mini_batch_size > rl.batch_size:
-            raise ValueError(
-                f"rl.mini_batch_size = {rl.mini_batch_size} must be at most rl.batch_size = {rl.batch_size}"
-            )
-        if self.model.attention == "flash_attention_2" and self.model.compute_dtype == "float32":
-            raise ValueError('model.attention = "flash_attention_2" needs model.compute_dtype = "bfloat16"')
+            yield f"rl.mini_batch_size = {rl.mini_batch_size} must be at most rl.batch_size = {rl.batch_size}"
+        if model.attention == "flash_attention_2" and model.compute_dtype == "float32":
+            yield 'model.attention = "flash_attention_2" needs model.compute_dtype = "bfloat16"'
         for stage, tokens in (("sft", self.sft.micro_batch_tokens), ("rl", rl.micro_batch_tokens)):
-            if tokens < self.data.max_length:
-                raise ValueError(
-                    f"{stage}.micro_batch_tokens = {tokens} must be at least data.max_length = {self.data.max_length}"
-                )
-        if rl.share_prompts and (self.model.attention, self.model.impl) != ("packed", "fast"):
-            raise ValueError(
+            if tokens < longest:
+                yield f"{stage}.micro_batch_tokens = {tokens} must be at least data.max_length = {longest}"
+        if rl.share_prompts and (model.attention, model.impl) != ("packed", "fast"):
+            yield (
                 'rl.share_prompts needs model.attention = "packed" and model.impl = "fast", these are '
-                f'"{self.model.attention}" and "{self.model.impl}"'
+                f'"{model.attention}" and "{model.impl}"'
             )
-        if rl.estimator != "gae":
-            if per_prompt == 1:
-                raise ValueError(
-                    f'rl.estimator = "{rl.estimator}" compares the samples of a question: rollout.samples_per_prompt '
-                    "must be at least 2, this is 1"
+        if rl.estimator != "gae" and per_prompt == 1:
+            yield (
+                f'rl.estimator = "{rl.estimator}" compares the samples of a question: rollout.samples_per_prompt '
+                "must be at least 2, this is 1"
+            )
+        if rl.estimator != "gae" and rl.kl_coef:
+            yield (
+                f'rl.kl_coef = {rl.kl_coef:g} is a per-token reward, which rl.estimator = "{rl.estimator}" does '
+                "not have: set it to 0, and rl.kl_loss_coef for a KL term in the loss"
+            )
+        if rollout.top_p < 1 or rollout.top_k:
+            whole = f"needs rollout.top_p = 1 and top_k = 0, these are {rollout.top_p:g} and {rollout.top_k}"
+            if model.impl == "padded":
+                yield f'model.impl = "padded" {whole}: the plain path does not cut its distribution to the sampler\'s'
+            if rl.old_logprobs == "sampled":
+                yield (
+                    f'rl.old_logprobs = "sampled" {whole}: the sampler\'s log-probs are of the tokens it kept, the '
+                    "policy's of all"
                 )
-            if rl.kl_coef:
-                raise ValueError(
-                    f'rl.kl_coef = {rl.kl_coef:g} is a per-token reward, which rl.estimator = "{rl.estimator}" does '
-                    "not have: set it to 0, and rl.kl_loss_coef for a KL term in the loss"
-                )
-        if self.model.impl == "padded" and (self.rollout.top_p < 1 or self.rollout.top_k):
-            raise ValueError(
-                f'model.impl = "padded" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} and '
-                f"{self.rollout.top_k}: the plain path does not cut its distribution to the sampler's"
-            )
-        if rl.old_logprobs == "sampled" and (self.rollout.top_p < 1 or self.rollout.top_k):
-            raise ValueError(
-                f'rl.old_logprobs = "sampled" needs rollout.top_p = 1 and top_k = 0, these are {self.rollout.top_p:g} '
-                f"and {self.rollout.top_k}: the sampler's log-probs are of the tokens it kept, the policy's of all"
-            )
-        if rl.old_logprobs == "sampled" and self.rollout.correction != "none":
-            raise ValueError(
-                f'rollout.correction = "{self.rollout.correction}" needs rl.old_logprobs = "recompute": with "sampled" '
+        if rl.old_logprobs == "sampled" and rollout.correction != "none":
+            yield (
+                f'rollout.correction = "{rollout.correction}" needs rl.old_logprobs = "recompute": with "sampled" '
                 "the policy's ratio is against the sampler already"
             )
-        if self.rollout.max_new_tokens >= self.data.max_length:
-            raise ValueError(
-                f"rollout.max_new_tokens = {self.rollout.max_new_tokens} must be below data.max_length = "
-                f"{self.data.max_length}: the prompt needs room"
+        for section, new_tokens in (("rollout", rollout.max_new_tokens), ("eval", self.eval_max_new_tokens)):
+            if new_tokens >= longest:
+                yield (
+                    f"{section}.max_new_tokens = {new_tokens} must be below data.max_length = {longest}: the prompt "
+                    "needs room"
+                )
+        if guard.action != "off" and guard.kl_max and not (rl.kl_coef or rl.kl_loss_coef):
+            yield (
+                f"guard.kl_max = {guard.kl_max:g} needs a reference: rl.kl_coef or rl.kl_loss_coef above 0, both are 0"
             )
-        if self.guard.action != "off" and self.guard.kl_max and not (rl.kl_coef or rl.kl_loss_coef):
-            raise ValueError(
-                f"guard.kl_max = {self.guard.kl_max:g} needs a reference: rl.kl_coef or rl.kl_loss_coef above 0, both "
-                "are 0"
-            )
-        if self.guard.action == "rollback" and self.rollout.async_depth:
-            raise ValueError(
-                'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'
-            )
-        if self.eval_max_new_tokens >= self.data.max_length:
-            raise ValueError(
-                f"eval.max_new_tokens = {self.eval_max_new_tokens} must be below data.max_length = "
-                f"{self.data.max_length}: the prompt needs room"
-            )
-        if self.rollout.engine != "hf" and not 0.01 <= self.eval.temperature <= 2:
-            raise ValueError(
-                f'eval.temperature = {self.eval.temperature:g} needs rollout.engine = "hf": vLLM takes 0.01 to 2'
-            )
-        if self.rollout.engine == "vllm-server" and self.eval.samples > self.rollout.batch_size:
-            raise ValueError(
-                f"eval.samples = {self.eval.samples} must be at most rollout.batch_size = {self.rollout.batch_size}: a "
+        if guard.action == "rollback" and rollout.async_depth:
+            yield 'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'
+        if rollout.engine != "hf" and not 0.01 <= self.eval.temperature <= 2:
+            yield f'eval.temperature = {self.eval.temperature:g} needs rollout.engine = "hf": vLLM takes 0.01 to 2'
+        if rollout.engine == "vllm-server" and self.eval.samples > rollout.batch_size:
+            yield (
+                f"eval.samples = {self.eval.samples} must be at most rollout.batch_size = {rollout.batch_size}: a "
                 "vLLM server takes a prompt's samples together"
             )
-        if (SYNTHETIC in (self.data.train, self.data.eval)) != (self.data.train == self.data.eval == SYNTHETIC):
-            raise ValueError('data.train and data.eval must both be "synthetic" or neither')
-        return self
+        if (SYNTHETIC in (data.train, data.eval)) != (data.train == data.eval == SYNTHETIC):
+            yield 'data.train and data.eval must both be "synthetic" or neither'

@@ -1,5 +1,6 @@
 from .console import Console as Console
 from .console import Tracker as Tracker
+from .devices import to_device as to_device
 from .durable import MANIFEST as MANIFEST
 from .durable import TEMPORARY as TEMPORARY
 from .durable import find_damage as find_damage

@@ -8,14 +8,7 @@ from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from carft_fast.core.durable import writing
 from carft_fast.core.processes import is_main
@@ -27,46 +20,23 @@ PLAIN_LINE_SECONDS = 5.0
 class Tracker:
     """One piece of work of `total` units. `advance` is cheap; it prints at most every few seconds off a terminal."""
 
-    def __init__(self, console: "Console", description: str, total: int, unit: str) -> None:
+    def __init__(self, console: "Console", description: str, total: int, unit: str, done: int) -> None:
         self._console, self._description, self._total, self._unit = console, description, total, unit
-        self._done, self._start = 0, time.monotonic()
-        self._last_line = self._start
-        self._first = 0
-        self._task = (
-            console.progress.add_task(description, total=total, rate="", note="") if console.is_terminal else None
-        )
-
-    def skip(self, n: int) -> None:
-        """Count n units as done before this run (a resumed run): they do not enter the rate."""
-        self._done = self._first = n
-        self._show("")
+        self._done = self._done_before = done
+        self._start = self._last_line = time.monotonic()
+        self.task = console.progress.add_task(description, total=total, completed=done, rate="", note="")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._done += n
-        self._show(note)
-
-    def _show(self, note: str) -> None:
         now = time.monotonic()
-        elapsed = max(now - self._start, 1e-9)
-        rate = (self._done - self._first) / elapsed
-        if self._task is not None:
-            self._console.progress.update(self._task, completed=self._done, rate=self._rate_text(rate), note=note)
-        elif now - self._last_line >= PLAIN_LINE_SECONDS:
+        rate = (self._done - self._done_before) / max(now - self._start, 1e-9)
+        # seconds per unit where that is the more readable
+        shown = f"{1 / rate:.1f} s per {self._unit.removesuffix('s')}" if 0 < rate < 1 else f"{rate:.1f} {self._unit}/s"
+        self._console.progress.update(self.task, completed=self._done, rate=shown, note=note)
+        if not self._console.is_terminal and now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
             eta = f"{(self._total - self._done) / rate:.0f} s" if rate else "unknown"
-            self._console.log(
-                f"{self._description} {self._done}/{self._total}  {self._rate_text(rate)}  ETA {eta}  {note}".rstrip()
-            )
-
-    def _rate_text(self, rate: float) -> str:
-        """Units per second, or seconds per unit where that is the readable way round."""
-        if 0 < rate < 1:
-            return f"{1 / rate:.1f} s per {self._unit.removesuffix('s')}"
-        return f"{rate:.1f} {self._unit}/s"
-
-    def close(self) -> None:
-        if self._task is not None:
-            self._console.progress.remove_task(self._task)
+            self._console.log(f"{self._description} {self._done}/{self._total}  {shown}  ETA {eta}  {note}".rstrip())
 
 
 class Console:
@@ -88,7 +58,6 @@ class Console:
             console=self._rich,
             transient=True,
         )
-        self._tracking = 0
 
     def log_to(self, path: Path) -> None:
         self._log_path = path
@@ -106,17 +75,16 @@ class Console:
         self._append(redact(capture.get().rstrip()))
 
     @contextmanager
-    def track(self, description: str, total: int, unit: str) -> Iterator[Tracker]:
-        tracker = Tracker(self, description, total, unit)
-        if self.is_terminal and self._tracking == 0:
-            self.progress.start()
-        self._tracking += 1
+    def track(self, description: str, total: int, unit: str, *, done: int = 0) -> Iterator[Tracker]:
+        """The bar of one piece of work. Units `done` before this run do not count for the rate."""
+        tracker = Tracker(self, description, total, unit, done)
+        if self.is_terminal:
+            self.progress.start()  # nothing where it has started
         try:
             yield tracker
         finally:
-            tracker.close()
-            self._tracking -= 1
-            if self.is_terminal and self._tracking == 0:
+            self.progress.remove_task(tracker.task)
+            if self.is_terminal and not self.progress.tasks:
                 self.progress.stop()
 
     def _append(self, message: str) -> None:

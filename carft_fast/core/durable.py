@@ -1,7 +1,7 @@
 """Writes that a kill cannot spoil, folders that show damage, and disks that are full.
 
-A folder is filled under a temporary name, sealed with a manifest of its files, synced to disk, then renamed. What a
-kill leaves has a name that begins with TEMPORARY. What a disk loses later differs from the manifest.
+A folder is filled under a temporary name, sealed with a manifest of its files, synced to disk, then renamed. A killed
+write leaves a name that begins with TEMPORARY. A file damaged later differs from the manifest.
 """
 
 import errno
@@ -150,10 +150,8 @@ def _refusal(error: BaseException) -> str | None:
 
 
 def _free_bytes(target: Path) -> int:
-    folder = target.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    path = target.absolute()
+    return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 def _write_manifest(folder: Path) -> None:

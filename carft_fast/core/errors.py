@@ -1,33 +1,24 @@
-"""What a user can get wrong."""
+"""What a run raises for its user. The command line prints the message alone.
+
+After InputError it exits with 2; nothing was written. After the others it exits with 1; --resume goes on from the last
+checkpoint.
+"""
 
 
 class InputError(ValueError):
-    """Bad input: config, data, model folder, command line. The message names the thing, the value and what is allowed.
-
-    The command line prints the message alone and exits with 2.
-    """
+    """Bad config, data, model folder or command line. The message names the thing, the value and what is allowed."""
 
 
 class RewardError(RuntimeError):
-    """Rewards cannot be computed: a user's function returned something else than scores, or a grader died.
-
-    The command line prints the message alone and exits with 1; --resume goes on from the last checkpoint.
-    """
+    """Rewards cannot be computed: a user's function returned something else than scores, or a grader died."""
 
 
 class EngineError(RuntimeError):
-    """The sampler cannot go on: not started, out of memory, dead, or with other weights than the trainer's.
-
-    The message says what to do. The command line prints it alone and exits with 1; --resume goes on from the last
-    checkpoint.
-    """
+    """The sampler is not started, out of memory, dead, or has other weights than the trainer. Says what to do."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on: its gradients stopped being finite, or a disk takes no more.
-
-    The command line prints the message alone and exits with 1; --resume goes on from the last checkpoint.
-    """
+    """Training cannot go on: its gradients stopped being finite, or a disk takes no more."""
 
 
 def first_line(error: Exception) -> str:

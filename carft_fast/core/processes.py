@@ -1,8 +1,7 @@
 """What the processes of a run share. Without a process group there is one process, and nothing here communicates.
 
-Every process knows the whole step: prompts are a function of (seed, step), completions and grades are exchanged, and
-the results of forwards are gathered. Only forwards, backwards and sampling are divided. So all processes compute
-whitening, metrics and every decision from the same numbers.
+Only sampling, grading, forwards and backwards are divided; their results are gathered on every process. So all
+processes compute whitening, metrics and every decision from the same numbers.
 """
 
 import atexit
@@ -35,25 +34,27 @@ def is_main() -> bool:
 
 
 def join(device_type: str, timeout_s: float) -> None:
-    """Join the processes that `torchrun` or `accelerate launch` started; a process started alone stays alone.
+    """Join the processes that `torchrun` or `accelerate launch` started: gloo for CPU tensors, NCCL for those on GPUs.
 
-    Tensors on the CPU use gloo, those on GPUs NCCL. A collective that waits longer than `timeout_s` fails.
+    A collective that waits longer than `timeout_s` fails. Nothing happens in a process that was started alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         return
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else transformers leaves all weights but the first's empty
-    backend = "gloo"
+    backend, device = "gloo", None
     if device_type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # without `device_id` a barrier guesses the device from the rank
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device)
 
 
 def leave(exit_code: int = 0) -> NoReturn:
     """End a process that may have joined others, without finalizing Python's interpreter.
 
-    FSDP2's meshes keep gloo's threads alive after `destroy_process_group`. Such a thread may free a tensor late, and
-    aborts the process if the interpreter is being finalized then (pytorch#190489).
+    FSDP2's meshes keep gloo's threads after `destroy_process_group`. Such a thread may free a tensor late. That aborts
+    the process if the interpreter is being finalized (pytorch#190489).
     """
     if exit_code == 0 and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()  # after a failure it might wait for a process that is gone
@@ -105,7 +106,7 @@ def _sendable(outcome: tuple[Any, Exception | None]) -> tuple[Any, Exception | N
 
 
 def own_share(n: int) -> slice:
-    """This process's contiguous part of n items; parts differ by one item at most."""
+    """This process's contiguous part of n items; parts differ by at most one item."""
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
@@ -115,10 +116,10 @@ def own_turns(items: Sequence[T]) -> Sequence[T]:
 
 
 def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[int]) -> dict[int, Tensor]:
-    """Every row's tensor from all processes.
+    """Every row's tensor from all processes, by row.
 
-    `dealt` are the groups of rows that the ranks took in turn. `own` holds the results of this process's groups one
-    after the other; it may be empty. sizes[row] is a row's number of entries, so that no size has to be exchanged.
+    `dealt`: groups of rows, which the ranks took in turn (`own_turns`). `own`: the results of this process's groups,
+    concatenated; it may be empty. sizes[row]: a row's number of entries, so no size has to be exchanged.
     """
     size = world_size()
     by_rank = [[i for group in dealt[r::size] for i in group] for r in range(size)]
@@ -131,15 +132,20 @@ def gather_by_row(own: Tensor, dealt: Sequence[Sequence[int]], sizes: Sequence[i
     }
 
 
-def gather_rows(x_BE: Tensor, gradient: Literal["full", "local", "none"]) -> tuple[Tensor, int]:
+def gather_rows(
+    x_BE: Tensor, counts: Sequence[int] | None, gradient: Literal["full", "local", "none"]
+) -> tuple[Tensor, int]:
     """The rows of all processes in rank order, and the index of this process's first. A process may have none.
 
+    `counts`: how many rows each process has, so that nothing is exchanged to find it; not read where there is one.
     "full": every row carries the sum of its gradients on all processes, which all have to take part in the backward
     pass. "local": only this process's rows carry gradient. "none": no row does.
     """
     if world_size() == 1:
         return (x_BE.detach() if gradient == "none" else x_BE), 0
-    sizes = _all_rows(torch.tensor([len(x_BE)], device=x_BE.device), [1] * world_size()).tolist()
+    assert counts is not None
+    assert counts[rank()] == len(x_BE)
+    sizes = list(counts)
     start = sum(sizes[: rank()])
     if gradient == "full":
         return _GatherRows.apply(x_BE, sizes, start), start

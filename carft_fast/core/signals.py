@@ -25,8 +25,8 @@ class StopRequest:
     def __init__(self, *, several: bool = False) -> None:
         self._several = several
         self._signum: int | None = None
-        self.held = False
-        """Between a step's update and the count of it: what is saved there would be trained on twice."""
+        self.deferred = False
+        """Between a step's update and the count of it: a checkpoint of that moment would repeat the update."""
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -42,11 +42,11 @@ class StopRequest:
                 signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def check(self) -> None:
-        if not self.held:
+        if not self.deferred:
             self.check_aside()
 
     def check_aside(self) -> None:
-        """For work beside the step, which nothing is saved after: a stop ends it at once."""
+        """For work in another thread than the step's, whose result is not saved: a stop ends it at once."""
         if self._signum is not None and not self._several:
             raise Stopped(self._signum)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from carft_fast.config import Config
+from carft_fast.config import Config, RewardConfig
 from carft_fast.core import Example
 from carft_fast.data.load import load_set
 from carft_fast.data.prompts import PromptFormat, too_long
-from carft_fast.rewards import extract_answer, parse_target, same_answer
+from carft_fast.rewards import Answer, extract_answer, parse_target, same_answer
 
 SHOWN = 3
 
@@ -75,11 +75,9 @@ class Check:
         """For a person to read; lengths first, then what is wrong with how many rows, and the first of them."""
         table = Table("", "", "first of them", title=f"{self.source}: {self.rows_used} of {self.rows_read} rows usable")
 
-        def add(name: str, finding: Finding | None) -> None:
-            if finding is None:
-                table.add_row(name, "not checked", "")
-            else:
-                table.add_row(name, f"{finding.count:,}", "\n".join(finding.examples))
+        def add(name: str, found: Finding | None) -> None:
+            cells = ("not checked", "") if found is None else (f"{found.count:,}", "\n".join(found.examples))
+            table.add_row(name, *cells)
 
         for name, lengths in self.lengths.items():
             if lengths is not None:
@@ -115,22 +113,18 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     Without a tokenizer lengths are in characters, which no limit can be held against. `against` is a test set whose
     questions should not be in `path`. Raises InputError for a source that cannot be read or has no usable row.
     """
-    data, rule = config.data, config.reward
+    data = config.data
     examples, report = load_set(config, "train", path, all_rows=True)
     tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
     form = PromptFormat(tokenizer, data.template if tokenizer is not None else "carft")
-    prompts: list[int] = []
-    completions: list[list[int]] = []
-    for example in examples:
-        if tokenizer is None:
-            prompts.append(len(form.prompt_text(example.question)))
-            completions.append([len(form.completion_text(cot, example.answer)) for cot in example.cots])
-        else:
-            prompts.append(len(form.prompt_ids(example.question)))
-            completions.append([len(form.completion_ids(cot, example.answer)) for cot in example.cots])
+    if tokenizer is None:
+        prompts = [len(form.prompt_text(e.question)) for e in examples]
+        completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
+    else:
+        prompts = [len(form.prompt_ids(e.question)) for e in examples]
+        completions = [[len(form.completion_ids(cot, e.answer)) for cot in e.cots] for e in examples]
     totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
-    limits = {"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens}
     check = Check(
         source=path,
         against=against,
@@ -145,28 +139,20 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
             "annotated completion": Lengths.of(n for row in completions for n in row),
             "prompt and completion": Lengths.of(totals),
         },
-        limits=limits,
+        limits={"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens},
+        annotations_over_max_new_tokens=Finding() if tokenizer is not None else None,
+        in_test_set=Finding() if against else None,
     )
-    if tokenizer is not None:
-        _look_at_limits(check, examples, prompts, completions)
-    for example in examples:
+    known = {normalised(example.question) for example in tested}
+    answers: dict[str, list[Answer]] = {}
+    for example, prompt, row in zip(examples, prompts, completions, strict=True):
+        question = normalised(example.question)
         if not example.cots:
             check.not_annotated.add(example, example.question)
-        if rule.fn:  # which alone knows what an annotation answers
-            continue
-        target = parse_target(example.answer, answer_type=rule.answer_type)
-        for cot in example.cots:
-            stated = extract_answer(cot, answer_type=rule.answer_type)
-            check.annotations_with_an_answer += stated is not None
-            if stated is not None and not same_answer(stated, target, rule.tolerance):
-                check.annotations_with_another_answer.add(example, f"says {stated}, the target is {target}")
-    _look_for_repeats(check, examples, config)
-    if against:
-        check.in_test_set = Finding()
-        known = {normalised(example.question) for example in tested}
-        for example in examples:
-            if normalised(example.question) in known:
-                check.in_test_set.add(example, example.question)
+        if check.in_test_set is not None and question in known:
+            check.in_test_set.add(example, example.question)
+        _check_limits(check, example, prompt, row)
+        _check_answers(check, example, answers.setdefault(question, []), config.reward)
     return check
 
 
@@ -175,28 +161,29 @@ def normalised(question: str) -> str:
     return " ".join(question.casefold().split())
 
 
-def _look_at_limits(
-    check: Check, examples: Sequence[Example], prompts: Sequence[int], completions: Sequence[Sequence[int]]
-) -> None:
+def _check_limits(check: Check, example: Example, prompt: int, completions: Sequence[int]) -> None:
+    over = check.annotations_over_max_new_tokens
+    if over is None:  # lengths are in characters
+        return
     longest, max_new_tokens = check.limits["max_length"], check.limits["max_new_tokens"]
-    check.annotations_over_max_new_tokens = Finding()
-    for example, prompt, row in zip(examples, prompts, completions, strict=True):
-        reason = too_long(prompt, min(row, default=0), max_length=longest, max_prompt_length=longest - max_new_tokens)
-        if reason:
-            check.too_long.setdefault(reason, Finding()).add(example, f"{prompt} + {min(row, default=0)} tokens")
-        for completion in row:
-            if completion > max_new_tokens:
-                check.annotations_over_max_new_tokens.add(example, f"{completion} tokens")
+    shortest = min(completions, default=0)
+    if reason := too_long(prompt, shortest, max_length=longest, max_prompt_length=longest - max_new_tokens):
+        check.too_long.setdefault(reason, Finding()).add(example, f"{prompt} + {shortest} tokens")
+    for completion in completions:
+        if completion > max_new_tokens:
+            over.add(example, f"{completion} tokens")
 
 
-def _look_for_repeats(check: Check, examples: Sequence[Example], config: Config) -> None:
-    seen: dict[str, list[Any]] = {}
-    rule = config.reward
-    for example in examples:
-        answer = example.answer if rule.fn else parse_target(example.answer, answer_type=rule.answer_type)
-        earlier = seen.setdefault(normalised(example.question), [])
-        if any(same_answer(answer, other, rule.tolerance) for other in earlier):
-            check.repeated_with_the_same_answer.add(example, example.question)
-        elif earlier:
-            check.repeated_with_another_answer.add(example, f"{answer}, before {earlier[0]}: {example.question}")
-        earlier.append(answer)
+def _check_answers(check: Check, example: Example, earlier: list[Answer], rule: RewardConfig) -> None:
+    """`earlier` has the answers of rows with the same question, and gets this row's."""
+    target = example.answer if rule.fn else parse_target(example.answer, answer_type=rule.answer_type)
+    if any(same_answer(target, other, rule.tolerance) for other in earlier):
+        check.repeated_with_the_same_answer.add(example, example.question)
+    elif earlier:
+        check.repeated_with_another_answer.add(example, f"{target}, before {earlier[0]}: {example.question}")
+    earlier.append(target)
+    for cot in () if rule.fn else example.cots:  # a function alone knows what an annotation answers
+        stated = extract_answer(cot, answer_type=rule.answer_type)
+        check.annotations_with_an_answer += stated is not None
+        if stated is not None and not same_answer(stated, target, rule.tolerance):
+            check.annotations_with_another_answer.add(example, f"says {stated}, the target is {target}")

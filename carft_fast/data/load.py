@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from carft_fast.config import AnswerType, CalculatorMarks, Config, DataFormat
+from carft_fast.config import SYNTHETIC, AnswerType, CalculatorMarks, Config, DataFormat
 from carft_fast.core import Example, InputError
+from carft_fast.data.synthetic import make_task
 from carft_fast.rewards import Answer, parse_target
 
 Source = str | Iterable[Any]
 """A file, a folder, a Hub id, or rows: dicts, `Example`s, or a `datasets.Dataset`."""
 FIELDS = ("question", "cot", "answer", "item_id")
 REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_value", "item_id": "item_id"}
-GSM8K_FIELDS = {"question": "question", "cot": "answer", "answer": "answer"}
+FORMAT_FIELDS = {"reft": REFT_FIELDS, "gsm8k": {"question": "question", "cot": "answer", "answer": "answer"}}
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
 _SHOWN = 3
@@ -78,6 +79,9 @@ def load_set(
     """
     data, train = config.data, name == "train"
     limit = data.train_rows if train else data.eval_rows
+    if source == SYNTHETIC:
+        rows = make_task(config.seed)[0 if train else 1][:limit]
+        return rows, LoadReport(SYNTHETIC, len(rows), len(rows))
     return load_examples(
         source,
         label=source if isinstance(source, str) else f"the rows given as {name}",
@@ -108,12 +112,11 @@ def load_examples(
     """Read a source and keep the rows that can be used.
 
     Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
-    reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" (own `fields`), "hub"
-    (`datasets`, own `fields` or recognised ones), "auto" (by what is there). Rows of Python are read like "jsonl";
-    `Example`s have the names of their fields. An annotation may be a list of texts. Columns that are no field become
-    `Example.extra`. `merge_questions` makes one example of rows with the same question and answer, with the first one's
-    extra. `limit` keeps that many usable examples from the top. `label` is what the source is called.
-    Answers must be targets of `answer_type`; None takes any text.
+    reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" and "hub" (`datasets`) with
+    own `fields` or recognised ones, "auto" (by what is there). Rows given in Python are read like "jsonl". An
+    annotation may be a list of texts. Columns that are no field become `Example.extra`. `merge_questions` makes one
+    example of rows with the same question and answer, with the first one's extra. `limit` keeps that many usable
+    examples from the top. `label` names the source. Answers must be targets of `answer_type`; None takes any text.
 
     Raises InputError for a source that cannot be read, or without one usable row.
     """
@@ -125,9 +128,10 @@ def load_examples(
         if limit is not None and len(examples) == limit and not merge_questions:
             break
         report.rows_read += 1
-        example = _to_example(row, number, names, answer_type, calculator_marks, require_cot, report)
-        if example is not None:
-            examples.append(example)
+        try:
+            examples.append(_to_example(row, number, names, answer_type, calculator_marks, require_cot))
+        except _RowError as error:
+            report.reject(*error.args)
     if merge_questions:
         merged = _merge(examples, answer_type)
         report.rows_merged = len(examples) - len(merged)
@@ -150,6 +154,10 @@ def _merge(examples: Iterable[Example], answer_type: AnswerType | None) -> list[
     ]
 
 
+class _RowError(Exception):
+    """Its arguments are those of `LoadReport.reject`."""
+
+
 def _to_example(
     row: Any,
     number: int,
@@ -157,8 +165,7 @@ def _to_example(
     answer_type: AnswerType | None,
     calculator_marks: CalculatorMarks,
     require_cot: bool,
-    report: LoadReport,
-) -> Example | None:
+) -> Example:
     where = f"row {number}"
     if isinstance(row, Example):
         extra, names = row.extra, {name: name for name in FIELDS}
@@ -167,40 +174,34 @@ def _to_example(
         extra = {key: value for key, value in row.items() if key not in names.values()}
         found = {name: row.get(key) for name, key in names.items()}
     else:
-        report.reject("not an object", where, str(row))
-        return None
+        raise _RowError("not an object", where, str(row))
     values = {name: value for name, value in found.items() if value is not None}
     where += f" ({values['item_id']})" if "item_id" in values else ""
     texts: dict[str, list[str]] = {name: [] for name in FIELDS}
     for name, value in values.items():
         parts = value if name == "cot" and isinstance(value, list | tuple) else [value]
         if not all(isinstance(part, (str, int, float)) for part in parts):
-            report.reject(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
-            return None
+            raise _RowError(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
         texts[name] = [text for part in parts if (text := str(part).strip())]
         if not all(map(_is_text, texts[name])):
-            report.reject(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
-            return None
+            raise _RowError(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
     question, answer = ("".join(texts[name]) for name in ("question", "answer"))
     cots = texts["cot"]
     if names.get("cot") == names["answer"] or (not cots and "####" in answer):
         cot, _, answer = (part.strip() for part in answer.rpartition("####"))
         cots = [_CALCULATOR_MARK.sub("", cot) if calculator_marks == "strip" else cot] if cot else []
     if not question:
-        report.reject(f'no question (field "{names["question"]}")', where)
-    elif not answer:
-        report.reject(f'no answer (field "{names["answer"]}")', where, question)
-    elif require_cot and not cots:
-        report.reject("no annotated reasoning", where, question)
-    else:
-        try:
-            if answer_type is not None:
-                parse_target(answer, answer_type=answer_type)
-        except ValueError as error:
-            report.reject("unparsable answer", where, str(error))
-            return None
-        return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
-    return None
+        raise _RowError(f'no question (field "{names["question"]}")', where)
+    if not answer:
+        raise _RowError(f'no answer (field "{names["answer"]}")', where, question)
+    if require_cot and not cots:
+        raise _RowError("no annotated reasoning", where, question)
+    try:
+        if answer_type is not None:
+            parse_target(answer, answer_type=answer_type)
+    except ValueError as error:
+        raise _RowError("unparsable answer", where, str(error)) from None
+    return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
 
 
 def _is_text(text: str) -> bool:
@@ -216,19 +217,16 @@ def _open(
         raise InputError(f"data.fields: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
     if not isinstance(source, str):
         return _with_fields(source, label, fields, require_cot)
-    path = source
     if format == "auto":
-        format = _guess(path)
+        format = _guess(source)
     if format == "hub":
-        return _open_hub(path, split, fields, require_cot)
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such file")
-    rows = _read_json_list(path) if format == "reft" else _read_json_lines(path)
-    if format == "reft":
-        return rows, REFT_FIELDS | fields
-    if format == "gsm8k":
-        return rows, GSM8K_FIELDS | fields
-    return _with_fields(rows, path, fields, require_cot)
+        return _with_fields(_read_hub(source, split), source, fields, require_cot)
+    if not Path(source).is_file():
+        raise InputError(f"{source}: no such file")
+    rows = _read_json_list(source) if format == "reft" else _read_json_lines(source)
+    if format in FORMAT_FIELDS:
+        return rows, FORMAT_FIELDS[format] | fields
+    return _with_fields(rows, source, fields, require_cot)
 
 
 def _guess(path: str) -> str:
@@ -242,11 +240,7 @@ def _guess(path: str) -> str:
 
 
 def _read_json_list(path: str) -> list[Any]:
-    text = _read_text(path)
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+    rows = _parse_json(_read_text(path), path)
     if not isinstance(rows, list):
         raise InputError(f"{path}: a JSON list of rows is expected, this is {type(rows).__name__}")
     return rows
@@ -254,12 +248,15 @@ def _read_json_list(path: str) -> list[Any]:
 
 def _read_json_lines(path: str) -> Iterator[Any]:
     for number, line in enumerate(_read_text(path).split("\n"), 1):  # not splitlines(): JSON text may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not valid JSON: {error.msg}") from None
+        if line.strip():
+            yield _parse_json(line, path, number)
+
+
+def _parse_json(text: str, path: str, line: int | None = None) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {line or error.lineno}: not valid JSON: {error.msg}") from None
 
 
 def _read_text(path: str) -> str:
@@ -281,12 +278,8 @@ def _with_fields(
     """
     rows = list(rows)
     keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-    names = dict(fields)
-    for name in FIELDS:
-        for candidate in () if name in names else (REFT_FIELDS[name], name):
-            if candidate in keys:
-                names[name] = candidate
-                break
+    found = {name: key for name in FIELDS for key in (name, REFT_FIELDS[name]) if key in keys and name not in fields}
+    names = fields | found
     needed = {"question", "answer"} | (set(fields) if require_cot else set(fields) - {"cot"})
     for name in FIELDS:
         if keys and name in needed and names.get(name) not in keys:
@@ -297,7 +290,7 @@ def _with_fields(
     return rows, {"question": "question", "answer": "answer"} | names
 
 
-def _open_hub(path: str, split: str, fields: dict[str, str], require_cot: bool) -> tuple[list[Any], dict[str, str]]:
+def _read_hub(path: str, split: str) -> list[Any]:
     import datasets
 
     try:
@@ -306,4 +299,4 @@ def _open_hub(path: str, split: str, fields: dict[str, str], require_cot: bool) 
     except Exception as error:  # datasets raises many kinds; all mean the same to the user
         message = str(error).strip().splitlines()
         raise InputError(f"{path}: the dataset could not be loaded: {message[0] if message else error!r}") from None
-    return _with_fields(list(rows), path, fields, require_cot)
+    return list(rows)

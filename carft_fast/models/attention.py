@@ -9,7 +9,9 @@ On CUDA in half precision one FlashAttention kernel of torch takes all segments;
 by one, which on a CPU is as fast: its work is linear in the segments, and no [T, T] mask exists.
 """
 
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,6 +99,9 @@ def packed_attention(
         key, value = (torch.cat(pair, 2) for pair in zip(segments.before.layers[module], (key, value), strict=True))
     if segments.key_index is not None:
         key, value = (x.index_select(2, segments.key_index) for x in (key, value))
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     attend = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _by_segment
     return attend(query, key, value, scaling, sliding_window, segments), None
 
@@ -126,6 +131,12 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    options: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if _takes_grouped_heads(varlen_attn):
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     output = varlen_attn(
         q,
         k,
@@ -136,10 +147,16 @@ def _varlen(
         max(segments.k_lengths),
         scale=scaling,
         window_size=((window or 0) - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(output, Tensor)
     return output[None]
+
+
+@functools.cache
+def _takes_grouped_heads(varlen_attn: Callable[..., Any]) -> bool:
+    """From torch 2.12 on: before, keys and values need as many heads as queries."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def _causal_mask(

@@ -123,17 +123,21 @@ class CarftModel(nn.Module):
                 logits_1CV = self.lm(**inputs, logits_to_keep=batch.predict_index_C).logits
         return ModelOutput(captured[0][0], logits_1CV[0])
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Matmuls in `compute_dtype`; training and sampling both run in it."""
+    def autocast(self, *, keep_casts: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """Matmuls in `compute_dtype`; training and sampling both run in it.
+
+        `keep_casts`: trained weights stay cast until the end, for code that uses them again and again. A forward uses
+        each once, and would hold a copy of all of them.
+        """
         enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled)
+        return torch.autocast(self.device.type, self.compute_dtype, enabled=enabled, cache_enabled=keep_casts)
 
     @contextlib.contextmanager
     def padded(self) -> Iterator[PreTrainedModel]:
         """The causal LM for padded batches and `generate`: evaluation mode, transformers' own SDPA, no compilation."""
         was_training = self.lm.training
         self.lm.eval()  # gradient checkpointing (training mode) would switch the KV cache off
-        if self.attention == PACKED:
+        if self.attention == PACKED or self.attention.startswith("flash_attention"):  # flash-attn refuses float32
             self.lm.config._attn_implementation = "sdpa"
         try:
             with torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext():

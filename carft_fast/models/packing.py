@@ -36,6 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from carft_fast.core import to_device
 from carft_fast.models.attention import PromptStates, Segments
 
 
@@ -118,7 +119,7 @@ def pack(
     lengths = [len(completion) for completion in completions]
     columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths), kept]
     indexed = bool(shared_at) or after is not None
-    shipped = _to_device([*columns, keys] if indexed else columns, device)
+    shipped = _columns_on([*columns, keys] if indexed else columns, device)
     return PackedBatch(
         ids_T=shipped[0],
         position_T=shipped[1],
@@ -142,12 +143,10 @@ def _offsets(lengths: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)]
 
 
-def _to_device(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """int64 tensors by one copy that nobody waits for."""
+def _columns_on(columns: Sequence[list[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """int64 tensors, by one copy."""
     host = torch.frombuffer(array("q", list(itertools.chain.from_iterable(columns))), dtype=torch.int64)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True).split([len(column) for column in columns])
+    return to_device(host, torch.int64, device).split([len(column) for column in columns])
 
 
 def balanced_batches(

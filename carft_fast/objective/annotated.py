@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from carft_fast.core import world_size
+from carft_fast.core import to_device, world_size
 from carft_fast.models import PromptStates
 from carft_fast.objective.passes import Outputs, Passes, Rows, gathered
 from carft_kernels import lcs_mask
@@ -20,8 +20,8 @@ def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[
     """
 
     def packed(rows: Rows) -> tuple[Tensor, Tensor]:
-        ids = torch.tensor([token for completion in rows.completions for token in completion], device=device)
-        return ids, torch.tensor([0, *itertools.accumulate(rows.lengths)], device=device)
+        ids = to_device([token for completion in rows.completions for token in completion], torch.int64, device)
+        return ids, to_device([0, *itertools.accumulate(rows.lengths)], torch.int64, device)
 
     in_annotated, in_rollout = lcs_mask(*packed(annotated), *packed(rollouts))
     common = in_rollout.split(rollouts.lengths)
@@ -78,5 +78,5 @@ class Annotated:
         z = gathered(own, self.rows, micros).z
         assert z is not None
         places = {i: (row, k) for row, members in enumerate(self._samples) for k, i in enumerate(members)}
-        row_N, sample_N = torch.tensor([places[i] for i in range(len(places))], device=z.device).T
+        row_N, sample_N = to_device([places[i] for i in range(len(places))], torch.int64, z.device).T
         return z[row_N, 0], z[row_N, 1 + sample_N] if self._has_parts else None

@@ -224,7 +224,7 @@ def cot_embeddings(
 class ContrastTargets(NamedTuple):
     """What the contrastive loss needs to know of B rollouts beside their own embeddings z_2; no gradient.
 
-    `z_1` [B, E]: of their annotated CoTs. The last three are the negative signal's: z [B, E] of the annotated tokens
+    `z_1` [B, E]: of their annotated CoTs. The next three are the negative signal's: z [B, E] of the annotated tokens
     that the rollout has in common with it, whether a rollout is wrong and has such tokens, and whether it is wrong and
     has tokens beyond them.
     """
@@ -234,6 +234,8 @@ class ContrastTargets(NamedTuple):
     common: Tensor | None = None
     has_common_B: Tensor | None = None
     has_excluded_B: Tensor | None = None
+    counts: Sequence[int] | None = None
+    """Rows of each process, where there are several."""
 
 
 def contrastive_loss(z_2: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
@@ -259,7 +261,7 @@ def positive_signal(z_2: Tensor, targets: ContrastTargets, config: ContrastiveCo
     Candidates and counts are those of all processes; the processes' losses add up to the whole.
     """
     z_1, correct_B = targets.z_1, targets.correct_B
-    candidate_ME, start = gather_rows(z_2, _GATHERED[config.gradient])
+    candidate_ME, start = gather_rows(z_2, targets.counts, _GATHERED[config.gradient])
     settings: dict[str, Any] = {
         "positive_N": torch.arange(start, start + len(z_1), device=z_1.device),
         "temperature": config.temperature,
@@ -287,8 +289,8 @@ def negative_signal(
     assert targets.has_common_B is not None
     assert targets.has_excluded_B is not None
     n = len(common_BE)
-    negative_ME, _ = gather_rows(excluded_BE, _GATHERED[config.gradient])
-    is_negative_M, _ = gather_rows(targets.has_excluded_B, "none")
+    negative_ME, _ = gather_rows(excluded_BE, targets.counts, _GATHERED[config.gradient])
+    is_negative_M, _ = gather_rows(targets.has_excluded_B, targets.counts, "none")
     own_BB = torch.eye(n, dtype=torch.bool, device=common_BE.device)
     loss, _ = masked_infonce(
         common_BE,

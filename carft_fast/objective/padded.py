@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import RlConfig
+from carft_fast.core import to_device
 from carft_fast.models import CarftModel
 from carft_fast.objective.losses import Normaliser, RolloutTargets
 
@@ -47,7 +48,7 @@ def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], 
     for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
         ids[row, : len(p) + len(c)] = torch.tensor([*p, *c])
         completion[row, len(p) : len(p) + len(c)] = True
-    return PaddedBatch(ids.to(device), completion.to(device))
+    return PaddedBatch(to_device(ids, torch.int64, device), to_device(completion, torch.bool, device))
 
 
 def forward(model: CarftModel, batch: PaddedBatch) -> PaddedOutput:

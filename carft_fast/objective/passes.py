@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import Config
-from carft_fast.core import chunks, gather_by_row
+from carft_fast.core import chunks, gather_by_row, to_device
 from carft_fast.models import CarftModel, ModelCost, PackedBatch, PromptStates, balanced_batches, pack
 from carft_fast.objective import padded
 from carft_fast.objective.losses import (
@@ -267,7 +267,7 @@ class PaddedPasses:
         config = self._config
         batch = padded.pad(rows.prompts, rows.completions, model.device)
         output = padded.forward(model, batch)
-        live_B = torch.tensor(live, device=model.device)
+        live_B = to_device(live, torch.bool, model.device)
         found = padded.update_loss(
             model, output, batch, targets, config.rl, normaliser, live_B, config.rollout.temperature
         )

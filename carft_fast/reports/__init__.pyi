@@ -6,6 +6,7 @@ from .page import SERIES as SERIES
 from .page import Cell as Cell
 from .page import number as number
 from .run_report import markdown_table as markdown_table
+from .run_report import result_rows as result_rows
 from .run_report import rewrite_page as rewrite_page
 from .run_report import tidy as tidy
 from .run_report import write_report as write_report

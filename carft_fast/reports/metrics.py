@@ -5,7 +5,7 @@ A record holds only what `METRICS` names, so the documentation and the file on d
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,10 +145,9 @@ class MetricsLog:
         return [r for r in self.records if r["stage"] == stage and r["kind"] == kind and step in (None, r["step"])]
 
     def seconds_by_phase(self) -> dict[str, float]:
-        total: dict[str, float] = defaultdict(float)
+        total = Counter[str]()
         for record in self.records:
-            for phase, value in record["seconds"].items():
-                total[phase] += value
+            total.update(record["seconds"])
         return {phase: round(total[phase], 2) for phase in PHASES if phase in total}
 
     def close(self) -> None:

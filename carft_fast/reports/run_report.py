@@ -116,7 +116,7 @@ def _draw_phases(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _result_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+def result_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Figure, before RL, at the end."""
     low, high = summary["accuracy_ci95"]
     sft_low, sft_high = summary["sft_accuracy_ci95"]
@@ -143,7 +143,7 @@ def _html(
             f"{summary['completion_tokens']:,} tokens sampled in RL, {summary['seconds_total']:.0f} s in all."
         )
         example = summary["example"]
-        sections["Result"] = [page.table(("figure", "before RL", "final"), _result_rows(summary))]
+        sections["Result"] = [page.table(("figure", "before RL", "final"), result_rows(summary))]
         sections["One question, before and after"] = [
             page.paragraph(f"{example['question'].strip()} (target {example['target']})"),
             f"<h3>Before RL</h3>{page.quote(example['before'])}",
@@ -203,7 +203,7 @@ def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> 
 
 {lead}
 
-{markdown_table(("", "before RL", "final"), _result_rows(summary))}
+{markdown_table(("", "before RL", "final"), result_rows(summary))}
 
 ## One question, before and after
 

@@ -73,18 +73,8 @@ _CHOICE = re.compile(
 )
 _LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox|operatorname\*?)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _PROSE = re.compile(r"[A-Za-z]{4}|\b(?:inf|nan)\b", re.IGNORECASE)
-_LATEX_SYMBOLS = str.maketrans(
-    {
-        "−": "-",
-        "×": r"\times ",
-        "·": r"\cdot ",
-        "÷": r"\div ",
-        "π": r"\pi ",
-        "∞": r"\infty ",
-        "≤": r"\le ",
-        "≥": r"\ge ",
-    }
-)
+_LATEX_NAMES = zip("×·÷π∞≤≥", ("times", "cdot", "div", "pi", "infty", "le", "ge"), strict=True)
+_LATEX_SYMBOLS = str.maketrans({"−": "-"} | {symbol: f"\\{name} " for symbol, name in _LATEX_NAMES})
 
 
 class Grade(NamedTuple):

@@ -1,4 +1,4 @@
-"""Completions to grades, for every kind of reward: the I/O around reward.py (processes, the user's own function)."""
+"""Completions to grades, for every kind of reward: the processes and the user's function around answers.py."""
 
 import importlib
 import math
@@ -7,16 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from carft_fast.config import RewardConfig
 from carft_fast.core import Example, InputError, RewardError, each_rank, own_share
 from carft_fast.rewards.answers import Grade, compare, extract_answer, grade, parse_target, read_number
 from carft_fast.rewards.latex import LatexChecker
-
-if TYPE_CHECKING:
-    from carft_fast.rewards.programs import ProgramPool
+from carft_fast.rewards.programs import ProgramPool
 
 RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
 _PROGRAM_SECONDS = 10.0
@@ -32,7 +29,7 @@ class Grader(AbstractContextManager["Grader"]):
     def __init__(self, config: RewardConfig, function: RewardFunction | None = None) -> None:
         self._config = config
         self._function = function or (load_function(config.fn) if config.fn else None)
-        self._latex: LatexChecker | None = None
+        self._latex = LatexChecker(config.latex_cpu_s)
         self._programs: ProgramPool | None = None
 
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
@@ -47,11 +44,9 @@ class Grader(AbstractContextManager["Grader"]):
     def _grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         rule = self._config
         if self._function is not None:
-            scores = self._function(list(completions), list(examples))
-            return [
-                Grade(score >= rule.correct_score, None, score)
-                for score in check_scores(scores, len(completions), rule.fn, examples)
-            ]
+            found = self._function(list(completions), list(examples))
+            scores = check_scores(found, len(completions), rule.fn, examples)
+            return [Grade(score >= rule.correct_score, None, score) for score in scores]
         pairs = list(zip(completions, (example.answer for example in examples), strict=True))
         if rule.answer_type == "latex":
             return self._grade_latex(pairs)
@@ -60,8 +55,6 @@ class Grader(AbstractContextManager["Grader"]):
         return [grade(text, answer, answer_type=rule.answer_type, tolerance=rule.tolerance) for text, answer in pairs]
 
     def _grade_latex(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        if self._latex is None:
-            self._latex = LatexChecker(self._config.latex_cpu_s)
         grades = []
         for text, answer in pairs:
             found = extract_answer(text, answer_type="latex")
@@ -75,8 +68,6 @@ class Grader(AbstractContextManager["Grader"]):
     def _grade_programs(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         rule = self._config
         if self._programs is None:
-            from carft_fast.rewards.programs import ProgramPool
-
             self._programs = ProgramPool(
                 rule.program_workers,
                 cpu_seconds=rule.program_cpu_s,
@@ -93,16 +84,12 @@ class Grader(AbstractContextManager["Grader"]):
 
     def close(self) -> None:
         """End the processes; the next `grade` would start them again."""
-        if self._latex is not None:
-            self._latex.close()
-            self._latex = None
+        self._latex.close()
         if self._programs is not None:
             self._programs.close()
             self._programs = None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 

@@ -174,7 +174,7 @@ class HFEngine:
             pad_token_id=self._pad_id,
             use_cache=True,
         )
-        with self._model.autocast():
+        with self._model.autocast(keep_casts=True):  # every token uses every weight
             output_BL: Tensor = lm.generate(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,

@@ -7,12 +7,10 @@ from .evaluate import wilson_interval as wilson_interval
 from .export import copy_model as copy_model
 from .export import export_checkpoint as export_checkpoint
 from .loop import stage_total_steps as stage_total_steps
-from .memory import Strategy as Strategy
 from .memory import estimate_memory as estimate_memory
 from .optim import build_optimizer as build_optimizer
 from .parallel import Learner as Learner
 from .parallel import build_learner as build_learner
-from .pipeline import Prepared as Prepared
 from .pipeline import describe_plan as describe_plan
 from .pipeline import describe_schedule as describe_schedule
 from .pipeline import evaluate_only as evaluate_only
@@ -24,7 +22,6 @@ from .rl import estimate_advantages as estimate_advantages
 from .rl import score_rollouts as score_rollouts
 from .run import CONFIG_FILE as CONFIG_FILE
 from .run import SUMMARY_FILE as SUMMARY_FILE
-from .run import Given as Given
 from .run import Run as Run
 from .run import versions as versions
 from .step import Step as Step

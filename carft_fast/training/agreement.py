@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import Config
-from carft_fast.core import EngineError, derive_seed
+from carft_fast.core import EngineError, derive_seed, to_device
 from carft_fast.models import CarftModel
 from carft_fast.objective import Outputs, Rows, Want, build_passes
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
@@ -39,7 +39,7 @@ class Mismatch(NamedTuple):
 
 def sampled_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
     """float32 [C], in the order of a packed batch."""
-    return torch.tensor([x for rollout in rollouts for x in rollout.sampled_logprobs], device=device)
+    return to_device([x for rollout in rollouts for x in rollout.sampled_logprobs], torch.float32, device)
 
 
 def check_agreement(engine: RolloutEngine, model: CarftModel, prompts: Sequence[list[int]], config: Config) -> Mismatch:

@@ -1,11 +1,12 @@
 """Checkpoints: what a run needs to go on, whole or not there at all, and checked before it is used.
 
-A checkpoint of one process, or of several with the same weights, is a plain Hugging Face model folder (with LoRA: the
-adapters, as peft saves them) with the two heads and `optimizer.safetensors`, AdamW's moments by parameter name. Where
-the parameters are sharded (FSDP2), `sharded/` holds weights and moments instead, as torch.distributed.checkpoint
-writes them in safetensors; any number of processes can read it. The other files: tokenizer, `config.toml` of the run,
-`trainer_state.json`, `manifest.json`. Data order, sampling seeds and the learning rate are functions of (seed, stage,
-step) and there is no dropout, so seed and step are all the random and scheduler state there is.
+Plain (one process, or several with the same weights): a Hugging Face model folder with the two heads and
+`optimizer.safetensors`, AdamW's moments by parameter name. With LoRA the model is its adapters, as peft saves them.
+Sharded (FSDP2): `sharded/` has weights and moments, written by torch.distributed.checkpoint in safetensors. Any number
+of processes can read it. Both have the tokenizer, the run's `config.toml`, `trainer_state.json` and `manifest.json`.
+
+Data order, sampling seeds and learning rate are functions of (seed, stage, step), and there is no dropout. So seed and
+step are all the random and scheduler state.
 """
 
 import json
@@ -23,9 +24,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from carft_fast.config import Config, to_toml
 from carft_fast.core import (
+    MANIFEST,
     TEMPORARY,
     InputError,
     find_damage,
@@ -43,6 +46,8 @@ STATE_FILE = "trainer_state.json"
 RUN_CONFIG_FILE = "config.toml"
 OPTIMIZER_FILE = "optimizer.safetensors"
 SHARDED = "sharded"
+RUN_FILES = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)
+"""What a checkpoint has that a model folder has not."""
 FORMAT = 2
 STAGES = ("sft", "rl")
 """In the order of a run."""
@@ -79,27 +84,23 @@ class CheckpointStore:
         model_path: str,
         seed: int,
         best: bool = False,
-        whole: dict[str, Tensors] | None = None,
+        whole: Tensors | None = None,
     ) -> Path:
         """Write the state after `step` steps of `stage`; `best` also points the best link at it.
 
-        `model_path` is what the stage began with. `whole` is `Learner.gather_state`. With output.async_save it returns
-        once the tensors are copied to the host, and `wait` raises what goes wrong with the write.
+        `model_path` is what the stage began with. `whole` is `Learner.gather_state`. With output.async_save this
+        returns once the tensors are copied to the host; `wait` raises a failure of the write.
         """
         self.wait()
         target = self._folder / f"{stage}-{step:06d}"
         if self._on_main(target.exists):  # the same step of the same run holds the same bits
             self._on_main(lambda: self._settle(target, best))
             return target
-        sharded = any(_is_sharded(parameter) for parameter in model.parameters())
-        contents: dict[str, Tensors] = {}
-        if sharded:
-            contents = {SHARDED: _sharded_tensors(model, optimizer)}
-        elif rank() == 0:
-            contents = whole or _plain_tensors(model, optimizer)
-        needed_bytes = sum(t.numel() * t.element_size() for part in contents.values() for t in part.values())
+        sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        tensors = (whole or _tensors(model, optimizer)) if sharded or rank() == 0 else {}
+        needed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if self._config.output.async_save:
-            contents = {name: _host_copy(part) for name, part in contents.items()}
+            tensors = _host_copy(tensors)
 
         def begin() -> None:
             """The small files, before the trainer goes on: it uses the tokenizer."""
@@ -115,34 +116,37 @@ class CheckpointStore:
 
         def finish() -> None:
             if not sharded:
-                _write_plain(temporary, model, contents)
+                _write_plain(temporary, model, tensors)
             publish(temporary, target)
             self._settle(target, best)
 
         def write() -> None:
             with writing_folder(target, needed_bytes):
-                if sharded:
-                    _write_sharded(temporary / SHARDED, contents[SHARDED], self._group)
+                if sharded:  # every rank writes its part
+                    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+
+                    writer = HuggingFaceStorageWriter(str(temporary / SHARDED), save_distributed=True)
+                    save(tensors, storage_writer=writer, process_group=self._group)
                 self._on_main(finish)
 
         with writing_folder(target, needed_bytes) as temporary:
             self._on_main(begin)
         if self._config.output.async_save:
-            writer = ThreadPoolExecutor(1, "checkpoint")
-            self._pending = writer.submit(write)
-            writer.shutdown(wait=False)  # the thread ends after this write
+            thread = ThreadPoolExecutor(1, "checkpoint")
+            self._pending = thread.submit(write)
+            thread.shutdown(wait=False)  # it ends after this write
         else:
             write()
         return target
 
     def wait(self) -> None:
-        """Until the save under way is on disk; raises what went wrong with it."""
+        """Wait until the save under way is on disk; raises its failure."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
             pending.result()
 
     def check(self) -> None:
-        """Raise what went wrong with a save that has ended. With several ranks `save` and `wait` do, on all at once."""
+        """Raise the failure of a save that has ended. With several ranks only `save` and `wait` do, on all at once."""
         if self._pending is not None and self._pending.done() and world_size() == 1:
             self.wait()
 
@@ -169,9 +173,9 @@ class CheckpointStore:
 
         def find() -> Path | None:
             target = self._best_target()
-            if target is None or not target.name.startswith(f"{stage}-"):
-                return None
-            return target if self._is_whole(target) else None
+            if target and target.name.startswith(f"{stage}-") and self._is_whole(target):
+                return target
+            return None
 
         self.wait()
         return self._on_main(find)
@@ -242,10 +246,10 @@ def load_sharded(folder: Path, model: CarftModel, optimizer: torch.optim.Optimiz
 
     reader = HuggingFaceStorageReader(str(folder / SHARDED))
     saved = reader.read_metadata().state_dict_metadata
-    tensors = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
+    tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
     for name, parameter in model.named_parameters():
         if optimizer is not None and f"optimizer.{name}.exp_avg" in saved:
-            state = {"step": torch.zeros((), device=_step_device(parameter, optimizer))}
+            state = {"step": torch.zeros((), device=parameter.device)}
             state |= {key: torch.zeros_like(parameter, requires_grad=False) for key in MOMENTS}
             optimizer.state[parameter] = state
             tensors |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
@@ -262,12 +266,12 @@ def load_optimizer(folder: Path, model: CarftModel, optimizer: torch.optim.Optim
     for name, parameter in model.named_parameters():
         if f"{name}/step" not in tensors:
             continue
-        # clone: memory of torch's own allocator has the alignment an uninterrupted run has, so kernels take the same
+        # a copy in memory of torch's own allocator has the alignment of an uninterrupted run: kernels take the same
         # path and the bits agree
-        step, *moments = (tensors[f"{name}/{key}"].clone() for key in ("step", *MOMENTS))
-        state = {"step": step.to(_step_device(parameter, optimizer))}
-        for key, moment in zip(MOMENTS, moments, strict=True):
-            state[key] = _placed_like(parameter, moment.to(parameter.device))
+        state = {key: tensors[f"{name}/{key}"].to(parameter.device, copy=True) for key in ("step", *MOMENTS)}
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            state |= {key: distribute_tensor(state[key], mesh, placements, src_data_rank=None) for key in MOMENTS}
         optimizer.state[parameter] = state
 
 
@@ -303,51 +307,33 @@ def _order(path: Path) -> tuple[int, int]:
     return STAGES.index(stage), int(step)
 
 
-def _trained(model: CarftModel) -> Tensors:
-    """What training changes, by name: with LoRA the adapters and heads, else every weight. Tied ones are in it once."""
-    state = model.state_dict()
+def trained_tensors(model: CarftModel, *, keep_vars: bool = False) -> Tensors:
+    """What training changes, by name: with LoRA adapters and heads, else every weight. Tied ones are in it once."""
+    state = model.state_dict(keep_vars=keep_vars)
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad or not model.has_adapters]
     if not model.has_adapters:
         names += [name for name, _ in model.named_buffers() if name in state]
     return {name: state[name] for name in names}
 
 
-def _optimizer_state(model: CarftModel, optimizer: torch.optim.Optimizer, pattern: str) -> Tensors:
-    """AdamW's tensors; `pattern` makes their names of the parameter's and "step" or a moment."""
-    return {
-        pattern.format(name, key): value.detach()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> Tensors:
+    """Weights as "model.<name>", AdamW's state as "optimizer.<parameter>.<step or moment>"."""
+    tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": x.detach() for key, x in optimizer.state.get(parameter, {}).items()}
+    return tensors
 
 
-def _plain_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensors]:
-    contents: dict[str, Tensors] = {"lm": {}, "heads": {}}
-    for name, tensor in _trained(model).items():
-        part, _, own_name = name.partition(".")
-        contents[part][own_name] = tensor
-    return contents | {"optimizer": _optimizer_state(model, optimizer, "{}/{}")}
+def _write_plain(folder: Path, model: CarftModel, tensors: Tensors) -> None:
+    def below(prefix: str) -> Tensors:
+        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
 
-
-def _write_plain(folder: Path, model: CarftModel, contents: dict[str, Tensors]) -> None:
     assert model.heads is not None
-    model.lm.save_pretrained(folder, state_dict=contents["lm"])  # with LoRA: its adapters
+    model.lm.save_pretrained(folder, state_dict=below("model.lm."))  # with LoRA: its adapters
     model.write_generation_config(folder)
-    model.heads.save(folder, contents["heads"])
-    save_file({name: x.cpu().contiguous() for name, x in contents["optimizer"].items()}, folder / OPTIMIZER_FILE)
-
-
-def _sharded_tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> Tensors:
-    weights = {f"model.{name}": tensor for name, tensor in _trained(model).items()}
-    return weights | _optimizer_state(model, optimizer, "optimizer.{}.{}")
-
-
-def _write_sharded(folder: Path, tensors: Tensors, group: dist.ProcessGroup | None) -> None:
-    """Every rank writes its part."""
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
-
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save(tensors, storage_writer=writer, process_group=group)
+    model.heads.save(folder, below("model.heads."))
+    state = {"/".join(name.rsplit(".", 1)): x.cpu().contiguous() for name, x in below("optimizer.").items()}
+    save_file(state, folder / OPTIMIZER_FILE)
 
 
 def _write_description(folder: Path, model: CarftModel) -> None:
@@ -361,23 +347,3 @@ def _write_description(folder: Path, model: CarftModel) -> None:
 def _host_copy(tensors: Tensors) -> Tensors:
     """A copy that training does not change."""
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    """A DTensor, of FSDP2."""
-    return hasattr(tensor, "device_mesh")
-
-
-def _placed_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, where the parameter is sharded."""
-    if not _is_sharded(parameter):
-        return whole
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def _step_device(parameter: Tensor, optimizer: torch.optim.Optimizer) -> torch.device:
-    """Where AdamW counts its steps: on the parameter's device if fused."""
-    return parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")

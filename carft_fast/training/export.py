@@ -13,18 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from carft_fast.config import Config, load_config
 from carft_fast.core import MANIFEST, InputError, find_damage, write_folder
 from carft_fast.models import HEADS_CONFIG, CarftHeads, CarftModel, load_model
-from carft_fast.training.checkpoint import (
-    OPTIMIZER_FILE,
-    RUN_CONFIG_FILE,
-    SHARDED,
-    STATE_FILE,
-    has_sharded,
-    load_sharded,
-    read_state,
-)
-
-_OF_THE_RUN = (SHARDED, OPTIMIZER_FILE, RUN_CONFIG_FILE, STATE_FILE, MANIFEST)
-"""What a checkpoint holds that a model folder does not."""
+from carft_fast.training.checkpoint import RUN_CONFIG_FILE, RUN_FILES, STATE_FILE, has_sharded, load_sharded, read_state
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -45,13 +34,11 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
 
     def write(target: Path) -> None:
         for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with more files
-            if path.name not in _OF_THE_RUN and not path.name.startswith("adapter_"):
+            if path.name not in RUN_FILES and not path.name.startswith("adapter_"):
                 copy = shutil.copytree if path.is_dir() else shutil.copyfile  # a tokenizer's chat templates
                 copy(path, target / path.name)
-        if config.lora.rank:
-            _load_adapted(config, start, checkpoint).save(target)
-        elif has_sharded(checkpoint):
-            _load_sharded(config, checkpoint).save(target)
+        if config.lora.rank or has_sharded(checkpoint):
+            _load_trained(config, start, checkpoint).save(target)
 
     disable_progress_bar()
     write_folder(folder, write)
@@ -76,24 +63,21 @@ def _check_new(folder: Path) -> None:
         raise InputError(f"{folder}: not empty; give a new or empty folder")
 
 
-def _load_adapted(config: Config, start: str, checkpoint: Path) -> CarftModel:
-    """With LoRA a checkpoint is a difference from the weights the stage began with."""
-    plain: dict[str, Any] = {"device": "cpu", "impl": "padded", "attention": "eager"}
-    plain |= {"compile": False, "gradient_checkpointing": False}
-    config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
-    sharded = has_sharded(checkpoint)
-    model = load_model(config, start, torch.device("cpu"), heads=True, trained=None if sharded else checkpoint)
+def _load_trained(config: Config, start: str, checkpoint: Path) -> CarftModel:
+    """With LoRA the weights that the stage began with, and the checkpoint's adapters. Else its shards, put together."""
+    sharded, cpu = has_sharded(checkpoint), torch.device("cpu")
+    if config.lora.rank:
+        plain: dict[str, Any] = {"device": "cpu", "impl": "padded", "attention": "eager"}
+        plain |= {"compile": False, "gradient_checkpointing": False}
+        config = config.model_copy(update={"model": config.model.model_copy(update=plain)})
+        model = load_model(config, start, cpu, heads=True, trained=None if sharded else checkpoint)
+    else:
+        lm_config = AutoConfig.from_pretrained(checkpoint)
+        lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="eager", dtype=torch.float32).eval()
+        if (checkpoint / GENERATION_CONFIG_NAME).is_file():
+            lm.generation_config = GenerationConfig.from_pretrained(checkpoint)
+        heads = CarftHeads(**json.loads((checkpoint / HEADS_CONFIG).read_text()))
+        model = CarftModel(lm, heads, getattr(torch, config.model.compute_dtype), packs=False)
     if sharded:
         load_sharded(checkpoint, model)
-    return model
-
-
-def _load_sharded(config: Config, checkpoint: Path) -> CarftModel:
-    lm_config = AutoConfig.from_pretrained(checkpoint)
-    lm = AutoModelForCausalLM.from_config(lm_config, attn_implementation="eager", dtype=torch.float32).eval()
-    if (checkpoint / GENERATION_CONFIG_NAME).is_file():
-        lm.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    heads = CarftHeads(**json.loads((checkpoint / HEADS_CONFIG).read_text()))
-    model = CarftModel(lm, heads, getattr(torch, config.model.compute_dtype), packs=False)
-    load_sharded(checkpoint, model)
     return model

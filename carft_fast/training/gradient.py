@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import Config
-from carft_fast.core import gather_by_row, global_sum, own_turns
+from carft_fast.core import gather_by_row, global_sum, own_turns, to_device, world_size
 from carft_fast.objective import (
     Advantages,
     ContrastTargets,
@@ -104,7 +104,7 @@ class Gradient:
             if found.z is not None:
                 z_2 = found.z
                 if z_2_gradient is None:
-                    contrastive, z_2_gradient = self._contrast(z_2.detach()[: len(micro)], micro)
+                    contrastive, z_2_gradient = self._contrast(z_2.detach()[: len(micro)], mini.micro)
                 of_rows = torch.stack([z_2_gradient[i] for i in micro]) if micro else torch.zeros_like(z_2)
                 loss = loss + coef * (z_2 * of_rows).sum()
             self._learner.backward(loss, last=number == len(own) - 1)
@@ -146,22 +146,26 @@ class Gradient:
         known = self._experience.z_2
         if first and known is not None:
             z_2 = torch.stack([known[i] for i in rows]) if rows else known[:0].clone()
-            return self._contrast(z_2, rows)
+            return self._contrast(z_2, micros)
         found = []
         with torch.no_grad():
             for micro in own_turns(micros):
                 picked = self._rollouts.pick_or_shortest(micro)
                 outputs, _ = self._learner.model(self._passes.outputs, picked, Want(embedding=True))
                 found.append(outputs.z[: len(micro)])
-        return self._contrast(torch.cat(found), rows)
+        return self._contrast(torch.cat(found), micros)
 
-    def _contrast(self, z_2: Tensor, rows: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def _contrast(self, z_2: Tensor, micros: Sequence[Sequence[int]]) -> tuple[Tensor, dict[int, Tensor]]:
         """This process's part of the contrastive loss, and the whole loss's gradient with respect to its rows' z_2.
 
-        Taken at once and carried on by the rows' own loss: no process waits for another inside a backward pass.
+        `micros` are those of all processes; `z_2` has the rows of this one's, in their order. The gradient is taken at
+        once and carried on by the rows' own loss: no process waits for another inside a backward pass.
         """
         z_2.requires_grad_(True)
-        loss = contrastive_loss(z_2, self._contrast_targets(rows), self._config.contrastive)
+        rows = [i for micro in own_turns(micros) for i in micro]
+        counts = [sum(map(len, micros[r :: world_size()])) for r in range(world_size())]
+        targets = self._contrast_targets(rows)._replace(counts=counts)
+        loss = contrastive_loss(z_2, targets, self._config.contrastive)
         (gradient,) = torch.autograd.grad(loss, z_2)
         return loss.detach(), dict(zip(rows, gradient, strict=True))
 
@@ -172,10 +176,7 @@ class Gradient:
         def pick(x: Tensor) -> Tensor:
             return torch.stack([x[i] for i in rows]) if rows else x[:0]
 
-        correct_B = torch.tensor([self._correct[i] for i in rows], dtype=torch.bool)
-        if z_1.is_cuda:
-            correct_B = correct_B.pin_memory()
-        correct_B = correct_B.to(z_1.device, non_blocking=True)
+        correct_B = to_device([self._correct[i] for i in rows], torch.bool, z_1.device)
         if common is None:
             return ContrastTargets(pick(z_1), correct_B)
         parts = self._rollouts.parts

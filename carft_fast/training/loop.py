@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from carft_fast.config import Config, SftConfig, StageConfig
+from carft_fast.config import Config, StageConfig
 from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows, on_main
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel, load_model
@@ -22,75 +22,83 @@ from carft_fast.training.run import Run
 class StageLoop(AbstractContextManager["StageLoop"]):
     """The steps of one stage, with what happens between steps: evaluation, checkpoints, progress, stop requests.
 
-    Use as `with StageLoop(...) as loop: for step in loop: ...`. It owns the model and its optimizer, loaded from the
-    stage's newest checkpoint when there is one, else from `model_path`. A stop request saves before it ends the loop.
+    Use as `with StageLoop(...) as loop: for step in loop: ...`. It owns the model and its optimizer, which it loads
+    from the stage's newest checkpoint or, without one, from `model_path`. A stop request saves and ends the loop.
     """
 
     def __init__(self, run: Run, stage: str, config: StageConfig, model_path: str, total_steps: int) -> None:
         self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
         self._model_path = model_path
-        checkpoint = run.store.latest(stage)
-        trained, self._step = checkpoint or (None, 0)
-        self._told = trained  # the checkpoint that callbacks were told of last
-        self._untold: list[Path] = []
+        self._current_engine: Callable[[], RolloutEngine] | None = None
+        checkpoint, self._step = run.store.latest(stage) or (None, 0)
+        self._last_saved = checkpoint
+        self._unannounced: list[Path] = []
+        """Checkpoints that callbacks do not know of yet; with output.async_save they may still be written."""
         with run.timer("load"):
-            self.learner: Learner = build_learner(run.config, self._load(trained), config, run.device)
-            if trained is not None:
-                self.learner.load(trained)
+            self.learner: Learner = build_learner(run.config, self._load(checkpoint), config, run.device)
+            if checkpoint is not None:
+                self.learner.load(checkpoint)
         run.metrics.rewind(stage, self._step)
         self._ends_at = stopped_at(run.metrics.find(stage, "guard"))
-        if checkpoint:
-            run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {trained}")
-        self._current_engine: Callable[[], RolloutEngine] | None = None
+        if checkpoint is not None:
+            run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {checkpoint}")
 
     def _load(self, trained: Path | None) -> CarftModel:
-        """In host memory where the device gets a share of it only; what is sharded on disk the learner loads."""
+        """In host memory where the device gets only a share of it. The learner loads what is sharded on disk."""
         divided = strategy(self._run.config) in ("fsdp2", "zero3")
         device = torch.device("cpu") if divided else self._run.device
         whole = None if trained is not None and has_sharded(trained) else trained
         return load_model(self._run.config, self._model_path, device, heads=True, trained=whole)
 
     def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
-        """`current_engine` gives the sampler with the weights of now; called for every evaluation."""
+        """`current_engine` returns the sampler with the present weights; it is called for every evaluation."""
         self._current_engine = current_engine
 
     def __iter__(self) -> Iterator[int]:
         run = self._run
-        with run.console.track(self._stage, self.total_steps, "steps") as tracker:
-            tracker.skip(self._step)
+        with run.console.track(self._stage, self.total_steps, "steps", done=self._step) as tracker:
             while True:
                 best = self._evaluate_if_due()
                 if best or self._due(self._config.save_every):
                     self._save(best=best)
                 run.store.check()
-                if self._tell_of_checkpoints():
-                    continue  # evaluated and saved as the stage's last step
+                if self._announce_checkpoints():
+                    continue  # a callback ended the stage: this step is evaluated and saved as its last
                 run.stop.check_together()
-                if self._step in (self.total_steps, self._ends_at):
+                if self._is_last:
                     return
                 yield self._step
                 self._step += 1
-                run.stop.held = False  # see begin_update
+                run.stop.deferred = False  # see begin_update
                 tracker.advance(note=self._note())
                 self._tell("on_step", run.metrics.find(self._stage, "train", self._step)[-1])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, Stopped):
-            path = self._save()
-        if error is None or isinstance(error, Stopped):
-            self._run.store.wait()
-            self._tell_of_checkpoints()
-        if isinstance(error, Stopped):
-            self._run.console.log(f"stopped by {error}: step {self._step} saved to {path}; go on with --resume")
+        stopped = isinstance(error, Stopped)
+        if error is not None and not stopped:
+            return
+        if stopped:
+            self._save()
+        self._run.store.wait()
+        self._announce_checkpoints()
+        if stopped:
+            self._run.console.log(
+                f"stopped by {error}: step {self._step} saved to {self._last_saved}; go on with --resume"
+            )
 
     def begin_update(self) -> None:
-        """From here to the end of the step a stop request waits: what is saved between would be trained on twice."""
-        self._run.stop.held = True
+        """Defer stop requests to the end of the step: a checkpoint in between would repeat the update."""
+        self._run.stop.deferred = True
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether the stage ends with the present step."""
+        return self._step in (self.total_steps, self._ends_at)
 
     def _tell(self, event: str, value: Any) -> bool:
-        """Call the callbacks; True if one asked for the stage's end, which is then this step."""
+        """Call the callbacks; True if one asked to end the stage, which then ends with this step."""
         run = self._run
         reason = run.tell(event, value)
         if reason is None or self._ends_at is not None:
@@ -100,19 +108,15 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         run.console.log(f"{self._stage} step {self._step}: stop, {reason}")
         return True
 
-    def _tell_of_checkpoints(self) -> bool:
-        """Of those that are whole on disk by now, which is later than `_save` with output.async_save."""
-        stops = False
-        while self._untold:
-            whole: bool = on_main(self._untold[0].is_dir)
-            if not whole:
-                break
-            self._told = self._untold.pop(0)
-            stops |= self._tell("on_checkpoint", self._told)
-        return stops
+    def _announce_checkpoints(self) -> bool:
+        """Call on_checkpoint for those that are whole on disk by now; True if a callback asked to end the stage."""
+        ends = False
+        while self._unannounced and bool(on_main(self._unannounced[0].is_dir)):
+            ends |= self._tell("on_checkpoint", self._unannounced.pop(0))
+        return ends
 
     def report_skipped(self, rows: list[dict[str, Any]]) -> None:
-        """After a step's record, when its loss or gradient was not finite: keep the rows it came from.
+        """After the record of a step whose loss or gradient was not finite: write its rows to samples/.
 
         Raises TrainingError after `max_skipped_steps` such steps in a row.
         """
@@ -140,8 +144,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         return self._run.store.best(self._stage) if max(accuracy.values(), default=-1.0) > start else None
 
     def _due(self, every: int | None) -> bool:
-        last = self._step in (self.total_steps, self._ends_at)
-        return self._step > 0 and (last or bool(every and self._step % every == 0))
+        return self._step > 0 and (self._is_last or bool(every and self._step % every == 0))
 
     @property
     def lr_scale(self) -> float:
@@ -151,8 +154,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def guard_against_collapse(self) -> bool:
         """After a step's record: end the stage or go back if the run has collapsed; True if the weights changed.
 
-        Going back takes weights and optimizer of the best evaluated checkpoint, or those the stage began with where
-        none was better; the count of steps goes on.
+        Going back restores weights and optimizer of the best evaluated checkpoint, or of the stage's start where none
+        was better. The count of steps goes on.
         """
         run, config, done = self._run, self._run.config.guard, self._step + 1
         cause = None if config.action == "off" else find_collapse(run.metrics.records, config)
@@ -187,7 +190,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             self._tell("on_evaluate", run.metrics.records[-1])
         return step > 0 and accuracy > max(earlier, default=-1.0)
 
-    def _save(self, *, best: bool = False) -> Path:
+    def _save(self, *, best: bool = False) -> None:
         run = self._run
         with run.timer("checkpoint"):
             path = run.store.save(
@@ -201,9 +204,9 @@ class StageLoop(AbstractContextManager["StageLoop"]):
                 seed=run.config.seed,
                 best=best,
             )
-        if path not in (self._told, *self._untold):
-            self._untold.append(path)
-        return path
+        if path != self._last_saved:  # else the step was saved before
+            self._last_saved = path
+            self._unannounced.append(path)
 
     def _note(self) -> str:
         record = self._run.metrics.records[-1]
@@ -211,16 +214,12 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         return "  ".join(f"{name} {record[name]:.3f}" for name in shown if name in record)
 
 
-def total_steps(config: StageConfig, rows: int, rows_per_step: int) -> int:
-    return config.max_steps or -(-config.epochs * rows // rows_per_step)
-
-
 def stage_total_steps(config: Config, stage: str, rows: int) -> int:
     """Steps of a stage over `rows` training rows."""
     stage_config: StageConfig = config.sft if stage == "sft" else config.rl
-    if isinstance(stage_config, SftConfig):
-        return total_steps(stage_config, rows, stage_config.batch_size)
-    return total_steps(stage_config, rows, config.rl.batch_size // config.rollout.samples_per_prompt)
+    prompts_per_step = config.rl.batch_size // config.rollout.samples_per_prompt
+    rows_per_step = config.sft.batch_size if stage == "sft" else prompts_per_step
+    return stage_config.max_steps or -(-stage_config.epochs * rows // rows_per_step)
 
 
 def picked_rows(run: Run, stage: str, count: int, step: int) -> list[EncodedExample]:

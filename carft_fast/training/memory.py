@@ -14,10 +14,10 @@ Share of each that one of n devices holds, by strategy:
 
 from typing import Any
 
-from carft_fast.config import Config
+from carft_fast.config import Config, Strategy
 from carft_fast.models import ModelCost
 from carft_fast.training.batch import Needs
-from carft_fast.training.parallel import BUCKET, Strategy
+from carft_fast.training.parallel import BUCKET
 
 FLOAT32 = 4
 

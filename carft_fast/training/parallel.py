@@ -1,28 +1,29 @@
 """A model in training and its optimizer, on one process or divided over several: DDP, FSDP2, DeepSpeed ZeRO-2 and 3.
 
-A loss here is this process's part of the whole (its normalisers count the rows of all processes), so gradients are
-summed, never averaged; where a library averages, the loss is multiplied by the number of processes first.
+A loss here is this process's part of the whole: its normalisers count the rows of all processes. So gradients are
+summed, never averaged. Where a library averages, the loss is multiplied by the number of processes first.
 """
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from carft_fast.config import Config, StageConfig
+from carft_fast.config import Config, StageConfig, Strategy
 from carft_fast.core import InputError, is_main, rank, world_size
 from carft_fast.models import CarftModel
-from carft_fast.training.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained
-from carft_fast.training.optim import build_optimizer, optimizer_step, set_learning_rate
+from carft_fast.training.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained, trained_tensors
+from carft_fast.training.optim import build_optimizer
 
 T = TypeVar("T")
-Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 BUCKET = 2**27
 """Bytes of gradients that one all-reduce carries."""
 
@@ -43,18 +44,18 @@ class Learner:
             _sum_gradients(self.model)
 
     def load(self, checkpoint: Path) -> None:
-        """What `load_model` does not read of a checkpoint: moments, and weights that are sharded on disk."""
+        """Read what `load_model` does not: moments, and weights that are sharded on disk."""
         load_trained(checkpoint, self.model, self.optimizer)
 
-    def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
-        """For `CheckpointStore.save`, called by all processes; None where it reads model and optimizer itself."""
+    def gather_state(self) -> dict[str, Tensor] | None:
+        """For `CheckpointStore.save`, on all processes; None where the store reads model and optimizer itself."""
         return None
 
     def close(self) -> None:
-        """Let go of what would keep the model in memory."""
+        """Release what would keep the model in memory."""
 
     def replace_weights(self, restored: CarftModel) -> None:
-        """Take over another model's weights, and forget the moments."""
+        """Take another model's weights and clear the moments."""
         self.model.load_state_dict(restored.state_dict())
         self.optimizer.state.clear()
 
@@ -62,9 +63,23 @@ class Learner:
         """Clip, step, clear; returns the gradient norm before clipping, and 1 where it or `loss` is not finite, else 0.
 
         In that case weights, moments and the count of steps stay as they are. `loss` is that of all processes. Both
-        are tensors: the host does not wait for the device.
+        results are tensors: the host does not wait for the device.
         """
-        return optimizer_step(self.model, self.optimizer, lr, max_grad_norm, loss)
+        self._set_learning_rate(lr)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        skipped = (~(norm.isfinite() & loss.isfinite())).float()
+        if self.optimizer.defaults.get("fused"):
+            fused: Any = self.optimizer
+            fused.found_inf = skipped
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm, skipped
+
+    def _set_learning_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
 
 def _sum_gradients(model: nn.Module) -> None:
@@ -90,10 +105,6 @@ def _sum_bucket(gradients: list[Tensor]) -> None:
 
 class ShardedLearner(Learner):
     """FSDP2: weights, gradients and moments divided, a layer whole while it computes."""
-
-    def __init__(self, model: CarftModel, stage: StageConfig, device: torch.device) -> None:
-        shard(model, device)
-        super().__init__(model, build_optimizer(model, stage))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         (loss * world_size()).backward()
@@ -134,18 +145,15 @@ def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> 
 class DeepSpeedLearner(Learner):
     """ZeRO-2 (gradients and moments divided) or ZeRO-3 (weights as well)."""
 
-    def __init__(self, model: CarftModel, stage: StageConfig, zero: dict[str, Any]) -> None:
-        optimizer = build_optimizer(model, stage)
+    def __init__(self, config: Config, model: CarftModel, stage: StageConfig) -> None:
         settings = {
-            "train_micro_batch_size_per_gpu": 1,  # not read: the boundary of a step is set below
             "gradient_clipping": stage.max_grad_norm,
-            "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        self._engine, optimizer = _deepspeed_engine(model, settings, optimizer)
+        self._engine, optimizer = _deepspeed_engine(config, model, build_optimizer(model, stage), settings)
         super().__init__(model, optimizer)
-        self.keeps_graphs = zero["stage"] < 3  # else backward computes with weights that are no longer there
+        self.keeps_graphs = strategy(config) == "zero2"  # else backward computes with weights that are no longer there
 
     def load(self, checkpoint: Path) -> None:
         if has_sharded(checkpoint):
@@ -161,7 +169,7 @@ class DeepSpeedLearner(Learner):
                     _put_moment(parameter, saved, key)
 
     def _start_moments(self, step: float) -> None:
-        """What AdamW makes at its first step otherwise."""
+        """Make the state that AdamW would make at its first step."""
         zero = self._engine.optimizer
         divided = hasattr(zero, "fp32_partitioned_groups_flat")  # ZeRO-3
         for flat in zero.fp32_partitioned_groups_flat if divided else zero.single_partition_of_fp32_groups:
@@ -170,30 +178,25 @@ class DeepSpeedLearner(Learner):
         if not divided:
             zero._lazy_init_hp_params_optimizer_state()
 
-    def gather_state(self) -> dict[str, dict[str, Tensor]] | None:
+    def gather_state(self) -> dict[str, Tensor] | None:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         from carft_fast.models import gathered
 
-        assert self.model.heads is not None
         step = max((float(s["step"]) for s in self._engine.optimizer.optimizer.state.values() if s), default=0.0)
-        contents: dict[str, dict[str, Tensor]] = {"lm": {}, "heads": {}, "optimizer": {}}
-        for part, module in (("lm", self.model.lm), ("heads", self.model.heads)):
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                if part == "lm" and self.model.has_adapters and not tensor.requires_grad:
-                    continue  # it is where the stage began
-                with gathered([tensor]):
-                    if is_main():
-                        contents[part][name] = tensor.detach().to("cpu", copy=True)
-        for name, parameter in self.model.named_parameters():
-            if not (parameter.requires_grad and step):
-                continue
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in trained_tensors(self.model, keep_vars=True).items():
+            with gathered([tensor]):
+                if is_main():
+                    tensors[f"model.{name}"] = tensor.detach().to("cpu", copy=True)
+        trained = [(name, x) for name, x in self.model.named_parameters() if x.requires_grad] if step else []
+        for name, parameter in trained:
             for key in MOMENTS:
                 moment = safe_get_full_optimizer_state(parameter, key)
                 if is_main() and moment is not None:
-                    contents["optimizer"][f"{name}/{key}"] = moment.detach().to("cpu", copy=True)
-                    contents["optimizer"][f"{name}/step"] = torch.tensor(step)
-        return contents
+                    tensors[f"optimizer.{name}.{key}"] = moment.detach().to("cpu", copy=True)
+                    tensors[f"optimizer.{name}.step"] = torch.tensor(step)
+        return tensors
 
     def close(self) -> None:
         self._engine.destroy()
@@ -204,12 +207,13 @@ class DeepSpeedLearner(Learner):
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        factor = torch.where(loss.detach().isfinite(), float(world_size()), torch.nan)  # it looks at gradients alone
+        # the engine checks gradients alone: a loss that is not finite has to spoil them
+        factor = torch.where(loss.detach().isfinite(), float(world_size()), torch.nan)
         self._engine.backward(loss * factor, scale_wrt_gas=False)
 
     def step(self, lr: float, max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """DeepSpeed clips to the stage's max_grad_norm itself, and leaves out a step whose gradient is not finite."""
-        set_learning_rate(self.optimizer, lr)
+        self._set_learning_rate(lr)
         self._engine.step()
         skipped = bool(self._engine.optimizer.overflow)
         norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
@@ -227,9 +231,18 @@ class _Inner(nn.Module):
         return function(self.model, *args, **options)
 
 
-def _deepspeed_engine(model: CarftModel, settings: dict[str, Any], optimizer: Any = None) -> tuple[Any, Any]:
+def _deepspeed_engine(
+    config: Config, model: CarftModel, optimizer: Any = None, settings: Mapping[str, Any] | None = None
+) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer; from now on calls of `model` go through the engine."""
-    engine, optimizer, _, _ = _import_deepspeed().initialize(model=_Inner(model), optimizer=optimizer, config=settings)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": int(strategy(config)[-1])}
+    # DeepSpeed wants a batch size; Learner.backward sets the boundary of a step
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **(settings or {})}
+    engine, optimizer, _, _ = deepspeed.initialize(model=_Inner(model), optimizer=optimizer, config=settings)
     model.forward = engine.__call__  # type: ignore[method-assign]
     model.divided = True
     return engine, optimizer
@@ -248,14 +261,6 @@ def _put_moment(parameter: Any, whole: Tensor, key: str) -> None:
     part[: len(mine)].copy_(mine)
 
 
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    return deepspeed
-
-
 def strategy(config: Config) -> Strategy:
     """`distributed.strategy`, where "auto" is what accelerate's launcher asks for; "ddp" for one process.
 
@@ -265,13 +270,8 @@ def strategy(config: Config) -> Strategy:
         return "ddp"
     configured = config.distributed.strategy
     asked = _of_accelerate() if configured == "auto" else configured
-    if asked in ("zero2", "zero3"):
-        try:
-            _import_deepspeed()
-        except ImportError:
-            raise InputError(
-                f'distributed.strategy "{asked}" needs DeepSpeed: pip install "carft-fast[deepspeed]"'
-            ) from None
+    if asked in ("zero2", "zero3") and find_spec("deepspeed") is None:
+        raise InputError(f'distributed.strategy "{asked}" needs DeepSpeed: pip install "carft-fast[deepspeed]"')
     return asked
 
 
@@ -316,11 +316,11 @@ def _accelerate_zero() -> dict[str, Any]:
 def build_learner(config: Config, model: CarftModel, stage: StageConfig, device: torch.device) -> Learner:
     """`model` with its optimizer, divided as `strategy` says."""
     how = strategy(config)
-    if how == "fsdp2":
-        return ShardedLearner(model, stage, device)
     if how in ("zero2", "zero3"):
-        zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": int(how[-1])}
-        return DeepSpeedLearner(model, stage, zero)
+        return DeepSpeedLearner(config, model, stage)
+    if how == "fsdp2":
+        shard(model, device)
+        return ShardedLearner(model, build_optimizer(model, stage))
     return Learner(model, build_optimizer(model, stage))
 
 
@@ -330,6 +330,4 @@ def divide_frozen(config: Config, model: CarftModel, device: torch.device, *, of
     if how == "fsdp2":
         shard(model, device, offload=offload)
     elif how == "zero3":
-        zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": 3}
-        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-        _deepspeed_engine(model, settings)
+        _deepspeed_engine(config, model)

@@ -2,37 +2,17 @@
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from carft_fast.config import SYNTHETIC, Config, method_name
-from carft_fast.core import (
-    Console,
-    Example,
-    InputError,
-    StopRequest,
-    is_main,
-    on_main,
-    world_size,
-    write_folder,
-    write_text,
-)
-from carft_fast.data import (
-    EncodedExample,
-    LoadReport,
-    PromptFormat,
-    Source,
-    check_tokenizer,
-    encode_examples,
-    load_set,
-    make_task,
-)
+from carft_fast.config import Config, method_name
+from carft_fast.core import Console, InputError, StopRequest, on_main, world_size, write_folder, write_text
+from carft_fast.data import EncodedExample, PromptFormat, Source, check_tokenizer, encode_examples, load_set
 from carft_fast.models import (
     ModelCost,
     check_heads,
@@ -42,26 +22,17 @@ from carft_fast.models import (
     load_tokenizer,
     resolve_device,
 )
-from carft_fast.reports import write_report
-from carft_fast.rewards import Grader
-from carft_fast.rollout import check_engine
+from carft_fast.reports import result_rows, write_report
+from carft_fast.rewards import Grader, RewardFunction
+from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.evaluate import EvalResult, add_samples
 from carft_fast.training.loop import StageLoop, stage_total_steps
 from carft_fast.training.memory import estimate_memory
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
-from carft_fast.training.run import SUMMARY_FILE, Given, Run, check_run_folder, versions
+from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
 from carft_fast.training.sft import train_sft
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A checked run, nothing written yet."""
-
-    run: Run
-    reports: list[LoadReport]
-    lm_config: Any
 
 
 def prepare(
@@ -73,16 +44,19 @@ def prepare(
     resume: bool = False,
     write: bool = True,
     dry_run: bool = False,
-    given: Given | None = None,
-) -> Prepared:
+    train: Source | None = None,
+    eval: Source | None = None,
+    reward: RewardFunction | None = None,
+    engine: RolloutEngine | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Run:
     """Check folder, model, tokenizer and data, cheapest first; writes nothing. Raises InputError.
 
-    A dry run needs no weights: a folder with config and tokenizer will do.
+    A dry run needs no weights: a folder with config and tokenizer will do. The last five arguments are `Trainer`'s.
     """
-    given = given or Given()
     if write:
         on_main(lambda: check_run_folder(folder, config, stages, resume=resume))
-    grader = Grader(config.reward, given.reward)
+    grader = Grader(config.reward, reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
@@ -93,18 +67,19 @@ def prepare(
     prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
-    if given.engine is None:
+    if engine is None:
         check_engine(config, lm_config, device.type)
     if stages:
         check_strategy(config, stages)
-    sources = {"train": config.data.train if given.train is None else given.train} if stages else {}
-    sources["eval"] = config.data.eval if given.eval is None else given.eval
+    sources: dict[Literal["train", "eval"], Source] = {"eval": config.data.eval if eval is None else eval}
+    if stages:
+        sources = {"train": config.data.train if train is None else train, **sources}
     for name, source in sources.items():
         if source == "":
             raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
+    loaded = {name: load_set(config, name, source) for name, source in sources.items()}
     rows: dict[str, list[EncodedExample]] = {"train": []}
-    reports = []
-    for name, (examples, report) in _load_data(config, sources).items():
+    for name, (examples, report) in loaded.items():
         longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
         with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
             rows[name] = encode_examples(
@@ -116,14 +91,25 @@ def prepare(
                 require_cot=name == "train",
                 on_row=tracker.advance,
             )
-        reports.append(report)
-    stop = StopRequest(several=world_size() > 1)
+    _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"]])
     run = Run(
-        config, folder, tokenizer, prompt_format, rows["train"], rows["eval"], device, console, stop, grader, given
+        config=config,
+        folder=folder,
+        console=console,
+        device=device,
+        lm_config=lm_config,
+        tokenizer=tokenizer,
+        prompt_format=prompt_format,
+        grader=grader,
+        train_rows=rows["train"],
+        eval_rows=rows["eval"],
+        reports=[report for _, report in loaded.values()],
+        given_engine=engine,
+        callbacks=callbacks,
+        stop=StopRequest(several=world_size() > 1),
     )
-    _check_vocabulary(config, lm_config, tokenizer, [*run.train_rows, *run.eval_rows])
     run.check_same_data(resume=resume)
-    return Prepared(run, reports, lm_config)
+    return run
 
 
 def _check_max_length(config: Config, lm_config: Any) -> None:
@@ -147,36 +133,25 @@ def _check_vocabulary(config: Config, lm_config: Any, tokenizer: Any, rows: Sequ
         )
 
 
-def _load_data(config: Config, sources: Mapping[Any, Source]) -> dict[str, tuple[list[Example], LoadReport]]:
-    if config.data.eval != SYNTHETIC:
-        return {name: load_set(config, name, source) for name, source in sources.items()}
-    limits = {"train": config.data.train_rows, "eval": config.data.eval_rows}
-    made = dict(zip(limits, make_task(config.seed), strict=True))
-    kept = {name: made[name][: limits[name]] for name in sources}
-    return {name: (rows, LoadReport(SYNTHETIC, len(rows), len(rows))) for name, rows in kept.items()}
-
-
-def describe_plan(prepared: Prepared, stages: Sequence[str]) -> Table:
+def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     """What a run would do, for --dry-run."""
-    run = prepared.run
+    config, rollout = run.config, run.config.rollout
     table = Table("plan", "", title="dry run: nothing was written")
-    for report in prepared.reports:
+    for report in run.reports:
         table.add_row("data", report.summary())
     for stage in stages:
-        table.add_row(stage, describe_schedule(run.config, stage, len(run.train_rows)))
-    samples = f", {run.config.eval.samples} samples each" * (not stages and run.config.eval.samples > 1)
+        table.add_row(stage, describe_schedule(config, stage, len(run.train_rows)))
+    samples = f", {config.eval.samples} samples each" * (not stages and config.eval.samples > 1)
     table.add_row("evaluation", f"{len(run.eval_rows)} rows{samples}")
-    rollout = run.config.rollout
     servers = f", {len(rollout.servers or rollout.server_devices) or 1} server(s)" * (run.engine_name == "vllm-server")
     table.add_row("sampling", f"{run.engine_name}{servers}, at most {rollout.max_new_tokens} tokens")
-    table.add_row("device", f"{run.device}, {run.config.model.compute_dtype}")
+    table.add_row("device", f"{run.device}, {config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
     if stages:
         table.add_section()
-        cost = ModelCost.of_config(prepared.lm_config, trust_remote_code=run.config.model.trust_remote_code)
-        how, devices = strategy(run.config), world_size()
-        stage = "rl" if "rl" in stages else "sft"
-        memory = estimate_memory(run.config, cost, prepared.lm_config, stage, how, devices)
+        cost = ModelCost.of_config(run.lm_config, trust_remote_code=config.model.trust_remote_code)
+        how, devices = strategy(config), world_size()
+        memory = estimate_memory(config, cost, run.lm_config, stages[-1], how, devices)
         shared = f"each of {devices} devices, {how}" if devices > 1 else "one device"
         table.add_row("memory, an estimate", f"of the trainer on {shared}; {cost.all_weights:,} weights")
         for what, (size, formula) in memory.items():
@@ -197,13 +172,12 @@ def describe_schedule(config: Config, stage: str, rows: int) -> str:
     return text + "; lr {:g} at the start, {:g} half-way, {:g} at the end".format(*rates)
 
 
-def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
+def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
-    run = prepared.run
     summary_path = run.folder / SUMMARY_FILE
-    if resume and (finished := on_main(lambda: _read_summary(summary_path))):
+    if resume and on_main(summary_path.is_file):
         run.console.log(f"{run.folder}: this run is finished")
-        return finished
+        return on_main(lambda: json.loads(summary_path.read_text()))
     model_path = run.config.model.path
     trainers = {"sft": train_sft, "rl": train_rl}
 
@@ -216,8 +190,7 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
     with run.stop.installed():
         with closing(run):
             run.open(stages, resume=resume)
-            for report in prepared.reports:
-                run.console.log(report.summary())
+            run.log_reports()
             for stage in stages:
                 final = run.folder / ("sft" if stage == "sft" else "model")
                 if not run.store.has_model(final):  # else a resumed run that was past this stage
@@ -229,10 +202,6 @@ def train(prepared: Prepared, stages: Sequence[str], *, resume: bool) -> dict[st
         run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
         run.tell("on_end", summary)
     return summary
-
-
-def _read_summary(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def _export(run: Run, loop: StageLoop, final: Path) -> None:
@@ -247,15 +216,13 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
     loop.learner.close()
 
 
-def evaluate_only(prepared: Prepared, *, write: bool = False) -> EvalResult:
-    """Evaluation of the model as it is, greedy and with eval.samples; `write`: into the run's folder, else nowhere."""
-    run = prepared.run
+def evaluate_only(run: Run, *, write: bool = False) -> EvalResult:
+    """Evaluate the model as it is, greedily and with eval.samples. `write` puts the result into the run's folder."""
     if write:
         run.open((), resume=False)
     # several processes end together by the signals' own effect
     with run.stop.installed() if world_size() == 1 else nullcontext(), closing(run):
-        for report in prepared.reports:
-            run.console.log(report.summary())
+        run.log_reports()
         model = load_model(run.config, run.config.model.path, run.device, heads=False)
         engine = run.sampler(model)
         result = run.answer(engine, "eval")
@@ -265,8 +232,10 @@ def evaluate_only(prepared: Prepared, *, write: bool = False) -> EvalResult:
                 result = add_samples(
                     result, engine, run.eval_rows, run.prompt_format, run.config, run.grader, run.on_progress(tracker)
                 )
-    if write and is_main():
-        run.write_result(result)
+    if write:
+        run.write_samples("eval", result.samples)
+        figures = json.dumps({**result.metrics, "versions": versions()}, indent=2) + "\n"
+        on_main(lambda: write_text(run.folder / SUMMARY_FILE, figures))
     run.console.log(result.describe())
     return result
 
@@ -318,21 +287,10 @@ def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -
 
 
 def summary_table(summary: dict[str, Any]) -> Table:
-    table = Table(
-        "",
-        "before RL",
-        "final",
-        title=f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows",
-    )
-
-    def percent(interval: Sequence[float]) -> str:
-        return f"[{interval[0]:.1%}, {interval[1]:.1%}]"
-
-    table.add_row("greedy accuracy", f"{summary['sft_accuracy']:.1%}", f"{summary['final_accuracy']:.1%}")
-    table.add_row("  95% interval", percent(summary["sft_accuracy_ci95"]), percent(summary["accuracy_ci95"]))
-    steps, length = summary["step_by_step"], summary["completion_length"]
-    table.add_row("step-by-step answers", f"{steps['sft']:.1%}", f"{steps['final']:.1%}")
-    table.add_row("tokens per answer", f"{length['sft']:.1f}", f"{length['final']:.1f}")
+    title = f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows"
+    table = Table("", "before RL", "final", title=title)
+    for row in result_rows(summary):
+        table.add_row(*row)
     table.add_row("tokens sampled in RL", "", f"{summary['completion_tokens']:,}")
     for phase, seconds in summary["seconds_by_phase"].items():
         table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import Config
-from carft_fast.core import derive_seed
+from carft_fast.core import derive_seed, to_device
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel
 from carft_fast.objective import Advantages, Rows, explained_variance, group_advantages, ppo_advantages
@@ -25,6 +25,8 @@ from carft_fast.training.optim import learning_rate
 from carft_fast.training.reference import Reference
 from carft_fast.training.run import Run
 from carft_fast.training.step import Step
+
+HOST = torch.device("cpu")
 
 
 def train_rl(run: Run, model_path: str) -> StageLoop:
@@ -67,7 +69,8 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                     updated = work.update(experience, advantages, [g.correct for g in grades], lr)
                 with timer("sync"):
                     stream.sync(policy)
-                    if sampling.probe_every and (step + 1) % sampling.probe_every == 0:
+                    due = sampling.probe_every and (step + 1) % sampling.probe_every == 0
+                    if due or (run.given_engine is not None and step == 0):  # does it take weights over at all?
                         probe(run, engine, policy)
 
                 values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | updated.metrics
@@ -100,16 +103,16 @@ def as_samples(rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], devi
 
 
 def score_rollouts(
-    grades: Sequence[Grade], cosine_N: Tensor | None, config: Config, device: torch.device | None = None
+    grades: Sequence[Grade], cosine_N: Tensor | None, config: Config, device: torch.device = HOST
 ) -> Tensor:
     """Terminal scores float32 [N]: `reward.correct_score`, 0 nothing to extract, between as `reward.partial` says."""
     rule = config.reward
     scores = [base_score(g, rule.partial_constant, rule.correct_score) for g in grades]
-    score_N = torch.tensor(scores, dtype=torch.float32, device=device)
+    score_N = to_device(scores, torch.float32, device)
     if rule.partial == "constant":
         return score_N
     assert cosine_N is not None
-    partial_N = torch.tensor([g.extractable and not g.correct for g in grades], device=device)
+    partial_N = to_device([g.extractable and not g.correct for g in grades], torch.bool, device)
     return torch.where(partial_N, embedding_partial_score(cosine_N, rule.partial_base, rule.partial_scale), score_N)
 
 

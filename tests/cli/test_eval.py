@@ -85,7 +85,7 @@ def test_epochs_go_round_a_questions_annotations(results: Path, tmp_path: Path) 
     path.write_text(json.dumps(rows))
     model = results / "run" / "sft"
     config = load_config(str(QUICKSTART_CONFIG), [f"data.train={path}", f"data.eval={path}", f"model.path={model}"])
-    run = prepare(config, tmp_path / "run", Console(), stages=("sft",)).run
+    run = prepare(config, tmp_path / "run", Console(), stages=("sft",))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     for stage in ("sft", "rl"):
         drawn = [row for step in range(14) for row in picked_rows(run, stage, 3, step)]  # six epochs of seven rows

@@ -33,8 +33,8 @@ def inputs(n: int) -> Inputs:
     return Inputs(normal(n, 3, 5), ContrastTargets(normal(n, 5), correct, normal(n, 5), bits() & ~correct, ~correct))
 
 
-def part(whole: Inputs, rows: slice) -> Inputs:
-    return Inputs(whole.z_2[rows], ContrastTargets(*(x[rows] for x in whole.targets)))
+def part(whole: Inputs, rows: slice, counts: list[int]) -> Inputs:
+    return Inputs(whole.z_2[rows], ContrastTargets(*(x[rows] for x in whole.targets[:5]), counts=counts))
 
 
 def loss_and_gradient(part: Inputs, config: ContrastiveConfig) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,8 @@ def loss_and_gradient(part: Inputs, config: ContrastiveConfig) -> tuple[Tensor, 
 def _rank(rank: int, cuts: list[int], settings: dict[str, Any], folder: str) -> None:
     world = len(cuts) - 1
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    mine = part(inputs(cuts[-1]), slice(cuts[rank], cuts[rank + 1]))
+    counts = [end - start for start, end in itertools.pairwise(cuts)]
+    mine = part(inputs(cuts[-1]), slice(cuts[rank], cuts[rank + 1]), counts)
     torch.save(loss_and_gradient(mine, ContrastiveConfig(**settings)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

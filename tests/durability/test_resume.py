@@ -152,8 +152,8 @@ def test_a_stop_between_update_and_the_count_of_it_waits(tmp_path: Path, tiny_ru
     def stopped(self: RolloutStream, model: CarftModel) -> None:
         sync(self, model)
         if next(calls) == 1:
-            prepared.run.stop._signum = signal.SIGTERM
-            prepared.run.stop.check()  # as Run.sampler's log does
+            prepared.stop._signum = signal.SIGTERM
+            prepared.stop.check()  # as Run.sampler's log does
 
     with monkeypatch.context() as patch:
         patch.setattr(RolloutStream, "sync", stopped)

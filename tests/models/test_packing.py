@@ -185,19 +185,24 @@ def test_a_batch_after_kept_prompts_follows_the_worked_example() -> None:
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("grouped", [False, True], ids=["torch 2.11", "torch 2.12"])
 def test_the_call_of_the_varlen_kernel_means_the_same(
-    monkeypatch: pytest.MonkeyPatch, window: int | None, share: bool
+    monkeypatch: pytest.MonkeyPatch, window: int | None, share: bool, grouped: bool
 ) -> None:
-    """The CUDA branch without a GPU: torch's kernel is replaced by its documented meaning, written out."""
+    """The CUDA branch without a GPU: torch's kernel is replaced by its documented meaning, written out.
+
+    torch 2.11 has no `enable_gqa`: as many heads of keys as of queries are needed there.
+    """
     from torch.nn.attention import varlen
 
     from carft_fast.models.attention import _varlen
 
-    def documented(
+    def meaning(
         q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **o: Any
     ) -> Tensor:
         left, right = o["window_size"]
-        assert (right, o["enable_gqa"], cu_q.dtype, cu_k.dtype) == (0, True, torch.int32, torch.int32)
+        assert (right, cu_q.dtype, cu_k.dtype) == (0, torch.int32, torch.int32)
+        assert k.shape[1] == v.shape[1] == (2 if grouped else 4)
         output = torch.empty_like(q)
         for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
             assert b - a <= max_q
@@ -207,9 +212,46 @@ def test_the_call_of_the_varlen_kernel_means_the_same(
                 first = c if left < 0 else max(c, last - left)
                 for h in range(q.shape[1]):
                     keys = slice(first, last + 1)
-                    weight = (k[keys, h // 2] @ q[i, h] * o["scale"]).softmax(0)
-                    output[i, h] = weight @ v[keys, h // 2]
+                    at = h // (q.shape[1] // k.shape[1])
+                    weight = (k[keys, at] @ q[i, h] * o["scale"]).softmax(0)
+                    output[i, h] = weight @ v[keys, at]
         return output
+
+    def of_2_11(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: Any = None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        return meaning(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    def of_2_12(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor | None,
+        max_q: int,
+        max_k: int,
+        *,
+        return_aux: Any = None,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+        seqused_k: Tensor | None = None,
+        block_table: Tensor | None = None,
+        num_splits: int | None = None,
+    ) -> Tensor:
+        assert enable_gqa, "else it refuses fewer heads of keys than of queries"
+        assert cu_seq_k is not None
+        return meaning(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
     segments = pack(PROMPTS, COMPLETIONS, CPU, share_prompts=share).segments
     torch.manual_seed(0)
@@ -220,7 +262,7 @@ def test_the_call_of_the_varlen_kernel_means_the_same(
     )
     if segments.key_index is not None:
         k, v = k[:, :, segments.key_index], v[:, :, segments.key_index]
-    monkeypatch.setattr(varlen, "varlen_attn", documented)
+    monkeypatch.setattr(varlen, "varlen_attn", of_2_12 if grouped else of_2_11)
     torch.testing.assert_close(_varlen(q, k, v, 0.3, window, segments), expected)
 
 

@@ -70,7 +70,7 @@ def test_a_run_on_programs(
     options += ["data.train_rows=24", "data.max_length=2048"]
     options += ["sft.micro_batch_tokens=4096", "rl.micro_batch_tokens=4096"]
     config = tiny_config(tiny_run, *FEW, *options)
-    run = prepare(config, tmp_path / "look", Console(), stages=("sft", "rl")).run
+    run = prepare(config, tmp_path / "look", Console(), stages=("sft", "rl"))
     taught = [run.prompt_format.decode(row.completion_ids) for row in run.train_rows]
     assert taught == [row.example.cots[0] for row in run.train_rows], "the program alone"
     with run.grader:

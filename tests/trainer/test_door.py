@@ -38,6 +38,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a mapping of splits": ({"eval": {"test": []}}, "eval is a dict: expected a path"),
     "no function": ({"reward": "mod:fn"}, "reward is a str: expected a function"),
     "half an engine": ({"engine": NoSync()}, "is no RolloutEngine: it has no sync, close"),
+    "no path": ({"output_dir": 5}, "output_dir = 5: expected a path"),
+    "an empty path": ({"output_dir": ""}, "output_dir = '': expected a path"),
     "one callback": ({"callbacks": NoMethod()}, "callbacks is a NoMethod: expected a list"),
     "a callback for nothing": (
         {"callbacks": [NoMethod()]},
@@ -61,9 +63,23 @@ def test_an_own_reward_is_taken_as_it_is_whatever_the_method() -> None:
     assert (reward.fn.rpartition(".")[2], reward.partial) == ("test_door:score", "constant")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"path": 5}, "path = 5: expected a path"),
+        ({"overrides": 5}, "overrides = 5: expected a dict"),
+        ({"overrides": [5]}, "overrides = [5]: expected a dict"),
+        ({"overrides": "rl.lr=1"}, "overrides = 'rl.lr=1': expected a dict"),
+    ],
+)
+def test_wrong_arguments_of_load_config(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        load_config(**arguments)
+
+
 def test_wrong_stages_and_reasons(tmp_path: Path) -> None:
     trainer = Trainer(load_config(QUICKSTART_CONFIG), output_dir=tmp_path / "run")
-    for stages in ((), ("rl", "sft"), "ppo"):
+    for stages in ((), ("rl", "sft"), "ppo", None, 5):
         with pytest.raises(InputError, match=r"allowed are \('sft',\), \('rl',\), \('sft', 'rl'\)"):
             trainer.train(stages)
     with pytest.raises(InputError, match="no training is under way"):

@@ -1,5 +1,6 @@
 """Runs through `Trainer`: the command line's run again, with rows, rewards, engines and callbacks of the caller."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import transformers
 
-from carft_fast import InputError, Rollout, SamplingParams, Stopped, Trainer, load_config
+from carft_fast import EngineError, InputError, Rollout, SamplingParams, Stopped, Trainer, load_config
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config
 from carft_fast.core.durable import find_damage
 from carft_fast.data.synthetic import build_tokenizer, make_task
+from carft_fast.rollout.hf import HFEngine
 
 from ..conftest import TINY_RUN
 from .conftest import digests, records
@@ -239,6 +241,48 @@ class Scripted:
 
     def close(self) -> None:
         self.closed = True
+
+
+class Stale:
+    """Takes weights over once, and says at every sync that it has them."""
+
+    version = 0
+
+    def sync(self, model: Any) -> int:
+        if not self.version:
+            self.model = copy.deepcopy(model)
+            self.engine = HFEngine(self.model, build_tokenizer(), batch_size=64)
+        self.version = self.engine.version = self.version + 1
+        return self.version
+
+    def generate(self, *arguments: Any, **options: Any) -> list[Rollout]:
+        return self.engine.generate(*arguments, **options)
+
+    def close(self) -> None: ...
+
+
+def test_an_engine_that_keeps_old_weights_is_found_after_the_first_step(tmp_path: Path) -> None:
+    trainer = Trainer(tiny("rl.lr=1e-2", "rl.warmup_steps=0"), engine=Stale(), output_dir=tmp_path / "run")
+    with pytest.raises(EngineError, match=r"trainer and sampler disagree"):
+        trainer.train("rl")
+    assert not [r for r in records(tmp_path / "run") if r["kind"] == "train"]
+    with pytest.raises(InputError, match=r"is not finished: call train\(resume=True\), or name a model"):
+        trainer.evaluate()
+
+
+class Spoiler:
+    """Edits what it is told."""
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        record.clear()
+
+    def on_evaluate(self, record: dict[str, Any]) -> None:
+        record["accuracy"] = "high"
+
+
+def test_a_callback_that_edits_its_record_changes_nothing(tmp_path: Path, by_command: Path) -> None:
+    Trainer(tiny(), callbacks=[Spoiler()], output_dir=tmp_path / "run").train()
+    assert records(tmp_path / "run") == records(by_command)
 
 
 def test_own_engine_own_reward_and_a_column_of_the_rows(tmp_path: Path) -> None:

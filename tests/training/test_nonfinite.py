@@ -70,7 +70,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
     config = load_config(str(QUICKSTART_CONFIG), TINY_RUN)
     prepared = prepare(config, folder, Console(), stages=("sft",))
     train(prepared, ("sft",), resume=False)
-    return prepared.run.metrics.find("sft", "train")
+    return prepared.metrics.find("sft", "train")
 
 
 def test_a_run_goes_on_behind_a_bad_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
