@@ -45,6 +45,7 @@ elif DEVICE == "cuda" and torch.version.cuda is None:
     ) -> Tensor:
         return out.copy_(c + a.to(out_dtype) @ b.to(out_dtype))
 
+    _aten.impl("mm.dtype", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     _aten.impl("mm.dtype_out", _mm)
     _aten.impl("addmm.dtype_out", _addmm)
 
