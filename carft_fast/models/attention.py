@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding, scaled_dot_product_attention
 from transformers import AttentionInterface
 
 PACKED = "carft_packed"
@@ -98,12 +98,28 @@ def packed_attention(
     if segments.before is not None:
         key, value = (torch.cat(pair, 2) for pair in zip(segments.before.layers[module], (key, value), strict=True))
     if segments.key_index is not None:
-        key, value = (x.index_select(2, segments.key_index) for x in (key, value))
+        key, value = (_keys_at(x, segments.key_index) for x in (key, value))
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave queries and keys in float32
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
     attend = _varlen if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else _by_segment
     return attend(query, key, value, scaling, sliding_window, segments), None
+
+
+def take_rows(x_TF: Tensor, index_K: Tensor) -> Tensor:
+    """x_TF[index_K], of any float dtype. The gradients of a row that is taken several times are added in a fixed order.
+
+    As an embedding, whose backward pass sorts the index. `index_select` adds with atomics on CUDA, and indexing does on
+    several CPU threads.
+    """
+    return embedding(index_K, x_TF)
+
+
+def _keys_at(x: Tensor, index_K: Tensor) -> Tensor:
+    """[1, H_kv, T, d] -> [1, H_kv, K, d]. Heads lie side by side in memory, so nothing else is copied."""
+    _, heads, tokens, size = x.shape
+    rows = take_rows(x[0].transpose(0, 1).reshape(tokens, heads * size), index_K)
+    return rows.view(-1, heads, size).transpose(0, 1)[None]
 
 
 def _by_segment(

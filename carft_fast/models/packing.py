@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from carft_fast.core import to_device
-from carft_fast.models.attention import PromptStates, Segments
+from carft_fast.models.attention import PromptStates, Segments, take_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,10 @@ class PackedBatch:
     @property
     def target_C(self) -> Tensor:
         return self.ids_T[self.read_index_C]
+
+    def predicting(self, states_TD: Tensor) -> Tensor:
+        """[C, D]: the state before each completion token; of a shared prompt the last one several times."""
+        return take_rows(states_TD, self.predict_index_C)
 
 
 def pack(

@@ -156,7 +156,7 @@ def update_loss(
     the policy that is improved is the one that sampled. Source: paper eq. 5, ReFT; KL term: GRPO.
     """
     policy_weight_C = weight_C if targets.correction_C is None else weight_C * targets.correction_C
-    hidden_CD = output.hidden_TD[batch.predict_index_C]
+    hidden_CD = batch.predicting(output.hidden_TD)
     if output.logits_CV is not None:
         logprob_C, entropy_C = token_logprob(
             output.logits_CV, batch.target_C, temperature=temperature, with_entropy=True
@@ -313,7 +313,7 @@ def _share(mean: Tensor, counted_B: Tensor) -> Tensor:
 
 
 def _head_inputs(model: CarftModel, output: ModelOutput, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    hidden_CD = output.hidden_TD[batch.predict_index_C]
+    hidden_CD = batch.predicting(output.hidden_TD)
     return hidden_CD.to(model.compute_dtype), model.head_weight_VD.to(model.compute_dtype)
 
 

@@ -184,7 +184,7 @@ class PackedPasses:
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
             )
-        value_C = model.value(output.hidden_TD[batch.predict_index_C]) if want.value else None
+        value_C = model.value(batch.predicting(output.hidden_TD)) if want.value else None
         z = cot_embeddings(model, output.hidden_TD, batch, rows.parts) if want.embedding else None
         return Outputs(logprob_C, support_logprob_C, value_C, z), Forward(batch, output, batch.segments.keep)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.attention import PACKED, packed_attention
+from carft_fast.models.attention import PACKED, packed_attention, take_rows
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
 from carft_fast.models.packing import PackedBatch, balanced_batches, pack, sequence_mean_weights
@@ -105,6 +105,63 @@ def test_a_shared_prompt_changes_no_state_and_no_gradient(name: str) -> None:
     assert torch.equal(apart.target_C, shared.target_C)
     for ours, expected in zip(found(shared), found(apart), strict=True):
         assert float((ours - expected).norm()) <= 1e-5 * float(expected.norm())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_gradients_of_a_row_taken_often_are_added_in_the_order_of_the_index(threads: int) -> None:
+    """Bit for bit, whatever the number of threads; the sums are made here one at a time."""
+    torch.manual_seed(0)
+    index = torch.randint(5, (1000,))
+    gradient = torch.randn(1000, 64) * 10 ** torch.linspace(-3, 3, 1000)[:, None]
+    expected = torch.zeros(6, 64)
+    for i, row in zip(index.tolist(), gradient, strict=True):
+        expected[i] += row
+    x = torch.randn(6, 64, requires_grad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        taken = take_rows(x, index)
+        taken.backward(gradient)
+    finally:
+        torch.set_num_threads(before)
+    assert x.grad is not None
+    assert torch.equal(x.grad, expected)
+    assert torch.equal(taken, x.detach()[index])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_gradients_of_shared_keys_are_those_of_float64(window: int | None) -> None:
+    """Attention written out: a prompt's queries see it, a completion's see the prompt and then itself."""
+    shared = pack(PROMPTS, COMPLETIONS, CPU, share_prompts=True)
+    lengths = [3, 3, 10, 6, 1, 3]
+    seen = [[0, 1, 2], [0, 1, 2, 3, 4, 5], [*range(6, 16)], [*range(16, 22)], [0, 1, 2, 22], [0, 1, 2, 23, 24, 25]]
+    assert shared.segments.q_lengths == tuple(lengths)
+    assert shared.segments.key_index is not None
+    assert shared.segments.key_index.tolist() == [i for keys in seen for i in keys]
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, heads, 26, 8) for heads in (4, 2, 2)]
+    d_output = torch.randn(1, 26, 4, 8)
+
+    leaves = [x.double().requires_grad_() for x in inputs]
+    q, k, v = (x[0] for x in leaves)
+    rows = []
+    for keys, n in zip(seen, lengths, strict=True):
+        own = keys[-n:]
+        behind = torch.arange(len(keys))[-n:, None] - torch.arange(len(keys))
+        hidden = (behind < 0) | (behind >= (window or 100))
+        for h in range(4):
+            score = q[h, own] @ k[h // 2, keys].T * 0.3
+            rows.append(score.masked_fill(hidden, -torch.inf).softmax(1) @ v[h // 2, keys])
+    expected = torch.cat([torch.stack(rows[i : i + 4], 1) for i in range(0, len(rows), 4)])[None]
+    wanted = torch.autograd.grad(expected, leaves, d_output.double())
+
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    output, _ = packed_attention(
+        torch.nn.Module(), *leaves, None, scaling=0.3, sliding_window=window, segments=shared.segments
+    )
+    found = torch.autograd.grad(output, leaves, d_output)
+    for ours, exact in zip([output, *found], [expected, *wanted], strict=True):
+        assert float((ours - exact).detach().abs().max()) <= 1e-6 * float(exact.abs().max())
 
 
 def test_pack_follows_its_worked_example() -> None:
