@@ -46,7 +46,7 @@ PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS, VOCABULARY = 4, 128, 32, 97
 GROUP_SIZES = (2, 4, 8, 16)
 GROUP_VARIANTS = {
     "carft_fast, shared prompts": ["rl.micro_batch_tokens=2048", "rl.share_prompts=true"],
-    "carft_fast": ["rl.micro_batch_tokens=2048"],
+    "carft_fast": ["rl.micro_batch_tokens=2048", "rl.share_prompts=false"],
     PLAIN: ["model.impl=padded", training.DEVICE_AT_ONCE],
 }
 RANKS = (1, 2, 4)

@@ -75,7 +75,7 @@ def trl_spec(name: str, notes: str, rows: int, *, valid: bool, sampler: str = "g
 
 def given_sides(rows: int) -> list[SideSpec]:
     return [
-        ours(OURS, "packed, defaults"),
+        ours(OURS, "packed, rl.share_prompts = false", "rl.share_prompts=false"),
         ours(f"{OURS}, shared prompts", "packed, rl.share_prompts", "rl.share_prompts=true"),
         trl_spec("TRL, completion positions", VALID, rows, valid=True),
         trl_spec("TRL", ALL, rows, valid=False),

@@ -135,7 +135,7 @@ class CarftSide:
     def _positions(self, rows: Rows) -> int:
         if self._config.model.impl == "padded":
             return padded.pad(rows.prompts, rows.completions, CPU).ids_BL.numel()
-        return len(pack(rows.prompts, rows.completions, CPU, share_prompts=self._config.rl.share_prompts).ids_T)
+        return len(pack(rows.prompts, rows.completions, CPU, share_prompts=self._config.shares_prompts).ids_T)
 
     def weights(self) -> dict[str, Tensor]:
         return dict(self.policy.lm.named_parameters())

@@ -170,8 +170,9 @@ class RlConfig(StageConfig):
     where there is one update per batch, and the ratio is 1); "sampled" those the sampler reports."""
     reference_offload: bool = False
     """Keep the reference's weights in host memory, on the GPU only while used, once a step. LoRA needs no copy."""
-    share_prompts: bool = False
-    """Forward a prompt once for all its completions in a micro-batch; needs model.attention = "packed"."""
+    share_prompts: Literal["auto"] | bool = "auto"
+    """Forward a prompt once for all its completions in a micro-batch: true needs model.attention = "packed" and
+    model.impl = "fast"; "auto" does where these are set and rollout.samples_per_prompt is at least 2."""
     clip_low: float = Field(0.2, gt=0, lt=1)
     """Policy ratio is clipped below at 1 - clip_low. Source: published code, 0.2."""
     clip_high: float = Field(0.2, gt=0)
@@ -427,6 +428,17 @@ class Config(Section):
     def eval_max_new_tokens(self) -> int:
         return self.eval.max_new_tokens or self.rollout.max_new_tokens
 
+    @property
+    def shares_prompts(self) -> bool:
+        """`rl.share_prompts`, "auto" decided."""
+        if self.rl.share_prompts == "auto":
+            return self._can_share_prompts and self.rollout.samples_per_prompt > 1
+        return self.rl.share_prompts
+
+    @property
+    def _can_share_prompts(self) -> bool:
+        return (self.model.attention, self.model.impl) == ("packed", "fast")
+
     def _secrets(self) -> Iterator[str]:
         """A run saves its config, and reads it back on --resume: neither with a secret nor with a masked one."""
         for section, values in self.model_dump().items():
@@ -448,9 +460,9 @@ class Config(Section):
         for stage, tokens in (("sft", self.sft.micro_batch_tokens), ("rl", rl.micro_batch_tokens)):
             if tokens < longest:
                 yield f"{stage}.micro_batch_tokens = {tokens} must be at least data.max_length = {longest}"
-        if rl.share_prompts and (model.attention, model.impl) != ("packed", "fast"):
+        if rl.share_prompts is True and not self._can_share_prompts:
             yield (
-                'rl.share_prompts needs model.attention = "packed" and model.impl = "fast", these are '
+                'rl.share_prompts = true needs model.attention = "packed" and model.impl = "fast", these are '
                 f'"{model.attention}" and "{model.impl}"'
             )
         if rl.estimator != "gae" and per_prompt == 1:

@@ -44,7 +44,7 @@ class Step:
         # a rollout without advantage trains nothing where there is no value loss, contrastive or KL term
         self._may_drop = not (self.needs.value or self.needs.contrastive or config.rl.kl_loss_coef)
         self._passes = build_passes(
-            config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.rl.share_prompts
+            config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.shares_prompts
         )
 
     @torch.no_grad()

@@ -293,7 +293,7 @@ def test_variants_of_a_group_do_the_same() -> None:
                 p.samples.rollouts.prompts,
                 p.samples.rollouts.completions,
                 torch.device("cpu"),
-                share_prompts=p.config.rl.share_prompts,
+                share_prompts=p.config.shares_prompts,
             ).ids_T
         )
         for name, p in prepared.items()

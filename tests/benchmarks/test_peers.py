@@ -111,7 +111,8 @@ def tiny(model) -> Work:
 
 def test_the_side_counts_what_it_computes_and_has_the_plain_paths_gradient(tiny):
     done, gradients = [], []
-    for options in ([], ["rl.share_prompts=true"], ["model.impl=padded", "rl.micro_batch_tokens=65536"]):
+    plain = ["model.impl=padded", "rl.micro_batch_tokens=65536"]
+    for options in (["rl.share_prompts=false"], ["rl.share_prompts=true"], plain):
         side = CarftSide(tiny, options)
         done.append(Done())
         side.step(done[-1])
@@ -145,7 +146,7 @@ def test_carfts_side_trains_on_its_annotated_cots(model):
 
 @pytest.mark.slow
 def test_sides_in_processes_take_turns_and_are_compared(tiny, tmp_path):
-    specs = [ours("packed", "p"), ours("shared", "s", "rl.share_prompts=true")]
+    specs = [ours("packed", "p", "rl.share_prompts=false"), ours("shared", "s", "rl.share_prompts=true")]
     rows, about = run_case("tiny", tiny, specs, tmp_path / "case")
     assert {row["side"] for row in rows} == {"packed", "shared"}
     assert all(row["value"] > 0 for row in rows if row["measure"] in ("step", "processor time over packed's"))

@@ -14,6 +14,22 @@ def test_every_field_says_what_it_is() -> None:
         assert len(field.description) > 15, key
 
 
+def test_prompts_are_shared_where_there_are_several_completions_and_the_attention_can() -> None:
+    def shares(*options: str) -> bool:
+        return load_config(None, options).shares_prompts
+
+    several = "rollout.samples_per_prompt=2"
+    assert [shares(), shares(several)] == [False, True]
+    assert [shares(several, f"rl.share_prompts={word}") for word in ("auto", "true", "false")] == [True, True, False]
+    assert shares("rl.share_prompts=true")
+    for other in ("model.attention=sdpa", "model.impl=padded"):
+        assert not shares(several, other)
+        with pytest.raises(InputError, match=r'rl\.share_prompts = true needs model\.attention = "packed" and'):
+            shares(several, other, "rl.share_prompts=true")
+    with pytest.raises(InputError, match=r"rl\.share_prompts"):
+        shares("rl.share_prompts=sometimes")
+
+
 def test_defaults_are_those_of_the_paper() -> None:
     config = Config()
     assert (config.sft.lr, config.sft.batch_size, config.data.max_length) == (1e-5, 64, 1024)

@@ -103,7 +103,7 @@ def test_the_estimator_needs_what_it_compares(tiny_run: list[str]) -> None:
 
     assert "samples_per_prompt must be at least 2, this is 1" in refused("rl.estimator=grpo", "rl.kl_coef=0.0")
     assert "rl.kl_coef = 0.05 is a per-token reward" in refused("rl.estimator=grpo", "rollout.samples_per_prompt=4")
-    assert 'rl.share_prompts needs model.attention = "packed"' in refused(
+    assert 'rl.share_prompts = true needs model.attention = "packed"' in refused(
         "rl.share_prompts=true", "model.attention=sdpa"
     )
     assert "needs rollout.top_p = 1 and top_k = 0, these are 0.9 and 0" in refused(
