@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from carft_fast.core import write_text, writing
 
 METRICS: dict[str, str] = {
@@ -70,23 +72,42 @@ PHASES: dict[str, str] = {
 
 
 class PhaseTimer:
-    """Wall seconds per phase since the last `flush`."""
+    """Seconds per phase since the last `flush`.
 
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
+    On a CPU wall time. On CUDA a phase ends when the device has done what it was asked until then, and begins when it
+    has done what it was asked before: phases that follow each other add up to the wall time. So a phase of the host
+    alone counts from when the device is idle. Nothing waits but `flush`.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         assert phase in PHASES, phase
-        start = time.perf_counter()
+        start = self._border()
         try:
             yield
         finally:
-            self._seconds[phase] += time.perf_counter() - start
+            self._spans.append((phase, start, self._border()))
+
+    def _border(self) -> Any:
+        if not self._on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def flush(self) -> dict[str, float]:
-        seconds, self._seconds = dict(self._seconds), defaultdict(float)
-        return seconds
+        """On CUDA the host waits for the end of the newest phase."""
+        spans, self._spans = self._spans, []
+        if self._on_cuda and spans:
+            spans[-1][2].synchronize()
+        seconds: dict[str, float] = defaultdict(float)
+        for phase, start, end in spans:
+            seconds[phase] += start.elapsed_time(end) / 1e3 if self._on_cuda else end - start
+        return dict(seconds)
 
 
 class MetricsLog:

@@ -64,9 +64,10 @@ class Run:
     stop: StopRequest
     stop_reason: str | None = None
     """Set to end the stage after its present step; the main process's counts."""
-    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    timer: PhaseTimer = field(init=False)
 
     def __post_init__(self) -> None:
+        self.timer = PhaseTimer(self.device)
         self.fingerprints = {
             "train": _fingerprint(self.train_rows, self.config),
             "eval": _fingerprint(self.eval_rows, self.config),
