@@ -52,9 +52,15 @@ class CarftModel(nn.Module):
     """Policy (with heads) or frozen reference (without)."""
 
     def __init__(
-        self, lm: PreTrainedModel, heads: CarftHeads | None, compute_dtype: torch.dtype, *, packs: bool = True
+        self,
+        lm: PreTrainedModel,
+        heads: CarftHeads | None,
+        compute_dtype: torch.dtype,
+        *,
+        packs: bool = True,
+        check: bool = True,
     ) -> None:
-        """`packs`: sequences are packed, or never are."""
+        """`packs`: sequences are packed, or never are. `check` False: the caller has yet to call `check`."""
         super().__init__()
         self.lm = lm
         self.heads = heads
@@ -66,11 +72,11 @@ class CarftModel(nn.Module):
         self._compiled = False
         self.divided = False
         """Whether processes share its weights (FSDP2, DeepSpeed)."""
-        if packs:
-            self._check_attention()
-        self.plain_head = self._has_plain_head()
-        if not self.plain_head:
-            logger.warning("the LM head is not hidden @ weight.T (bias, scale or soft cap): logits are materialised")
+        self._packs = packs
+        self.plain_head: bool | None = None
+        """Whether logits are hidden @ weight.T; None before `check`."""
+        if check:
+            self.check()
 
     @property
     def device(self) -> torch.device:
@@ -83,6 +89,18 @@ class CarftModel(nn.Module):
         around it. Processes that share weights call it together.
         """
         return function(self, *args, **options)
+
+    def check(self) -> None:
+        """Find out with a few tokens whether packing keeps the model's meaning, and how its head makes logits.
+
+        Where the weights are to compute: on their device, divided or not. Processes that share them call
+        `model(CarftModel.check)` together. Raises InputError for a model that cannot be run as it is set.
+        """
+        if self._packs:
+            self._check_attention()
+        self.plain_head = self._has_plain_head()
+        if not self.plain_head:
+            logger.warning("the LM head is not hidden @ weight.T (bias, scale or soft cap): logits are materialised")
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -183,7 +201,6 @@ class CarftModel(nn.Module):
     @torch.no_grad()
     def _packing_difference(self) -> str | None:
         """What packing would change, None where nothing."""
-        self.plain_head = True
         if self.attention == "sdpa" and soft_cap(self.lm.config):
             return "it leaves the soft cap of attention logits out"
         embedding: Any = self.lm.get_input_embeddings()
@@ -212,13 +229,16 @@ class CarftModel(nn.Module):
         weight = getattr(head, "weight", None)
         vocabulary = weight.shape[0] if isinstance(weight, Tensor) else 8
         ids_BL = torch.arange(8, device=self.device)[None] % vocabulary
-        with self.padded() as lm, self._captured_hidden() as captured:
-            logits_BLV = lm(input_ids=ids_BL, use_cache=False).logits.float()
+        with self.padded() as lm, self.autocast(), self._captured_hidden() as captured:
+            logits_BLV = lm(input_ids=ids_BL, use_cache=False).logits
             hidden_BLD = lm.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        if isinstance(weight, Tensor):
-            plain_BLV = hidden_BLD.float() @ weight.float().T
-            if plain_BLV.shape == logits_BLV.shape and torch.allclose(plain_BLV, logits_BLV, rtol=1e-3, atol=1e-3):
-                return True
+            if isinstance(weight, Tensor) and getattr(head, "bias", None) is None:
+                plain_BLV = nn.functional.linear(hidden_BLD, weight)
+                rounding = 1e-3 if self.compute_dtype == torch.float32 else 2**-7
+                if plain_BLV.shape == logits_BLV.shape and torch.allclose(
+                    plain_BLV.float(), logits_BLV.float(), rtol=rounding, atol=1e-3
+                ):
+                    return True
         if len(captured) < 2:  # the second is the base model's own call
             raise InputError(
                 f"{type(self.lm).__name__}: its LM head is more than a matrix, and its hidden states cannot be had "

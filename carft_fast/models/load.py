@@ -56,12 +56,12 @@ def load_lm_config(config: ModelConfig) -> Any:
 
 
 def load_model(
-    config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None
+    config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None, check: bool = True
 ) -> CarftModel:
     """The causal LM at `path` (folder, Hub id, "synthetic") in float32, with its heads (fresh ones if it has none).
 
     With heads it is a policy to train: with LoRA it gets adapters and its own weights are frozen. `trained` is a
-    checkpoint of it; without heads it is a frozen reference.
+    checkpoint of it; without heads it is a frozen reference. `check`: see `CarftModel`.
     """
     lora = config.lora if heads and config.lora.rank else None
     if trained is not None and lora is None:
@@ -79,7 +79,7 @@ def load_model(
             carft_heads.load(saved)
         carft_heads.to(device)
     packs = config.model.impl == "fast"
-    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype), packs=packs)
+    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype), packs=packs, check=check)
     if not heads:
         model.requires_grad_(False)
     if lora:

@@ -44,11 +44,11 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {checkpoint}")
 
     def _load(self, trained: Path | None) -> CarftModel:
-        """In host memory where the device gets only a share of it. The learner loads what is sharded on disk."""
+        """In host memory, unchecked, where the device gets only a share. The learner loads what is sharded on disk."""
         divided = strategy(self._run.config) in ("fsdp2", "zero3")
         device = torch.device("cpu") if divided else self._run.device
         whole = None if trained is not None and has_sharded(trained) else trained
-        return load_model(self._run.config, self._model_path, device, heads=True, trained=whole)
+        return load_model(self._run.config, self._model_path, device, heads=True, trained=whole, check=not divided)
 
     def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
         """`current_engine` returns the sampler with the present weights; it is called for every evaluation."""

@@ -314,14 +314,24 @@ def _accelerate_zero() -> dict[str, Any]:
 
 
 def build_learner(config: Config, model: CarftModel, stage: StageConfig, device: torch.device) -> Learner:
-    """`model` with its optimizer, divided as `strategy` says."""
+    """`model` with its optimizer, divided as `strategy` says and checked."""
     how = strategy(config)
+    learner: Learner
     if how in ("zero2", "zero3"):
-        return DeepSpeedLearner(config, model, stage)
-    if how == "fsdp2":
+        learner = DeepSpeedLearner(config, model, stage)
+    elif how == "fsdp2":
         shard(model, device)
-        return ShardedLearner(model, build_optimizer(model, stage))
-    return Learner(model, build_optimizer(model, stage))
+        learner = ShardedLearner(model, build_optimizer(model, stage))
+    else:
+        learner = Learner(model, build_optimizer(model, stage))
+    _check_divided(model)
+    return learner
+
+
+def _check_divided(model: CarftModel) -> None:
+    """On the device, by all processes: on the host every process would need room for a whole model at work."""
+    if model.plain_head is None:
+        model(CarftModel.check)
 
 
 def divide_frozen(config: Config, model: CarftModel, device: torch.device, *, offload: bool) -> None:
@@ -331,3 +341,4 @@ def divide_frozen(config: Config, model: CarftModel, device: torch.device, *, of
         shard(model, device, offload=offload)
     elif how == "zero3":
         _deepspeed_engine(config, model)
+    _check_divided(model)

@@ -89,6 +89,15 @@ def test_heads_beyond_a_plain_matmul_take_the_logits_path(batch: PackedBatch) ->
             torch.testing.assert_close(output.hidden_TD[:6], last, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_with_a_bias_is_not_plain_even_where_it_is_zero(dtype: torch.dtype) -> None:
+    """Training may change it."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    lm = transformers.PhiForCausalLM(transformers.PhiConfig(vocab_size=40, **sizes)).eval()
+    assert not lm.lm_head.bias.any()
+    assert not CarftModel(lm, None, dtype).plain_head
+
+
 def test_a_saved_folder_is_a_plain_model_with_heads_beside_it(
     model: CarftModel, batch: PackedBatch, tmp_path: Path
 ) -> None:
