@@ -25,6 +25,7 @@ aten: Any = torch.ops.aten
 _READS = (aten._local_scalar_dense.default, aten.is_nonzero.default)
 _ANSWERS = (aten.equal.default, aten.allclose.default)
 _COPIES = (aten._to_copy.default, aten.copy_.default)
+_ATOMIC = ("index_add", "scatter_add", "index_reduce", "scatter_reduce", "put", "cumsum", "bincount", "histc")
 _UNKNOWN_SIZES = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default)
 
 
@@ -54,9 +55,12 @@ class Audit(TorchDispatchMode):
         self.varlen: collections.Counter[str] = collections.Counter()
         self.varlen_inputs: set[str] = set()
         self.sdpa: collections.Counter[str] = collections.Counter()
+        self.host_attention = 0
         self.launches: collections.Counter[str] = collections.Counter()
         self.wrong: set[str] = set()
         """Operations and launches that got a tensor of the other device."""
+        self.atomic: set[str] = set()
+        """Sums of floating-point numbers by operations that take them in an order that varies on CUDA."""
         self.host_floats: set[str] = set()
         """Places where the host computes with floating-point numbers."""
         self.kept_casts: dict[str, int] = collections.defaultdict(int)
@@ -64,6 +68,7 @@ class Audit(TorchDispatchMode):
         self._casts = 0
         self._nonzeros = 0
         self._bodies = _operator_bodies()
+        fake_cuda.on_wait = self.sync
 
     @contextlib.contextmanager
     def at(self, phase: str) -> Iterator[None]:
@@ -80,8 +85,6 @@ class Audit(TorchDispatchMode):
         kwargs = kwargs or {}
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented
-        while fake_cuda.waits:
-            self.sync(fake_cuda.waits.pop())
         if _is_composite(func):  # inside an operator nothing has taken it apart yet
             with self:
                 return func.decompose(*args, **kwargs)
@@ -189,6 +192,8 @@ class Audit(TorchDispatchMode):
     def _check(self, func: Any, name: str, args: Any, kwargs: Any, tensors: list[Tensor]) -> None:
         if any(x.device.type == "cpu" and x.ndim for x in tensors):
             self.wrong.add(f"{name}: {place()}")
+        if func._opname.rstrip("_") in _ATOMIC and tensors[0].is_floating_point():
+            self.atomic.add(f"{name}: {place()}")
         if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
             if any(i is not None and i.dtype == torch.bool for i in args[1]):
                 self.sync("boolean index")
@@ -210,8 +215,10 @@ class Audit(TorchDispatchMode):
             "varlen": dict(self.varlen),
             "varlen_inputs": sorted(self.varlen_inputs),
             "sdpa": {phase: n for phase, n in self.sdpa.items() if phase != "load"},
+            "host_attention": self.host_attention,
             "launches": dict(self.launches),
             "wrong": sorted(self.wrong),
+            "atomic": sorted(self.atomic),
             "host_floats": sorted(self.host_floats),
             "kept_casts": dict(self.kept_casts),
         }

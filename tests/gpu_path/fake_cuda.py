@@ -10,6 +10,7 @@ import importlib.util
 import os
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,12 @@ import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
 
-waits: list[str] = []
-"""Explicit waits of the host for the device since the list was last emptied."""
+
+def ignore(kind: str) -> None: ...
+
+
+on_wait: Callable[[str], None] = ignore
+"""Called at every explicit wait of the host for the device."""
 
 
 class _Event:
@@ -37,8 +42,11 @@ class _Event:
     def query(self) -> bool:
         return True
 
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
     def synchronize(self) -> None:
-        waits.append("Event.synchronize")
+        on_wait("event")
 
 
 class _Stream:
@@ -51,7 +59,7 @@ class _Stream:
         return event or _Event()
 
     def synchronize(self) -> None:
-        waits.append("Stream.synchronize")
+        on_wait("stream")
 
 
 class _Device:
@@ -84,7 +92,7 @@ def install(devices: int = 1) -> None:
         "stream": lambda stream: contextlib.nullcontext(),
         "current_stream": lambda device=None: stream,
         "default_stream": lambda device=None: stream,
-        "synchronize": lambda device=None: waits.append("synchronize"),
+        "synchronize": lambda device=None: on_wait("synchronize"),
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: "fake",

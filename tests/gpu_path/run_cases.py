@@ -67,6 +67,7 @@ def watch_attention(current: list[Audit]) -> None:
     def watched(*args: Any, **options: Any) -> Any:
         for audit in current:
             audit.sdpa[audit.phase] += 1
+            audit.host_attention += args[0].device.type == "cpu"
         return real(*args, **options)
 
     torch.nn.functional.scaled_dot_product_attention = watched
@@ -143,7 +144,8 @@ def load_policy(config: Any, model_path: str) -> Any:
     from carft_fast.models import load_model
     from carft_fast.training.parallel import strategy
 
-    return load_model(config, model_path, torch.device("cpu") if strategy(config) == "fsdp2" else DEVICE, heads=True)
+    divided = strategy(config) == "fsdp2"
+    return load_model(config, model_path, torch.device("cpu") if divided else DEVICE, heads=True, check=not divided)
 
 
 def run_sft(audit: Audit, config: Any, model_path: str, lengths: dict[str, int]) -> None:
@@ -175,6 +177,7 @@ def run_rl(audit: Audit, config: Any, model_path: str, lengths: dict[str, int]) 
     from carft_fast.core import Example
     from carft_fast.data import EncodedExample
     from carft_fast.models import SamplerWeights
+    from carft_fast.reports import PhaseTimer
     from carft_fast.rewards import Grade
     from carft_fast.rollout import Rollout
     from carft_fast.training.batch import Needs
@@ -197,16 +200,18 @@ def run_rl(audit: Audit, config: Any, model_path: str, lengths: dict[str, int]) 
     ]
     rollouts = [Rollout(ids, [-1.0] * len(ids), "stop", 0) for ids in sequences(n, lengths["completion"], 30)]
     grades = [Grade(i % 3 > 0, 1.0) for i in range(n)]
-    with audit.at("experience"):
+    timer = PhaseTimer(DEVICE)
+    with audit.at("experience"), timer("forward"):
         samples = as_samples(rows, rollouts, DEVICE)
         experience = step.make_experience(samples, 1)
-    with audit.at("advantages"):
+    with audit.at("advantages"), timer("forward"):
         score_N = score_rollouts(grades, experience.cosine_N, config, DEVICE)
         advantages = estimate_advantages(score_N, experience, config)
-    with audit.at("update"):
+    with audit.at("update"), timer("update"):
         step.update(experience, advantages, [g.correct for g in grades], config.rl.lr)
     with audit.at("metrics"):
         rollout_metrics(rollouts, grades, score_N, experience, advantages)
+        timer.flush()
     with audit.at("weights"):
         for _ in SamplerWeights(policy.lm, torch.bfloat16):
             pass
@@ -235,6 +240,9 @@ def run_probe(audit: Audit, *_: Any) -> None:
         probe_kernel[(1,)](torch.zeros(2))
         x[torch.tensor([0])]
         torch.zeros(2) * 2
+        both = torch.tensor([0, 0]).pin_memory().to(DEVICE, non_blocking=True)
+        y = torch.zeros(2, device=DEVICE, requires_grad=True)
+        (y.index_select(0, both) + torch.nn.functional.embedding(both, y[:, None])[:, 0] + y[both]).sum().backward()
 
 
 def run_case(case: dict[str, Any], models: dict[str, str], current: list[Audit]) -> dict[str, Any]:

@@ -62,8 +62,8 @@ SMOLLM2 = "configs/svamp_smollm2_cpu.toml"
 SFT = {"sft": 2 * 2}
 # ReFT: reference and policy over two micro-batches; two epochs of two.
 REFT = {"experience": 2 + 2, "update": 2 * 2 * 2}
-# Dr.GRPO has no reference.
-DR_GRPO = {"experience": 2, "update": 2 * 2 * 2}
+# Dr.GRPO has no reference, and four completions share a prompt: 16 prompts and 64 completions are 14,400 tokens.
+DR_GRPO = {"experience": 1, "update": 2 * 2}
 # CARFT: the annotated CoTs follow each micro-batch; the second epoch finds every z_2 without gradient first.
 CARFT = {"experience": 2 + 2 + 2, "update": 2 * 2 * 2 + 2}
 # All rollouts in one micro-batch: the first epoch goes on from the log-prob pass, whose layers run again in backward.
@@ -84,8 +84,8 @@ CASES = {f"{MODELS[model]}_{method}": paper(model, method) for model in MODELS f
     "offload": paper(LLAMA, "carft", "rl.reference_offload=true"),
     "negative": paper(LLAMA, "carft", "contrastive.mode=negative"),
     "both": paper(QWEN, "carft", "contrastive.mode=both"),
-    # 16 prompts and 64 completions are 14,400 tokens
-    "share_prompts": paper(QWEN, "carft", "rl.share_prompts=true", "rollout.samples_per_prompt=4", forwards=ONE),
+    "share_prompts": paper(QWEN, "carft", "rollout.samples_per_prompt=4", forwards=ONE),
+    "prompts_apart": paper(QWEN, "dr_grpo", "rl.share_prompts=false", forwards={"experience": 2, "update": 2 * 2 * 2}),
     "one_micro_batch": paper(LLAMA, "carft", "rl.micro_batch_tokens=20480", forwards=ONE),
     # 8 sequences of 60 + 80 tokens in micro-batches of 1,024: two, and nothing is recomputed
     "smollm2_sft": Case(SMOLLM2, "smollm2", {"sft": 2}, stage="sft", lengths=(60, 100, 80)),
@@ -94,7 +94,7 @@ CASES = {f"{MODELS[model]}_{method}": paper(model, method) for model in MODELS f
     "flash_attention_2": paper(QWEN, "carft", "model.attention=flash_attention_2"),
     "shared_sft": paper(LLAMA, "sft", *SHARED, forwards={"sft": 2}, processes=8),
     "shared_both": paper(QWEN, "carft", *SHARED, "contrastive.mode=both", forwards=ONE, processes=8),
-    "shared_dr_grpo": paper(LLAMA, "dr_grpo", *SHARED, forwards={"experience": 1, "update": 2 * 2}, processes=8),
+    "shared_dr_grpo": paper(LLAMA, "dr_grpo", *SHARED, processes=8),
     # eight processes take two micro-batches each
     "shared_offload": paper(
         LLAMA, "carft", *SHARED, "rl.reference_offload=true", "rl.micro_batch_tokens=1600", processes=8
@@ -166,6 +166,7 @@ def test_the_audit_sees_what_it_is_for(found: Found) -> None:
         "synchronize: outside": 1,
     }
     assert probe["async_copies"] == ["outside"]
+    assert probe["atomic"] == ["aten::index_add: outside"]
     assert probe["sdpa"] == {"probe": 1}
     assert probe["launches"] == {"probe_kernel": 1}
     assert probe["wrong"] == ["aten::index: outside", "probe_kernel (Triton): outside"]
@@ -181,6 +182,15 @@ def test_one_varlen_kernel_takes_the_attention_of_a_layer(found: Found, name: st
 
 
 @pytest.mark.parametrize("name", VARLEN)
+def test_a_model_is_checked_on_the_device(found: Found, name: str) -> None:
+    """Policy and reference, packed once each; weights that are divided too, and none on the host."""
+    case = CASES[name]
+    models = 1 if case.stage == "sft" or "dr_grpo" in case.recipe or name == "lora" else 2
+    assert found[name]["varlen"]["load"] == LAYERS * models
+    assert found[name]["host_attention"] == 0
+
+
+@pytest.mark.parametrize("name", VARLEN)
 def test_attention_is_in_bfloat16_by_int32_offsets(found: Found, name: str) -> None:
     assert found[name]["varlen_inputs"] == ["bfloat16/bfloat16/bfloat16/int32/int32 on cuda"]
 
@@ -192,11 +202,17 @@ def test_every_tensor_is_where_it_is_used(found: Found, name: str) -> None:
     assert found[name]["host_floats"] == []
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_sums_have_the_same_order_in_every_run(found: Found, name: str) -> None:
+    """Forward and backward: no operation that adds with atomics. The varlen kernel's own backward is not seen here."""
+    assert found[name]["atomic"] == []
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.stage == "rl"])
 def test_the_operators_run_their_kernels(found: Found, name: str) -> None:
     """By hand: a policy loss for every micro-batch of the two epochs, GAE once a step, the common tokens once."""
     case, launches = CASES[name], Counter(found[name]["launches"])
-    one = case.forwards in (ONE, {"experience": 1, "update": 2 * 2})
+    one = case.forwards in (ONE, DR_GRPO)
     losses = 8 if case.recipe == SMOLLM2 else 2 if one else 4
     kernels = ("logprob_fwd_kernel", "policy_kernel", "logprob_bwd_kernel")
     assert [launches[kernel] for kernel in kernels] == [losses] * 3
@@ -244,6 +260,10 @@ def test_host_data_is_sent_from_pinned_memory(found: Found, name: str) -> None:
     if name == "shared_offload":  # by FSDP2, before a layer and before the model
         allowed |= {"carft_fast/models/causal_lm.py CarftModel.hidden_states"}
         allowed |= {"carft_fast/training/step.py Step._outputs"}
+        allowed |= {
+            f"carft_fast/models/causal_lm.py CarftModel.{f}" for f in ("_packing_difference", "_has_plain_head")
+        }
+        allowed |= {"carft_fast/training/parallel.py _check_divided"}
     assert set(found[name]["async_copies"]) == allowed
 
 
