@@ -71,6 +71,7 @@ IN_PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
     "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would break the progress bars
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # worker.py replaces a method of the first
     "VLLM_HOST_IP": LOOPBACK,  # what it listens on between its own processes
 }
 
@@ -97,6 +98,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
     options: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
+        "worker_cls": "carft_fast.rollout.vllm.worker.CoupledWorker",
         "generation_config": "vllm",  # else the model's own top_k, top_p and penalties would be merged in
         "dtype": str(engine_dtype(config)).removeprefix("torch."),
         "max_model_len": config.data.max_length,
