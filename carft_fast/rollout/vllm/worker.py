@@ -30,7 +30,7 @@ KNOWN = {
     "GPUModelRunner._sample": (GPUModelRunner, "_sample", ["self", "logits", "spec_decode_metadata"]),
     "SamplerOutput": (SamplerOutput, "__init__", ["self", "sampled_token_ids", "logprobs_tensors"]),
 }
-"""What is replaced or built, with its parameters in vLLM 0.32."""
+"""What is replaced or built, with its parameters in vLLM 0.32 (run) and 0.33 (read, not run)."""
 
 
 def check_internals(runner: Any) -> None:
