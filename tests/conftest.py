@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,15 @@ def as_set_options(overrides: list[str]) -> list[str]:
 def tiny_run() -> list[str]:
     """--set options of a tiny quickstart."""
     return as_set_options(TINY_RUN)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The model folder, fetched and converted on first use."""
+    root = Path(__file__).resolve().parents[1]
+    folder = root / "models" / "smollm2"
+    subprocess.run([sys.executable, str(root / "scripts" / "fetch_smollm2.py"), str(folder)], check=True)
+    return folder
 
 
 @pytest.fixture

@@ -43,6 +43,10 @@ METRICS: dict[str, str] = {
     "sampler_diff_material": "share of tokens where it is beyond 1e-2"
     " (the three over the first mini-batch where old log-probs are not recomputed)",
     "staleness": "weight updates between sampling and training, of the oldest rollout (0 is on-policy)",
+    "tokens_per_forward": "completion tokens over the sampler's forwards for their sequences: 1 without accepted drafts"
+    " (this and the next two: vLLM engines with rollout.drafts)",
+    "draft_accepted": "share of the drafted tokens that were sampled; absent when none was drafted",
+    "draft_wasted": "drafted tokens that were not sampled, over completion tokens",
     "completion_length": "mean completion length (tokens, EOS included)",
     "truncated": "share of completions cut at the length limit",
     "completion_tokens": "completion tokens trained on in this step, counted once",

@@ -18,6 +18,7 @@ CURVES: dict[str, str] = {
     "kl": "KL to the reference",
     "entropy": "entropy",
     "completion_length": "completion length",
+    "tokens_per_forward": "sampled tokens per forward",
     "contrastive_loss": "contrastive loss",
     "cosine": "cosine of z_1 and z_2",
     "loss": "loss",

@@ -29,6 +29,9 @@ class SamplingParams:
     seed: int = 0
     first_prompt: int = 0
     """Index of the first of these prompts in the whole batch; a prompt's seed depends on its index there."""
+    drafts: Sequence[Sequence[Sequence[int]]] = ()
+    """Guesses of the completions of each prompt of the whole batch, the likeliest first; empty: none. An engine may use
+    them to need fewer forwards. They change nothing of what is sampled."""
 
     @classmethod
     def of(cls, config: RolloutConfig, seed: int) -> "SamplingParams":
@@ -55,6 +58,10 @@ class Rollout:
     sampled_logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     weight_version: int
+    drafted: int = 0
+    """Tokens that forwards checked as guesses (see `SamplingParams.drafts`)."""
+    accepted: int = 0
+    """Those of them that were sampled: the completion took that many forwards less than it has tokens."""
 
 
 @runtime_checkable

@@ -14,48 +14,42 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from carft_fast.core import EngineError, chunks, global_max, world_size
 from carft_fast.models import CarftModel
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
-
-
-def inverse_cdf(logprob_BV: Tensor, uniform_B1: Tensor) -> Tensor:
-    """int64 [B, 1]: the token at which each row's cumulative distribution passes its number in [0, 1) (float64).
-
-    Summed in integer multiples of 2^-50, which is exact in any order: a token of probability 0 is never picked.
-    """
-    weight_BV = (logprob_BV.exp() * 2.0**50).long()
-    cumulative_BV = weight_BV.cumsum(-1)
-    aim_B1 = (uniform_B1 * cumulative_BV[:, -1:]).long()
-    # NaN weights would pass the end; `_rollout` finds them in the log-probs
-    return torch.searchsorted(cumulative_BV, aim_B1, right=True).clamp_(max=logprob_BV.shape[1] - 1)
+from carft_fast.rollout.coupled import pick, processed_logits
 
 
 class _TokenPicker(LogitsProcessor):
-    """Last in the chain of greedy decoding: leaves one token of each row a finite score, and keeps its log-prob.
+    """The only processor of greedy decoding: leaves one token of each row a finite score, and keeps its log-prob."""
 
-    `uniform_BL` holds each row's random numbers, one per token, so a row's sample does not depend on the other rows.
-    None leaves the choice to greedy decoding.
-    """
-
-    def __init__(self, uniform_BL: Tensor | None) -> None:
-        self._uniform_BL = uniform_BL
+    def __init__(self, jobs: "Sequence[_Job]", sampling: SamplingParams, eos_id: int) -> None:
+        self._jobs, self._sampling, self._eos_id = jobs, sampling, eos_id
+        self._unfinished = list(range(len(jobs)))
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprob_BV = scores.float().log_softmax(-1)
-        if self._uniform_BL is None:
-            self.logprobs.append(logprob_BV.amax(-1))
+        sampling, rows, vocabulary = self._sampling, len(scores), scores.shape[1]
+        if sampling.temperature == 0:
+            self.logprobs.append(scores.float().log_softmax(-1).amax(-1))
             return scores
-        step = len(self.logprobs)
-        token_B1 = inverse_cdf(logprob_BV, self._uniform_BL[:, step : step + 1])
-        self.logprobs.append(logprob_BV.gather(1, token_B1)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)
+        processed_BV = processed_logits(
+            scores,
+            scores.new_full((rows,), sampling.temperature),
+            scores.new_full((rows,), min(sampling.top_k, vocabulary), dtype=torch.int64) if sampling.top_k else None,
+            scores.new_full((rows,), sampling.top_p) if sampling.top_p < 1 else None,
+        )
+        # Rows that have ended get padding, whatever is picked.
+        token_B = scores.new_full((rows,), self._eos_id, dtype=torch.int64)
+        jobs, step = [self._jobs[row] for row in self._unfinished], len(self.logprobs)
+        token_B[self._unfinished] = pick(
+            processed_BV[self._unfinished], [job.seed for job in jobs], [len(job.prompt) + step for job in jobs]
+        )
+        self._unfinished = (token_B != self._eos_id).nonzero()[:, 0].tolist()
+        self.logprobs.append(processed_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 
 
 class _ProgressReporter(StoppingCriteria):
@@ -78,10 +72,6 @@ class _Job(NamedTuple):
 
     prompt: Sequence[int]
     seed: int
-
-    def uniform(self, tokens: int) -> Tensor:
-        """Its random numbers in [0, 1), float64."""
-        return torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
 
 
 class HFEngine:
@@ -154,18 +144,7 @@ class HFEngine:
         longest = max(map(len, prompts))
         ids_BL = torch.tensor([[self._pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        uniform_BL = None
-        processors = LogitsProcessorList()
-        if sampling.temperature > 0:
-            # Drawn on the CPU: the same numbers on every device.
-            uniform_BL = torch.stack([job.uniform(sampling.max_new_tokens) for job in jobs]).to(device)
-            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
-            if sampling.top_k:
-                processors.append(TopKLogitsWarper(sampling.top_k))
-            if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
-        picker = _TokenPicker(uniform_BL)
-        processors.append(picker)
+        picker = _TokenPicker(jobs, sampling, self._eos_id)
         reporter = _ProgressReporter(len(jobs), longest, self._eos_id, on_progress)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
@@ -178,7 +157,7 @@ class HFEngine:
             output_BL: Tensor = lm.generate(
                 input_ids=ids_BL,
                 attention_mask=mask_BL,
-                logits_processor=processors,
+                logits_processor=LogitsProcessorList([picker]),
                 stopping_criteria=StoppingCriteriaList([reporter]),
                 generation_config=config,
                 synced_gpus=together,

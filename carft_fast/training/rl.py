@@ -5,6 +5,7 @@ to advantages, an update of a few PPO epochs, the weights back to the sampler, o
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -41,7 +42,9 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
 
     def request(step: int) -> tuple[list[list[int]], SamplingParams]:
         seed = derive_seed(run.config.seed, "rl", step)
-        return [row.prompt_ids for row in prompts_of(step)], SamplingParams.of(sampling, seed)
+        rows = prompts_of(step)
+        drafts = [row.completions for row in rows]  # the annotated CoTs
+        return [row.prompt_ids for row in rows], replace(SamplingParams.of(sampling, seed), drafts=drafts)
 
     with StageLoop(run, "rl", config, model_path, total_steps) as loop:
         policy, timer = loop.learner.model, run.timer
@@ -75,6 +78,8 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
 
                 values = rollout_metrics(rollouts, grades, score_N, experience, advantages) | updated.metrics
                 values |= {"lr": lr, "staleness": staleness}
+                if sampling.drafting:
+                    values |= draft_metrics(rollouts)
                 run.metrics.log("rl", "train", step + 1, values, timer.flush())
                 described = describe_samples(rows, rollouts, completions, grades, score_N)
                 run.write_samples(f"rl-{step + 1:06d}", described[: run.config.output.samples_per_step])
@@ -165,6 +170,14 @@ def rollout_metrics(
         if of_correct := [x for x, g in zip(cosine, grades, strict=True) if g.correct]:
             values["cosine_correct"] = sum(of_correct) / len(of_correct)
     return values
+
+
+def draft_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """What guessing did for the sampler; a completion's first token is that of its prompt's forward."""
+    tokens = sum(len(r.completion_ids) for r in rollouts)
+    drafted, accepted = sum(r.drafted for r in rollouts), sum(r.accepted for r in rollouts)
+    values = {"tokens_per_forward": tokens / (tokens - accepted), "draft_wasted": (drafted - accepted) / tokens}
+    return values | ({"draft_accepted": accepted / drafted} if drafted else {})
 
 
 def describe_samples(

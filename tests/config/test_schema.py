@@ -88,8 +88,8 @@ def test_nothing_of_the_default_config_looks_like_a_secret() -> None:
         (["rollout.correction_floor=0.5"], r'correction_floor = 0\.5 needs correction = "masked"'),
         (["rollout.engine=vllm", "rollout.temperature=2.5"], r'temperature = 2\.5 needs engine = "hf"'),
         (
-            ["rollout.engine=vllm-server", "rollout.samples_per_prompt=64", "rollout.batch_size=8"],
-            r"samples_per_prompt = 64 must be at most batch_size = 8",
+            ["rollout.draft_budget=32"],
+            r'draft_budget = 32 needs drafts = "auto" and engine = "vllm" or "vllm-server", these are "auto" and "hf"',
         ),
         (["rollout.engine=sglang"], r"rollout\.engine = \"sglang\": input should be 'hf', 'vllm' or 'vllm-server'"),
     ],

@@ -1,6 +1,7 @@
 """Models, prompts and the check that completions are a model's own."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,15 +32,21 @@ def perturb(model: CarftModel, seed: int) -> None:
             parameter.mul_(1.1).add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
-def reference_logits(lm: Any, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
-    """[completion tokens, V] of transformers' forward with its own attention."""
+@contextlib.contextmanager
+def attention(lm: Any, name: str) -> Iterator[None]:
+    """Another of transformers' attention functions than the trainer's packed one."""
     packed = lm.config._attn_implementation
-    lm.config._attn_implementation = "sdpa"
+    lm.config._attn_implementation = name
     try:
-        with torch.no_grad():
-            return lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        yield
     finally:
         lm.config._attn_implementation = packed
+
+
+def reference_logits(lm: Any, prompt: Sequence[int], ids: Sequence[int]) -> torch.Tensor:
+    """[completion tokens, V] of transformers' forward with its own attention."""
+    with attention(lm, "sdpa"), torch.no_grad():
+        return lm(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
 
 
 def reference_logprobs(

@@ -46,6 +46,15 @@ def compiled_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterato
 
 
 @pytest.fixture(scope="session")
+def wide_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterator[VLLMEngine]:
+    """For many short completions at once."""
+    options = ["rollout.engine=vllm", "rollout.batch_size=512", "rollout.draft_budget=100000"]
+    engine = VLLMEngine(make_config(*options), base_model, EOS)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="session")
 def server_lines() -> list[str]:
     """What the servers' engine has said."""
     return []

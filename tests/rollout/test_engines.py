@@ -2,17 +2,22 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftModel
+from carft_fast.models.load import load_model
 from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout.base import RolloutEngine, SamplingParams
 from carft_fast.rollout.hf import HFEngine
@@ -23,7 +28,7 @@ from carft_fast.rollout.vllm.engine import VLLMEngine
 from carft_fast.rollout.vllm.servers import VLLMServerEngine
 from carft_fast.training.agreement import check_agreement
 
-from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
+from .checks import CPU, EOS, PROMPTS, assert_samples_of, make_config, perturb
 
 GREEDY = SamplingParams(20, temperature=0)
 SAMPLED = SamplingParams(24, temperature=0.8, top_p=0.9, top_k=12, samples_per_prompt=3, seed=11)
@@ -75,21 +80,77 @@ def test_sampled_logprobs_are_of_the_distribution_sampled_from(engine: RolloutEn
         assert_samples_of(model.lm, engine.generate(PROMPTS, sampling), sampling)
 
 
-def test_seeds_repeat_a_run_whatever_the_engine(
-    local_engine: VLLMEngine, server_engine: VLLMServerEngine, model: CarftModel
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        dataclasses.replace(SAMPLED, samples_per_prompt=8, max_new_tokens=40),
+        SamplingParams(40, samples_per_prompt=8, seed=12),
+    ],
+)
+def test_every_engine_samples_the_same_tokens(
+    local_engine: VLLMEngine, server_engine: VLLMServerEngine, model: CarftModel, sampling: SamplingParams
 ) -> None:
-    found = []
+    """Transformers, vLLM in process and two servers: 128 of 128 completions."""
+    prompts = [*PROMPTS, *PROMPTS[:4]]
+    expected = HFEngine(model, build_tokenizer(), batch_size=128).generate(prompts, sampling)
+    assert len({tuple(r.completion_ids) for r in expected}) == len(expected) == 128
     for engine in (local_engine, server_engine):
         engine.sync(model)
-        first, again = engine.generate(PROMPTS, SAMPLED), engine.generate(PROMPTS, SAMPLED)
-        assert [r.completion_ids for r in first] == [r.completion_ids for r in again]
-        found.append([r.completion_ids for r in first])
-        rest = engine.generate(PROMPTS[2:], dataclasses.replace(SAMPLED, first_prompt=2))
-        assert [r.completion_ids for r in rest] == found[-1][2 * SAMPLED.samples_per_prompt :]
-    assert found[0] == found[1]
-    assert len({tuple(ids) for ids in found[0]}) > len(PROMPTS)  # a prompt's samples differ
-    other = local_engine.generate(PROMPTS, SamplingParams(24, samples_per_prompt=3, seed=12))
-    assert [r.completion_ids for r in other] != found[0]
+        found = engine.generate(prompts, sampling)
+        assert [r.completion_ids for r in found] == [r.completion_ids for r in expected]
+        assert_samples_of(model.lm, found, sampling, prompts)
+
+
+@pytest.mark.slow
+def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path) -> None:
+    """Equal weights in float32, 64 completions of up to 32 tokens: rounding may turn two of them."""
+    config = load_config(
+        "configs/svamp_smollm2_cpu.toml",
+        [f"model.path={smollm2}", "model.compute_dtype=float32", "rollout.engine=vllm", "rollout.batch_size=64"],
+    )
+    model = load_model(config, str(smollm2), CPU, heads=False)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    prompts = [tokenizer.encode(f"Question:\n{n} birds and {n + 3} more are how many?\nAnswer:\n") for n in range(64)]
+    sampling = SamplingParams(32, temperature=0.8, seed=1)
+    expected = HFEngine(model, tokenizer, batch_size=64).generate(prompts, sampling)
+    engine = VLLMEngine(config, model, tokenizer.eos_token_id)
+    try:
+        engine.sync(model)
+        found = engine.generate(prompts, sampling)
+    finally:
+        engine.close()
+    same = [a.completion_ids == b.completion_ids for a, b in zip(found, expected, strict=True)]
+    assert sum(same) >= 62
+    assert_samples_of(model.lm, found[:4], sampling, prompts[:4])
+
+
+def test_a_completion_depends_on_its_own_seed_alone(engine: RolloutEngine, model: CarftModel) -> None:
+    """Not on what is sampled beside it, nor on the order: one prompt at a time, last one first; fewer samples."""
+    engine.sync(model)
+    whole = [r.completion_ids for r in engine.generate(PROMPTS, SAMPLED)]
+    samples = SAMPLED.samples_per_prompt
+    for index in reversed(range(len(PROMPTS))):
+        alone = engine.generate(PROMPTS[index : index + 1], dataclasses.replace(SAMPLED, first_prompt=index))
+        assert [r.completion_ids for r in alone] == whole[samples * index : samples * (index + 1)]
+    first = engine.generate(PROMPTS, dataclasses.replace(SAMPLED, samples_per_prompt=1))
+    assert [r.completion_ids for r in first] == whole[::samples]
+    other = engine.generate(PROMPTS, dataclasses.replace(SAMPLED, seed=12))
+    assert not {tuple(r.completion_ids) for r in other} & set(map(tuple, whole))
+
+
+def test_a_completion_does_not_depend_on_preemption(local_engine: VLLMEngine, model: CarftModel) -> None:
+    local_engine.sync(model)
+    expected = local_engine.generate(PROMPTS, SAMPLED)
+    llm_engine = local_engine._engine._llm.llm_engine
+    steps, preempted = itertools.count(), []
+
+    def preempt(_: int) -> None:
+        if next(steps) % 5 == 4:  # all running requests lose their cache and are computed again
+            preempted.append(llm_engine.reset_prefix_cache(reset_running_requests=True))
+
+    assert local_engine.generate(PROMPTS, SAMPLED, on_progress=preempt) == expected
+    assert len(preempted) > 4
+    assert all(preempted)
 
 
 def test_lora_is_merged_for_the_sampler_and_nothing_of_the_trainer_is_touched(

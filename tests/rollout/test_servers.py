@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import platform
@@ -179,8 +180,10 @@ def test_a_server_killed_while_sampling_loses_and_doubles_nothing(
             os.kill(victim, signal.SIGKILL)
         seen.append(finished)
 
-    rollouts = server_engine.generate(PROMPTS, LONG, on_progress=kill)
+    drafts = [[rollout.completion_ids] for rollout in expected[:: LONG.samples_per_prompt]]
+    rollouts = server_engine.generate(PROMPTS, dataclasses.replace(LONG, drafts=drafts), on_progress=kill)
     assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in expected]
+    assert sum(r.accepted for r in rollouts) > 0
     assert sum(seen) == len(expected)
     assert any("failed" in line and "wait for another" in line for line in server_lines[said:])
     # another takes its place, and has the weights of now, not those of its start, before it samples

@@ -54,7 +54,6 @@ def test_rows_all_alike_are_no_certainty() -> None:
         (["eval.maj_k=[1]"], "eval.maj_k = [1]: at most samples = 0"),
         (["eval.max_new_tokens=2000"], "eval.max_new_tokens = 2000 must be below data.max_length = 1024"),
         (["eval.temperature=3.0", "rollout.engine=vllm"], "eval.temperature = 3"),
-        (["eval.samples=65", "rollout.engine=vllm-server"], "eval.samples = 65"),
     ],
 )
 def test_impossible_settings(overrides: list[str], message: str) -> None:

@@ -14,14 +14,6 @@ from carft_fast.data.prompts import PromptFormat, check_tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """The model folder, fetched and converted on first use."""
-    folder = ROOT / "models" / "smollm2"
-    subprocess.run([sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(folder)], check=True)
-    return folder
-
-
 def test_chat_template_of_a_real_tokenizer(smollm2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     check_tokenizer(tokenizer)

@@ -22,9 +22,12 @@ from carft_fast.config import Config, RolloutConfig
 from carft_fast.core import EngineError, InputError, world_size
 from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
+from carft_fast.rollout.drafts import LONGEST
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 LOOPBACK = "127.0.0.1"
+BUDGET = "carft_draft_budget"
+"""`rollout.draft_budget` among vLLM's additional settings."""
 INCOMPLETE = "incomplete"
 """Weight version of an engine during an update, and after one that failed."""
 
@@ -71,6 +74,7 @@ IN_PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
     "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would break the progress bars
+    "VLLM_USE_V2_MODEL_RUNNER": "0",  # worker.py replaces a method of the first
     "VLLM_HOST_IP": LOOPBACK,  # what it listens on between its own processes
 }
 
@@ -97,6 +101,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
     options: dict[str, Any] = {
         "load_format": "dummy",
         "skip_tokenizer_init": True,
+        "worker_cls": "carft_fast.rollout.vllm.worker.CoupledWorker",
         "generation_config": "vllm",  # else the model's own top_k, top_p and penalties would be merged in
         "dtype": str(engine_dtype(config)).removeprefix("torch."),
         "max_model_len": config.data.max_length,
@@ -113,6 +118,15 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
         options |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, config.data.max_length)}
     if rollout.engine == "vllm" and world_size() > 1:
         options["distributed_executor_backend"] = "external_launcher"  # each process has an engine
+    if rollout.drafting:
+        proposer = "carft_fast.rollout.vllm.worker.DraftProposer"
+        options["speculative_config"] = {
+            "method": "custom_class",
+            "model": proposer,
+            "num_speculative_tokens": LONGEST,
+        }
+        options["additional_config"] = {BUDGET: rollout.draft_budget or (64 if on_cpu else 256)}
+        options["per_request_spec_decode_metrics"] = "summary"
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if rollout.sleep_level:
@@ -136,6 +150,8 @@ def server_arguments(options: Mapping[str, Any], model_folder: Path, transfer: s
         name = option.replace("_", "-")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, dict):
+            flags += [f"--{name}", json.dumps(value)]
         else:
             flags += [f"--{name}", str(value)]
     backend = "carft_files" if transfer == "files" else transfer  # see plugin.py
@@ -202,7 +218,7 @@ def _first_line(text: str) -> str:
 
 
 def sampling_fields(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[str, Any]:
-    """vLLM's sampling parameters for one prompt, in process and over HTTP."""
+    """vLLM's sampling parameters for one prompt, in process and over HTTP; drafts travel in them."""
     fields: dict[str, Any] = {
         "n": sampling.samples_per_prompt,
         "max_tokens": sampling.max_new_tokens,
@@ -214,18 +230,27 @@ def sampling_fields(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[
     }
     if sampling.temperature > 0:
         fields |= {"top_p": sampling.top_p, "top_k": sampling.top_k}
+    if sampling.drafts:
+        fields["extra_args"] = {"drafts": [list(draft) for draft in sampling.drafts[sampling.first_prompt + prompt]]}
     return fields
 
 
 def to_rollout(
-    token_ids: Sequence[int], logprobs: Sequence[float], finish_reason: str | None, eos_id: int, weight_version: int
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    finish_reason: str | None,
+    eos_id: int,
+    weight_version: int,
+    checked: Mapping[str, int] | None,
 ) -> Rollout:
+    """`checked`: vLLM's counts of the drafts that it checked for this completion, if any."""
     if finish_reason not in ("stop", "length"):
         raise EngineError(f"vLLM ended a completion with {finish_reason!r} after {len(token_ids)} tokens")
     if not all(map(math.isfinite, logprobs)):
         raise EngineError("vLLM returned log-probs that are not finite: the weights hold NaN or infinity")
     reason: Literal["stop", "length"] = "stop" if token_ids[-1] == eos_id else "length"
-    return Rollout(list(token_ids), list(logprobs), reason, weight_version)
+    counts = (checked["num_draft_tokens"], checked["num_accepted_draft_tokens"]) if checked else (0, 0)
+    return Rollout(list(token_ids), list(logprobs), reason, weight_version, *counts)
 
 
 class LocalEngine:
@@ -300,8 +325,15 @@ def _from_vllm(completion: Any, eos_id: int, weight_version: int) -> Rollout:
     versions = {span.version for span in completion.weight_versions or ()}
     if versions != {str(weight_version)}:
         raise EngineError(f"a completion was sampled under weights {sorted(versions)}, expected {weight_version}")
-    logprobs = completion.logprobs.logprobs
-    return to_rollout(completion.token_ids, logprobs, completion.finish_reason, eos_id, weight_version)
+    checked = completion.spec_decode_metrics
+    return to_rollout(
+        completion.token_ids,
+        completion.logprobs.logprobs,
+        completion.finish_reason,
+        eos_id,
+        weight_version,
+        checked.to_dict() if checked else None,
+    )
 
 
 def _finish_reload(worker: Any) -> None:

@@ -107,10 +107,10 @@ class ServerApi:
             raise EngineError(f"the server at {url} answered {path} without {keys[-1]}: {HINT}") from None
         return found
 
-    async def generate(self, url: str, body: dict[str, Any], timeout_s: float) -> list[dict[str, Any]]:
-        """Choices in the order of their index."""
+    async def generate(self, url: str, body: dict[str, Any], timeout_s: float) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The completion, and what the server measured of it."""
         answer = await self.call(url, "/inference/v1/generate", body, timeout_s=timeout_s)
-        return sorted(answer["choices"], key=lambda choice: choice["index"])
+        return answer["choices"][0], answer.get("metrics") or {}
 
     async def open_update(self, url: str) -> None:
         """Stop sampling, and mark the weights as incomplete until `close_update`."""

@@ -105,12 +105,15 @@ class VLLMServerEngine:
         self, prompts: Prompts, sampling: SamplingParams, *, on_progress: Progress | None = None
     ) -> list[Rollout]:
         check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
-        bodies = [
-            {"token_ids": list(prompt), "sampling_params": adapter.sampling_fields(sampling, index, self._eos_id)}
-            for index, prompt in enumerate(prompts)
-        ]
-        found = asyncio.run(self._generate(bodies, sampling.samples_per_prompt, on_progress or (lambda _: None)))
-        return [rollout for index in range(len(prompts)) for rollout in found[index]]
+        # A request for each completion: vLLM counts drafts only so. The prefix cache shares the prompt's prefill.
+        bodies = []
+        for index, prompt in enumerate(prompts):
+            fields = adapter.sampling_fields(sampling, index, self._eos_id)
+            for sample in range(sampling.samples_per_prompt):
+                own = fields | {"n": 1, "seed": fields["seed"] + sample}
+                bodies.append({"token_ids": list(prompt), "sampling_params": own})
+        found = asyncio.run(self._generate(bodies, on_progress or (lambda _: None)))
+        return [found[index] for index in range(len(bodies))]
 
     def close(self) -> None:
         for server in self._servers:
@@ -191,17 +194,15 @@ class VLLMServerEngine:
             server.answered = False
         return False
 
-    async def _generate(
-        self, bodies: Sequence[dict[str, Any]], samples: int, on_progress: Progress
-    ) -> dict[int, list[Rollout]]:
-        found: dict[int, list[Rollout]] = {}
+    async def _generate(self, bodies: Sequence[dict[str, Any]], on_progress: Progress) -> dict[int, Rollout]:
+        found: dict[int, Rollout] = {}
         waiting: asyncio.Queue[int] = asyncio.Queue()
         for index in range(len(bodies)):
             waiting.put_nowait(index)
         lost: dict[str, ServerLost] = {}
         changed = asyncio.Event()
         # Enough to keep the engine's batch full, few enough that a faster server takes over the rest.
-        at_once = min(len(bodies), max(2, -(-5 * self._config.batch_size // (4 * samples))))
+        at_once = min(len(bodies), max(2, -(-5 * self._config.batch_size // 4)))
 
         async def work(url: str) -> None:
             while True:
@@ -259,9 +260,9 @@ class VLLMServerEngine:
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(changed.wait(), 0.1)
                     changed.clear()
-                    on_progress((len(found) - reported) * samples)
+                    on_progress(len(found) - reported)
                     reported = len(found)
-                on_progress((len(found) - reported) * samples)
+                on_progress(len(found) - reported)
             finally:
                 await _cancel(drivers)
         return found
@@ -276,15 +277,18 @@ class VLLMServerEngine:
         self._log(f"the vLLM server at {server.url} is back, with the current weights")
         server.usable = True
 
-    async def _complete(self, api: ServerApi, url: str, body: dict[str, Any]) -> list[Rollout]:
-        rollouts = []
-        for choice in await api.generate(url, body, self._config.request_timeout_s):
-            self._check_version(*(span["version"] for span in choice["weight_versions"]))
-            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-            rollouts.append(
-                adapter.to_rollout(choice["token_ids"], logprobs, choice["finish_reason"], self._eos_id, self.version)
-            )
-        return rollouts
+    async def _complete(self, api: ServerApi, url: str, body: dict[str, Any]) -> Rollout:
+        choice, counted = await api.generate(url, body, self._config.request_timeout_s)
+        self._check_version(*(span["version"] for span in choice["weight_versions"]))
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        return adapter.to_rollout(
+            choice["token_ids"],
+            logprobs,
+            choice["finish_reason"],
+            self._eos_id,
+            self.version,
+            counted.get("speculative_decoding"),
+        )
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:

@@ -1,0 +1,221 @@
+"""The rule that picks tokens: its noise bit by bit, its distribution, and that a token depends on nothing else."""
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from carft_fast.core.errors import EngineError
+from carft_fast.data.synthetic import build_tokenizer
+from carft_fast.models.causal_lm import CarftModel
+from carft_fast.rollout import coupled
+from carft_fast.rollout.base import SamplingParams
+from carft_fast.rollout.hf import HFEngine
+
+from .checks import CPU, PROMPTS, attention
+
+KEYS = [(5, 7), (2**62 + 3, 0), (0, 300), (5, 8)]
+SEEDS, POSITIONS = map(list, zip(*KEYS, strict=True))
+SAMPLES = 20_000
+LIMIT = 1e-4
+"""Probability under which a chi-square is a failure."""
+
+
+def test_the_noise_is_that_of_the_published_generator() -> None:
+    """Philox 4x64-10 by hand, in whole numbers of Python: Salmon et al. 2011, counters from 1, key (seed, position)."""
+
+    def block(counter: int, key: tuple[int, int]) -> list[int]:
+        words, (k0, k1) = [counter, 0, 0, 0], key
+        for _ in range(10):
+            p0, p1 = words[0] * 0xD2E7470EE14C6C93, words[2] * 0xCA5A826395121157
+            words = [p1 >> 64 ^ words[1] ^ k0, p1 % 2**64, p0 >> 64 ^ words[3] ^ k1, p0 % 2**64]
+            k0, k1 = (k0 + 0x9E3779B97F4A7C15) % 2**64, (k1 + 0xBB67AE8584CAA73B) % 2**64
+        return [half for word in words for half in (word % 2**32, word >> 32)]
+
+    size = 21
+    noise = coupled.gumbel_noise(SEEDS, POSITIONS, size, CPU)
+    for row, key in zip(noise.tolist(), KEYS, strict=True):
+        bits = [half for counter in (1, 2, 3) for half in block(counter, key)][:size]
+        expected = [-math.log(-math.log1p(-(b + 0.5) / 2**32)) for b in bits]
+        assert row == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_every_device_draws_the_same_bits() -> None:
+    """The integer operations that other devices use, against numpy's generator; the rest of the noise is the same."""
+    for size in (1, 8, 1003):
+        expected = np.stack(
+            [np.random.Philox(key=np.array(key, "u8")).random_raw(size).view("<u4")[:size] for key in KEYS]
+        )
+        assert np.array_equal(coupled.philox(torch.tensor(KEYS), size).numpy(), expected)
+
+
+def test_the_smallest_and_the_largest_bits_make_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits = np.array([[0, 1, 2**24, 2**31, 2**32 - 2, 2**32 - 1]], dtype="<u4")
+    monkeypatch.setattr(coupled, "_numpy_philox", lambda *_: bits)
+    noise = coupled.gumbel_noise([0], [0], 6, CPU)[0].tolist()
+    assert noise == sorted(noise, reverse=True)
+    assert noise[0] == pytest.approx(33 * math.log(2), rel=1e-6)
+    assert math.isfinite(noise[-1])
+
+
+def exact_cut(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Probabilities in float64, token by token."""
+    probability = (logits.double() / temperature).softmax(-1).tolist()
+    order = sorted(range(len(probability)), key=lambda token: -probability[token])[: top_k or None]
+    whole, before = sum(probability[token] for token in order), 0.0
+    result = torch.zeros(len(probability), dtype=torch.float64)
+    for token in order:
+        if before < top_p * whole:
+            result[token] = probability[token]
+        before += probability[token]
+    return result / result.sum()
+
+
+def test_top_p_and_top_k_row_by_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [(1.0, 40, 1.0), (0.4, 40, 0.9), (1.7, 7, 1.0), (1.0, 12, 0.5), (2.0, 1, 1.0), (0.7, 40, 1e-9)]
+    logits = 3 * torch.randn(len(rows), 40, generator=generator)
+    temperature, top_k, top_p = (torch.tensor(column) for column in zip(*rows, strict=True))
+    found = coupled.processed_logits(logits, temperature, top_k, top_p).softmax(-1)
+    expected = torch.stack([exact_cut(row, *setting) for row, setting in zip(logits, rows, strict=True)])
+    assert torch.equal(found > 0, expected > 0)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-7)
+    for row in range(len(rows)):  # each row is cut by its own setting alone, with either cut left out
+        one = slice(row, row + 1)
+        alone = coupled.processed_logits(logits[one], temperature[one], top_k[one], top_p[one])
+        torch.testing.assert_close(alone.softmax(-1)[0], found[row], rtol=1e-6, atol=1e-8)
+    for k, p in ((top_k, None), (None, top_p)):
+        found = coupled.processed_logits(logits, temperature, k, p).softmax(-1)
+        for row, logit, (t, rank, mass) in zip(found, logits, rows, strict=True):
+            exact = exact_cut(logit, t, 0 if k is None else rank, 1.0 if p is None else mass)
+            torch.testing.assert_close(row.double(), exact, rtol=1e-5, atol=1e-7)
+
+
+def chi_square_tail(found: Sequence[tuple[int, ...]], probability: dict[tuple[int, ...], float]) -> float:
+    """Probability of a chi-square as large or larger; sequences expected less than 5 times are counted together.
+
+    0 where something was sampled that has no probability. Wilson and Hilferty's approximation.
+    """
+    expected = {sequence: len(found) * p for sequence, p in probability.items()}
+    counts = Counter(found)
+    if any(expected.get(sequence) == 0 for sequence in counts):
+        return 0.0
+    pairs = [(counts[sequence], times) for sequence, times in expected.items() if times >= 5]
+    rare = len(found) - sum(n for n, _ in pairs), len(found) - sum(e for _, e in pairs)
+    if rare[1] >= 5:
+        pairs.append(rare)
+    freedom = len(pairs) - 1
+    chi_square = sum((n - e) ** 2 / e for n, e in pairs)
+    z = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+Setting = tuple[float, int, float]
+"""Temperature, top-k (0: off), top-p."""
+
+
+def enumerated(
+    logits_of: Callable[[list[tuple[int, ...]]], Tensor], setting: Setting, floor: float = 0.0
+) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence of three tokens whose first and second token have more than `floor`."""
+    probability: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(3):
+        prefixes = [prefix for prefix, p in probability.items() if p > floor]
+        probability = {
+            (*prefix, token): probability[prefix] * q
+            for prefix, logits in zip(prefixes, logits_of(prefixes), strict=True)
+            for token, q in enumerate(exact_cut(logits, *setting).tolist())
+        }
+    return probability
+
+
+@pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.4, 0, 1.0), (1.0, 0, 0.8), (0.7, 5, 0.9)])
+def test_three_tokens_follow_the_distribution_and_a_bias_of_two_percent_is_found(
+    setting: Setting,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    size = 8
+    table = {
+        prefix: 1.5 * torch.randn(size, generator=generator)
+        for length in range(3)
+        for prefix in itertools.product(range(size), repeat=length)
+    }
+    temperature, top_k, top_p = setting
+    probability = enumerated(lambda prefixes: torch.stack([table[prefix] for prefix in prefixes]), setting)
+
+    def sample(pick: Any) -> list[tuple[int, ...]]:
+        found: list[tuple[int, ...]] = [()] * SAMPLES
+        for position in range(3):
+            processed = coupled.processed_logits(
+                torch.stack([table[prefix] for prefix in found]),
+                torch.full((SAMPLES,), temperature),
+                torch.full((SAMPLES,), top_k) if top_k else None,
+                torch.full((SAMPLES,), top_p) if top_p < 1 else None,
+            )
+            tokens = pick(processed, range(SAMPLES), [position] * SAMPLES).tolist()
+            found = [(*prefix, token) for prefix, token in zip(found, tokens, strict=True)]
+        return found
+
+    def biased(processed: Tensor, seeds: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Takes the most likely token in 2% of all cases."""
+        tokens = coupled.pick(processed, seeds, positions)
+        tokens[7::50] = processed[7::50].argmax(-1)
+        return tokens
+
+    assert chi_square_tail(sample(coupled.pick), probability) > LIMIT
+    assert chi_square_tail(sample(biased), probability) < LIMIT
+
+
+def next_logits(model: CarftModel, prompt: list[int], prefixes: list[tuple[int, ...]]) -> Tensor:
+    """[prefixes, V]: transformers' logits after prompt and prefix."""
+    lm: Any = model.lm
+    with attention(lm, "sdpa"), torch.no_grad():
+        return lm(torch.tensor([[*prompt, *prefix] for prefix in prefixes])).logits[:, -1]
+
+
+@pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.4, 0, 1.0), (1.0, 0, 0.8)])
+def test_three_tokens_of_an_engine_follow_the_model(base_model: CarftModel, setting: Setting) -> None:
+    draws, (temperature, _, top_p) = 4000, setting
+    engine = HFEngine(base_model, build_tokenizer(), batch_size=draws)
+    sampling = SamplingParams(3, temperature=temperature, top_p=top_p, samples_per_prompt=draws, seed=8)
+    found = [tuple(rollout.completion_ids) for rollout in engine.generate([PROMPTS[0]], sampling)]
+    probability = enumerated(lambda prefixes: next_logits(base_model, PROMPTS[0], prefixes), setting, 5 / draws)
+    assert chi_square_tail(found, probability) > LIMIT
+
+
+def test_a_token_does_not_depend_on_the_rows_beside_it() -> None:
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(64, 3000, generator=generator)
+    seeds, positions = [1000 + row % 7 for row in range(64)], [row // 7 for row in range(64)]
+    whole = coupled.pick(logits, seeds, positions)
+    assert len(set(whole.tolist())) > 60
+    order = torch.randperm(64, generator=generator).tolist()
+    shuffled = coupled.pick(logits[order], [seeds[i] for i in order], [positions[i] for i in order])
+    assert shuffled.tolist() == whole[order].tolist()
+    alone = [coupled.pick(logits[i : i + 1], seeds[i : i + 1], positions[i : i + 1]) for i in range(64)]
+    assert torch.cat(alone).tolist() == whole.tolist()
+
+
+def test_another_vllm_is_refused_with_both_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = pytest.importorskip("carft_fast.rollout.vllm.worker")
+    with pytest.raises(EngineError, match=r"vLLM 0\.32\.0 runs builtins\.object; .*unset VLLM_USE_V2_MODEL_RUNNER"):
+        worker.check_internals(object())
+
+    def _sample(self: Any, hidden: Any) -> None: ...
+
+    monkeypatch.setattr(worker.GPUModelRunner, "_sample", _sample)
+    with pytest.raises(
+        EngineError,
+        match=r"vLLM 0\.32\.0 has GPUModelRunner\._sample\(self, hidden\); rollouts need GPUModelRunner\._sample"
+        r"\(self, logits, spec_decode_metadata\) of vLLM 0\.32: install vLLM 0\.32",
+    ):
+        worker.check_internals(object())
+    monkeypatch.delattr(worker.GPUModelRunner, "_sample")
+    with pytest.raises(EngineError, match=r"has no GPUModelRunner\._sample; rollouts need"):
+        worker.check_internals(object())
