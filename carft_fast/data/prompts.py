@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from carft_fast.core import Example, InputError
+from carft_fast.core import Example, InputError, first_line
 from carft_fast.data.load import LoadReport
 from carft_fast.rewards import ANSWER_TRIGGER, REASONING_TRIGGER
 
@@ -43,7 +43,8 @@ class PromptFormat:
     "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published template; "chat": the tokenizer's chat
     template with the question as the user's message. The completion is `{CoT}\\nTherefore, the answer is: {answer}`
     and EOS in both, and the CoT alone where it is a `program`, whose answer is what it returns. Prompt and completion
-    are tokenised apart, so that training sees the boundary sampling sees.
+    are tokenised apart, so that training sees the boundary sampling sees. A special token that data spells out ("</s>")
+    is a text like any other; in a question for a chat template, which is one text with it, it cannot be (`control`).
     """
 
     def __init__(self, tokenizer: Any, template: str = "carft", *, program: bool = False) -> None:
@@ -57,13 +58,27 @@ class PromptFormat:
         if self._template == "carft":
             return f"Question:\n{question}{REASONING_TRIGGER}"
         message = [{"role": "user", "content": question}]
-        return self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        try:
+            return self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program
+            raise InputError(
+                f'data.template = "chat": the tokenizer\'s chat template fails: {first_line(error)}; allowed: "carft"'
+            ) from None
+
+    def control(self, question: str) -> str | None:
+        """Why a question cannot be asked: it spells out a token that would end its turn, or begin another."""
+        if self._template == "carft":
+            return None
+        added = self._tokenizer.added_tokens_decoder.values()
+        spelled = next((str(token) for token in added if token.special and str(token) in question), None)
+        return spelled and f"question with {spelled}, which the chat template would take for its own"
 
     def prompt_ids(self, question: str) -> list[int]:
         """Ids with the tokenizer's own special tokens (BOS), without an EOS it may append."""
         # a chat template writes its special tokens itself
         special = self._template == "carft"
-        ids = list(self._tokenizer(self.prompt_text(question), add_special_tokens=special)["input_ids"])
+        ids = self._tokenizer(self.prompt_text(question), add_special_tokens=special, split_special_tokens=special)
+        ids = list(ids["input_ids"])
         return ids[:-1] if special and ids[-1:] == [self._tokenizer.eos_token_id] else ids
 
     def completion_text(self, cot: str, answer: str) -> str:
@@ -71,7 +86,8 @@ class PromptFormat:
 
     def completion_ids(self, cot: str, answer: str) -> list[int]:
         text = self.completion_text(cot, answer)
-        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, self._tokenizer.eos_token_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -101,6 +117,9 @@ def encode_examples(
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         shortest = min(map(len, completions), default=0)
         totals.append(len(prompt_ids) + shortest)
+        if reason := prompt_format.control(example.question):
+            report.reject(reason, example.item_id, example.question)
+            continue
         if reason := too_long(len(prompt_ids), shortest, **limits):
             report.reject(reason, example.item_id, f"{len(prompt_ids)} + {shortest} tokens")
             continue
@@ -109,10 +128,8 @@ def encode_examples(
         encoded.append(EncodedExample(example, prompt_ids, fitting))
     report.rows_used = len(encoded)
     if not encoded:
-        raise InputError(
-            f"every row of {report.source} is too long: rows have {min(totals)} to {max(totals)} tokens\n"
-            f"{report.summary()}"
-        )
+        tokens = f"rows have {min(totals)} to {max(totals)} tokens"
+        raise InputError(f"no usable row is left: {tokens}\n{report.summary()}")
     return encoded
 
 

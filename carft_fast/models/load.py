@@ -35,7 +35,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds, for the files' content as well
         raise _load_failure(config.path, "no tokenizer could be loaded", error) from None
 
 
@@ -47,7 +47,7 @@ def load_lm_config(config: ModelConfig) -> Any:
         lm_config = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _load_failure(config.path, "no model config could be loaded", error) from None
     for name in vars(lm_config):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(lm_config, name), float):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from carft_fast.core import write_text, writing
+from carft_fast.core import read_json_lines, write_text, writing
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
@@ -103,8 +103,7 @@ class MetricsLog:
     def load(self) -> None:
         """Read what another process logged. Its last line may be incomplete and is left out then."""
         if self._path.exists():
-            *lines, _ = self._path.read_text(encoding="utf-8").split("\n")
-            self.records = [json.loads(line) for line in lines]
+            self.records = read_json_lines(self._path)
 
     def rewind(self, stage: str, step: int) -> None:
         """Remove what this stage logged after `step`: those steps run again.
