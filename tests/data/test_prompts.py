@@ -215,3 +215,26 @@ def test_a_chat_template_that_fails_is_one_sentence(template: str) -> None:
     with pytest.raises(InputError, match=r'data\.template = "chat": the tokenizer\'s chat template fails') as error:
         PromptFormat(tokenizer, "chat").prompt_ids("How many?")
     assert "\n" not in str(error.value)
+
+
+TURNS = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}END{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [("<|im_end|>\n", "<|im_end|>"), ("</s>", "</s>"), (" <|im_end|></s>", "<|im_end|>"), ("\n", "</s>"), ("", "</s>")],
+)
+def test_a_completion_ends_as_the_chat_template_ends_a_turn(end: str, expected: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|eom|>"]})
+    tokenizer.add_tokens(["plain"])
+    tokenizer.chat_template = TURNS.replace("END", end)
+    im_end, eom, plain = (tokenizer.convert_tokens_to_ids(t) for t in ("<|im_end|>", "<|eom|>", "plain"))
+    taught = {"<|im_end|>": im_end, "</s>": EOS}[expected]
+    chat, own = PromptFormat(tokenizer, "chat"), PromptFormat(tokenizer)
+    assert chat.completion_ids("So.", "2")[-1] == taught
+    assert own.completion_ids("So.", "2") == [*chat.completion_ids("So.", "2")[:-1], EOS]
+    assert chat.end_ids([]) == tuple(dict.fromkeys([taught, EOS]))
+    # an ordinary token in a generation config is a mistake in it: a default of the architecture, say
+    assert own.end_ids([eom, EOS, plain, 7]) == (EOS, eom)
+    assert chat.end_ids([im_end, eom]) == tuple(dict.fromkeys([taught, EOS, im_end, eom]))
