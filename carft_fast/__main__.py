@@ -10,6 +10,8 @@ def main() -> None:
         from carft_fast.cli import run_cli
 
         run_cli()
+    except KeyboardInterrupt:  # while modules load; later ones are the commands'
+        sys.exit(130)
     except ModuleNotFoundError as error:
         message = missing_extra(error)
         if message is None:

@@ -6,7 +6,6 @@ process: a first run pays for what is compiled once, and the SFT run is first.
 
 import gc
 import itertools
-import json
 import re
 import shutil
 import tomllib
@@ -16,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from carft_fast.compare.report import write_comparison
 from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
 from carft_fast.config import METHODS, Config, check_method, continued_sft, preset, replaced
-from carft_fast.core import Console, InputError, StopRequest
+from carft_fast.core import Console, InputError, StopRequest, Table, read_json_lines
 from carft_fast.training import CONFIG_FILE, describe_schedule, prepare, stage_total_steps, train
 
 COMPARED = (*METHODS, SFT_TIME)
@@ -237,4 +235,4 @@ class Comparison:
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(folder / "metrics.jsonl")

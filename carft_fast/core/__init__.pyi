@@ -1,10 +1,12 @@
 from .console import Console as Console
+from .console import Table as Table
 from .console import Tracker as Tracker
 from .devices import to_device as to_device
 from .durable import MANIFEST as MANIFEST
 from .durable import TEMPORARY as TEMPORARY
 from .durable import find_damage as find_damage
 from .durable import publish as publish
+from .durable import read_json_lines as read_json_lines
 from .durable import remove_folder as remove_folder
 from .durable import set_aside as set_aside
 from .durable import write_folder as write_folder

@@ -5,16 +5,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+import rich.table
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from carft_fast.core.durable import writing
 from carft_fast.core.processes import is_main
 from carft_fast.core.redact import redact
 
 PLAIN_LINE_SECONDS = 5.0
+
+
+class Table(rich.table.Table):
+    """Shows its texts as they are, on any console: in those of data and models `[/INST]` and `:b:` are no markup."""
+
+    def __init__(self, *headers: str, title: str) -> None:
+        super().__init__(*headers, title=Text(title, style="table.title"))
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 class Tracker:
@@ -48,13 +61,13 @@ class Console:
         draws = find_spec("ipywidgets") is not None if self._rich.is_jupyter else self._rich.is_terminal
         self.is_terminal = draws and is_main()
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[rate]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=self._rich,
             transient=True,
         )
@@ -64,7 +77,7 @@ class Console:
 
     def log(self, message: str) -> None:
         message = redact(message)
-        self._rich.print(message, markup=False)
+        self._rich.print(message, markup=False, emoji=False)
         self._append(message)
 
     def show(self, renderable: RenderableType) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from carft_fast.core.errors import TrainingError
 
@@ -52,6 +53,12 @@ def writing_folder(target: Path, needed_bytes: int | None = None) -> Iterator[Pa
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """What `json.dumps(...) + "\n"` wrote: a value a line. Only "\n" ends one, for texts may hold U+2028 or U+0085."""
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last line may be cut, by a kill
+    return [json.loads(line) for line in lines]
 
 
 def _temporary_of(target: Path) -> Path:

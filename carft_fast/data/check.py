@@ -5,10 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.table import Table
-
 from carft_fast.config import Config, RewardConfig
-from carft_fast.core import Example
+from carft_fast.core import Example, Table
 from carft_fast.data.load import load_set
 from carft_fast.data.prompts import PromptFormat, too_long
 from carft_fast.rewards import Answer, extract_answer, parse_target, same_answer
@@ -151,6 +149,8 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
             check.not_annotated.add(example, example.question)
         if check.in_test_set is not None and question in known:
             check.in_test_set.add(example, example.question)
+        if tokenizer is not None and (reason := form.control(example.question)):
+            check.left_out.setdefault(reason, Finding()).add(example, example.question)
         _check_limits(check, example, prompt, row)
         _check_answers(check, example, answers.setdefault(question, []), config.reward)
     return check

@@ -1,16 +1,17 @@
 """Questions with annotated reasoning, from files or the Hub. Rows that cannot be used are counted and shown."""
 
 import json
+import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from carft_fast.config import SYNTHETIC, AnswerType, CalculatorMarks, Config, DataFormat
-from carft_fast.core import Example, InputError
+from carft_fast.core import Example, InputError, first_line
 from carft_fast.data.synthetic import make_task
 from carft_fast.rewards import Answer, parse_target
 
@@ -21,6 +22,9 @@ REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_va
 FORMAT_FIELDS = {"reft": REFT_FIELDS, "gsm8k": {"question": "question", "cot": "answer", "answer": "answer"}}
 
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
+_NO_SPACE = re.compile(r"[^ \t\r\n]")
+_LONGEST_INTEGER = 4000
+"""Digits; Python makes no text of more than 4,300."""
 _SHOWN = 3
 
 
@@ -111,9 +115,10 @@ def load_examples(
 ) -> tuple[list[Example], LoadReport]:
     """Read a source and keep the rows that can be used.
 
-    Formats: "reft" (JSON list of item_id, question, answer_cot, answer_value), "gsm8k" (JSONL whose answer is the
-    reasoning, then `#### 72`; `calculator_marks` `<<...>>` are stripped or kept), "jsonl" and "hub" (`datasets`) with
-    own `fields` or recognised ones, "auto" (by what is there). Rows given in Python are read like "jsonl". An
+    Files hold a JSON list, or JSON objects one after the other (JSON Lines); which of the two is seen by their content.
+    Formats: "reft" (item_id, question, answer_cot, answer_value), "gsm8k" (the answer is the reasoning, then `#### 72`;
+    `calculator_marks` `<<...>>` are stripped or kept), "jsonl" and "hub" (`datasets`) with own `fields` or recognised
+    ones, "auto" (a file like "jsonl", else "hub"). Rows given in Python are read like "jsonl". An
     annotation may be a list of texts. Columns that are no field become `Example.extra`. `merge_questions` makes one
     example of rows with the same question and answer, with the first one's extra. `limit` keeps that many usable
     examples from the top. `label` names the source. Answers must be targets of `answer_type`; None takes any text.
@@ -174,14 +179,14 @@ def _to_example(
         extra = {key: value for key, value in row.items() if key not in names.values()}
         found = {name: row.get(key) for name, key in names.items()}
     else:
-        raise _RowError("not an object", where, str(row))
+        raise _RowError("not an object", where, _shown(row))
     values = {name: value for name, value in found.items() if value is not None}
-    where += f" ({values['item_id']})" if "item_id" in values else ""
+    where += f" ({_shown(values['item_id'])})" if "item_id" in values else ""
     texts: dict[str, list[str]] = {name: [] for name in FIELDS}
     for name, value in values.items():
         parts = value if name == "cot" and isinstance(value, list | tuple) else [value]
-        if not all(isinstance(part, (str, int, float)) for part in parts):
-            raise _RowError(f'{name} is neither text nor number (field "{names[name]}")', where, str(value))
+        if not all(map(_is_text_or_number, parts)):
+            raise _RowError(f'{name} is neither text nor number (field "{names[name]}")', where, _shown(value))
         texts[name] = [text for part in parts if (text := str(part).strip())]
         if not all(map(_is_text, texts[name])):
             raise _RowError(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
@@ -204,6 +209,20 @@ def _to_example(
     return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
 
 
+def _is_text_or_number(value: Any) -> bool:
+    """JSON as Python reads it has values that str() makes a text of and that nobody wrote: true, NaN, Infinity."""
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 10**_LONGEST_INTEGER
+    return isinstance(value, str) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _shown(value: Any) -> str:
+    try:
+        return str(value)
+    except ValueError:  # thousands of digits
+        return type(value).__name__
+
+
 def _is_text(text: str) -> bool:
     """JSON can hold half of a surrogate pair, which no tokenizer takes and no file."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
@@ -223,7 +242,7 @@ def _open(
         return _with_fields(_read_hub(source, split), source, fields, require_cot)
     if not Path(source).is_file():
         raise InputError(f"{source}: no such file")
-    rows = _read_json_list(source) if format == "reft" else _read_json_lines(source)
+    rows = _read_json(source)
     if format in FORMAT_FIELDS:
         return rows, FORMAT_FIELDS[format] | fields
     return _with_fields(rows, source, fields, require_cot)
@@ -236,32 +255,35 @@ def _guess(path: str) -> str:
         if file.is_dir() or looks_like_id:
             return "hub"
         raise InputError(f"{path}: no such file (nor does it look like a Hub id)")
-    return "reft" if file.suffix == ".json" else "jsonl"
+    return "jsonl"
 
 
-def _read_json_list(path: str) -> list[Any]:
-    rows = _parse_json(_read_text(path), path)
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: a JSON list of rows is expected, this is {type(rows).__name__}")
-    return rows
-
-
-def _read_json_lines(path: str) -> Iterator[Any]:
-    for number, line in enumerate(_read_text(path).split("\n"), 1):  # not splitlines(): JSON text may hold U+2028
-        if line.strip():
-            yield _parse_json(line, path, number)
-
-
-def _parse_json(text: str, path: str, line: int | None = None) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {line or error.lineno}: not valid JSON: {error.msg}") from None
+def _read_json(path: str) -> list[Any]:
+    """The rows of a JSON list, or of JSON values one after the other, whatever their lines."""
+    text, decoder = _read_text(path), json.JSONDecoder()
+    values, at = [], _NO_SPACE.search(text)
+    while at is not None:
+        try:
+            value, end = decoder.raw_decode(text, at.start())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
+            line = text.count("\n", 0, at.start()) + 1
+            raise InputError(f"{path}, line {line}: JSON that cannot be read: {first_line(error)}") from None
+        values.append(value)
+        at = _NO_SPACE.search(text, end)
+    if len(values) != 1 or isinstance(values[0], dict):
+        return values
+    if not isinstance(values[0], list):
+        raise InputError(
+            f"{path}: a JSON list of rows, or rows one after another, are expected, this is {type(values[0]).__name__}"
+        )
+    return values[0]
 
 
 def _read_text(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
     except OSError as error:

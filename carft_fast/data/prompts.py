@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from carft_fast.core import Example, InputError
+from carft_fast.core import Example, InputError, first_line
 from carft_fast.data.load import LoadReport
 from carft_fast.rewards import ANSWER_TRIGGER, REASONING_TRIGGER
 
@@ -42,8 +42,10 @@ class PromptFormat:
 
     "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published template; "chat": the tokenizer's chat
     template with the question as the user's message. The completion is `{CoT}\\nTherefore, the answer is: {answer}`
-    and EOS in both, and the CoT alone where it is a `program`, whose answer is what it returns. Prompt and completion
-    are tokenised apart, so that training sees the boundary sampling sees.
+    and what ends it: EOS, or the token with which the chat template ends an assistant's turn. Where the CoT is a
+    `program`, it is all of the completion, for its answer is what it returns. Prompt and completion are tokenised
+    apart, so that training sees the boundary sampling sees. A special token that data spells out ("</s>") is a text
+    like any other; in a question for a chat template, which is one text with it, it cannot be (`control`).
     """
 
     def __init__(self, tokenizer: Any, template: str = "carft", *, program: bool = False) -> None:
@@ -52,18 +54,51 @@ class PromptFormat:
         self._tokenizer = tokenizer
         self._template = template
         self._program = program
+        added = tokenizer.added_tokens_decoder.items() if tokenizer is not None else ()
+        self._special = {token_id: str(token) for token_id, token in added if token.special}
+        if tokenizer is not None:
+            self.end_id: int = self._turn_end() if template == "chat" else tokenizer.eos_token_id
+
+    def end_ids(self, model_eos: Sequence[int]) -> tuple[int, ...]:
+        """Ids that end a completion, the one that is taught first. `model_eos`: those of the model's generation config,
+        which count where the tokenizer has them as special tokens."""
+        others = (i for i in model_eos if i in self._special)
+        return tuple(dict.fromkeys([self.end_id, self._tokenizer.eos_token_id, *others]))
+
+    def _turn_end(self) -> int:
+        answer = "Seven."
+        text = self._chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}])
+        after = self._tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        return next((i for i in after if i in self._special), self._tokenizer.eos_token_id)
 
     def prompt_text(self, question: str) -> str:
         if self._template == "carft":
             return f"Question:\n{question}{REASONING_TRIGGER}"
-        message = [{"role": "user", "content": question}]
-        return self._tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        return self._chat([{"role": "user", "content": question}], add_generation_prompt=True)
+
+    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except Exception as error:  # a template is a program
+            raise InputError(
+                f'data.template = "chat": the tokenizer\'s chat template fails: {first_line(error)}; allowed: "carft"'
+            ) from None
+
+    def control(self, question: str) -> str | None:
+        """Why a question cannot be asked: it spells out a token that would end its turn, or begin another."""
+        if self._template == "carft":
+            return None
+        spelled = next((token for token in self._special.values() if token in question), None)
+        return spelled and f"question with {spelled}, which the chat template would take for its own"
 
     def prompt_ids(self, question: str) -> list[int]:
         """Ids with the tokenizer's own special tokens (BOS), without an EOS it may append."""
         # a chat template writes its special tokens itself
         special = self._template == "carft"
-        ids = list(self._tokenizer(self.prompt_text(question), add_special_tokens=special)["input_ids"])
+        ids = self._tokenizer(self.prompt_text(question), add_special_tokens=special, split_special_tokens=special)
+        ids = list(ids["input_ids"])
         return ids[:-1] if special and ids[-1:] == [self._tokenizer.eos_token_id] else ids
 
     def completion_text(self, cot: str, answer: str) -> str:
@@ -71,7 +106,8 @@ class PromptFormat:
 
     def completion_ids(self, cot: str, answer: str) -> list[int]:
         text = self.completion_text(cot, answer)
-        return [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [*ids, self.end_id]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -101,6 +137,9 @@ def encode_examples(
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         shortest = min(map(len, completions), default=0)
         totals.append(len(prompt_ids) + shortest)
+        if reason := prompt_format.control(example.question):
+            report.reject(reason, example.item_id, example.question)
+            continue
         if reason := too_long(len(prompt_ids), shortest, **limits):
             report.reject(reason, example.item_id, f"{len(prompt_ids)} + {shortest} tokens")
             continue
@@ -109,10 +148,8 @@ def encode_examples(
         encoded.append(EncodedExample(example, prompt_ids, fitting))
     report.rows_used = len(encoded)
     if not encoded:
-        raise InputError(
-            f"every row of {report.source} is too long: rows have {min(totals)} to {max(totals)} tokens\n"
-            f"{report.summary()}"
-        )
+        tokens = f"rows have {min(totals)} to {max(totals)} tokens"
+        raise InputError(f"no usable row is left: {tokens}\n{report.summary()}")
     return encoded
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from carft_fast.core import InputError, first_line, is_main
+from carft_fast.core import InputError, TrainingError, first_line, is_main
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.heads import CarftHeads
 from carft_fast.models.packing import PackedBatch, pack
@@ -304,6 +304,13 @@ class CarftModel(nn.Module):
             with torch.device("meta"):
                 build: Any = type(base_lm(self.lm))
                 plain = build._from_config(copy.deepcopy(self.lm.config), attn_implementation="eager")
+            expected = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+            found = {name: tensor.shape for name, tensor in gathered.lm.items()}
+            if wrong := sorted({name for name, _ in expected.items() ^ found.items()}):
+                raise TrainingError(
+                    f"{folder}: not written: {len(wrong)} weights are not those of a {build.__name__}: {wrong[0]} is "
+                    f"{found.get(wrong[0], 'absent')}, expected {expected.get(wrong[0], 'none')}"
+                )
             names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
             plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})

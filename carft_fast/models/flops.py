@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from carft_fast.core import InputError, first_line
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCost:
@@ -57,8 +59,11 @@ class ModelCost:
     @classmethod
     def of_config(cls, config: Any, *, trust_remote_code: bool = False) -> "ModelCost":
         """Of a transformers config, without memory for its weights."""
-        with torch.device("meta"):
-            return cls.of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        try:
+            with torch.device("meta"):
+                return cls.of(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+        except Exception as error:  # whatever a model's code makes of sizes that do not fit
+            raise InputError(f"no model can be built of this {type(config).__name__}: {first_line(error)}") from None
 
     def layers_flops(self, tokens: float, pairs: float) -> float:
         """Forward of all layers over `tokens` tokens with `pairs` (query, key) pairs in each head."""

@@ -14,6 +14,7 @@ from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS, CarftHeads
 from carft_fast.models.safe_weights import check_hub, check_safetensors
+from carft_fast.models.sampler_weights import SamplerWeights
 
 
 def resolve_device(name: str) -> torch.device:
@@ -35,7 +36,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds, for the files' content as well
         raise _load_failure(config.path, "no tokenizer could be loaded", error) from None
 
 
@@ -47,7 +48,7 @@ def load_lm_config(config: ModelConfig) -> Any:
         lm_config = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _load_failure(config.path, "no model config could be loaded", error) from None
     for name in vars(lm_config):
         if ("dropout" in name or name.endswith("pdrop")) and isinstance(getattr(lm_config, name), float):
@@ -142,6 +143,7 @@ def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) ->
     """LoRA in place: everything else is frozen. Raises InputError for modules the model does not have."""
     import peft
 
+    plain = SamplerWeights(lm, torch.float32).metadata()
     targets = lora.target_modules[0] if lora.target_modules == ["all-linear"] else lora.target_modules
     settings = peft.LoraConfig(
         r=lora.rank,
@@ -154,6 +156,11 @@ def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) ->
             lm.add_adapter(settings)
         except ValueError as error:
             raise InputError(f"lora.target_modules = {lora.target_modules}: {first_line(error)}") from None
+    if changed := set(plain) ^ set(SamplerWeights(lm, torch.float32).metadata()):
+        raise InputError(
+            f"lora.target_modules = {lora.target_modules}: {type(lm).__name__}'s adapters could not be merged into its "
+            f"weights, {min(changed).name} is the first"
+        )
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
     for module, what in ((head, "LM head"), (embedding, "input embedding, whose weight is also its LM head's")):

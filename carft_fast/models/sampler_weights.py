@@ -18,6 +18,7 @@ from carft_fast.core import InputError
 
 _LAYER = re.compile(r"^.*?\.\d+\.")
 _ADAPTER = re.compile(r"\.(lora_|original_module\.)")
+_WRAPPERS = re.compile(r"\.base_layer(?=\.|$)|\.modules_to_save\.[^.]+(?=\.)")
 
 
 def base_lm(lm: nn.Module) -> nn.Module:
@@ -44,11 +45,9 @@ class SamplerWeights:
         adapted = _adapted_layers(base)
         self._parts: dict[str, _Part] = {}
         for name, tensor in base.state_dict(keep_vars=True).items():
-            if _ADAPTER.search(name):
-                continue
-            layer = adapted.get(name.removesuffix(".base_layer.weight"))
-            plain = re.sub(r"\.base_layer\.|\.modules_to_save\.[^.]+\.", ".", name)
-            self._parts[plain] = _Part(tensor, layer)
+            if not _ADAPTER.search(name):
+                plain = _WRAPPERS.sub("", name)
+                self._parts[plain] = _Part(tensor, adapted.get(plain, []))
 
     def metadata(self) -> list[WeightInfo]:
         """Names and whole shapes, in the order of iteration; gathers nothing."""
@@ -92,28 +91,29 @@ class HeldWeights:
 
 
 class _Part(NamedTuple):
-    """A weight, and the LoRA layer whose product is added to it."""
+    """A weight, and the LoRA layers whose products are added to it."""
 
     tensor: Tensor
-    lora: Any | None
+    lora: list[Any]
 
     def parameters(self) -> list[Tensor]:
-        return [self.tensor, *([] if self.lora is None else self.lora.parameters())]
+        return [self.tensor, *(parameter for layer in self.lora for parameter in layer.parameters())]
 
     def merged(self, dtype: torch.dtype) -> Tensor:
         """The trainer's tensor itself where nothing has to be computed."""
         weight = _whole(self.tensor.detach())
-        if self.lora is not None and not (self.lora.merged or self.lora.disable_adapters):
-            weight = weight.float()
-            for adapter in self.lora.active_adapters:
-                if adapter in self.lora.scaling:
-                    weight = weight + _whole(self.lora.get_delta_weight(adapter).detach()).float()
+        for layer in self.lora:
+            if layer.merged or layer.disable_adapters:
+                continue
+            for adapter in layer.active_adapters:
+                if adapter in layer.scaling:
+                    weight = weight.float() + _whole(layer.get_delta_weight(adapter).detach()).float()
         return weight.to(dtype) if weight.is_floating_point() else weight
 
 
-def _adapted_layers(base: nn.Module) -> Mapping[str, Any]:
-    """LoRA layers by module name."""
-    layers = {}
+def _adapted_layers(base: nn.Module) -> Mapping[str, list[Any]]:
+    """LoRA layers by the plain name of the weight they change. Those of a mixture of experts wrap one another."""
+    layers: dict[str, list[Any]] = {}
     for name, module in base.named_modules():
         if not hasattr(module, "get_delta_weight"):
             continue
@@ -124,7 +124,8 @@ def _adapted_layers(base: nn.Module) -> Mapping[str, Any]:
             )
         if not hasattr(module, "lora_A"):
             raise InputError(f"{name}: a {type(module).__name__} adapter cannot be merged for the sampler; LoRA can")
-        layers[name] = module
+        changed = f"{_WRAPPERS.sub('', name)}.{getattr(module, 'parameter_name', 'weight')}"
+        layers.setdefault(changed, []).append(module)
     return layers
 
 

@@ -9,11 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from carft_fast.core import read_json_lines, write_text, writing
 
-from carft_fast.core import write_text, writing
+if TYPE_CHECKING:
+    import torch
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
@@ -83,7 +84,7 @@ class PhaseTimer:
     alone counts from when the device is idle. Nothing waits but `flush`.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: "torch.device") -> None:
         self._on_cuda = device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
 
@@ -99,6 +100,8 @@ class PhaseTimer:
     def _border(self) -> Any:
         if not self._on_cuda:
             return time.perf_counter()
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -128,8 +131,7 @@ class MetricsLog:
     def load(self) -> None:
         """Read what another process logged. Its last line may be incomplete and is left out then."""
         if self._path.exists():
-            *lines, _ = self._path.read_text(encoding="utf-8").split("\n")
-            self.records = [json.loads(line) for line in lines]
+            self.records = read_json_lines(self._path)
 
     def rewind(self, stage: str, step: int) -> None:
         """Remove what this stage logged after `step`: those steps run again.

@@ -299,9 +299,15 @@ def _of_accelerate() -> Strategy:
             raise InputError(f"accelerate's config has fsdp_version {version}: 2 is needed, see configs/accelerate")
         return "fsdp2"
     if on("ACCELERATE_USE_DEEPSPEED"):
-        stage = int(_accelerate_zero()["stage"])
+        zero = _accelerate_zero()
+        stage = int(zero["stage"])
         if stage not in (2, 3):
             raise InputError(f"accelerate's config has zero_stage {stage}: allowed here are 2 and 3")
+        for part in ("offload_optimizer", "offload_param"):
+            if (device := (zero.get(part) or {}).get("device") or "none") != "none":
+                raise InputError(
+                    f'accelerate\'s config has {part}_device "{device}": that is not tested here; allowed is "none"'
+                )
         return "zero2" if stage == 2 else "zero3"
     return "ddp"
 

@@ -7,11 +7,20 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.config import Config, method_name
-from carft_fast.core import Console, InputError, StopRequest, on_main, world_size, write_folder, write_text
+from carft_fast.core import (
+    Console,
+    InputError,
+    StopRequest,
+    Table,
+    on_main,
+    read_json_lines,
+    world_size,
+    write_folder,
+    write_text,
+)
 from carft_fast.data import EncodedExample, PromptFormat, Source, check_tokenizer, encode_examples, load_set
 from carft_fast.models import (
     ModelCost,
@@ -71,6 +80,11 @@ def prepare(
         check_engine(config, lm_config, device.type)
     if stages:
         check_strategy(config, stages)
+        if config.model.attention == "flex_attention" and device.type == "cpu":
+            raise InputError(
+                'model.attention = "flex_attention": torch cannot train with it on a CPU; allowed: "packed", "sdpa" or '
+                '"eager"'
+            )
     sources: dict[Literal["train", "eval"], Source] = {"eval": config.data.eval if eval is None else eval}
     if stages:
         sources = {"train": config.data.train if train is None else train, **sources}
@@ -273,8 +287,7 @@ def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -
     """One evaluation question with both answers: the first that went from wrong to right, else the first."""
 
     def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
-        path = run.folder / "samples" / f"{record['stage']}-eval-{record['step']:06d}.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return read_json_lines(run.folder / "samples" / f"{record['stage']}-eval-{record['step']:06d}.jsonl")
 
     pairs = list(zip(samples(before), samples(after), strict=True))
     old, new = next((pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]), pairs[0])

@@ -1,6 +1,7 @@
 """Bad input through the command line: exit code 2, one readable message naming the thing, nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -372,6 +373,48 @@ def test_missing_extra_is_one_sentence() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr.strip() == 'carft-fast needs typer, which is not installed: pip install "carft-fast[train]"'
+
+
+def test_ctrl_c_while_modules_load_is_no_traceback() -> None:
+    """The interrupt comes where typer would be imported."""
+    code = (
+        "import sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from carft_fast.__main__ import main; main()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"version": "1.0", "model": {"type": "Nonsense"}}'),
+        ("tokenizer.json", "[1, 2]"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "many"}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 0}'),
+        ("config.json", '{"model_type": 5}'),
+        ("config.json", "[]"),
+    ],
+)
+def test_files_of_a_model_that_libraries_refuse(
+    cli: Cli, tmp_path: Path, model_folder: Path, file: str, content: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / file).write_text(content)
+    path = write(tmp_path / "rows.json", ROWS)
+    outcome = cli("sft", *with_data(folder, path, path), "--dry-run")
+    assert (outcome.code, len(outcome.error.strip().splitlines())) == (2, 1), outcome.error
+    assert outcome.error.startswith("error: ")
+
+
+def test_attention_that_cannot_train_on_a_cpu_is_refused_before_it_starts(cli: Cli, tiny_run: list[str]) -> None:
+    outcome = cli("quickstart", *tiny_run, *sets(model__attention="flex_attention"), "--dry-run")
+    assert_refused(outcome, ['model.attention = "flex_attention"', '"packed"'])
 
 
 def test_exit_code_of_the_real_process(tmp_path: Path) -> None:

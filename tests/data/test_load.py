@@ -1,6 +1,7 @@
 """Every format, every reason to leave a row out, every way a source can be unreadable."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -144,7 +145,48 @@ REJECTED: dict[str, tuple[Any, str]] = {
     "unparsable answer": ({**ROW, "answer_value": "many"}, "many"),
     'question is neither text nor number (field "question")': ({**ROW, "question": ["Two?"]}, "Two?"),
     'cot is neither text nor number (field "answer_cot")': ({**ROW, "answer_cot": {"a": 1}}, "{'a': 1}"),
+    'answer is neither text nor number (field "answer_value")': ({**ROW, "answer_value": True}, "True"),
+    'item_id is neither text nor number (field "item_id")': ({**ROW, "item_id": math.nan}, "nan"),
 }
+
+
+@pytest.mark.parametrize("value", [True, False, math.nan, math.inf, -math.inf, [math.nan], ["a", True]])
+@pytest.mark.parametrize("field", ["question", "answer_cot", "answer_value", "item_id"])
+def test_json_values_that_are_no_text_do_not_become_one(tmp_path: Path, field: str, value: Any) -> None:
+    rows = [ROW, {**ROW, field: value}]
+    for content in (json.dumps(rows), "\n".join(map(json.dumps, rows))):
+        (tmp_path / "a.json").write_text(content)
+        examples, report = load_examples(str(tmp_path / "a.json"), require_cot=True)
+        assert [example.item_id for example in examples] == ["r1"]
+        assert sum(report.rejected.values()) == 1
+
+
+def test_integers_too_long_for_a_text_are_counted() -> None:
+    huge = 10**5000
+    rows = [ROW, *({**ROW, name: huge} for name in ROW), {**ROW, "answer_cot": [huge]}, huge]
+    found, report = load_examples(rows, label="rows", require_cot=True)
+    assert len(found) == 1
+    assert sum(report.rejected.values()) == 6
+    assert report.rejected['answer is neither text nor number (field "answer_value")'] == 1
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.txt"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte order mark"])
+@pytest.mark.parametrize("how", ["list", "indented list", "lines", "indented objects", "Windows lines"])
+def test_a_file_is_known_by_its_content(tmp_path: Path, how: str, mark: str, name: str) -> None:
+    rows = [{**ROW, "item_id": f"r{i}", "question": f"{i}\u2028?"} for i in range(3)]
+    plain, indented = ([json.dumps(row, indent=n, ensure_ascii=False) for row in rows] for n in (None, 2))
+    content = {
+        "list": json.dumps(rows),
+        "indented list": json.dumps(rows, indent=4),
+        "lines": "\n".join(plain) + "\n\n",
+        "indented objects": "\n".join(indented),
+        "Windows lines": "\r\n".join(plain),
+    }[how]
+    (tmp_path / name).write_text(mark + content, encoding="utf-8")
+    for format in ("auto", "reft", "jsonl"):
+        examples, _ = load_examples(str(tmp_path / name), format=format, require_cot=True)
+        assert [(e.item_id, e.question) for e in examples] == [(f"r{i}", f"{i}\u2028?") for i in range(3)]
 
 
 @pytest.mark.parametrize("reason", REJECTED)
@@ -163,7 +205,7 @@ def test_unusable_rows_are_counted_and_shown(tmp_path: Path, reason: str) -> Non
     assert len(lines) == 5
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "1_000", "5 or 6", True])
+@pytest.mark.parametrize("value", ["nan", "inf", "1_000", "5 or 6"])
 def test_answers_nobody_could_match_are_unparsable(tmp_path: Path, value: object) -> None:
     path = write_json(tmp_path / "a.json", [ROW, {**ROW, "answer_value": value}])
     assert load_examples(path, require_cot=True)[1].rejected == {"unparsable answer": 1}
@@ -208,11 +250,13 @@ UNREADABLE: dict[str, tuple[str, str, list[str]]] = {
     "malformed list": ("a.json", '[\n{"question": "a"},\n{"question" "b"}\n]', ["a.json, line 3", "not valid JSON"]),
     "malformed line": ("a.jsonl", '{"question": "a", "answer": "1"}\n\n{"question": }\n', ["a.jsonl, line 3"]),
     "cut off": ("a.jsonl", '{"question": "a", "answer": "1"}\n{"question": "b"', ["a.jsonl, line 2"]),
-    "empty": ("a.json", "", ["a.json, line 1"]),
+    "empty": ("a.json", "", ["a.json", "no rows"]),
     "empty lines": ("a.jsonl", "\n\n", ["a.jsonl", "no rows"]),
     "empty list": ("a.json", "[]", ["a.json", "no rows"]),
-    "object": ("a.json", '{"rows": []}', ["a.json", "JSON list", "dict"]),
+    "object": ("a.json", '{"rows": []}', ["a.json", "'question'", "the rows have rows"]),
     "text": ("a.json", '"rows"', ["a.json", "JSON list", "str"]),
+    "digits": ("a.jsonl", '{"question": "a"}\n{"answer": %s}' % ("9" * 5000), ["a.jsonl, line 2", "4300 digits"]),
+    "brackets": ("a.json", "[" * 200_000, ["a.json, line 1", "cannot be read"]),
 }
 
 

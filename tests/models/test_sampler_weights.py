@@ -10,11 +10,31 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from carft_fast.config.schema import LoraConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import leave
+from carft_fast.models.load import _add_adapters
 from carft_fast.models.sampler_weights import SamplerWeights
+
+MOE = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 0,
+}
 
 
 def llama(*, tied: bool = True, layers: int = 3) -> LlamaForCausalLM:
@@ -94,6 +114,25 @@ def test_lora_is_merged_as_peft_merges_it(options: dict[str, Any]) -> None:
         torch.testing.assert_close(sent[name], value, rtol=1e-6, atol=1e-6)
     assert any(not torch.equal(sent[name], value) for name, value in lm.state_dict().items())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral", "Olmoe", "DeepseekV3"])
+def test_lora_on_experts_is_merged_into_the_plain_models_weights(family: str) -> None:
+    """A plain model with the merged weights computes what the adapted one does."""
+    config = getattr(transformers, f"{family}Config")(**MOE)
+    torch.manual_seed(0)
+    lm, plain = (getattr(transformers, f"{family}ForCausalLM")(copy.deepcopy(config)).eval() for _ in range(2))
+    _add_adapters(lm, LoraConfig(rank=2, alpha=4, target_modules=["all-linear"]), 0, None)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in lm.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    changed = [name for name, _ in lm.named_parameters() if "experts" in name and "lora_B" in name]
+    plain.load_state_dict(dict(SamplerWeights(lm, torch.float32)))
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(plain(ids).logits, lm(ids).logits, rtol=1e-4, atol=1e-5)
+    assert len(changed) == 4, "two weights of the experts, in two layers"
 
 
 def test_a_merged_adapter_is_not_added_twice() -> None:

@@ -102,6 +102,8 @@ def test_a_config_file_of_deepspeed_decides(tmp_path: Path, environment: Callabl
         ("ddp.yaml", ["--use_fsdp"], "fsdp_version 1: 2 is needed, see configs/accelerate"),
         ("zero3.yaml", ["--zero_stage", "1"], "zero_stage 1: allowed here are 2 and 3"),
         ("zero3.yaml", ["--zero_stage", "0"], "zero_stage 0: allowed here are 2 and 3"),
+        ("zero2.yaml", ["--offload_optimizer_device", "cpu"], 'offload_optimizer_device "cpu"'),
+        ("zero3.yaml", ["--offload_param_device", "cpu"], 'offload_param_device "cpu"'),
     ],
 )
 def test_what_the_launcher_may_not_ask_for(
