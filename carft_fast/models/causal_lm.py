@@ -233,7 +233,7 @@ class CarftModel(nn.Module):
             logits_BLV = lm(input_ids=ids_BL, use_cache=False).logits
             hidden_BLD = lm.base_model(input_ids=ids_BL, use_cache=False).last_hidden_state
             if isinstance(weight, Tensor) and getattr(head, "bias", None) is None:
-                plain_BLV = nn.functional.linear(hidden_BLD, weight)
+                plain_BLV = nn.functional.linear(hidden_BLD, self.head_weight_VD)  # ZeRO-3 has released `weight`
                 rounding = 1e-3 if self.compute_dtype == torch.float32 else 2**-7
                 if plain_BLV.shape == logits_BLV.shape and torch.allclose(
                     plain_BLV.float(), logits_BLV.float(), rtol=rounding, atol=1e-3
