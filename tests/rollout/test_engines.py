@@ -140,7 +140,7 @@ def test_a_completion_depends_on_its_own_seed_alone(engine: RolloutEngine, model
 
 def test_a_completion_does_not_depend_on_preemption(local_engine: VLLMEngine, model: CarftModel) -> None:
     local_engine.sync(model)
-    expected = local_engine.generate(PROMPTS, SAMPLED)
+    expected = [r.completion_ids for r in local_engine.generate(PROMPTS, SAMPLED)]
     llm_engine = local_engine._engine._llm.llm_engine
     steps, preempted = itertools.count(), []
 
@@ -148,7 +148,9 @@ def test_a_completion_does_not_depend_on_preemption(local_engine: VLLMEngine, mo
         if next(steps) % 5 == 4:  # all running requests lose their cache and are computed again
             preempted.append(llm_engine.reset_prefix_cache(reset_running_requests=True))
 
-    assert local_engine.generate(PROMPTS, SAMPLED, on_progress=preempt) == expected
+    found = local_engine.generate(PROMPTS, SAMPLED, on_progress=preempt)
+    assert [r.completion_ids for r in found] == expected
+    assert_samples_of(model.lm, found, SAMPLED)
     assert len(preempted) > 4
     assert all(preempted)
 
