@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from carft_fast.models import CarftModel, load_model, load_tokenizer, pack
 from carft_fast.objective import Rows, padded
 from carft_fast.rewards import Grader
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams, build_engine
+from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.training import (
     Learner,
@@ -30,15 +32,6 @@ from carft_fast.training import (
 )
 
 CPU = torch.device("cpu")
-
-
-class _NoEos:
-    """A tokenizer for the hf engine, without an EOS that could end a completion."""
-
-    eos_token_id = -1
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
 
 
 def side_config(work: Work, options: list[str]) -> Config:
@@ -62,11 +55,11 @@ def side_config(work: Work, options: list[str]) -> Config:
 def fixed_length_engine(config: Config, model: CarftModel, tokenizer: Any) -> RolloutEngine:
     """The config's engine, whose completions all have max_new_tokens tokens."""
     if config.rollout.engine == "hf":
-        return build_engine(config, model, _NoEos(tokenizer.pad_token_id))
+        return HFEngine(model, tokenizer, batch_size=config.rollout.batch_size, ends=[-1])
     fields = vllm_adapter.sampling_fields
 
-    def without_eos(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[str, Any]:
-        return fields(sampling, prompt, eos_id) | {"min_tokens": sampling.max_new_tokens}
+    def without_eos(sampling: SamplingParams, prompt: int, ends: Sequence[int]) -> dict[str, Any]:
+        return fields(sampling, prompt, ends) | {"min_tokens": sampling.max_new_tokens}
 
     vllm_adapter.sampling_fields = without_eos
     return build_engine(config, model, tokenizer)

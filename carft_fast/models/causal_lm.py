@@ -103,6 +103,12 @@ class CarftModel(nn.Module):
             logger.warning("the LM head is not hidden @ weight.T (bias, scale or soft cap): logits are materialised")
 
     @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end a text by the generation config the model came with."""
+        found = self._generation_config and self._generation_config.eos_token_id
+        return [] if found is None else [found] if isinstance(found, int) else list(found)
+
+    @property
     def head_weight_VD(self) -> Tensor:
         return self.lm.get_output_embeddings().weight
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.core import world_size
+from carft_fast.data import PromptFormat
 from carft_fast.models import CarftModel
 from carft_fast.rollout.base import RolloutEngine
 from carft_fast.rollout.hf import HFEngine
@@ -20,22 +21,23 @@ def build_engine(
     `folder` gets the logs of servers that are started (None: a temporary folder). `log` is told what takes long.
     """
     several = world_size() > 1
+    ends = PromptFormat(tokenizer, config.data.template).end_ids(model.eos_ids)
     engine: RolloutEngine
     if config.rollout.engine == "hf":
-        hf = HFEngine(model, tokenizer, batch_size=config.rollout.batch_size)
+        hf = HFEngine(model, tokenizer, batch_size=config.rollout.batch_size, ends=ends)
         return SpreadEngine(hf, hf.forwards_together) if several else hf
     if config.rollout.engine == "vllm":
         from carft_fast.rollout.vllm.engine import VLLMEngine
 
         log("starting vLLM")
-        engine = VLLMEngine(config, model, tokenizer.eos_token_id)
+        engine = VLLMEngine(config, model, ends)
         engine = SpreadEngine(engine) if several else engine
     else:
         from carft_fast.rollout.vllm.adapter import engine_dtype
         from carft_fast.rollout.vllm.servers import VLLMServerEngine
 
         def start() -> VLLMServerEngine:
-            return VLLMServerEngine(config, model, tokenizer.eos_token_id, folder=folder, log=log)
+            return VLLMServerEngine(config, model, ends, folder=folder, log=log)
 
         engine = LeaderEngine(start, engine_dtype(config)) if several else start()
     try:

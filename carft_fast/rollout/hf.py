@@ -25,8 +25,8 @@ from carft_fast.rollout.coupled import pick, processed_logits
 class _TokenPicker(LogitsProcessor):
     """The only processor of greedy decoding: leaves one token of each row a finite score, and keeps its log-prob."""
 
-    def __init__(self, jobs: "Sequence[_Job]", sampling: SamplingParams, eos_id: int) -> None:
-        self._jobs, self._sampling, self._eos_id = jobs, sampling, eos_id
+    def __init__(self, jobs: "Sequence[_Job]", sampling: SamplingParams, end_E: Tensor) -> None:
+        self._jobs, self._sampling, self._end_E = jobs, sampling, end_E
         self._unfinished = list(range(len(jobs)))
         self.logprobs: list[Tensor] = []
 
@@ -42,12 +42,12 @@ class _TokenPicker(LogitsProcessor):
             scores.new_full((rows,), sampling.top_p) if sampling.top_p < 1 else None,
         )
         # Rows that have ended get padding, whatever is picked.
-        token_B = scores.new_full((rows,), self._eos_id, dtype=torch.int64)
+        token_B = self._end_E[:1].repeat(rows)
         jobs, step = [self._jobs[row] for row in self._unfinished], len(self.logprobs)
         token_B[self._unfinished] = pick(
             processed_BV[self._unfinished], [job.seed for job in jobs], [len(job.prompt) + step for job in jobs]
         )
-        self._unfinished = (token_B != self._eos_id).nonzero()[:, 0].tolist()
+        self._unfinished = torch.isin(token_B, self._end_E, invert=True).nonzero()[:, 0].tolist()
         self.logprobs.append(processed_BV.log_softmax(-1).gather(1, token_B[:, None])[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)
 
@@ -55,12 +55,12 @@ class _TokenPicker(LogitsProcessor):
 class _ProgressReporter(StoppingCriteria):
     """Tells after every token how many rows have just ended; stops nothing, but what the callback raises propagates."""
 
-    def __init__(self, rows: int, prompt_length: int, eos_id: int, on_progress: Progress) -> None:
+    def __init__(self, rows: int, prompt_length: int, end_E: Tensor, on_progress: Progress) -> None:
         self.unfinished = rows
-        self._prompt_length, self._eos_id, self._on_progress = prompt_length, eos_id, on_progress
+        self._prompt_length, self._end_E, self._on_progress = prompt_length, end_E, on_progress
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        ended_B = (input_ids[:, self._prompt_length :] == self._eos_id).any(-1)
+        ended_B = torch.isin(input_ids[:, self._prompt_length :], self._end_E).any(-1)
         unfinished = len(ended_B) - int(ended_B.sum())
         self._on_progress(self.unfinished - unfinished)
         self.unfinished = unfinished
@@ -81,9 +81,10 @@ class HFEngine:
     prompts or with none.
     """
 
-    def __init__(self, model: CarftModel, tokenizer: Any, *, batch_size: int) -> None:
+    def __init__(self, model: CarftModel, tokenizer: Any, *, batch_size: int, ends: Sequence[int] = ()) -> None:
+        """`ends`: ids that end a completion; the tokenizer's EOS if not given."""
         self._weak_model = weakref.ref(model)  # a finished stage must not stay in memory
-        self._eos_id: int = tokenizer.eos_token_id
+        self._ends = list(ends) or [tokenizer.eos_token_id]
         self._pad_id: int = tokenizer.pad_token_id
         self._batch_size = batch_size
         self.version = 0
@@ -125,7 +126,7 @@ class HFEngine:
                     results.update(zip(rows, rollouts, strict=True))
                 for _ in range(idle):  # takes part in the other processes' forwards
                     one_token = replace(sampling, max_new_tokens=1)
-                    self._generate_batch([_Job([self._eos_id], 0)], one_token, lambda _: None, together)
+                    self._generate_batch([_Job(self._ends[:1], 0)], one_token, lambda _: None, together)
 
         self._model(sample)
         return [results[job] for job in range(len(jobs))]
@@ -144,12 +145,13 @@ class HFEngine:
         longest = max(map(len, prompts))
         ids_BL = torch.tensor([[self._pad_id] * (longest - len(p)) + list(p) for p in prompts], device=device)
         mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-        picker = _TokenPicker(jobs, sampling, self._eos_id)
-        reporter = _ProgressReporter(len(jobs), longest, self._eos_id, on_progress)
+        end_E = torch.tensor(self._ends, device=device)
+        picker = _TokenPicker(jobs, sampling, end_E)
+        reporter = _ProgressReporter(len(jobs), longest, end_E, on_progress)
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens,
             do_sample=False,  # `_TokenPicker` leaves one token
-            eos_token_id=self._eos_id,
+            eos_token_id=self._ends,
             pad_token_id=self._pad_id,
             use_cache=True,
         )
@@ -171,9 +173,9 @@ class HFEngine:
         ]
 
     def _rollout(self, ids: list[int], logprobs: list[float]) -> Rollout:
-        # Ends at the first EOS, by position: what follows is padding, whatever id padding has.
-        stopped = self._eos_id in ids
-        length = ids.index(self._eos_id) + 1 if stopped else len(ids)
+        # Ends at the first of its ends, by position: what follows is padding, whatever id padding has.
+        at = next((at for at, token in enumerate(ids) if token in self._ends), None)
+        length = len(ids) if at is None else at + 1
         if not all(map(math.isfinite, logprobs[:length])):
             raise EngineError("sampled log-probs are not finite: the weights hold NaN or infinity")
-        return Rollout(ids[:length], logprobs[:length], "stop" if stopped else "length", self.version)
+        return Rollout(ids[:length], logprobs[:length], "length" if at is None else "stop", self.version)

@@ -32,7 +32,7 @@ def model(base_model: CarftModel) -> CarftModel:
 
 @pytest.fixture(scope="session")
 def local_engine(base_model: CarftModel) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(make_config("rollout.engine=vllm"), base_model, EOS)
+    engine = VLLMEngine(make_config("rollout.engine=vllm"), base_model, [EOS])
     yield engine
     engine.close()
 
@@ -40,7 +40,7 @@ def local_engine(base_model: CarftModel) -> Iterator[VLLMEngine]:
 @pytest.fixture(scope="session")
 def compiled_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterator[VLLMEngine]:
     """Beside the other one: the first that closes takes with it what vLLM's engines of a process share."""
-    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), base_model, EOS)
+    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), base_model, [EOS])
     yield engine
     engine.close()
 
@@ -49,7 +49,7 @@ def compiled_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterato
 def wide_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterator[VLLMEngine]:
     """For many short completions at once."""
     options = ["rollout.engine=vllm", "rollout.batch_size=512", "rollout.draft_budget=100000"]
-    engine = VLLMEngine(make_config(*options), base_model, EOS)
+    engine = VLLMEngine(make_config(*options), base_model, [EOS])
     yield engine
     engine.close()
 
@@ -67,7 +67,7 @@ def server_engine(
     """Two servers; the entries of server_devices mean nothing on a CPU but their number."""
     config = make_config("rollout.engine=vllm-server", 'rollout.server_devices=["0", "1"]')
     engine = VLLMServerEngine(
-        config, base_model, EOS, folder=tmp_path_factory.mktemp("servers"), log=server_lines.append
+        config, base_model, [EOS], folder=tmp_path_factory.mktemp("servers"), log=server_lines.append
     )
     yield engine
     engine.close()

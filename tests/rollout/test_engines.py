@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import itertools
+import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import EngineError, InputError
 from carft_fast.data.synthetic import build_tokenizer
@@ -20,6 +23,7 @@ from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
 from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout.base import RolloutEngine, SamplingParams
+from carft_fast.rollout.engines import build_engine
 from carft_fast.rollout.hf import HFEngine
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.rollout.vllm import adapter as vllm_adapter
@@ -113,7 +117,7 @@ def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path) -
     prompts = [tokenizer.encode(f"Question:\n{n} birds and {n + 3} more are how many?\nAnswer:\n") for n in range(64)]
     sampling = SamplingParams(32, temperature=0.8, seed=1)
     expected = HFEngine(model, tokenizer, batch_size=64).generate(prompts, sampling)
-    engine = VLLMEngine(config, model, tokenizer.eos_token_id)
+    engine = VLLMEngine(config, model, [tokenizer.eos_token_id])
     try:
         engine.sync(model)
         found = engine.generate(prompts, sampling)
@@ -341,7 +345,7 @@ def test_head_sizes_the_cpu_attention_lacks_are_refused_at_once(model: CarftMode
 
 def test_too_little_memory_is_one_sentence(model: CarftModel) -> None:
     with pytest.raises(EngineError, match=r"vLLM has not enough memory .*rollout\.kv_cache_gib"):
-        VLLMEngine(make_config("rollout.engine=vllm", "rollout.kv_cache_gib=100000.0"), model, EOS)
+        VLLMEngine(make_config("rollout.engine=vllm", "rollout.kv_cache_gib=100000.0"), model, [EOS])
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -375,3 +379,33 @@ def test_vllms_own_senders_read_the_same_stream(model: CarftModel) -> None:
     sent = dict(read)
     assert all(torch.equal(sent[name], value) for name, value in weights)
     assert len(sent) == len(described)
+
+
+def test_each_of_several_ids_ends_a_completion(
+    engine: RolloutEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Noise hangs on the position alone, so a completion is the one that nothing ended, cut at its first end."""
+    sampling = SamplingParams(24, samples_per_prompt=4, seed=8)
+    tokenizer = build_tokenizer()
+    whole = [r.completion_ids for r in HFEngine(model, tokenizer, batch_size=8, ends=[-1]).generate(PROMPTS, sampling)]
+    assert {len(ids) for ids in whole} == {24}
+    ends = [token for token, _ in Counter(token for ids in whole for token in ids[3:]).most_common(3)]
+    expected = [ids[: next((at + 1 for at, token in enumerate(ids) if token in ends), 24)] for ids in whole]
+    assert {ids[-1] for ids in expected} >= set(ends), "each of them ends one"
+    monkeypatch.setattr(engine, "_ends", ends)
+    engine.sync(model)
+    for one in (engine, HFEngine(model, tokenizer, batch_size=8, ends=ends)):
+        found = one.generate(PROMPTS, sampling)
+        assert [r.completion_ids for r in found] == expected
+        assert [r.finish_reason for r in found] == ["stop" if ids[-1] in ends else "length" for ids in expected]
+
+
+def test_ends_come_from_the_model_and_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    load_model(Config(), "synthetic", CPU, heads=False).save(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    pad, unknown, ordinary = tokenizer.pad_token_id, tokenizer.unk_token_id, len(tokenizer) - 1
+    for eos, expected in ((EOS, [EOS]), ([pad, EOS, ordinary, unknown], [EOS, pad, unknown]), (None, [EOS])):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        loaded = load_model(Config(), str(tmp_path), CPU, heads=False)
+        assert build_engine(make_config("rollout.engine=hf"), loaded, tokenizer)._ends == expected  # type: ignore[attr-defined]

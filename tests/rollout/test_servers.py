@@ -163,7 +163,7 @@ def test_a_trainer_without_the_token_is_told(
     monkeypatch.setenv(TOKEN, token)
     config = make_config("rollout.engine=vllm-server", f"rollout.servers={json.dumps(urls(server_engine))}")
     with pytest.raises(EngineError, match=rf"{message}.*{TOKEN}"):
-        VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+        VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)
 
 
 def test_a_server_killed_while_sampling_loses_and_doubles_nothing(
@@ -476,7 +476,7 @@ def test_a_failure_is_not_taken_from_an_earlier_servers_log(tmp_path: Path) -> N
 def test_a_server_that_does_not_start_says_why(model: CarftModel, tmp_path: Path) -> None:
     config = make_config("rollout.engine=vllm-server", "rollout.kv_cache_gib=100000.0")
     with pytest.raises(EngineError, match=r"vLLM has not enough memory .*rollout\.kv_cache_gib.*vllm-server-0\.log"):
-        VLLMServerEngine(config, model, EOS, folder=tmp_path, log=lambda _: None)
+        VLLMServerEngine(config, model, [EOS], folder=tmp_path, log=lambda _: None)
     assert (
         "KV cache" in (tmp_path / "vllm-server-0.log").read_text()
         or "kv cache" in (tmp_path / "vllm-server-0.log").read_text()
@@ -501,7 +501,7 @@ def test_an_engine_that_cannot_start_its_servers_leaves_nothing(
     devices = 'rollout.server_devices=["0", "1"]'
     config = make_config("rollout.engine=vllm-server", devices, f"rollout.transfer_dir={tmp_path / 'weights'}")
     with pytest.raises(OSError, match="no more processes"):
-        VLLMServerEngine(config, model, EOS, folder=tmp_path, log=lambda _: None)
+        VLLMServerEngine(config, model, [EOS], folder=tmp_path, log=lambda _: None)
     assert not started[0].running
     assert list((tmp_path / "weights").iterdir()) == []
 
@@ -511,7 +511,7 @@ def test_a_server_that_never_answers_is_named_after_the_timeout(model: CarftMode
     url = f"http://127.0.0.1:{free_port()}"
     config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{url}"]', "rollout.server_timeout_s=6.0")
     with pytest.raises(EngineError, match=rf"{url} did not answer in 6 s .*is it running\?"):
-        VLLMServerEngine(config, model, EOS, folder=None, log=lines.append)
+        VLLMServerEngine(config, model, [EOS], folder=None, log=lines.append)
     assert any("waiting for the vLLM server" in line and "of at most 6 s" in line for line in lines)
 
 
@@ -555,7 +555,7 @@ def test_something_else_than_vllm_is_told_apart(model: CarftModel, answers: dict
         url = f"http://127.0.0.1:{server.server_port}"
         config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{url}"]')
         with pytest.raises(EngineError, match=rf"the server at {url} {re.escape(message)}.*carft-fast serve"):
-            VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+            VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)
         server.shutdown()
 
 
@@ -563,7 +563,7 @@ def test_a_server_with_a_shorter_context_is_refused(server_engine: VLLMServerEng
     servers = json.dumps(urls(server_engine))
     config = make_config("rollout.engine=vllm-server", f"rollout.servers={servers}", "data.max_length=128")
     with pytest.raises(InputError, match=r"takes 96 tokens; data\.max_length is 128"):
-        VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+        VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)
 
 
 def test_a_port_in_use_is_named() -> None:
@@ -591,7 +591,7 @@ def test_served_by_the_command_line_and_used_by_two_trainers(model: CarftModel, 
     try:
         for seed in (7, 8):
             perturb(model, seed)
-            engine = VLLMServerEngine(config, model, EOS, folder=None, log=lambda _: None)
+            engine = VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)
             with pytest.raises(EngineError, match="sync"):
                 engine.generate(PROMPTS, GREEDY)
             engine.sync(model)

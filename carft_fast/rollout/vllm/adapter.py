@@ -217,14 +217,15 @@ def _first_line(text: str) -> str:
     return next((line.removeprefix("Value error, ").partition(" [type=")[0] for line in lines if line), "")
 
 
-def sampling_fields(sampling: SamplingParams, prompt: int, eos_id: int) -> dict[str, Any]:
+def sampling_fields(sampling: SamplingParams, prompt: int, ends: Sequence[int]) -> dict[str, Any]:
     """vLLM's sampling parameters for one prompt, in process and over HTTP; drafts travel in them."""
     fields: dict[str, Any] = {
         "n": sampling.samples_per_prompt,
         "max_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "seed": request_seed(sampling, prompt),
-        "stop_token_ids": [eos_id],
+        "stop_token_ids": list(ends),
+        "ignore_eos": True,  # else the id in the model's config would end one too, whether it is an end or not
         "detokenize": False,
         "logprobs": 0,  # of the sampled token alone
     }
@@ -239,7 +240,7 @@ def to_rollout(
     token_ids: Sequence[int],
     logprobs: Sequence[float],
     finish_reason: str | None,
-    eos_id: int,
+    ends: Sequence[int],
     weight_version: int,
     checked: Mapping[str, int] | None,
 ) -> Rollout:
@@ -248,7 +249,7 @@ def to_rollout(
         raise EngineError(f"vLLM ended a completion with {finish_reason!r} after {len(token_ids)} tokens")
     if not all(map(math.isfinite, logprobs)):
         raise EngineError("vLLM returned log-probs that are not finite: the weights hold NaN or infinity")
-    reason: Literal["stop", "length"] = "stop" if token_ids[-1] == eos_id else "length"
+    reason: Literal["stop", "length"] = "stop" if token_ids[-1] in ends else "length"
     counts = (checked["num_draft_tokens"], checked["num_accepted_draft_tokens"]) if checked else (0, 0)
     return Rollout(list(token_ids), list(logprobs), reason, weight_version, *counts)
 
@@ -267,7 +268,12 @@ class LocalEngine:
         self._calls = 0
 
     def generate(
-        self, prompts: Prompts, sampling: SamplingParams, eos_id: int, weight_version: int, on_progress: Progress
+        self,
+        prompts: Prompts,
+        sampling: SamplingParams,
+        ends: Sequence[int],
+        weight_version: int,
+        on_progress: Progress,
     ) -> list[Rollout]:
         import vllm
         from vllm.sampling_params import RequestOutputKind
@@ -278,7 +284,7 @@ class LocalEngine:
         found: dict[int, list[Rollout]] = {}
         try:
             for index, prompt in enumerate(prompts):
-                fields = sampling_fields(sampling, index, eos_id)
+                fields = sampling_fields(sampling, index, ends)
                 params = vllm.SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
                 request_id = f"{self._calls}-{index}"
                 engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
@@ -288,7 +294,7 @@ class LocalEngine:
                 for output in finished:
                     completions = sorted(output.outputs, key=lambda completion: completion.index)
                     found[waiting.pop(output.request_id)] = [
-                        _from_vllm(completion, eos_id, weight_version) for completion in completions
+                        _from_vllm(completion, ends, weight_version) for completion in completions
                     ]
                 on_progress(len(finished) * sampling.samples_per_prompt)
         except BaseException:
@@ -321,7 +327,7 @@ class LocalEngine:
         del self._llm
 
 
-def _from_vllm(completion: Any, eos_id: int, weight_version: int) -> Rollout:
+def _from_vllm(completion: Any, ends: Sequence[int], weight_version: int) -> Rollout:
     versions = {span.version for span in completion.weight_versions or ()}
     if versions != {str(weight_version)}:
         raise EngineError(f"a completion was sampled under weights {sorted(versions)}, expected {weight_version}")
@@ -330,7 +336,7 @@ def _from_vllm(completion: Any, eos_id: int, weight_version: int) -> Rollout:
         completion.token_ids,
         completion.logprobs.logprobs,
         completion.finish_reason,
-        eos_id,
+        ends,
         weight_version,
         checked.to_dict() if checked else None,
     )

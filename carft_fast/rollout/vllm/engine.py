@@ -2,6 +2,7 @@
 
 import tempfile
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ class VLLMEngine:
     frees the KV cache and keeps the weights in host memory. Level 2 drops both: the trainer sends the weights again.
     """
 
-    def __init__(self, config: Config, model: CarftModel, eos_id: int) -> None:
-        self._eos_id = eos_id
+    def __init__(self, config: Config, model: CarftModel, ends: Sequence[int]) -> None:
+        self._ends = ends
         self._context = config.data.max_length
         self._dtype = adapter.engine_dtype(config)
         self._sleep_level = config.rollout.sleep_level
@@ -44,7 +45,7 @@ class VLLMEngine:
                 assert model is not None
                 self._engine.load(SamplerWeights(model.lm, self._dtype), self.version)
         try:
-            return self._engine.generate(prompts, sampling, self._eos_id, self.version, on_progress or (lambda _: None))
+            return self._engine.generate(prompts, sampling, self._ends, self.version, on_progress or (lambda _: None))
         finally:
             if self._sleep_level:
                 self._engine.sleep(self._sleep_level)

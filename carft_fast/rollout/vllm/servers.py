@@ -51,10 +51,10 @@ class VLLMServerEngine:
     """Starts its servers, or uses those of `rollout.servers`; all hold random weights until the first `sync`."""
 
     def __init__(
-        self, config: Config, model: CarftModel, eos_id: int, *, folder: Path | None, log: Callable[[str], None]
+        self, config: Config, model: CarftModel, ends: Sequence[int], *, folder: Path | None, log: Callable[[str], None]
     ) -> None:
         rollout = config.rollout
-        self._config, self._eos_id, self._log = rollout, eos_id, log
+        self._config, self._ends, self._log = rollout, ends, log
         self._context = config.data.max_length
         self._dtype = adapter.engine_dtype(config)
         self._run = secrets.token_hex(4)  # tells this run's weights from those another trainer left on a server
@@ -108,7 +108,7 @@ class VLLMServerEngine:
         # A request for each completion: vLLM counts drafts only so. The prefix cache shares the prompt's prefill.
         bodies = []
         for index, prompt in enumerate(prompts):
-            fields = adapter.sampling_fields(sampling, index, self._eos_id)
+            fields = adapter.sampling_fields(sampling, index, self._ends)
             for sample in range(sampling.samples_per_prompt):
                 own = fields | {"n": 1, "seed": fields["seed"] + sample}
                 bodies.append({"token_ids": list(prompt), "sampling_params": own})
@@ -285,7 +285,7 @@ class VLLMServerEngine:
             choice["token_ids"],
             logprobs,
             choice["finish_reason"],
-            self._eos_id,
+            self._ends,
             self.version,
             counted.get("speculative_decoding"),
         )
