@@ -29,7 +29,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernel_cases import ALIGNED, CHIPS, ODD, TOKENS, WIDTH, Case, Chip, all_cases
-from benchmarks.rows import commit
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -322,6 +321,8 @@ def main() -> None:
         print(f"{row['kernel']} ({row['configuration']}) {row['chip']}: {'; '.join(row['failed'])}")
     print(f"{len(found)} compiled, {len(crossed)} cross a line")
     if not arguments.only:
+        from benchmarks.rows import commit  # needs more packages than compiling does
+
         machine = {"triton": triton.__version__, "python": platform.python_version(), "commit": commit()}
         RESULTS.mkdir(exist_ok=True)
         data = {"benchmark": "kernels_aot", "schema": 1, "machine": machine, "rows": found}
