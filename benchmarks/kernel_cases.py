@@ -320,8 +320,8 @@ def other_cases() -> list[Case]:
             lcs_walk_kernel,
             "",
             "small",
-            dict.fromkeys(("a", "b", "offsets"), "*i64")
-            | {"steps": "*i8", "first": "i32", "stride": "i32", "mask_a": "*u8", "mask_b": "*u8"},
+            dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64")
+            | {"steps": "*i8", "first": "i32", "mask_a": "*u8", "mask_b": "*u8"},
             {"num_warps": 1},
         ),
     ]
@@ -361,7 +361,7 @@ def other_cases() -> list[Case]:
                 lcs_table_kernel,
                 f"up to {longest} tokens",
                 "small",
-                dict.fromkeys(("a", "b", "offsets"), "*i64") | {"steps": "*i8", "first": "i32", "stride": "i32"},
+                dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64") | {"steps": "*i8", "first": "i32"},
                 table_config(longest),
             )
         )

@@ -68,12 +68,12 @@ def sequence_bounds(cu_seqlens, tokens):
 
 
 @triton.jit
-def offsets_rise(cu_seqlens, tokens, BLOCK: tl.constexpr):
-    """Whether all offsets are right: from 0 to `tokens`, never falling."""
+def offsets_rise(cu_seqlens, tokens, LANES: tl.constexpr = 128):
+    """Whether all offsets are right: from 0 to `tokens`, never falling. LANES: one for each thread of four warps."""
     sequences = tl.num_programs(0)
-    falls = tl.zeros([BLOCK], tl.int32)
-    for i in range(0, sequences, BLOCK):
-        j = i + tl.arange(0, BLOCK)
+    falls = tl.zeros([LANES], tl.int32)
+    for i in range(0, sequences, LANES):
+        j = i + tl.arange(0, LANES)
         inside = j < sequences
         start = tl.load(cu_seqlens + j, mask=inside, other=0)
         falls += (tl.load(cu_seqlens + j + 1, mask=inside, other=0) < start).to(tl.int32)

@@ -82,8 +82,7 @@ def _then(decay_a, sum_a, decay_b, sum_b):
 def gae_kernel(reward, value, cu_seqlens, advantage, return_, tokens, gamma, decay, BLOCK: tl.constexpr):
     """One program a sequence, from its end: a scan over each block of tokens, its result carried to the next."""
     start, end = sequence_bounds(cu_seqlens, tokens)
-    rise = offsets_rise(cu_seqlens, tokens, BLOCK)
-    carry = 0.0
+    carry = tl.where(offsets_rise(cu_seqlens, tokens), 0.0, float("nan"))
     for i in range(0, end - start, BLOCK):
         t = end - 1 - i - tl.arange(0, BLOCK)  # backwards, so that the scan runs forwards
         inside = t >= start
@@ -93,9 +92,8 @@ def gae_kernel(reward, value, cu_seqlens, advantage, return_, tokens, gamma, dec
         delta = tl.where(inside, r + gamma * next_v - v, 0.0)
         powers, sums = tl.associative_scan((tl.zeros([BLOCK], tl.float32) + decay, delta), 0, _then)
         a = sums + powers * carry
-        result = tl.where(rise, a, float("nan"))
-        tl.store(advantage + t, result, mask=inside)
-        tl.store(return_ + t, result + v, mask=inside)
+        tl.store(advantage + t, a, mask=inside)
+        tl.store(return_ + t, a + v, mask=inside)
         carry = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, a, 0.0), 0)
 
 
@@ -103,14 +101,14 @@ def gae_kernel(reward, value, cu_seqlens, advantage, return_, tokens, gamma, dec
 def kl_shaped_reward_kernel(score, old_logprob, ref_logprob, cu_seqlens, reward, tokens, kl_coef, BLOCK: tl.constexpr):
     """One program a sequence."""
     start, end = sequence_bounds(cu_seqlens, tokens)
-    rise = offsets_rise(cu_seqlens, tokens, BLOCK)
+    coefficient = tl.where(offsets_rise(cu_seqlens, tokens), -kl_coef, float("nan"))
     last = tl.load(score + tl.program_id(0)).to(tl.float32)
     for i in range(start, end, BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < end
         old = tl.load(old_logprob + t, mask=inside, other=0.0).to(tl.float32)
         ref = tl.load(ref_logprob + t, mask=inside, other=0.0).to(tl.float32)
-        r = tl.where(rise, -kl_coef * (old - ref), float("nan"))
+        r = coefficient * (old - ref)
         tl.store(reward + t, tl.where(t == end - 1, r + last, r), mask=inside)
 
 

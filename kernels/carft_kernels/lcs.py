@@ -88,15 +88,15 @@ def _larger(x, y):
     return tl.maximum(x, y)
 
 
-@triton.jit(do_not_specialize=["first", "stride"])
-def lcs_table_kernel(a, b, offsets, steps, first, stride, BLOCK: tl.constexpr):
-    """One program a pair. steps[i, j] = L[i + 1, j + 1] - L[i + 1, j]. offsets [3, pairs + 1]: of a, b and tables."""
-    pair = offsets + first + tl.program_id(0)
-    a_start = tl.load(pair)
-    b_start = tl.load(pair + stride)
-    rows = tl.load(pair + 1) - a_start
-    columns = tl.load(pair + stride + 1) - b_start
-    out = steps + tl.load(pair + 2 * stride)
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["b_cu", "tables"])
+def lcs_table_kernel(a, a_cu, b, b_cu, steps, tables, first, BLOCK: tl.constexpr):
+    """One program a pair. steps[i, j] = L[i + 1, j + 1] - L[i + 1, j]."""
+    pair = first + tl.program_id(0)
+    a_start = tl.load(a_cu + pair)
+    b_start = tl.load(b_cu + pair)
+    rows = tl.load(a_cu + pair + 1) - a_start
+    columns = tl.load(b_cu + pair + 1) - b_start
+    out = steps + tl.load(tables + tl.program_id(0))
     j = tl.arange(0, BLOCK)
     inside = j < columns
     tokens = tl.load(b + b_start + j, mask=inside, other=0)
@@ -112,16 +112,16 @@ def lcs_table_kernel(a, b, offsets, steps, first, stride, BLOCK: tl.constexpr):
         above_left = left
 
 
-@triton.jit(do_not_specialize=["first", "stride"])
-def lcs_walk_kernel(a, b, offsets, steps, first, stride, mask_a, mask_b):
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["b_cu", "tables"])
+def lcs_walk_kernel(a, a_cu, b, b_cu, steps, tables, first, mask_a, mask_b):
     """One program a pair, from the last cell of its table to an edge."""
-    pair = offsets + first + tl.program_id(0)
-    a_start = tl.load(pair)
-    b_start = tl.load(pair + stride)
-    i = tl.load(pair + 1) - a_start
-    j = tl.load(pair + stride + 1) - b_start
+    pair = first + tl.program_id(0)
+    a_start = tl.load(a_cu + pair)
+    b_start = tl.load(b_cu + pair)
+    i = tl.load(a_cu + pair + 1) - a_start
+    j = tl.load(b_cu + pair + 1) - b_start
     columns = j
-    table = steps + tl.load(pair + 2 * stride)
+    table = steps + tl.load(tables + tl.program_id(0))
     while (i > 0) & (j > 0):
         if tl.load(a + a_start + i - 1) == tl.load(b + b_start + j - 1):
             i -= 1
@@ -184,11 +184,11 @@ def _lcs_mask(
         return mask_a, mask_b
     options: dict[str, Any] = table_config(longest_b)
     groups = _groups(cells)
-    tables = [start for first, end in groups for start in itertools.accumulate([0, *cells[first : end - 1]])]
-    offsets = to_device([a_offsets, b_offsets, [*tables, 0]], a.device)
+    starts = [start for first, end in groups for start in itertools.accumulate([0, *cells[first : end - 1]])]
+    a_cu, b_cu, tables = to_device([a_offsets, b_offsets, [*starts, 0]], a.device)
     for first, end in groups:
         steps = a.new_empty(sum(cells[first:end]), dtype=torch.int8)
-        shared = a, b, offsets, steps, first, offsets.shape[1]
+        shared = a, a_cu, b, b_cu, steps, tables[first:], first
         with on_device(a):
             lcs_table_kernel[(end - first,)](*shared, **options)
             lcs_walk_kernel[(end - first,)](*shared, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1)

@@ -72,7 +72,7 @@ def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, MASKED: tl
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     denominator = tl.sum(total * tl.exp(top - shift), 0)
     inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
-    rise = offsets_rise(cu_seqlens, tokens, BLOCK)
+    inverse = tl.where(offsets_rise(cu_seqlens, tokens), inverse, float("nan"))
     for i in range(start, end, BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < end
@@ -80,7 +80,7 @@ def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, MASKED: tl
         if MASKED:
             counted = inside & (tl.load(mask + t, mask=inside, other=0) != 0)
         v = tl.load(value + t, mask=counted, other=float("-inf")).to(tl.float32)
-        tl.store(weight + t, tl.where(rise, tl.exp(v - shift) * inverse, float("nan")), mask=inside)
+        tl.store(weight + t, tl.exp(v - shift) * inverse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
