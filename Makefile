@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test test-page lint bench bench-report bench-gpu bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate audit smollm2 clean
+.PHONY: help setup sampler quickstart test test-page lint bench bench-report bench-gpu bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -25,6 +25,8 @@ help:
 	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
 	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
 	@echo "make kernels-mutate    break the kernels and count what the tests notice"
+	@echo "make test-oldest       operator tests and compilations with the oldest torch and triton that are allowed"
+	@echo "make test-newest       the same with the newest ones of the package index"
 	@echo "make audit       known vulnerabilities of the installed packages; needs network"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct as a model folder, models/smollm2"
 
@@ -135,6 +137,22 @@ build/ttsem: | setup
 # Breaks the kernels one place at a time and counts what the tests notice: about twenty minutes.
 kernels-mutate: setup build/ttsem
 	$(BIN)/python scripts/mutate_kernels.py $(ARGS)
+
+# In environments of their own, 5 GB each: PyPI's torch brings CUDA's libraries. What they print is in
+# docs/compatibility.md. The newest versions are those of the day build/newest was made.
+VERSIONS_oldest := torch==2.11.0 triton==3.6.0 numpy==2.3.5
+VERSIONS_newest := torch triton numpy
+OTHER_ENV = $(TEST_ENV) PYTHONPATH=$(CURDIR):$(CURDIR)/kernels build/$*/bin/python
+
+test-oldest test-newest: test-%: build/%/ready
+	@$(OTHER_ENV) -c 'import platform as p, torch, triton, numpy; print(f"torch {torch.__version__}, triton {triton.__version__}, numpy {numpy.__version__}, Python {p.python_version()}")'
+	$(OTHER_ENV) -m pytest -q -p no:cacheprovider tests/ops $(ARGS)
+	$(OTHER_ENV) -m benchmarks.kernels_aot --only sm_
+
+build/oldest/ready build/newest/ready: build/%/ready:
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check $(VERSIONS_$*) pytest hypothesis safetensors
+	touch $@
 
 # Of what .venv holds, from constraints.txt; fails, too, when the advisory database gives no answer.
 audit: sampler build/audit/bin/pip-audit

@@ -228,6 +228,7 @@ def other_cases() -> list[Case]:
                     "weight": "*fp32",
                     "cu_seqlens": "*i64",
                     "pooled": "*fp32",
+                    "tokens": "i32",
                     "width": "i32",
                     "stride": "i32",
                 },
@@ -251,6 +252,7 @@ def other_cases() -> list[Case]:
                         "cu_seqlens": "*i64",
                         "d_hidden": f"*{name}",
                         "d_value": "*fp32",
+                        "tokens": "i32",
                         "width": "i32",
                         "stride": "i32",
                     },
@@ -277,7 +279,8 @@ def other_cases() -> list[Case]:
                 value_pool_weight_kernel,
                 f"masked={masked}",
                 "small",
-                {"value": vector, "mask": mask, "cu_seqlens": "*i64", "weight": vector, "MASKED": masked},
+                {"value": vector, "mask": mask, "cu_seqlens": "*i64", "weight": vector}
+                | {"tokens": "i32", "MASKED": masked},
                 WEIGHT_CONFIG,
             ),
             Case(
@@ -294,7 +297,7 @@ def other_cases() -> list[Case]:
             "",
             "small",
             dict.fromkeys(("reward", "value", "advantage", "return_"), vector)
-            | {"cu_seqlens": "*i64", "gamma": "fp32", "decay": "fp32"},
+            | {"cu_seqlens": "*i64", "tokens": "i32", "gamma": "fp32", "decay": "fp32"},
             SEQUENCE_CONFIG,
         ),
         Case(
@@ -302,7 +305,7 @@ def other_cases() -> list[Case]:
             "",
             "small",
             dict.fromkeys(("score", "old_logprob", "ref_logprob", "reward"), vector)
-            | {"cu_seqlens": "*i64", "kl_coef": "fp32"},
+            | {"cu_seqlens": "*i64", "tokens": "i32", "kl_coef": "fp32"},
             SEQUENCE_CONFIG,
         ),
         Case(
@@ -317,7 +320,7 @@ def other_cases() -> list[Case]:
             lcs_walk_kernel,
             "",
             "small",
-            dict.fromkeys(("a", "a_cu", "b", "b_cu", "steps_offset"), "*i64")
+            dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64")
             | {"steps": "*i8", "first": "i32", "mask_a": "*u8", "mask_b": "*u8"},
             {"num_warps": 1},
         ),
@@ -358,7 +361,7 @@ def other_cases() -> list[Case]:
                 lcs_table_kernel,
                 f"up to {longest} tokens",
                 "small",
-                dict.fromkeys(("a", "a_cu", "b", "b_cu", "steps_offset"), "*i64") | {"steps": "*i8", "first": "i32"},
+                dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64") | {"steps": "*i8", "first": "i32"},
                 table_config(longest),
             )
         )

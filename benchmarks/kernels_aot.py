@@ -29,10 +29,26 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks.kernel_cases import ALIGNED, CHIPS, ODD, TOKENS, WIDTH, Case, Chip, all_cases
-from benchmarks.rows import commit
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+# By version of Triton: lines that its code crosses and that are accepted there, and why. No other line is.
+ACCEPTED = {
+    "3.6": (
+        (
+            r"logprob_fwd_kernel \(fp32.*\) sm_\d+: 1\.250 MUFU per element",
+            "a rescaling more for each four logits; the bound is that of memory all the same",
+        ),
+    ),
+}
+
+
+def accepted(line: str) -> str | None:
+    """Why a line may be crossed with this version of Triton; None where it may not."""
+    known = ACCEPTED.get(".".join(triton.__version__.split(".")[:2]), ())
+    return next((why for pattern, why in known if re.fullmatch(pattern, line)), None)
 
 
 @dataclass
@@ -317,18 +333,24 @@ def main() -> None:
     # spawned, not forked: the compiler's threads do not survive a fork
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         found = pool.map(_inspect_index, chosen, chunksize=4)
-    crossed = [row for row in found if row["failed"]]
-    for row in crossed:
-        print(f"{row['kernel']} ({row['configuration']}) {row['chip']}: {'; '.join(row['failed'])}")
-    print(f"{len(found)} compiled, {len(crossed)} cross a line")
+    crossed = [f"{r['kernel']} ({r['configuration']}) {r['chip']}: {line}" for r in found for line in r["failed"]]
+    refused = [line for line in crossed if accepted(line) is None]
+    for line in crossed:
+        print(line if line in refused else f"{line} (accepted: {accepted(line)})")
+    print(
+        f"triton {triton.__version__}: {len(found)} compiled, {len(crossed)} lines crossed, "
+        f"{len(crossed) - len(refused)} of them accepted"
+    )
     if not arguments.only:
+        from benchmarks.rows import commit  # needs more packages than compiling does
+
         machine = {"triton": triton.__version__, "python": platform.python_version(), "commit": commit()}
         RESULTS.mkdir(exist_ok=True)
         data = {"benchmark": "kernels_aot", "schema": 1, "machine": machine, "rows": found}
         (RESULTS / "kernels_aot.json").write_text(json.dumps(data, indent=1) + "\n")
         (RESULTS / "kernels_aot.md").write_text(markdown(found, machine))
         print(f"wrote {RESULTS / 'kernels_aot.md'}")
-    sys.exit(1 if crossed else 0)
+    sys.exit(1 if refused else 0)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[
 
     def packed(rows: Rows) -> tuple[Tensor, Tensor]:
         ids = to_device([token for completion in rows.completions for token in completion], torch.int64, device)
-        return ids, to_device([0, *itertools.accumulate(rows.lengths)], torch.int64, device)
+        return ids, torch.tensor([0, *itertools.accumulate(rows.lengths)])  # the host's: nothing has to be read back
 
     in_annotated, in_rollout = lcs_mask(*packed(annotated), *packed(rollouts))
     common = in_rollout.split(rollouts.lengths)

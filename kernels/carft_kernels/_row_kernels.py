@@ -1,4 +1,5 @@
-"""Triton kernels over rows of logits and over tokens, shared by the log-prob operators and the policy losses.
+"""Triton kernels over rows of logits and over tokens, shared by the log-prob operators and the policy losses; and
+where a packed sequence begins and ends.
 
 Row kernels: one program a row of V logits, in float32 whatever the logits' dtype, powers of two instead of e.
 A row is cut in three, so that every load but a few is 128 bits wide whatever V and the row's address: full tiles from
@@ -52,6 +53,32 @@ def _online(x, scale, top, total, spread, ENTROPY: tl.constexpr):
         e_z = tl.sum(tl.sum(e * tl.maximum(z, _LOWEST), 2), 0)
         spread = rescale * (spread + moved * total) + e_z
     return new_top, rescale * total + tl.sum(tl.sum(e, 2), 0), spread
+
+
+@triton.jit
+def sequence_bounds(cu_seqlens, tokens):
+    """Start and end of this program's sequence, never outside [0, tokens], whatever the offsets hold.
+
+    The first begins at 0 and the last ends at `tokens`: some sequence has every token, also where offsets are wrong.
+    """
+    b = tl.program_id(0)
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b).to(tl.int64), 0), tokens)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1).to(tl.int64), 0), tokens)
+    return tl.where(b == 0, 0, start), tl.where(b == tl.num_programs(0) - 1, tokens, end)
+
+
+@triton.jit
+def offsets_rise(cu_seqlens, tokens, LANES: tl.constexpr = 128):
+    """Whether all offsets are right: from 0 to `tokens`, never falling. LANES: one for each thread of four warps."""
+    sequences = tl.num_programs(0)
+    falls = tl.zeros([LANES], tl.int32)
+    for i in range(0, sequences, LANES):
+        j = i + tl.arange(0, LANES)
+        inside = j < sequences
+        start = tl.load(cu_seqlens + j, mask=inside, other=0)
+        falls += (tl.load(cu_seqlens + j + 1, mask=inside, other=0) < start).to(tl.int32)
+    ends = (tl.load(cu_seqlens) == 0) & (tl.load(cu_seqlens + sequences) == tokens)
+    return ends & (tl.sum(falls, 0) == 0)
 
 
 # Nothing that a packed batch changes is compiled in, neither its length nor where a chunk of a vector starts.

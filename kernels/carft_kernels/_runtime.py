@@ -7,8 +7,8 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,12 @@ def use_triton(op: str, impl: str, x: Tensor) -> bool:
 def log_implementation(op: str, triton: bool, device: str) -> None:
     """Once for each operator, implementation and kind of device."""
     _log.info("%s runs its %s implementation on %s", op, "triton" if triton else "torch", device)
+
+
+def to_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
+    """int64 numbers of the host on the device, from pinned memory: the host does not wait for the copy."""
+    host = torch.as_tensor(values, dtype=torch.int64)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -160,24 +166,41 @@ def check_targets(name: str, target_T: Tensor, vocabulary: int, ignore_index: in
                 )
 
 
-def check_cu_seqlens(name: str, cu_seqlens: Tensor, like_name: str, like: Tensor) -> None:
-    """Shape (sequences + 1,), integers, device as `like`."""
+def check_cu_seqlens(
+    name: str, cu_seqlens: Tensor, like_name: str, like: Tensor, *, host_allowed: bool = False
+) -> None:
+    """Shape (sequences + 1,), integers, device as `like`, a sequence where `like` has tokens."""
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"{name} has shape {tuple(cu_seqlens.shape)}: expected (sequences + 1,)")
     check_integer(name, cu_seqlens)
-    if cu_seqlens.device != like.device:
-        raise ValueError(f"{name} is on {cu_seqlens.device}: expected {like.device}, where {like_name} is")
+    if cu_seqlens.device != like.device and not (host_allowed and cu_seqlens.device.type == "cpu"):
+        allowed = f"{like.device}{' or cpu' * host_allowed}"
+        raise ValueError(f"{name} is on {cu_seqlens.device}: expected {allowed}, where {like_name} is")
+    if cu_seqlens.numel() == 1 and len(like):
+        raise ValueError(f"{name} has shape (1,), no sequence: {like_name} has {len(like)} tokens")
+
+
+def check_rising(name: str, offsets: Sequence[int], tokens: int) -> None:
+    """From 0 to the number of tokens, never falling."""
+    if offsets[0] != 0 or offsets[-1] != tokens:
+        raise ValueError(f"{name} goes from {offsets[0]} to {offsets[-1]}: expected 0 to {tokens}")
+    for i, (a, b) in enumerate(itertools.pairwise(offsets)):
+        if b < a:
+            raise ValueError(f"{name}[{i + 1}] = {b} comes after {a}: offsets must not fall")
 
 
 def check_offsets(name: str, cu_seqlens: Tensor, tokens: int) -> None:
-    """From 0 to the number of tokens, never falling. Reads the tensor: see check_index_range."""
+    """See check_rising. Reads the tensor: see check_index_range."""
     if index_checks_on(cu_seqlens):
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != tokens:
-            raise ValueError(f"{name} goes from {offsets[0]} to {offsets[-1]}: expected 0 to {tokens}")
-        for i, (a, b) in enumerate(itertools.pairwise(offsets)):
-            if b < a:
-                raise ValueError(f"{name}[{i + 1}] = {b} comes after {a}: offsets must not fall")
+        check_rising(name, cu_seqlens.tolist(), tokens)
+
+
+def usable_offsets(cu_seqlens: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """int64 offsets that can be indexed with, and a bool [] whether those given are wrong. Nothing is read back."""
+    wrong = (cu_seqlens[0] != 0) | (cu_seqlens[-1] != tokens) | (cu_seqlens.diff() < 0).any()
+    sequences = cu_seqlens.numel() - 1
+    even = torch.arange(sequences + 1, device=cu_seqlens.device) * tokens // max(sequences, 1)
+    return torch.where(wrong, even, cu_seqlens.long()), wrong
 
 
 def check_positive(name: str, x: float) -> None:
@@ -195,8 +218,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 
 def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int64 [T]: which sequence each packed token belongs to."""
-    lengths = cu_seqlens.diff().long()
+    """int64 [T]: which sequence each packed token belongs to, by offsets that are right (see usable_offsets)."""
+    lengths = cu_seqlens.diff()
     sequences = torch.arange(lengths.numel(), device=cu_seqlens.device)
     return sequences.repeat_interleave(lengths, output_size=tokens)
 

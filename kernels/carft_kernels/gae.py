@@ -6,11 +6,13 @@
     whiten  = (x - mean) / sqrt(var + eps), var unbiased, statistics over masked tokens of every rank
 
 Source: paper section 3.2, ReFT; GAE, Schulman et al. 2016. None of the three carries gradient. Accumulation: float32
-(float64 for float64 input). Triton: one launch each, one program a sequence (whitening: one program).
+(float64 for float64 input). Triton: one launch each, one program a sequence (whitening: one program). Where nothing
+checks offsets, wrong ones make every number of the call NaN: each program looks at all of them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from carft_kernels._row_kernels import offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
     FUSED,
     Impl,
@@ -32,6 +35,7 @@ from carft_kernels._runtime import (
     log_implementation,
     on_device,
     sequence_index,
+    usable_offsets,
     use_triton,
 )
 
@@ -74,13 +78,11 @@ def _then(decay_a, sum_a, decay_b, sum_b):
     return decay_a * decay_b, sum_b + decay_b * sum_a
 
 
-@triton.jit
-def gae_kernel(reward, value, cu_seqlens, advantage, return_, gamma, decay, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens"])
+def gae_kernel(reward, value, cu_seqlens, advantage, return_, tokens, gamma, decay, BLOCK: tl.constexpr):
     """One program a sequence, from its end: a scan over each block of tokens, its result carried to the next."""
-    b = tl.program_id(0)
-    start = tl.load(cu_seqlens + b).to(tl.int64)
-    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
-    carry = 0.0
+    start, end = sequence_bounds(cu_seqlens, tokens)
+    carry = tl.where(offsets_rise(cu_seqlens, tokens), 0.0, float("nan"))
     for i in range(0, end - start, BLOCK):
         t = end - 1 - i - tl.arange(0, BLOCK)  # backwards, so that the scan runs forwards
         inside = t >= start
@@ -95,19 +97,18 @@ def gae_kernel(reward, value, cu_seqlens, advantage, return_, gamma, decay, BLOC
         carry = tl.sum(tl.where(tl.arange(0, BLOCK) == BLOCK - 1, a, 0.0), 0)
 
 
-@triton.jit
-def kl_shaped_reward_kernel(score, old_logprob, ref_logprob, cu_seqlens, reward, kl_coef, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["tokens"])
+def kl_shaped_reward_kernel(score, old_logprob, ref_logprob, cu_seqlens, reward, tokens, kl_coef, BLOCK: tl.constexpr):
     """One program a sequence."""
-    b = tl.program_id(0)
-    start = tl.load(cu_seqlens + b).to(tl.int64)
-    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
-    last = tl.load(score + b).to(tl.float32)
+    start, end = sequence_bounds(cu_seqlens, tokens)
+    coefficient = tl.where(offsets_rise(cu_seqlens, tokens), -kl_coef, float("nan"))
+    last = tl.load(score + tl.program_id(0)).to(tl.float32)
     for i in range(start, end, BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < end
         old = tl.load(old_logprob + t, mask=inside, other=0.0).to(tl.float32)
         ref = tl.load(ref_logprob + t, mask=inside, other=0.0).to(tl.float32)
-        r = -kl_coef * (old - ref)
+        r = coefficient * (old - ref)
         tl.store(reward + t, tl.where(t == end - 1, r + last, r), mask=inside)
 
 
@@ -162,20 +163,18 @@ def _gae(
         if sequences:
             with on_device(reward_T):
                 gae_kernel[(sequences,)](
-                    reward_T, value_T, cu_seqlens, advantage_T, return_T, gamma, gamma * lam, **options
+                    reward_T, value_T, cu_seqlens, advantage_T, return_T, tokens, gamma, gamma * lam, **options
                 )
         return advantage_T, return_T
     reward_T, value_T = reward_T.to(dtype), value_T.to(dtype)
     if tokens == 0:
         return reward_T.clone(), value_T.clone()
     # One step per position counted from the end of the sequences, all sequences at once.
-    lengths_B = cu_seqlens.diff().long()
-    longest = int(lengths_B.max())
-    back_T = (
-        cu_seqlens[1:].long()[sequence_index(cu_seqlens, tokens)] - 1 - torch.arange(tokens, device=reward_T.device)
-    )
-    slot_T = back_T * len(lengths_B) + sequence_index(cu_seqlens, tokens)
-    delta_LB = reward_T.new_zeros(longest * len(lengths_B))
+    cu_seqlens, wrong = usable_offsets(cu_seqlens, tokens)
+    longest, sequence_T = int(cu_seqlens.diff().max()), sequence_index(cu_seqlens, tokens)
+    back_T = cu_seqlens[1:][sequence_T] - 1 - torch.arange(tokens, device=reward_T.device)
+    slot_T = back_T * sequences + sequence_T
+    delta_LB = reward_T.new_zeros(longest * sequences)
     next_value_LB = delta_LB.clone()
     next_value_LB[slot_T] = value_T
     next_value_LB = next_value_LB.view(longest, -1).roll(1, 0)
@@ -184,7 +183,7 @@ def _gae(
     advantage_LB = delta_LB.view(longest, -1)
     for step in range(1, longest):
         advantage_LB[step] += gamma * lam * advantage_LB[step - 1]
-    advantage_T = advantage_LB.flatten()[slot_T]
+    advantage_T = advantage_LB.flatten()[slot_T].masked_fill_(wrong, math.nan)
     return advantage_T, advantage_T + value_T
 
 
@@ -207,15 +206,17 @@ def _kl_shaped_reward(
         if len(score_B):
             with on_device(old_logprob_T):
                 kl_shaped_reward_kernel[(len(score_B),)](
-                    score_B, old_logprob_T, ref_logprob_T, cu_seqlens, reward_T, kl_coef, **options
+                    score_B, old_logprob_T, ref_logprob_T, cu_seqlens, reward_T, len(reward_T), kl_coef, **options
                 )
         return reward_T
     reward_T = -kl_coef * (old_logprob_T.to(dtype) - ref_logprob_T.to(dtype))
     if len(reward_T) == 0:
         return reward_T
+    cu_seqlens, wrong = usable_offsets(cu_seqlens, len(reward_T))
     # an empty sequence adds 0 to another one's last token, or to the first
-    last_B = (cu_seqlens[1:].long() - 1).clamp(min=0)
-    return reward_T.index_add_(0, last_B, torch.where(cu_seqlens.diff() > 0, score_B.to(dtype), 0.0))
+    last_B = (cu_seqlens[1:] - 1).clamp(min=0)
+    last_score_B = torch.where(cu_seqlens.diff() > 0, score_B.to(dtype), 0.0)
+    return reward_T.index_add_(0, last_B, last_score_B).masked_fill_(wrong, math.nan)
 
 
 @_kl_shaped_reward.register_fake
@@ -275,7 +276,8 @@ def gae(
 
     Args:
         reward_T, value_T: float [T].
-        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T. Wrong ones are an error where index
+            ranges are checked (`set_index_checks`); elsewhere every number of the result is NaN.
         gamma, lam: discount and GAE lambda, in [0, 1].
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
@@ -316,7 +318,8 @@ def kl_shaped_reward(
     Args:
         score_B: float [B], terminal score of each sequence; that of an empty sequence is dropped.
         old_logprob_T, ref_logprob_T: float [T], log-probs of the sampling policy and of the reference.
-        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T. Wrong ones are an error where index
+            ranges are checked (`set_index_checks`); elsewhere every number of the result is NaN.
         kl_coef: weight of the penalty, at least 0.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 

@@ -25,9 +25,10 @@ from carft_kernels._runtime import (
     Impl,
     check_cu_seqlens,
     check_integer,
-    check_offsets,
+    check_rising,
     log_implementation,
     on_device,
+    to_device,
     use_triton,
 )
 
@@ -87,15 +88,15 @@ def _larger(x, y):
     return tl.maximum(x, y)
 
 
-@triton.jit(do_not_specialize=["first"])
-def lcs_table_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["b_cu", "tables"])
+def lcs_table_kernel(a, a_cu, b, b_cu, steps, tables, first, BLOCK: tl.constexpr):
     """One program a pair. steps[i, j] = L[i + 1, j + 1] - L[i + 1, j]."""
     pair = first + tl.program_id(0)
-    a_start = tl.load(a_cu + pair).to(tl.int64)
-    b_start = tl.load(b_cu + pair).to(tl.int64)
+    a_start = tl.load(a_cu + pair)
+    b_start = tl.load(b_cu + pair)
     rows = tl.load(a_cu + pair + 1) - a_start
     columns = tl.load(b_cu + pair + 1) - b_start
-    out = steps + tl.load(steps_offset + tl.program_id(0))
+    out = steps + tl.load(tables + tl.program_id(0))
     j = tl.arange(0, BLOCK)
     inside = j < columns
     tokens = tl.load(b + b_start + j, mask=inside, other=0)
@@ -111,16 +112,16 @@ def lcs_table_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, BLOCK: tl.con
         above_left = left
 
 
-@triton.jit(do_not_specialize=["first"])
-def lcs_walk_kernel(a, a_cu, b, b_cu, steps, steps_offset, first, mask_a, mask_b):
+@triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["b_cu", "tables"])
+def lcs_walk_kernel(a, a_cu, b, b_cu, steps, tables, first, mask_a, mask_b):
     """One program a pair, from the last cell of its table to an edge."""
     pair = first + tl.program_id(0)
-    a_start = tl.load(a_cu + pair).to(tl.int64)
-    b_start = tl.load(b_cu + pair).to(tl.int64)
+    a_start = tl.load(a_cu + pair)
+    b_start = tl.load(b_cu + pair)
     i = tl.load(a_cu + pair + 1) - a_start
     j = tl.load(b_cu + pair + 1) - b_start
     columns = j
-    table = steps + tl.load(steps_offset + tl.program_id(0))
+    table = steps + tl.load(tables + tl.program_id(0))
     while (i > 0) & (j > 0):
         if tl.load(a + a_start + i - 1) == tl.load(b + b_start + j - 1):
             i -= 1
@@ -149,16 +150,17 @@ def _groups(cells: list[int]) -> list[tuple[int, int]]:
     return [*groups, (start, len(cells))]
 
 
-# lengths are read back, which no CUDA graph can hold
+# offsets of the device are read back, which no CUDA graph can hold
 @torch.library.custom_op("carft::lcs_mask", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _lcs_mask(
     a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, via_triton: bool, any_length: bool
 ) -> tuple[Tensor, Tensor]:
     """`any_length`: torch takes over what is too long for Triton."""
-    check_offsets("a_cu", a_cu, len(a))
-    check_offsets("b_cu", b_cu, len(b))
+    a_offsets, b_offsets = a_cu.tolist(), b_cu.tolist()
+    check_rising("a_cu", a_offsets, len(a))  # the host has them: no reason to leave it out on CUDA
+    check_rising("b_cu", b_offsets, len(b))
     mask_a, mask_b = torch.zeros_like(a, dtype=torch.bool), torch.zeros_like(b, dtype=torch.bool)
-    pairs = [*zip(itertools.pairwise(a_cu.tolist()), itertools.pairwise(b_cu.tolist()), strict=True)]
+    pairs = [*zip(itertools.pairwise(a_offsets), itertools.pairwise(b_offsets), strict=True)]
     longest_b = max((end - start for _, (start, end) in pairs), default=0)
     if via_triton and longest_b > _LONGEST_B:
         if not any_length:
@@ -174,22 +176,22 @@ def _lcs_mask(
             i, j = _common_positions(x[a_start:a_end], y[b_start:b_end])
             in_a += [a_start + k for k in i]
             in_b += [b_start + k for k in j]
-        mask_a[torch.tensor(in_a, dtype=torch.int64, device=a.device)] = True
-        mask_b[torch.tensor(in_b, dtype=torch.int64, device=b.device)] = True
+        mask_a[to_device(in_a, a.device)] = True
+        mask_b[to_device(in_b, b.device)] = True
         return mask_a, mask_b
     cells = [(a_end - a_start) * (b_end - b_start) for (a_start, a_end), (b_start, b_end) in pairs]
     if not any(cells):
         return mask_a, mask_b
     options: dict[str, Any] = table_config(longest_b)
-    for first, end in _groups(cells):
-        offsets = torch.tensor([0, *cells[first:end]]).cumsum(0)
-        steps = a.new_empty(int(offsets[-1]), dtype=torch.int8)
-        offsets = offsets.to(a.device)
+    groups = _groups(cells)
+    starts = [start for first, end in groups for start in itertools.accumulate([0, *cells[first : end - 1]])]
+    a_cu, b_cu, tables = to_device([a_offsets, b_offsets, [*starts, 0]], a.device)
+    for first, end in groups:
+        steps = a.new_empty(sum(cells[first:end]), dtype=torch.int8)
+        shared = a, a_cu, b, b_cu, steps, tables[first:], first
         with on_device(a):
-            lcs_table_kernel[(end - first,)](a, a_cu, b, b_cu, steps, offsets, first, **options)
-            lcs_walk_kernel[(end - first,)](
-                a, a_cu, b, b_cu, steps, offsets, first, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1
-            )
+            lcs_table_kernel[(end - first,)](*shared, **options)
+            lcs_walk_kernel[(end - first,)](*shared, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1)
     return mask_a, mask_b
 
 
@@ -205,18 +207,19 @@ def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "
 
     Args:
         a: int64 or int32 [T_a], packed token ids.
-        a_cu: int64 or int32 [B + 1], offsets of its sequences, from 0 to T_a.
-        b, b_cu: the other sides, as many sequences; dtype and device as `a`.
+        a_cu: int64 or int32 [B + 1], offsets of its sequences, from 0 to T_a; on the CPU or on the device of `a`. A
+            GPU's are read back, which the host waits for; the CPU's are sent there, and nothing waits.
+        b, b_cu: the other sides, as many sequences; dtype and device as `a` and `a_cu`.
         impl: "auto" (Triton on CUDA for sequences of `b` up to 8,192 tokens, torch else), "triton" or "torch".
 
     Returns:
         bool [T_a] and bool [T_b]; pair by pair as many tokens on one side as on the other, equal in order. No gradient.
-        Either implementation reads the offsets back from the device.
+        The torch implementation reads the tokens back from a GPU.
 
     Source: paper eq. 8; the tie rule of the published code.
 
     Raises:
-        ValueError: naming the argument, what was seen and what is allowed.
+        ValueError: naming the argument, what was seen and what is allowed. Offsets are checked on every device.
     """
     for name, x in (("a", a), ("b", b)):
         if x.ndim != 1:
@@ -224,8 +227,8 @@ def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "
         check_integer(name, x)
     if b.dtype != a.dtype or b.device != a.device:
         raise ValueError(f"b is {b.dtype} on {b.device}: expected {a.dtype} on {a.device}, as a is")
-    check_cu_seqlens("a_cu", a_cu, "a", a)
-    check_cu_seqlens("b_cu", b_cu, "a", a)
+    check_cu_seqlens("a_cu", a_cu, "a", a, host_allowed=True)
+    check_cu_seqlens("b_cu", b_cu, "b", b, host_allowed=True)
     if b_cu.numel() != a_cu.numel():
         raise ValueError(f"b_cu has shape {tuple(b_cu.shape)}: expected {tuple(a_cu.shape)}, that of a_cu")
     via_triton = use_triton("lcs_mask", impl, a)

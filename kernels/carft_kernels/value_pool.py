@@ -12,6 +12,7 @@ its gradient once; a token without weight is not read. With g the gradient of po
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from carft_kernels._row_kernels import offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
     FUSED,
     Impl,
@@ -32,6 +34,7 @@ from carft_kernels._runtime import (
     log_implementation,
     on_device,
     sequence_index,
+    usable_offsets,
     use_triton,
 )
 
@@ -49,12 +52,10 @@ def value_pool_reference(
     return torch.stack(pooled), torch.cat(weights)
 
 
-@triton.jit
-def value_pool_weight_kernel(value, mask, cu_seqlens, weight, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """One program a sequence: softmax of its values."""
-    b = tl.program_id(0)
-    start = tl.load(cu_seqlens + b).to(tl.int64)
-    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+@triton.jit(do_not_specialize=["tokens"])
+def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a sequence: softmax of its values. Every weight is NaN where an offset is wrong."""
+    start, end = sequence_bounds(cu_seqlens, tokens)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(start, end, BLOCK):
@@ -71,6 +72,7 @@ def value_pool_weight_kernel(value, mask, cu_seqlens, weight, MASKED: tl.constex
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     denominator = tl.sum(total * tl.exp(top - shift), 0)
     inverse = 1.0 / tl.where(denominator == 0.0, 1.0, denominator)
+    inverse = tl.where(offsets_rise(cu_seqlens, tokens), inverse, float("nan"))
     for i in range(start, end, BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < end
@@ -81,14 +83,13 @@ def value_pool_weight_kernel(value, mask, cu_seqlens, weight, MASKED: tl.constex
         tl.store(weight + t, tl.exp(v - shift) * inverse, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def value_pool_fwd_kernel(
-    hidden, weight, cu_seqlens, pooled, width, stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
+    hidden, weight, cu_seqlens, pooled, tokens, width, stride, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """One program a sequence and a slice of the hidden dimension."""
     b = tl.program_id(0).to(tl.int64)
-    start = tl.load(cu_seqlens + b).to(tl.int64)
-    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    start, end = sequence_bounds(cu_seqlens, tokens)
     column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = column < width
     acc = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
@@ -102,7 +103,7 @@ def value_pool_fwd_kernel(
     tl.store(pooled + b * width + column, tl.sum(acc, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def value_pool_bwd_kernel(
     hidden,
     weight,
@@ -111,6 +112,7 @@ def value_pool_bwd_kernel(
     cu_seqlens,
     d_hidden,
     d_value,
+    tokens,
     width,
     stride,
     BLOCK_T: tl.constexpr,
@@ -118,8 +120,7 @@ def value_pool_bwd_kernel(
 ):
     """One program a sequence and every so many of its tokens; the sequence's gradient stays in registers."""
     b = tl.program_id(0).to(tl.int64)
-    start = tl.load(cu_seqlens + b).to(tl.int64)
-    end = tl.load(cu_seqlens + b + 1).to(tl.int64)
+    start, end = sequence_bounds(cu_seqlens, tokens)
     column = tl.arange(0, BLOCK_D)
     inside = column < width
     g = tl.load(d_pooled + b * width + column, mask=inside, other=0.0)
@@ -173,13 +174,15 @@ def _forward(
                     None if mask_T is None else mask_T.view(torch.uint8),
                     cu_seqlens,
                     weight_T,
+                    tokens,
                     MASKED=mask_T is not None,
                     **weight_options,
                 )
                 value_pool_fwd_kernel[(sequences, triton.cdiv(width, options["BLOCK_D"]))](
-                    hidden_TD, weight_T, cu_seqlens, pooled_BD, width, hidden_TD.stride(0), **options
+                    hidden_TD, weight_T, cu_seqlens, pooled_BD, tokens, width, hidden_TD.stride(0), **options
                 )
         return pooled_BD, weight_T
+    cu_seqlens, wrong = usable_offsets(cu_seqlens, tokens)
     sequence_T = sequence_index(cu_seqlens, tokens)
     value_T = value_T.to(dtype)
     if mask_T is not None:
@@ -188,7 +191,7 @@ def _forward(
     top_B.masked_fill_(top_B == float("-inf"), 0.0)  # a sequence without masked tokens: exp(-inf - 0) = 0
     weight_T = (value_T - top_B[sequence_T]).exp()
     sum_B = weight_T.new_zeros(sequences).index_add_(0, sequence_T, weight_T)
-    weight_T = weight_T / sum_B.masked_fill(sum_B == 0, 1.0)[sequence_T]
+    weight_T = (weight_T / sum_B.masked_fill(sum_B == 0, 1.0)[sequence_T]).masked_fill_(wrong, math.nan)
     pooled_BD = hidden_TD.new_zeros(sequences, width, dtype=dtype)
     return pooled_BD.index_add_(0, sequence_T, weight_T[:, None] * hidden_TD.to(dtype)), weight_T
 
@@ -223,12 +226,13 @@ def _backward(
                     cu_seqlens,
                     d_hidden_TD,
                     d_value_T,
+                    tokens,
                     width,
                     hidden_TD.stride(0),
                     **options,
                 )
         return d_hidden_TD, d_value_T
-    sequence_T = sequence_index(cu_seqlens, tokens)
+    sequence_T = sequence_index(usable_offsets(cu_seqlens, tokens)[0], tokens)
     g_TD = d_pooled_BD[sequence_T]
     # the difference first: a token that holds all the weight is its own mean
     d_value_T = weight_T * ((hidden_TD - pooled_BD[sequence_T]) * g_TD).sum(-1)
@@ -273,7 +277,9 @@ def value_pool(
     Args:
         hidden_TD: float [T, D], any float dtype.
         value_T: float [T].
-        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T.
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T. Wrong ones are an error where index
+            ranges are checked (`set_index_checks`). Elsewhere every weight and every gradient is NaN, and so is pooled,
+            but for a sequence that is left without tokens, which may be 0.
         mask_T: bool [T], the tokens that count; all when None.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 

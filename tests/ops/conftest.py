@@ -1,6 +1,5 @@
 """What the operators' tests measure with."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,11 +8,11 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from carft_kernels import set_index_checks
+from carft_kernels import _runtime
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor any operation returns, and the rows of every matrix product, inside operators too."""
+    """Records the largest tensor any operation returns, and the FLOP of every matrix product, inside operators too."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +30,8 @@ class LargestTensor(TorchDispatchMode):
                 self.numel = max(self.numel, tensor.numel())
         aten = torch.ops.aten
         if func.overloadpacket in (aten.matmul, aten.mm, aten.addmm, aten.addmm_):
-            a, b = args[-2:]
+            # the factors are the last tensors: addmm's first is what it adds to, and on CUDA a dtype follows them
+            a, b = [x for x in args if isinstance(x, Tensor)][-2:]
             self.matmul_flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
         elif func.overloadpacket in (aten.linear, torch.ops.mkldnn._linear_pointwise):
             x, weight = args[:2]
@@ -45,8 +45,6 @@ def largest_tensor() -> LargestTensor:
 
 
 @pytest.fixture
-def unchecked() -> Iterator[None]:
-    """As on CUDA by default, where nothing reads index ranges."""
-    set_index_checks(False)
-    yield
-    set_index_checks(None)
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA by default, where nothing reads index ranges; the other tests check them there, too."""
+    monkeypatch.setattr(_runtime, "_index_checks", False)

@@ -80,6 +80,45 @@ class Traffic:
 
 
 @contextmanager
+def guarded() -> Iterator[None]:
+    """Inside the block an access outside of the tensors that a launch was given is an error, and is not made."""
+    start = interpreter.GridExecutor._init_args_hst
+    load, store = Builder.create_masked_load, Builder.create_masked_store
+    allowed: list[tuple[int, int]] = []
+
+    def init_args_hst(self: Any, arguments: Any, named: Any) -> Any:
+        found = start(self, arguments, named)
+        tensors = [x for x in (*found[0], *found[1].values()) if isinstance(x, torch.Tensor)]
+        allowed[:] = [(x.data_ptr(), x.data_ptr() + x.numel() * x.element_size()) for x in tensors]
+        return found
+
+    def check(pointers: Any, mask: Any) -> None:
+        size = pointers.get_element_ty().primitive_bitwidth // 8
+        addresses, active = np.broadcast_arrays(pointers.data, mask.data)
+        found = addresses[active.astype(bool)].astype(np.int64)
+        inside = np.zeros(found.shape, bool)
+        for low, high in allowed:
+            inside |= (found >= low) & (found + size <= high)
+        assert inside.all(), f"{int((~inside).sum())} accesses outside of what the kernel was given"
+
+    def create_masked_load(self: Any, pointers: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *rest, **named)
+
+    def create_masked_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any, **named: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *rest, **named)
+
+    interpreter.GridExecutor._init_args_hst = init_args_hst
+    Builder.create_masked_load, Builder.create_masked_store = create_masked_load, create_masked_store
+    try:
+        yield
+    finally:
+        interpreter.GridExecutor._init_args_hst = start
+        Builder.create_masked_load, Builder.create_masked_store = load, store
+
+
+@contextmanager
 def count_traffic() -> Iterator[Traffic]:
     """Counts what kernels do, interpreted, inside the block."""
     traffic = Traffic()

@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
-from carft_kernels import lcs
+from carft_kernels import _runtime, lcs
 from carft_kernels._runtime import chunk_size, use_triton
 from carft_kernels.lcs import lcs_mask_reference
 
@@ -268,14 +268,17 @@ def test_no_tokens(impl: Any) -> None:
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", ["linear_logprob", "linear_policy_loss"])
-def test_nothing_of_the_size_of_all_logits(name: str, impl: Any, largest_tensor: Any) -> None:
+def test_nothing_of_the_size_of_all_logits(
+    name: str, impl: Any, largest_tensor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No tensor of T x V elements but the declared scratch of one chunk, in bfloat16 too (no widened weight)."""
     tokens, vocabulary, width = 300, 40_001, 16
     hidden = randn(0, tokens, width).bfloat16().to(DEVICE).requires_grad_()
     weight = randn(1, vocabulary, width).bfloat16().to(DEVICE).requires_grad_()
     target, ones = randint(2, vocabulary, tokens), torch.ones(tokens, device=DEVICE)
-    chunk = chunk_size(tokens, vocabulary, hidden.device)
+    chunk = chunk_size(tokens, vocabulary, torch.device("cpu"))  # a GPU's would hold all these tokens
     assert chunk < tokens
+    monkeypatch.setattr(sys.modules[f"carft_kernels.{name}"], "chunk_size", lambda *_: chunk)
     if name == "linear_logprob" and impl == "triton":
         few = weight[:8001].clone()
         with largest_tensor, torch.no_grad():
@@ -402,7 +405,8 @@ def mesh(tmp_path: Path) -> Iterator[Any]:
 
 def test_a_sharded_argument_is_refused_by_name(mesh: Any) -> None:
     """torch's own error, "mixed torch.Tensor and DTensor", says neither which one nor what to do."""
-    hidden, weight, target, bias = randn(1, T, D).float(), randn(2, V, D).float(), randint(3, V, T), randn(4, V).float()
+    hidden, weight, bias = randn(1, T, D).float(), randn(2, V, D).float(), randn(4, V).float()
+    target, all_V, all_T = randint(3, V, T).cpu(), torch.tensor([0, V]), torch.tensor([0, T])
     policy = {"advantage_T": hidden[:, 0], "old_logprob_T": None, "weight_T": hidden[:, 0].abs()}
 
     def sharded(x: Tensor) -> Tensor:
@@ -415,7 +419,7 @@ def test_a_sharded_argument_is_refused_by_name(mesh: Any) -> None:
         ],
         "hidden_TD": [
             lambda: ck.linear_logprob(sharded(hidden), sharded(weight), target),
-            lambda: ck.value_pool(sharded(hidden), hidden[:, 0], offsets([T])),
+            lambda: ck.value_pool(sharded(hidden), hidden[:, 0], all_T),
         ],
         "bias": [
             lambda: ck.linear_logprob(hidden, weight, target, bias=sharded(bias)),
@@ -426,8 +430,8 @@ def test_a_sharded_argument_is_refused_by_name(mesh: Any) -> None:
         "logits_TV": [lambda: ck.token_logprob(sharded(hidden), target)],
         "candidate_MD": [lambda: ck.masked_infonce(hidden, sharded(weight))],
         "weight_T": [lambda: ck.policy_loss(*[hidden[:, 0]] * 3, weight_T=sharded(hidden[:, 0]))],
-        "cu_seqlens": [lambda: ck.gae(bias, bias, sharded(offsets([V])), gamma=1.0, lam=1.0)],
-        "b": [lambda: ck.lcs_mask(target, offsets([T]), sharded(target), offsets([T]))],
+        "cu_seqlens": [lambda: ck.gae(bias, bias, sharded(all_V), gamma=1.0, lam=1.0)],
+        "b": [lambda: ck.lcs_mask(target, all_T, sharded(target), all_T)],
     }
     for name, functions in refused.items():
         for function in functions:
@@ -457,4 +461,5 @@ def test_triton_is_for_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             with pytest.raises(ValueError, match=message):
                 call()
-    assert use_triton("token_logprob", "triton", torch.empty(1, device=DEVICE))  # interpreted, whatever the GPU
+    monkeypatch.setattr(_runtime, "INTERPRETED", True)
+    assert use_triton("token_logprob", "triton", torch.empty(1))  # interpreted, whatever the GPU

@@ -19,6 +19,7 @@ from carft_kernels import (
 )
 
 from ..conftest import assert_golden
+from .test_triton import DEVICE
 
 Rows = list[tuple[int, int]]
 
@@ -224,9 +225,9 @@ def test_lcs_mask(golden: Any, impl: Any) -> None:
     """The very subsequence of the published code, all pairs in one call."""
     pairs = [a for name, params, a in golden("lcs").cases() if impl == "torch" or params["m"] * params["n"] <= 2500]
     assert len(pairs) > 20, "too few vectors apply"
-    x, y = (torch.cat([a[side] for a in pairs]) for side in "xy")
+    x, y = (torch.cat([a[side] for a in pairs]).to(DEVICE) for side in "xy")
     x_cu, y_cu = (torch.tensor([0, *(len(a[side]) for a in pairs)]).cumsum(0) for side in "xy")
-    in_x, in_y = lcs_mask(x, x_cu, y, y_cu, impl=impl)
+    in_x, in_y = (z.cpu() for z in lcs_mask(x, x_cu, y, y_cu, impl=impl))
     for ours, cu, key in ((in_x, x_cu, "out_x"), (in_y, y_cu, "out_y")):
         for i, a in enumerate(pairs):
             assert torch.equal(ours[cu[i] : cu[i + 1]].nonzero()[:, 0].int(), a[key].int()), i

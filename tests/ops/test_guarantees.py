@@ -18,6 +18,8 @@ from carft_kernels.masked_infonce import masked_infonce_reference
 from carft_kernels.token_logprob import token_logprob_reference
 from carft_kernels.value_pool import value_pool_reference
 
+from .test_triton import DEVICE
+
 TOKENS, WIDTH, VOCABULARY = 61, 23, 157
 
 
@@ -370,8 +372,9 @@ def test_every_operator_says_which_implementations_it_has(operator: str, monkeyp
 
 
 def test_triton_refuses_float64() -> None:
+    logits, target = torch.zeros(3, 4, dtype=torch.float64, device=DEVICE), torch.tensor([0, 1, 2], device=DEVICE)
     with pytest.raises(ValueError, match=r"token_logprob got torch.float64; allowed are float32, bfloat16, float16"):
-        ck.token_logprob(torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, dtype=torch.int64), impl="triton")
+        ck.token_logprob(logits, target, impl="triton")
 
 
 def test_more_bad_calls_name_the_argument() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import carft_kernels as ck
+from carft_kernels import _runtime
 from carft_kernels.gae import gae_reference, kl_shaped_reward_reference, whiten_reference
 from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
@@ -20,6 +21,8 @@ from carft_kernels.masked_infonce import masked_infonce_reference
 from carft_kernels.policy_loss import policy_loss_reference, value_loss_reference
 from carft_kernels.token_logprob import token_logprob_reference
 from carft_kernels.value_pool import value_pool_reference
+
+from .test_triton import DEVICE
 
 FAST = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -200,7 +203,8 @@ def test_linear_policy_loss(
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_without_old_logprobs_every_ratio_is_one(impl: Any) -> None:
     inputs = {
-        name: x.float() if x.is_floating_point() else x for name, x in policy_inputs(0, TOKENS, VOCABULARY).items()
+        name: (x.float() if x.is_floating_point() else x).to(DEVICE)
+        for name, x in policy_inputs(0, TOKENS, VOCABULARY).items()
     }
     leaves = [inputs.pop(name) for name in ("hidden_TD", "weight_VD")]
     _, own, _ = ck.linear_policy_loss(*leaves, **inputs, impl=impl)
@@ -544,6 +548,15 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "chunk": (lambda: ck.linear_policy_loss(X, W, I3, **POLICY, chunk_tokens=0), ["chunk_tokens = 0"]),
     "offsets end": (lambda: ck.value_pool(X, T3, torch.tensor([0, 2])), ["cu_seqlens", "0 to 2", "0 to 3"]),
     "offsets fall": (lambda: ck.value_pool(X, T3, torch.tensor([0, 2, 1, 3])), ["cu_seqlens", "must not fall"]),
+    "no sequence": (lambda: ck.gae(T3, T3, C3[:1], gamma=1.0, lam=1.0), ["cu_seqlens", "(1,)", "3 tokens"]),
+    "negative offset": (
+        lambda: ck.kl_shaped_reward(T3[:2], T3, T3, torch.tensor([0, -2, 3]), kl_coef=1.0),
+        ["cu_seqlens[1] = -2", "after 0"],
+    ),
+    "offset past the end": (
+        lambda: ck.gae(T3, T3, torch.tensor([0, 7, 3]), gamma=1.0, lam=1.0),
+        ["cu_seqlens[2] = 3", "after 7"],
+    ),
     "mask dtype": (lambda: ck.value_pool(X, T3, torch.tensor([0, 3]), mask_T=T3), ["mask_T", "float32", "bool"]),
     "too few candidates": (lambda: ck.masked_infonce(X, X[:2]), ["positive_N", "3 anchors", "2 candidates"]),
     "positive range": (lambda: ck.masked_infonce(X, X, positive_N=I3 + 1), ["positive_N", "holds 3", "[0, 3)"]),
@@ -571,13 +584,12 @@ def test_bad_calls_name_the_argument(case: str) -> None:
         assert text in str(error.value)
 
 
-def test_index_checks_can_be_switched_off() -> None:
+def test_index_checks_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_runtime, "_index_checks", None)  # given back at the end
     ck.set_index_checks(False)
-    try:
-        ck.whiten(T3)
-        ck.value_pool(X, T3, torch.tensor([0, 2, 1, 3])[[0, 3]])
-        assert ck.gae(T3, T3, torch.tensor([0, 3]), gamma=1.0, lam=1.0)[0].tolist() == [0, 0, 0]
-    finally:
-        ck.set_index_checks(None)
+    ck.whiten(T3)
+    assert ck.value_pool(X, T3, torch.tensor([0, 2, 1, 3]))[1].isnan().all()
+    assert ck.gae(T3, T3, torch.tensor([0, 3]), gamma=1.0, lam=1.0)[0].tolist() == [0, 0, 0]
+    ck.set_index_checks(None)
     with pytest.raises(ValueError, match="must not fall"):
         ck.value_pool(X, T3, torch.tensor([0, 2, 1, 3]))
