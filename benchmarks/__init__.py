@@ -3,4 +3,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+sys.path.insert(0, str(KERNELS))

@@ -43,6 +43,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks import KERNELS
 from benchmarks.op_cases import CASES, PLAIN, check_cases
 from benchmarks.ops import (
     FAILED,
@@ -415,8 +416,8 @@ def rollouts(found: Found) -> None:
                 found.add_failure(name, error)
                 continue
             rate, ends = statistics.median(rates), [min(rates), max(rates)]
-            row = {"tokens_per_second": rate, "range": ends, "sync_seconds": sync, "gpu state": state()}
-            rows.append({"model": case.name, "dtype": "bfloat16", "engine": name, **row})
+            row = {"model": case.name, "dtype": "bfloat16", "engine": name, "machine": machine, "gpu state": state()}
+            rows.append({**row, "tokens_per_second": rate, "range": ends, "sync_seconds": sync})
             write(found.beside("rollout"), "rollout", machine, rows)
             found.add(name, f"{rate:.0f} tokens a second")
             gc.collect()
@@ -424,7 +425,8 @@ def rollouts(found: Found) -> None:
 
 def kernel_tests(found: Found) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "tests/ops", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": with_path(KERNELS)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     print(done.stdout[-3000:], done.stderr[-3000:])
     last = (done.stdout + done.stderr).strip().splitlines()[-1]
     found.add("tests/ops", f"{FAILED}: {last}" if done.returncode else last)
@@ -572,9 +574,13 @@ def use_wheels(folder: Path) -> None:
         raise ValueError(f"{folder} holds no pydantic_core: make gpu-wheels fills build/gpu_wheels")
     if compiled[0].name.removeprefix("_pydantic_core") not in EXTENSION_SUFFIXES:
         raise ValueError(f"{compiled[0]} is for another Python than this, {sys.version.split()[0]}")
-    paths = [str(folder.resolve()), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    sys.path.insert(0, paths[0])
+    os.environ["PYTHONPATH"] = with_path(folder)
+    sys.path.insert(0, str(folder.resolve()))
+
+
+def with_path(folder: Path) -> str:
+    """PYTHONPATH with another folder in front."""
+    return os.pathsep.join(filter(None, [str(folder.resolve()), os.environ.get("PYTHONPATH")]))
 
 
 def main() -> None:
@@ -600,6 +606,7 @@ def main() -> None:
     if why := no_gpu():
         print(f"error: {why}", file=sys.stderr)
         sys.exit(2)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the part's process ends with this one
     if arguments.part == "ncu target":
         ncu_target()
     elif arguments.part:

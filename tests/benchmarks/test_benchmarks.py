@@ -644,6 +644,17 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
+def test_only_our_own_operator_fails_the_part() -> None:
+    ours = {"case": "gae, T=8", "variant": "gae", "p50_ms": 1.5}
+    plain = {"case": "gae, T=8", "variant": PLAIN, "p50_ms": 3.0}
+    theirs = {"case": "gae, T=8", "variant": "liger", "why": "failed: OutOfMemoryError: of CUDA"}
+    absent = {"case": "gae, T=8", "variant": "trl", "why": "not installed: trl"}
+    fine = gpu.operator_result("gae", [ours, plain, theirs, absent])
+    assert fine == "gae 1.5 ms; plain torch 3 ms; liger: failed: OutOfMemoryError: of CUDA"
+    off = {"case": "gae, T=8", "variant": "gae", "why": "wrong: result 0 is off by 3"}
+    assert gpu.operator_result("gae", [off, plain]) == "failed: plain torch 3 ms; gae: wrong: result 0 is off by 3"
+
+
 PART = """
 import json, os, pathlib, sys, time
 part, folder = sys.argv[sys.argv.index("--part") + 1], sys.argv[sys.argv.index("--results") + 1]

@@ -3,8 +3,8 @@
     CARFT_FAKE_CUDA_SHIM=shim.so PYTHON -S tests/gpu_path/rehearse.py -m benchmarks.gpu ...
 
 `sys.executable` is to be a script that calls this one, so that the parts' processes come here too. What a fake device
-cannot do is stood in for: random numbers, compiling, a model's weights on disk, the samplers, and pytest. Sizes and
-numbers of rounds are cut, since each operation takes as long as a large one.
+cannot do is stood in for: random numbers, compiling, a model's weights on disk and the samplers. Sizes and numbers of
+rounds are cut, since each operation takes as long as a large one.
 """
 
 import fake_cuda  # isort: split
@@ -67,6 +67,11 @@ def cut_sizes() -> None:
     for i, case in enumerate(op_cases.CASES):
         shape = {name: max(size // by[name], 2) for name, size in case.shape.items() if name in by}
         op_cases.CASES[i] = replace(case, shape=shape)
+    checks = [
+        (replace(case, shape=case.shape | {"T": 130}), t) for case, t in gpu.check_cases() if "length" in case.shape
+    ]
+    others = [(case, dtype) for case, dtype in gpu.check_cases() if "length" not in case.shape]
+    gpu.check_cases = lambda: [*others, *checks]
     ops.FEWEST = ops.MOST = 2
     gpu.ROWS, gpu.REPEATS = 8, 1
 
@@ -108,9 +113,6 @@ def stand_in_for_models() -> None:
 
 def main() -> None:
     module, sys.argv = sys.argv[2], sys.argv[2:]
-    if module == "pytest":
-        print("1 passed in 0.01s")
-        return
     sys.executable = os.environ["CARFT_REHEARSAL_PYTHON"]
     sys.path.insert(0, str(ROOT))
     from benchmarks import gpu  # before anything that asks for carft_kernels
