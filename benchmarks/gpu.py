@@ -137,7 +137,7 @@ def nvidia_smi(names: Sequence[str]) -> list[str]:
     """What it says about torch's device 0, whatever CUDA_VISIBLE_DEVICES leaves. Raises OSError with one line."""
     if shutil.which("nvidia-smi") is None:
         raise OSError("nvidia-smi is not on the PATH")
-    device = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    device = str(getattr(torch.cuda.get_device_properties(0), "uuid", "")).removeprefix("GPU-")
     query = [f"--query-gpu={','.join(names)}", "--format=csv,noheader", f"--id={f'GPU-{device}' if device else 0}"]
     try:
         found = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20, check=False)

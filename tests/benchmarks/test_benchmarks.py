@@ -307,6 +307,27 @@ def test_chunked_variants_agree_with_plain_torch() -> None:
     assert len([name for name in good if name.startswith(op_cases.CHUNKED)]) == 2
 
 
+def test_the_cache_is_overwritten_before_each_timed_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And outside of what the events time."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(ops, "flusher", lambda device: lambda: log.append("flush"))
+    times = ops.timed({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, "cuda", "wall", budget=0.0)
+    first = ["event", "a", "event", "event", "b", "event"]
+    assert log == first + ["flush", "event", "a", "event", "flush", "event", "b", "event"] * ops.FEWEST
+    assert times == dict.fromkeys("ab", [0.002] * ops.FEWEST)
+
+
 def test_rates_and_shares() -> None:
     sizes = {"T": 100, "V": 10, "D": 10}
     case = Case("op", sizes, lambda make: {}, op_cases.three_products)

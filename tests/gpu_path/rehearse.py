@@ -63,15 +63,14 @@ def stand_in_for_torch(audit: Audit) -> None:
 def cut_sizes() -> None:
     from benchmarks import gpu, op_cases, ops
 
-    by = {"T": 32, "V": 64, "D": 16, "N": 2, "length": 16}
+    by = {"T": 32, "V": 64, "D": 16, "N": 2}
+    loops = {"T": 32, "length": 16}
     for i, case in enumerate(op_cases.CASES):
         shape = {name: max(size // by[name], 2) for name, size in case.shape.items() if name in by}
-        op_cases.CASES[i] = replace(case, shape=shape)
-    checks = [
-        (replace(case, shape=case.shape | {"T": 130}), t) for case, t in gpu.check_cases() if "length" in case.shape
-    ]
-    others = [(case, dtype) for case, dtype in gpu.check_cases() if "length" not in case.shape]
-    gpu.check_cases = lambda: [*others, *checks]
+        op_cases.CASES[i] = replace(case, shape=shape | (loops if "length" in case.shape else {}))
+    checks = gpu.check_cases()
+    checks = [(replace(c, shape=c.shape | loops) if "length" in c.shape else c, dtype) for c, dtype in checks]
+    gpu.check_cases = lambda: checks
     ops.FEWEST = ops.MOST = 2
     gpu.ROWS, gpu.REPEATS = 8, 1
 
