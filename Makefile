@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test test-page lint bench bench-report bench-gpu bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
+.PHONY: help setup sampler quickstart test test-page lint bench bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -16,7 +16,8 @@ help:
 	@echo "make test-page   the HTML reports in Chromium"
 	@echo "make bench       run the benchmarks, write rows and report.html to benchmarks/results"
 	@echo "make bench-report  report.html from the rows that are there"
-	@echo "make bench-gpu   kernels, step and rollouts on a GPU, in ten minutes at most"
+	@echo "make bench-gpu   operators, step and rollouts on a GPU; on a bare machine see docs/bench_gpu.md"
+	@echo "make gpu-wheels  packages that a bare GPU machine lacks, to take along in build/gpu_wheels"
 	@echo "make bench-rollout  compare the sampling engines"
 	@echo "make bench-step  compare the fast training step with the plain one"
 	@echo "make bench-peers compare the step with TRL's and the published trainers'"
@@ -76,9 +77,19 @@ bench: sampler build/peers
 bench-report: setup
 	$(BIN)/python -m benchmarks.report
 
-# Ten minutes at most; exit code 2 where there is no GPU.
+# Twenty minutes at most (ARGS="--minutes 10"); exit code 2 where there is no GPU.
 bench-gpu: sampler build/peers
 	PYTHONPATH=build/peers $(BIN)/python -m benchmarks.gpu $(ARGS)
+
+# For a machine that has torch, triton, transformers and no network: python -m benchmarks.gpu --wheels build/gpu_wheels
+GPU_PYTHON ?= 3.12
+PIP_FOR_GPU = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --upgrade -c constraints.txt \
+	--target build/gpu_wheels --python-version $(GPU_PYTHON) --only-binary=:all:
+
+gpu-wheels: setup
+	rm -rf build/gpu_wheels
+	$(PIP_FOR_GPU) pydantic rich typer lazy-loader pytest hypothesis
+	$(PIP_FOR_GPU) --no-deps peft accelerate psutil
 
 # Other libraries' operators, in a folder of their own: what they depend on is what the tested set has already.
 build/peers: | setup

@@ -6,7 +6,7 @@ Bytes and FLOPs are what the task cannot do without, whoever does it: a variant 
 import importlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +43,8 @@ class Case:
     """Bytes, with `size` bytes an element of the large tensors."""
     devices: tuple[str, ...] = ("cpu",)
     note: str = ""
+    slow_oracle: bool = False
+    """Plain torch is called once, to compare with, and that call is its time."""
 
     @property
     def name(self) -> str:
@@ -57,13 +59,16 @@ class Case:
 class Maker:
     """Tensors of one case; the same at every call."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+    def __init__(self, device: str, dtype: torch.dtype, *, exact: bool = False) -> None:
+        """`exact`: the values of `dtype`, held in float64."""
+        self.device, self.dtype, self.exact = torch.device(device), dtype, exact
         self.generator = torch.Generator(self.device).manual_seed(0)
 
     def randn(self, *shape: int, scale: float = 1.0, wide: bool = False) -> Tensor:
+        """Normal, in `dtype`; float32 where `wide`."""
         x = torch.randn(shape, generator=self.generator, device=self.device) * scale
-        return x if wide else x.to(self.dtype)
+        x = x if wide else x.to(self.dtype)
+        return x.double() if self.exact else x
 
     def randint(self, high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=self.generator, device=self.device)
@@ -139,6 +144,11 @@ def token_logprob(make: Maker, T: int, V: int) -> Variants:
     }
 
 
+CHUNKED = "chunks by cuBLAS"
+"""Logits of a chunk of tokens in memory, by cuBLAS: what a fused kernel has to beat on a GPU."""
+CHUNK_LOGITS = 1 << 28
+
+
 def linear_logprob(make: Maker, T: int, V: int, D: int) -> Variants:
     hidden, weight, target = make.randn(T, D), make.randn(V, D, scale=D**-0.5), make.randint(V, T)
 
@@ -151,6 +161,7 @@ def linear_logprob(make: Maker, T: int, V: int, D: int) -> Variants:
     return {
         "linear_logprob": with_gradients(lambda h, w: ck.linear_logprob(h, w, target)[0].sum(), *both),
         PLAIN: with_gradients(plain, *both),
+        **in_torch(make, lambda h, w: ck.linear_logprob(h, w, target, impl="torch")[0].sum(), *both),
         "torch.compile": with_gradients(make.compiled(plain), *both),
         "cut-cross-entropy": with_gradients(
             using(cut, lambda f: lambda h, w: -f(h, w, target, reduction="sum", filter_eps=None)), *both
@@ -161,18 +172,48 @@ def linear_logprob(make: Maker, T: int, V: int, D: int) -> Variants:
     }
 
 
+def in_torch(make: Maker, function: Callable[..., Tensor], *leaves: Tensor) -> Variants:
+    """On a GPU, the operator without Triton; elsewhere that is the operator itself."""
+    return {f"{CHUNKED}, no Triton": with_gradients(function, *leaves)} if make.device.type == "cuda" else {}
+
+
+def linear_logprob_forward(make: Maker, T: int, V: int, D: int) -> Variants:
+    """The log-prob pass: the fused forward against cuBLAS and a pass over each chunk's logits."""
+    hidden, weight, target = make.randn(T, D), make.randn(V, D, scale=D**-0.5), make.randint(V, T)
+    tokens = max(1, CHUNK_LOGITS // V)
+
+    def plain() -> Tensor:
+        return linear_logprob_reference(hidden, weight, target)[0]
+
+    def chunks() -> Tensor:
+        pairs = zip(hidden.split(tokens), target.split(tokens), strict=True)
+        return torch.cat([ck.token_logprob(h @ weight.T, t)[0] for h, t in pairs])
+
+    return {
+        "linear_logprob": without_gradient(lambda: ck.linear_logprob(hidden, weight, target)[0]),
+        PLAIN: without_gradient(plain),
+        f"{CHUNKED}, then token_logprob": without_gradient(chunks),
+        f"{CHUNKED}, no Triton": without_gradient(lambda: ck.linear_logprob(hidden, weight, target, impl="torch")[0]),
+        "torch.compile": without_gradient(make.compiled(plain)),
+    }
+
+
 def linear_policy_loss(make: Maker, T: int, V: int, D: int, half: bool = False) -> Variants:
-    """Advantages of a sequence of 64 tokens are one number, which is all that the other library takes."""
+    """Advantages of a sequence of 64 tokens are one number, which is all that the other library takes.
+
+    No ratio is near a clip bound, 0.8 or 1.2: there a rounding decides whether a token has a gradient. The loss is no
+    small difference of large numbers.
+    """
     length = 64
     hidden, weight, target = make.randn(T, D), make.randn(V, D, scale=D**-0.5), make.randint(V, T)
-    advantage_B = make.randn(T // length, wide=True)
+    advantage_B = make.randn(T // length, wide=True) + 1
     if half:
         advantage_B *= torch.arange(T // length, device=make.device) % 2
     with torch.no_grad():
-        old = torch.cat(
-            [ck.linear_logprob(h, weight, t)[0] for h, t in zip(hidden.split(512), target.split(512), strict=True)]
-        )
-    old = old + 0.1 * make.randn(T, wide=True)
+        pairs = zip(hidden.split(512), target.split(512), strict=True)
+        old = torch.cat([linear_logprob_reference(h.float(), weight.float(), t)[0] for h, t in pairs])
+    log_ratio = (0.05 * make.randn(T, wide=True)).clamp(-0.1, 0.1)
+    old = old - log_ratio - 0.4 * log_ratio.sign() * (torch.arange(T, device=make.device) % 4 == 0)
     options = {
         "advantage_T": advantage_B.repeat_interleave(length),
         "old_logprob_T": old,
@@ -200,6 +241,7 @@ def linear_policy_loss(make: Maker, T: int, V: int, D: int, half: bool = False) 
     found: Variants = {
         "linear_policy_loss": with_gradients(lambda h, w: ck.linear_policy_loss(h, w, target, **options)[0], *both),
         PLAIN: with_gradients(plain, *both),
+        **in_torch(make, lambda h, w: ck.linear_policy_loss(h, w, target, **options, impl="torch")[0], *both),
         "torch.compile": with_gradients(make.compiled(plain), *both),
         "liger-kernel fused linear GRPO": with_gradients(
             using(make.other("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss", cuda=False), liger), *both
@@ -335,6 +377,10 @@ def three_products(T: int, V: int, D: int, **_: int) -> float:
     return 6.0 * T * V * D
 
 
+def one_product(T: int, V: int, D: int, **_: int) -> float:
+    return 2.0 * T * V * D
+
+
 def half_of_the_gradients(**sizes: int) -> float:
     """Forward for every token, two gradients for half of them."""
     return three_products(**sizes) * 2 / 3
@@ -401,8 +447,38 @@ def _cases() -> list[Case]:
             Case(operator, {"T": 8192, "length": 128}, build, bytes=partial(floats_a_token, count=count), devices=BOTH)
         )
     cases.append(Case("cpu_linear", {"N": 1310, "K": 576, "M": 1536}, cpu_linear, three_matmuls))
-    cases.append(Case("lcs_mask", {"T": 8192, "length": 1024}, lcs_mask, devices=BOTH))
+    cases.append(Case("lcs_mask", {"T": 8192, "length": 1024}, lcs_mask, devices=BOTH, slow_oracle=True))
+    for sizes in (PAPER, QWEN):
+        note = "without gradient"
+        cases.append(Case("linear_logprob", sizes, linear_logprob_forward, one_product, devices=GPU, note=note))
     return cases
 
 
 CASES = _cases()
+
+
+def check_cases() -> list[tuple[Case, torch.dtype]]:
+    """Every operator in each dtype it treats differently, at sizes that no tile divides, small enough for float64."""
+    head, pooled = {"T": 1024, "V": 32_003, "D": 1000}, {"T": 1040, "length": 130}
+    sizes = {
+        "token_logprob": {"T": 1003, "V": 32_003},
+        "linear_logprob": head,
+        "linear_policy_loss": head,
+        "value_pool": pooled | {"D": 1000},
+        "masked_infonce": {"N": 250, "D": 1000},
+        "gae": pooled,
+        "kl_shaped_reward": pooled,
+        "lcs_mask": pooled,
+    }
+    float32_only = ("policy_loss", "value_loss", "whiten", "gae", "kl_shaped_reward", "lcs_mask")
+    chosen: dict[tuple[str, str], Case] = {}
+    for case in CASES:
+        if "cuda" in case.devices:
+            smaller = replace(case, shape=sizes.get(case.operator, {"T": 5003}))
+            chosen.setdefault((case.operator, case.note), smaller)
+    return [
+        (case, dtype)
+        for case in chosen.values()
+        for dtype in (torch.bfloat16, torch.float32)
+        if dtype == torch.float32 or case.operator not in float32_only
+    ]

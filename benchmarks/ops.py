@@ -1,8 +1,9 @@
 """Every operator against plain torch, torch.compile and other libraries. `make bench`
 
-What a variant returns, gradients too, is compared with plain torch before it is timed; one that disagrees is reported
-as wrong, is not timed, and makes the exit code 1. The variants of a case take turns. Ceilings are a copy and a square
-matmul on the same machine in the same run. Writes benchmarks/results/ops_<device>.json and .md.
+What a variant returns, gradients too, is compared with plain torch before it is timed; one that disagrees or raises is
+reported with the reason, is not timed, and makes the exit code 1. The variants of a case take turns. On a GPU, CUDA
+events give the time, and its L2 cache is overwritten before every call. Ceilings are a copy and a square matmul on the
+same machine in the same run. Writes benchmarks/results/ops_<device>.json and .md; `benchmarks.gpu` is for a GPU.
 """
 
 import argparse
@@ -13,19 +14,22 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases import CASES, MATMULS, PLAIN, Case, Step, Variants
+from benchmarks.op_cases import CASES, CHUNKED, MATMULS, PLAIN, Case, Maker, Step, Variants
 from benchmarks.rows import COLUMNS, RESULTS, Row, this_machine, write
 from carft_kernels import cpu_linear
 
 BUDGET_SECONDS, FEWEST, MOST = 10.0, 5, 101
-WRONG = "wrong"
+WRONG, FAILED = "wrong", "failed"
+BAD = (WRONG, FAILED)
+Ceilings = dict[str, Any]
+"""Bytes and FLOP a second of this machine, and which device it is."""
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -33,15 +37,29 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def seconds(step: Callable[[], Any], device: str = "cpu", clock: str = "wall") -> float:
-    now = CLOCKS[clock]
-    start = now()
-    step()
+    """By `clock` on the CPU, by events on a GPU: from where its queue begins with the step to where it ends it."""
     if device == "cuda":
-        torch.cuda.synchronize()
-    return now() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    now = CLOCKS[clock]
+    begin = now()
+    step()
+    return now() - begin
 
 
-def ceilings(device: str, clock: str) -> dict[str, float]:
+def flusher(device: str) -> Callable[[], Any]:
+    """Overwrites a GPU's L2 cache, three times over: no step finds its inputs there."""
+    if device != "cuda":
+        return lambda: None
+    size = 3 * torch.cuda.get_device_properties(0).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=device).zero_
+
+
+def ceilings(device: str, clock: str) -> Ceilings:
     """Bytes a second of a copy, FLOP a second of a square matmul, torch's or oneDNN's; the best of several."""
     wide = device == "cuda"
     x = torch.ones((1 << 30) if wide else (1 << 26), dtype=torch.float32, device=device)
@@ -55,59 +73,117 @@ def ceilings(device: str, clock: str) -> dict[str, float]:
     def matmul(multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> float:
         return 2 * n**3 / seconds(lambda: multiply(a, b), device, clock)
 
-    products = [torch.matmul, cpu_linear]
+    products = [torch.matmul] if wide else [torch.matmul, cpu_linear]
     copy(), *map(matmul, products)
-    return {"bytes": max(copy() for _ in range(7)), "flops": max(matmul(p) for p in products for _ in range(7))}
+    flops = max(matmul(p) for p in products for _ in range(7))
+    return {"device": device, "bytes": max(copy() for _ in range(7)), "flops": flops}
 
 
 def disagreement(found: list[Tensor], wanted: list[Tensor]) -> str:
-    """Empty where they agree: within 1e-3 in float32; in half precision within 3% of the largest value."""
+    """Empty where they agree: within 1e-3 of the largest value, 3% where a result is in half precision."""
+    half = any(x.dtype in (torch.float16, torch.bfloat16) for x in (*found, *wanted))
+    share = 3e-2 if half else 1e-3
     for i, (x, y) in enumerate(zip(found, wanted, strict=True)):
         if not x.is_floating_point():
             if not torch.equal(x, y):
                 return f"{WRONG}: result {i} differs in {(x != y).sum()} places"
             continue
         difference, largest = (x.double() - y.double()).abs().max().item(), y.double().abs().max().item()
-        share = 1e-3 if x.dtype == torch.float32 and y.dtype == torch.float32 else 3e-2
         if not difference <= share * largest + 1e-6:
             return f"{WRONG}: result {i} is off by {difference:.2g} where the largest value is {largest:.2g}"
     return ""
 
 
-def checked(variants: Variants) -> tuple[dict[str, Step], dict[str, str]]:
-    """Those that ran and agree, and why the others are left out."""
+def checked(variants: Variants, wanted: list[Tensor] | None = None) -> tuple[dict[str, Step], dict[str, str]]:
+    """Those that ran and agree with plain torch's results, and why the others are left out."""
     plain = variants[PLAIN]
     assert callable(plain)
-    wanted = plain()
+    wanted = plain() if wanted is None else wanted
     good: dict[str, Step] = {}
     left_out: dict[str, str] = {}
     for name, step in variants.items():
         if isinstance(step, str):
             left_out[name] = step
-            continue
-        if why := "" if name == MATMULS else disagreement(step(), wanted):
-            left_out[name] = why
-        else:
+        elif name in (PLAIN, MATMULS):
             good[name] = step
+        else:
+            try:
+                why = disagreement(step(), wanted)
+            except Exception as error:  # of another library, a compiler or a kernel: its row says so
+                why = failure(error)
+            if why:
+                left_out[name] = why
+            else:
+                good[name] = step
     return good, left_out
+
+
+def failure(error: Exception) -> str:
+    """For a row. Raises the error where the GPU answers nothing any more: all that follows would fail by it."""
+    if not gpu_answers():
+        raise error
+    return reason(error)
+
+
+def reason(error: Exception) -> str:
+    return f"{FAILED}: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def gpu_answers() -> bool:
+    """False after a kernel has read where it must not: then no call of this process succeeds any more."""
+    try:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+def share_off(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference of a result from what is wanted, as a share of its largest value."""
+    pairs = [(x.detach().double(), y.detach().double()) for x, y in zip(found, wanted, strict=True)]
+    return max(float((x - y).abs().max() / y.abs().max().clamp(min=1e-30)) for x, y in pairs)
+
+
+def against_float64(case: Case, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """For each variant of our own, how far it and plain torch are from plain torch in float64 on the same inputs."""
+    oracle = case.build(Maker(device, dtype, exact=True), **case.shape)[PLAIN]
+    variants = case.build(Maker(device, dtype), **case.shape)
+    plain = variants[PLAIN]
+    assert callable(oracle)
+    assert callable(plain)
+    wanted = oracle()
+    plain_off = share_off(plain(), wanted)
+    found: dict[str, str] = {}
+    for name, step in variants.items():
+        if callable(step) and name.startswith((case.operator, CHUNKED)):
+            try:
+                results = step()
+                off = f"off by {share_off(results, wanted):.2g} of the largest value, plain torch by {plain_off:.2g}"
+                found[name] = disagreement(results, wanted) or off
+            except Exception as error:  # of a compiler or a kernel: its row says so
+                found[name] = failure(error)
+    return found
 
 
 def timed(steps: dict[str, Step], device: str, clock: str, budget: float = BUDGET_SECONDS) -> dict[str, list[float]]:
     """Seconds of every call: rounds in which each variant has its turn, until the budget is spent."""
     found: dict[str, list[float]] = {name: [] for name in steps}
+    flush = flusher(device)
     for step in steps.values():
         seconds(step, device, clock)
     start = CLOCKS[clock]()
     rounds = 0
     while rounds < FEWEST or (rounds < MOST and CLOCKS[clock]() - start < budget):
         for name, step in steps.items():
+            flush()
             found[name].append(seconds(step, device, clock))
         rounds += 1
     return found
 
 
-def row_of(case: Case, variant: str, times: list[float], peak: float, plain: float, ceiling: dict[str, float]) -> Row:
-    cuts = statistics.quantiles(times, n=5, method="inclusive")
+def row_of(case: Case, variant: str, times: list[float], peak: float | None, plain: float, ceiling: Ceilings) -> Row:
+    cuts = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times
     p50 = statistics.median(times)
     size = 4 if ceiling["device"] == "cpu" else 2
     work = {"bytes": case.bytes(size=size, **case.shape), "flops": case.flops(**case.shape)}
@@ -119,8 +195,9 @@ def row_of(case: Case, variant: str, times: list[float], peak: float, plain: flo
         "p80_ms": 1e3 * cuts[-1],
         "rounds": len(times),
         "plain_over_this": plain / p50,
-        "peak_mb": peak,
     }
+    if peak is not None:
+        row["peak_mb"] = peak
     if work["bytes"]:
         row["gb_per_s"] = work["bytes"] / p50 / 1e9
     if work["flops"]:
@@ -176,24 +253,47 @@ def _peak_on_gpu(step: Step) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def measure(cases: list[Case], device: str, clock: str = "wall", budget: float = BUDGET_SECONDS) -> list[Row]:
-    ceiling: dict[str, Any] = ceilings(device, clock) | {"device": device}
+def measure_case(
+    case: Case, device: str, ceiling: Ceilings, clock: str = "wall", budget: float = BUDGET_SECONDS
+) -> list[Row]:
+    """A row for each variant: its figures, or why it has none."""
+    variants = case.variants(device)
+    plain = variants[PLAIN]
+    assert callable(plain)
+    wanted: list[Tensor] = []
+    once = seconds(lambda: wanted.extend(plain()), device, clock)
+    steps, left_out = checked(variants, wanted)
+    wanted.clear()
+    times = {PLAIN: [once]}
+    if case.slow_oracle and device == "cuda":
+        del steps[PLAIN]
+    times |= timed(steps, device, clock, budget)
+    peaks = peaks_mb(case, steps, device)
     rows: list[Row] = []
-    for case in cases:
-        steps, left_out = checked(case.variants(device))
-        times = timed(steps, device, clock, budget)
-        plain, peaks = statistics.median(times[PLAIN]), peaks_mb(case, steps, device)
-        for variant in [*steps, *left_out]:
-            if variant in left_out:
-                rows.append({"case": case.name, "variant": variant, "why": left_out[variant]})
-                continue
-            rows.append(row_of(case, variant, times[variant], peaks[variant], plain, ceiling))
-            print(f"{case.name}, {variant}: {rows[-1]['p50_ms']:g} ms", flush=True)
-        torch.compiler.reset()
-    rates = {"gb_per_s": ceiling["bytes"] / 1e9, "gflop_per_s": ceiling["flops"] / 1e9}
-    for name, variant in (("gb_per_s", "copy"), ("gflop_per_s", "square matmul")):
-        rows.append({"case": "ceiling of this run", "variant": variant, name: round(rates[name], 1)})
+    for variant in variants:
+        if variant in left_out:
+            rows.append({"case": case.name, "variant": variant, "why": left_out[variant]})
+            continue
+        rows.append(row_of(case, variant, times[variant], peaks.get(variant), statistics.median(times[PLAIN]), ceiling))
+        print(f"{case.name}, {variant}: {rows[-1]['p50_ms']:g} ms", flush=True)
+    torch.compiler.reset()
     return rows
+
+
+def ceiling_rows(ceiling: Ceilings) -> Iterator[Row]:
+    for kind, name, variant in (("bytes", "gb_per_s", "copy"), ("flops", "gflop_per_s", "square matmul")):
+        yield {"case": "ceiling of this run", "variant": variant, name: round(ceiling[kind] / 1e9, 1)}
+
+
+def measure(cases: list[Case], device: str, clock: str = "wall", budget: float = BUDGET_SECONDS) -> list[Row]:
+    ceiling = ceilings(device, clock)
+    rows = [row for case in cases for row in measure_case(case, device, ceiling, clock, budget)]
+    return [*rows, *ceiling_rows(ceiling)]
+
+
+def bad_rows(rows: list[Row]) -> list[Row]:
+    """Of variants that disagree with plain torch, or raised."""
+    return [row for row in rows if row.get("why", "").startswith(BAD)]
 
 
 FIGURES = ("p50_ms", "p20_ms", "p80_ms", "plain_over_this", "gb_per_s", "gflop_per_s", "ceiling_share", "peak_mb")
@@ -244,10 +344,10 @@ def main() -> None:
         write(file, "ops", machine, rows)
         file.with_suffix(".md").write_text(report(rows, machine))
         print(f"wrote {file.with_suffix('.md')}")
-    wrong = [row for row in rows if row.get("why", "").startswith(WRONG)]
-    for row in wrong:
+    bad = bad_rows(rows)
+    for row in bad:
         print(f"{row['case']}, {row['variant']}: {row['why']}")
-    sys.exit(1 if wrong else 0)
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -384,13 +384,13 @@ def long_run(found: Measured) -> list[str]:
 
 
 def gpu(found: Measured) -> list[str]:
-    """What `make bench-gpu` leaves beside the tables above."""
+    """What `benchmarks.gpu` leaves beside the tables above."""
     rows = [row for results in found.gpu for row in results.rows]
-    parts = ("tests", "parity with vLLM", "ncu")
+    parts = ("right", "parity with vLLM", "tests", "ncu")
     done = {row["part"] for row in rows}
     table = [(row["part"], row["what"], str(row["result"])) for row in rows]
     return [
-        page.paragraph("make bench-gpu fills this table and the GPU columns of the others, in ten minutes at most."),
+        page.paragraph("python -m benchmarks.gpu fills this table and the GPU columns of the others."),
         page.table(("part", "what", "result"), [*table, *((part, "", None) for part in parts if part not in done)]),
     ]
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-from carft_fast.core import InputError
 
 RESULTS = Path(__file__).parent / "results"
 HARDWARE = ("device", "gpu", "driver", "clocks", "processor", "model", "cores", "threads", "clock")
@@ -109,6 +108,8 @@ class Schema:
 
 
 def read(file: Path) -> Results:
+    from carft_fast.core import InputError  # a bare GPU machine writes rows, and lacks what this imports
+
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -129,9 +130,15 @@ def read(file: Path) -> Results:
 
 def write(file: Path, benchmark: str, machine: dict[str, str], rows: list[Row]) -> None:
     """A file of flat rows of one machine."""
-    file.parent.mkdir(exist_ok=True)
-    data = {"benchmark": benchmark, "schema": SCHEMAS[benchmark].version, "machine": machine, "rows": rows}
-    file.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"benchmark": benchmark, "schema": SCHEMAS[benchmark].version, "machine": machine, "rows": rows})
+
+
+def write_json(file: Path, data: Any) -> None:
+    """All of it or nothing: the process may be killed."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    new.replace(file)
 
 
 def as_machine(machine: dict[str, Any] | str) -> dict[str, str]:
@@ -169,7 +176,12 @@ def this_machine(device: str = "cpu") -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the working directory's repository; "-dirty" where a file has changed that is no result."""
+    """CARFT_COMMIT where it is set, for a copy of the files alone; else of the working directory's repository, "-dirty"
+    where a file has changed that is no result; "unknown" without either."""
+    if given := os.environ.get("CARFT_COMMIT"):
+        return given
+    if shutil.which("git") is None:
+        return "unknown"
     found = _git("describe", "--always").stdout.strip()
     changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results").returncode
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"

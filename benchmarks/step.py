@@ -147,7 +147,7 @@ class Prepared:
         self.experience: Experience = self.step.make_experience(self.samples, derive_seed(0, "benchmark"))
 
     def update(self, epochs: int | None = None) -> dict[str, float]:
-        score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config)
+        score_N = score_rollouts(self.grades, self.experience.cosine_N, self.config, self.policy.device)
         advantages = estimate_advantages(score_N, self.experience, self.config)
         correct = [g.correct for g in self.grades]
         experience = self.experience._replace(plan=self.experience.plan[:epochs])

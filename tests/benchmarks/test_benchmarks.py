@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -244,17 +246,86 @@ def test_a_wrong_variant_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return [torch.full((4,), 1.01)]
 
     def variants(make: Maker, T: int) -> Any:
-        return {"op": result(1.0), PLAIN: result(1.0), "other": wrong, "absent": "not applicable: nothing there"}
+        return {
+            "op": result(1.0),
+            PLAIN: result(1.0),
+            "other": wrong,
+            "broken": broken,
+            "absent": "not applicable: nothing there",
+        }
+
+    def broken() -> list[torch.Tensor]:
+        raise RuntimeError("no such device\nand more")
 
     case = Case("op", {"T": 4}, variants, bytes=lambda size, T: 1e6 * size)
-    monkeypatch.setattr(ops, "ceilings", lambda device, clock: {"bytes": 1e9, "flops": 1e9})
+    monkeypatch.setattr(ops, "ceilings", lambda device, clock: {"bytes": 1e9, "flops": 1e9, "device": device})
     monkeypatch.setattr(ops, "peaks_mb", lambda case, steps, device: dict.fromkeys(steps, 1.0))
     rows = {row["variant"]: row for row in ops.measure([case], "cpu", budget=0.0)}
     assert calls == ["wrong"]  # once, to be looked at
     assert rows["other"].keys() == {"case", "variant", "why"}
     assert rows["other"]["why"].startswith("wrong: result 0 is off by 0.01")
     assert rows["absent"]["why"] == "not applicable: nothing there"
+    assert rows["broken"]["why"] == "failed: RuntimeError: no such device"
+    assert [row["variant"] for row in ops.bad_rows(list(rows.values()))] == ["other", "broken"]
     assert rows["op"]["rounds"] == ops.FEWEST
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_half_precision_does_not_make_the_policy_loss_look_wrong(half: bool) -> None:
+    """A ratio at a clip bound loses its gradient by a rounding, so that there may be none near one."""
+    for seed in range(4):
+        results = []
+        for exact in (False, True):
+            make = Maker("cpu", torch.bfloat16, exact=exact)
+            make.generator.manual_seed(seed)
+            plain = op_cases.linear_policy_loss(make, T=1024, V=1001, D=256, half=half)[PLAIN]
+            assert callable(plain)
+            results.append(plain())
+        assert ops.disagreement(*results) == ""
+
+
+def test_a_policy_loss_without_its_clip_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some ratios are beyond the bounds: else the check above would pass without a clip as well."""
+    real = op_cases.ck.linear_policy_loss
+
+    def unclipped(*inputs: Any, **options: Any) -> Any:
+        return real(*inputs, **options, clip_low=1.0, clip_high=100.0)
+
+    case = Case("linear_policy_loss", {"T": 256, "V": 50, "D": 16}, op_cases.linear_policy_loss)
+    found = ops.against_float64(case, "cpu", torch.float32)
+    assert re.fullmatch(r"off by \S+ of the largest value, plain torch by \S+", found["linear_policy_loss"])
+    assert float(found["linear_policy_loss"].split()[2]) < 1e-5
+    monkeypatch.setattr(op_cases.ck, "linear_policy_loss", unclipped)
+    assert ops.against_float64(case, "cpu", torch.float32)["linear_policy_loss"].startswith("wrong: result 0 is off by")
+
+
+def test_chunked_variants_agree_with_plain_torch() -> None:
+    """Those of a GPU, whose tensors may be anywhere."""
+    variants = op_cases.linear_logprob_forward(Maker("cpu", torch.float32), T=8, V=50, D=16)
+    variants.pop("torch.compile")
+    good, _ = ops.checked(variants)
+    assert len([name for name in good if name.startswith(op_cases.CHUNKED)]) == 2
+
+
+def test_the_cache_is_overwritten_before_each_timed_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And outside of what the events time."""
+    log: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None: ...
+        def elapsed_time(self, end: "Event") -> float:
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(ops, "flusher", lambda device: lambda: log.append("flush"))
+    times = ops.timed({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, "cuda", "wall", budget=0.0)
+    first = ["event", "a", "event", "event", "b", "event"]
+    assert log == first + ["flush", "event", "a", "event", "flush", "event", "b", "event"] * ops.FEWEST
+    assert times == dict.fromkeys("ab", [0.002] * ops.FEWEST)
 
 
 def test_rates_and_shares() -> None:
@@ -427,8 +498,7 @@ def test_what_no_gpu_measured_is_said_in_every_table(document: str) -> None:
 def test_rows_of_a_gpu_fill_the_columns(tmp_path: Path) -> None:
     for file in committed():
         shutil.copy(file, tmp_path)
-    machine = MACHINE | gpu.stamp("NVIDIA H100 80GB HBM3, 550.54.15, 1980 MHz, 2619 MHz, 345 MHz, 700.00 W\n")
-    machine["device"] = "cuda"
+    machine = MACHINE | {"device": "cuda", "gpu": "NVIDIA H100 80GB HBM3", "driver": "550.54.15"}
     gae = next(case.name for case in op_cases.CASES if case.operator == "gae")
     qwen = next(case.name for case in op_cases.CASES if case.shape == op_cases.QWEN)
     rows = [
@@ -532,20 +602,58 @@ NCU = """==PROF== Connected to process 1234
 
 def test_ncu_output_becomes_rows() -> None:
     assert gpu.ncu_rows(NCU) == [
-        {"part": "ncu", "what": "logprob_fwd_kernel", "result": "memory moved 2.49 Gbyte, time 812.3 us"},
-        {"part": "ncu", "what": "gae_kernel", "result": "time 4.1 us"},
+        ("logprob_fwd_kernel", "memory moved 2.49 Gbyte, time 812.3 us"),
+        ("gae_kernel", "time 4.1 us"),
     ]
     with pytest.raises(RuntimeError, match="ERR_NVGPUCTRPERM"):
         gpu.ncu_rows("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
 
 
-def test_stamp() -> None:
-    found = gpu.stamp("NVIDIA A100-SXM4-80GB, 535.104.05, 1410 MHz, 1593 MHz, 210 MHz, 400.00 W\n")
-    assert found["gpu"] == "NVIDIA A100-SXM4-80GB"
-    assert (found["driver"], found["clocks"]) == ("535.104.05", "1410 MHz SM / 1593 MHz memory")
-    assert gpu.slug(found["gpu"]) == "nvidia_a100_sxm4_80gb"
-    with pytest.raises(RuntimeError, match="6 values were asked for"):
-        gpu.stamp("No devices were found\n")
+def test_nvidia_smi_is_asked_about_the_gpu_that_torch_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1234"))
+    with pytest.raises(OSError, match="nvidia-smi is not on the PATH"):
+        gpu.nvidia_smi(gpu.CHANGING)
+    assert gpu.state() == "unknown: nvidia-smi is not on the PATH"
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\ncase "$*" in *--id=GPU-1234) echo "1980 MHz, 2619 MHz, 41, 99.5 W";; esac\n')
+    tool.chmod(0o755)
+    assert gpu.state() == "1980 MHz SM, 2619 MHz memory, 41 C, 99.5 W"
+    tool.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
+    assert gpu.state() == "unknown: nvidia-smi answered 'No devices were found'"
+    assert gpu.slug("NVIDIA A100-SXM4-80GB") == "nvidia_a100_sxm4_80gb"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--parts", "right,opps"], "--parts right,opps: 'opps' is no part; allowed are right, ops, step, lora"),
+        (["--minutes", "0"], "--minutes 0: has to be above 0 and at most 60"),
+        (["--wheels", "nowhere"], "--wheels: nowhere holds no pydantic_core: make gpu-wheels fills build/gpu_wheels"),
+    ],
+)
+def test_wrong_options_are_named(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu", *words])
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_packages_for_another_python_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("PYTHONPATH", "PATH"):
+        monkeypatch.setenv(variable, "before")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    compiled = tmp_path / "pydantic_core" / "_pydantic_core.cpython-38-x86_64-linux-gnu.so"
+    compiled.parent.mkdir()
+    compiled.touch()
+    with pytest.raises(ValueError, match=r"cpython-38-x86_64-linux-gnu\.so is for another Python than this, 3\.1"):
+        gpu.use_wheels(tmp_path)
+    compiled.rename(compiled.with_name(f"_pydantic_core{EXTENSION_SUFFIXES[0]}"))
+    gpu.use_wheels(tmp_path)
+    assert os.environ["PYTHONPATH"] == f"{tmp_path}{os.pathsep}before"
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,12 +663,80 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.returncode == 2
     assert re.fullmatch(r"error: no GPU: torch \S+ \(CUDA \S+\) sees no CUDA device, and .*\n", found.stderr)
     assert list(tmp_path.iterdir()) == []
-    # a part that fails leaves a row, and so does one that there is no time for
-    monkeypatch.setattr(gpu, "PARTS", ("ops",))
-    monkeypatch.chdir(ROOT)
-    assert gpu.run_all(tmp_path, 5.0) == [{"part": "ops", "what": "", "result": "failed: exit code 2"}]
-    (late,) = gpu.run_all(tmp_path, 0.0)
-    assert late["result"] == "failed: out of time (0 minutes in all)"
+
+
+def test_only_our_own_operator_fails_the_part() -> None:
+    ours = {"case": "gae, T=8", "variant": "gae", "p50_ms": 1.5}
+    plain = {"case": "gae, T=8", "variant": PLAIN, "p50_ms": 3.0}
+    theirs = {"case": "gae, T=8", "variant": "liger", "why": "failed: OutOfMemoryError: of CUDA"}
+    absent = {"case": "gae, T=8", "variant": "trl", "why": "not installed: trl"}
+    fine = gpu.operator_result("gae", [ours, plain, theirs, absent])
+    assert fine == "gae 1.5 ms; plain torch 3 ms; liger: failed: OutOfMemoryError: of CUDA"
+    off = {"case": "gae, T=8", "variant": "gae", "why": "wrong: result 0 is off by 3"}
+    assert gpu.operator_result("gae", [off, plain]) == "failed: plain torch 3 ms; gae: wrong: result 0 is off by 3"
+
+
+PART = """
+import json, os, pathlib, sys, time
+part, folder = sys.argv[sys.argv.index("--part") + 1], sys.argv[sys.argv.index("--results") + 1]
+file = pathlib.Path(folder, "gpu_x.json")
+for case in range(5):
+    data = json.loads(file.read_text())
+    done = sum(row["part"] == part for row in data["rows"])
+    if done > case:
+        continue
+    if part in ("right", "step") and case == 2:
+        os.kill(os.getpid(), 9)
+    if part == "lora":
+        sys.exit(1)
+    if part == "rollout" and case == 1:
+        time.sleep(60)
+    data["rows"].append({"part": part, "what": str(case), "result": "fine"})
+    file.write_text(json.dumps(data))
+"""
+
+
+def test_a_part_that_is_killed_leaves_its_rows_and_the_others_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real processes. Operators go on after the one that killed theirs; a part without rows is tried once."""
+    python = tmp_path / "python"
+    (tmp_path / "part.py").write_text(PART)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -I {tmp_path / "part.py"} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gpu, "gpu_machine", lambda: MACHINE)
+    monkeypatch.setattr(gpu, "result_file", lambda folder: folder / "gpu_x.json")
+    monkeypatch.setattr(gpu, "state", lambda: "")
+    parts = ("right", "step", "lora")
+    rows = gpu.run_all(parts, tmp_path, 10.0)
+    found = {part: [(row["what"], row["result"]) for row in rows if row["part"] == part] for part in parts}
+    killed = ("process 3", "failed: exit code -9")
+    assert found["right"] == [("0", "fine"), ("1", "fine"), killed, ("3", "fine"), ("4", "fine")]
+    assert found["step"] == [("0", "fine"), ("1", "fine"), killed]
+    assert found["lora"] == [("process 1", "failed: exit code 1")]
+    assert gpu.summary(parts, rows) == [
+        "done: nothing",
+        "failed: right process 3 (exit code -9)",
+        "failed: step process 3 (exit code -9)",
+        "failed: lora process 1 (exit code 1)",
+    ]
+    # rows of other parts stay, with their machine
+    late = gpu.run_all(("rollout",), tmp_path, 0.05)
+    assert [row["what"] for row in late] == ["0", "out of time"]
+    assert late[1]["result"] == "failed: after 3 s, 0.05 minutes in all"
+    everything = read(tmp_path / "gpu_x.json").rows
+    assert [row["part"] for row in everything].count("right") == 5
+    assert all(row["machine"] == MACHINE for row in everything)
+
+
+def test_operators_end_where_no_process_gets_to_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    monkeypatch.setattr(gpu, "gpu_machine", lambda: MACHINE)
+    monkeypatch.setattr(gpu, "result_file", lambda folder: folder / "gpu_x.json")
+    monkeypatch.setattr(gpu, "state", lambda: "")
+    rows = gpu.run_all(("right", "ops"), tmp_path, 10.0)
+    assert [row["result"] for row in rows] == ["failed: exit code 1"] * 4
 
 
 def test_unreadable_rows_are_named(tmp_path: Path) -> None:
