@@ -11,8 +11,17 @@ from typing import Any
 
 from carft_fast.config import RewardConfig
 from carft_fast.core import Example, InputError, RewardError, each_rank, own_share
-from carft_fast.rewards.answers import Grade, compare, extract_answer, grade, parse_target, read_number
+from carft_fast.rewards.answers import (
+    Answer,
+    Grade,
+    compare,
+    extract_answer,
+    grade,
+    parse_target,
+    same_answer,
+)
 from carft_fast.rewards.latex import LatexChecker
+from carft_fast.rewards.numerals import LONGEST, read_number
 from carft_fast.rewards.programs import ProgramPool
 
 RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
@@ -78,9 +87,15 @@ class Grader(AbstractContextManager["Grader"]):
         outcomes = iter(self._programs.run([str(program) for program in programs if program is not None]))
         found = [None if program is None else _as_number(next(outcomes).value) for program in programs]
         return [
-            compare(value, answer, answer_type="numeric", tolerance=rule.tolerance)
+            compare(value, answer, answer_type="program", tolerance=rule.tolerance)
             for value, (_, answer) in zip(found, pairs, strict=True)
         ]
+
+    def same(self, a: Answer | None, b: Answer | None, tolerance: float) -> bool:
+        """Whether two extracted answers are one, by the rule that grades: LaTeX is compared as mathematics."""
+        if self._config.answer_type == "latex" and self._function is None and isinstance(a, str) and isinstance(b, str):
+            return a == b or self._latex.compare(a, b) == "same"
+        return same_answer(a, b, tolerance)
 
     def close(self) -> None:
         """End the processes; the next `grade` would start them again."""
@@ -96,7 +111,7 @@ class Grader(AbstractContextManager["Grader"]):
 def _as_number(value: float | str | bool | None) -> float | None:
     """What a program returned; text counts if it is a number, True and False do not."""
     if isinstance(value, str):
-        return read_number(value)
+        return read_number(value) if len(value) <= LONGEST else None
     if value is None or isinstance(value, bool):
         return None
     try:
