@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from carft_fast.config import AnswerType
-from carft_fast.rewards.numerals import LONGEST, Number, exact, plain, read_bare_number, read_number
+from carft_fast.rewards.numerals import FRACTIONS, LONGEST, Number, exact, plain, read_bare_number, read_number
 
 Answer = float | str
 LatexVerdict = Literal["same", "different", "unreadable"]
@@ -28,8 +28,9 @@ _LONGEST_PROGRAM = 65536
 
 # Mathematics between delimiters, an environment, or the end of a line
 _PIECE = re.compile(
-    r"\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])*)\$|\\begin\{(\w+\*?)\}.*?\\end\{\5\}|\n",
-    re.DOTALL,
+    r"\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])*)\$|\\begin\{(\w+\*?)\}.*?\\end\{\5\}"
+    r"|\n(?!\s*(?:or|and)\b)",
+    re.DOTALL | re.IGNORECASE,
 )
 _JOINED = re.compile(r"[\s,;$()\[\]\\]*(?:\b(?:and|or)\b)?[\s,;$()\[\]\\]*", re.IGNORECASE)
 _STATES = re.compile(r"(?:\b(?:is|are|be|equals?|gives?|namely)|[:=])\s*$", re.IGNORECASE)
@@ -47,7 +48,7 @@ _CHOICE = re.compile(
 _OTHER_CHOICE = re.compile(
     rf"""
     [\s)>\]}}"'`*]*(?:\.(?=\s*(?:or|and)\b))?
-    (?:[\s,/&|;+("'`*\[-]|\b(?:or|and|maybe|perhaps|possibly|also|either|both|the|option|choice|answer|to)\b)+
+    (?:[\s,/&|;+("'`*\[-]|\b(?:or|and|maybe|perhaps|possibly|also|either|both|the|option|choice|answer|to|vs)\b)+
     {_LETTER.format("other")}
     """,
     re.VERBOSE | re.IGNORECASE,
@@ -64,12 +65,13 @@ _LATEX_NAMES = re.compile(
     r"|\\(?:text[a-z]*|math[a-z]+|mbox|operatorname\*?)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 _PROSE = re.compile(r"[A-Za-z]{4}|\b(?:inf|nan)\b", re.IGNORECASE)
-_COMMANDS = zip("×·÷π∞≤≥≠±∪∩∈", "times cdot div pi infty le ge ne pm cup cap in".split(), strict=True)
+_COMMANDS = {"×": "times", "·": "cdot", "÷": "div", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm"}
+_COMMANDS |= {"∪": "cup", "∩": "cap", "∈": "in"}
 _TO_LATEX = str.maketrans(
     {
         **dict.fromkeys("−–－﹣", "-"),
-        **{symbol: f"\\{name} " for symbol, name in _COMMANDS},
-        **{c: "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split("\u2044")) for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"},
+        **{symbol: f"\\{name} " for symbol, name in _COMMANDS.items()},
+        **{c: "\\frac{{{}}}{{{}}}".format(*fraction.split("/")) for c, fraction in FRACTIONS.items()},
         "°": "^{\\circ}",
     }
 )
@@ -79,11 +81,12 @@ _REWRITTEN = [
         (r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))", r"\\sqrt{\1\2\3}"),
         (r"[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}}}"),
         (r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}"),
-        (r"\\(?:color|textcolor)\s*\{[^{}]*\}", ""),
+        (r"\\(?:color|textcolor)\s*\{[^{}]*\}|^\s*(?:\\approx|\\sim|≈)", ""),
         (r"\\text(?:sf|tt|sc|md|up|normal)\s*\{", r"\\text{"),
         (r"(?<=[0-9])\\[,;:! ]\s*(?=[0-9]{3}(?![0-9]))", ""),
     )
 ]
+_SHORT_NAME = re.compile(r"[0-9]\s*(?![eE][-+]?[0-9])[A-Za-z]{1,3}(?![A-Za-z0-9])")  # a unit, or a variable
 _NAMED_SIDE = re.compile(r"\s*[A-Za-z](?:[A-Za-z\s:']|_(?:\{[^{}]*\}|\w))*=(.*)", re.DOTALL)
 
 
@@ -310,7 +313,7 @@ def _read_latex(source: str) -> list[Any]:
     source = source.translate(_TO_LATEX)
     for pattern, replacement in _REWRITTEN:
         source = pattern.sub(replacement, source)
-    number = None if re.search(r"[0-9]\s*[A-Za-z]{1,3}(?![A-Za-z0-9])", source) else read_bare_number(source, unit=True)
+    number = None if _SHORT_NAME.search(source) else read_bare_number(source, unit=True)
     sources = [] if number is None else [_written(number, decimal="/" not in source and "frac" not in source)]
     if number is None or "%" in source:
         sources.append(source)

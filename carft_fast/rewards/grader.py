@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from carft_fast.config import RewardConfig
-from carft_fast.core import Example, InputError, RewardError, each_rank, own_share
+from carft_fast.core import Example, InputError, RewardError
 from carft_fast.rewards.answers import (
     Answer,
     Grade,
@@ -46,11 +46,14 @@ class Grader(AbstractContextManager["Grader"]):
 
         Several processes are given the same and share the work; a `reward.fn` sees a process's share.
         """
+        from carft_fast.core import each_rank, own_share  # they load torch
+
         own = own_share(len(completions))
-        shares = each_rank(lambda: self._grade(completions[own], examples[own]))
+        shares = each_rank(lambda: self.grade_alone(completions[own], examples[own]))
         return [grade for share in shares for grade in share]
 
-    def _grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+    def grade_alone(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+        """`grade` in this process, whatever others do."""
         rule = self._config
         if self._function is not None:
             found = self._function(list(completions), list(examples))

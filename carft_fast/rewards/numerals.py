@@ -33,16 +33,25 @@ def exact(number: float) -> Fraction:
 
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\ufeff"))
 _INVISIBLE |= dict.fromkeys(range(0x2066, 0x206A))
-_VULGAR = {c: " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+FRACTIONS = {c: unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _CHARACTERS = str.maketrans(
     {
         **dict.fromkeys("−–－﹣", "-"),
         **dict.fromkeys("\u2044∕／", "/"),
         **dict.fromkeys("\u2009\u202f\u00a0", "\u2009"),  # spaces that keep a number's groups together
-        **dict.fromkeys("’ʼ", "'"),
+        **dict.fromkeys("‘’ʼ", "'"),
+        **dict.fromkeys("“”„«»", '"'),
         **dict.fromkeys("≃≅", "≈"),
-        **{"，": ",", "．": ".", "：": ":", "％": "%", "＝": "=", "＋": "+", "（": "(", "）": ")", "＄": "$"},
-        **_VULGAR,
+        "，": ",",
+        "．": ".",
+        "：": ":",
+        "％": "%",
+        "＝": "=",
+        "＋": "+",
+        "（": "(",
+        "）": ")",
+        "＄": "$",
+        **{c: f" {fraction}" for c, fraction in FRACTIONS.items()},
     }
 )
 _SUPERSCRIPTS = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789")
@@ -108,8 +117,17 @@ def _as_slash(match: re.Match[str]) -> str:
     return f" {'-' if (signs[0] == '-') != (signs[1] == '-') else ''}{numerator}/{denominator}"
 
 
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12, "lakh": 5, "crore": 7}
-_SHORT_SCALES = {"k": 3, "mn": 6, "mln": 6, "m": 6, "bn": 9, "b": 9, "tn": 12, "t": 12}
+_SCALES = {
+    "hundred": 2,
+    "thousand": 3,
+    "million": 6,
+    "billion": 9,
+    "trillion": 12,
+    "quadrillion": 15,
+    "lakh": 5,
+    "crore": 7,
+}
+_SHORT_SCALES = {"k": 3, "mil": 6, "mn": 6, "mln": 6, "m": 6, "bn": 9, "b": 9, "tn": 12, "t": 12}
 _SIGN = "[-+]"
 
 
@@ -118,7 +136,7 @@ def _power(name: str) -> str:
     return rf"\s*(?:(?:\^|\*\*)\s*\{{?\s*(?P<{name}>{_SIGN}?[0-9]{{1,4}})\s*\}}?|(?P<{name}_sup>[⁻⁺]?[⁰¹²³⁴-⁹]{{1,4}}))"
 
 
-_OPENING = r"[\s\"'`*(\[{]*"
+_OPENING = r"[\s\"'`*(\[{#]*"
 _NUMBER = re.compile(
     rf"""
     {_OPENING}
@@ -139,7 +157,7 @@ _NUMBER = re.compile(
       (?:\s*[x×*·]\s*10{_power("times")})?
     )
     (?P<scales>(?:[\s-]*(?i:{"|".join(_SCALES)})s?\b)*)
-    (?P<short>(?:[kKMB]|\s?(?i:mn|mln|bn|tn))\b|(?(money)[mbtT]\b|(?!)))?
+    (?P<short>(?:[kKMB]|\s?(?i:mil|mn|mln|bn|tn))\b|(?(money)[mbtT]\b|(?!)))?
     )
     # 1_000, "1 000", 1,2, 1.2.3, 12:30, 5'10, 1/2/3 and 2^10 are not one number, written out
     (?!\s*[\d_⁰¹²³⁴-⁹]|[,.:']\d|\s*/\s*{_SIGN}?[0-9.]|\s*(?:\^|\*\*\s*[0-9(]))
@@ -150,10 +168,15 @@ _CLOSING = r"[\s.%)>\]}\"'`*]*"
 _END = re.compile(_CLOSING)
 _UNIT = re.compile(rf"{_CLOSING}\(?\s*(?:[^\W\d_]+(?:/[^\W\d_]+)?(?:[²³]|\^\{{?[23]\}}?)?)?{_CLOSING}")
 
-_ABOUT = re.compile(r"[\s*(]*(?:(?:about|approximately|approx\.?|around|roughly|exactly)\s+|≈\s*)", re.IGNORECASE)
+_ABOUT = re.compile(
+    r"[\s*(]*(?:(?:about|approximately|approx\.?|around|roughly|exactly|(?:the\s+)?(?:final\s+)?answer(?:\s+is)?:?)\s+|≈)",
+    re.IGNORECASE,
+)
 _EXPLANATION = re.compile(r"[\s,(]\s*(?:because|since|as|so|when|where|which|after|if|for|from|given)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?][\"')*]*\s+(?![-0-9=≈+*/×]|or\b|and\b)|\n", re.IGNORECASE)
-_REMARK = re.compile(r"(?:(?<=\s)\((?!\s*(?:or|and|to)\b)(?=[^()]*(?:[^\W\d_]{2}|=))|\((?=[^\W\d_]{2,}\)))[^()]*\)")
+_REMARK = re.compile(
+    r"(?:(?<=[^\W\d_]\s)\((?!\s*(?:or|and|to)\b)|(?<=\s)\((?!\s*(?:or|and|to)\b)(?=[^()]*(?:[^\W\d_]{2}|=))|\((?=[^\W\d_]{2,}\)))[^()]*\)"
+)
 _EMPHASIS_END = re.compile(r"^[*_`]{1,3}(?=\s|$)")
 _POWER_OF_UNIT = re.compile(r"(?<![^\W\d_])(?:[^\W\d_]{2,}|[mMsS])\^\{?\s*-?[0-9]\s*\}?")
 _NUMBER_WORDS = (

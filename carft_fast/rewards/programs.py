@@ -47,7 +47,8 @@ _FORBIDDEN_ERROR = "killed: forbidden system call"
 
 class Outcome(NamedTuple):
     value: float | str | bool | None
-    """What solution() returned; numbers are floats, a `Number` where a double is not exact. None when there is nothing usable."""
+    """What solution() returned; numbers are floats, a `Number` where a double is not exact. None when there is nothing
+    usable."""
     error: str | None
     """Why there is no value, on one line; a program can write anything here."""
 

@@ -42,7 +42,19 @@ from typing import NoReturn
 
 # Modules for the programs, which can read nothing from disk; datetime imports _strptime at its first use.
 FOR_PROGRAMS = (
-    *("__future__", "_strptime", "abc", "array", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "enum"),
+    *(
+        "__future__",
+        "_strptime",
+        "abc",
+        "array",
+        "bisect",
+        "calendar",
+        "cmath",
+        "collections.abc",
+        "copy",
+        "dataclasses",
+        "enum",
+    ),
     *("functools", "heapq", "itertools", "numbers", "operator", "re", "statistics", "string", "textwrap"),
     "unicodedata",
 )

@@ -77,8 +77,8 @@ def majority(
 ) -> int | None:
     """Index of the first sample that gives the answer most samples give; None where no answer could be read.
 
-    What is the `same` as an answer's first sample, for numbers within `tolerance`, is that answer. Of two as frequent it is the one that
-    reached their number first. Source: self-consistency, Wang et al. 2023 (arXiv 2203.11171).
+    What is the `same` as an answer's first sample, numbers within `tolerance`, is that answer. Of two as frequent it is
+    the one that reached their number first. Source: self-consistency, Wang et al. 2023 (arXiv 2203.11171).
     """
     votes: dict[int, int] = {}
     best = None
