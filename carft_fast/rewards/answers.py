@@ -12,7 +12,16 @@ from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from carft_fast.config import AnswerType
-from carft_fast.rewards.numerals import FRACTIONS, LONGEST, Number, exact, plain, read_bare_number, read_number
+from carft_fast.rewards.numerals import (
+    FRACTIONS,
+    LONGEST,
+    Number,
+    decimal_places,
+    exact,
+    plain,
+    read_bare_number,
+    read_number,
+)
 
 Answer = float | str
 LatexVerdict = Literal["same", "different", "unreadable"]
@@ -267,7 +276,7 @@ def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:
     Raises ValueError for one that cannot be compared with anything.
     """
     kind: AnswerType = "numeric" if answer_type == "program" else answer_type
-    text = " ".join(answer.split())  # of an answer one line counts; all of a target does
+    text = re.sub(r"\s*[\r\n]\s*", " ", answer.strip())  # of an answer one line counts; all of a target does
     longest = _LONGEST_LATEX if kind == "latex" else LONGEST
     boxed = _boxed(text, longest)
     found = _read(text if boxed is None else boxed, kind) if len(text) <= longest else None
@@ -328,7 +337,7 @@ def _read_latex(source: str) -> list[Any]:
 def _written(number: Number, *, decimal: bool) -> str:
     """A number as math-verify reads it."""
     numerator, denominator = number.exact.as_integer_ratio()
-    places = next((n for n in range(LONGEST) if 10**n % denominator == 0), None)
+    places = decimal_places(number.exact)
     if decimal and places is not None:
         return f"{Decimal(f'{numerator * 10**places // denominator}e-{places}'):f}"
     return f"\\frac{{{numerator}}}{{{denominator}}}" if denominator > 1 else str(numerator)

@@ -22,8 +22,21 @@ class Number(float):
         number.exact = exact
         return number
 
+    def __eq__(self, other: object) -> bool:
+        return self.exact == other.exact if isinstance(other, Number) else super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = float.__hash__
+
     def __getnewargs__(self) -> tuple[Fraction]:  # type: ignore[override]
         return (self.exact,)
+
+
+def decimal_places(value: Fraction) -> int | None:
+    """How many decimals write a value out; None where none do."""
+    return next((places for places in range(LONGEST) if 10**places % value.denominator == 0), None)
 
 
 def exact(number: float) -> Fraction:
@@ -73,6 +86,7 @@ _LATEX = [
         (r"\\[,;: ]|\{\\,\}|~|\\(?:thinspace|quad|qquad)(?![A-Za-z])", "\u2009"),
         (r"\\[()\[\]]", " "),
         (r"\\%", "%"),
+        (r"\^\s*\{\s*([-+]?[0-9]+)\s*\}", r"^\1 "),
         (r"\s*(?:\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])|°)", " degrees "),
         (r"\\(?:approx|simeq|sim)(?![A-Za-z])", "≈"),
         (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
@@ -101,10 +115,8 @@ def plain(text: str) -> str:
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
     text = _MONEY_SIGNS.sub(" ", _MONEY.sub("¤", _MATH.sub(r" \1 ", text)))
-    for pattern, group in ((_NAMED_TEXT, r" \1 "), (_EMPHASIS, r"\2")):
-        for _ in range(4):  # one within the other
-            text = pattern.sub(group, text)
-    text = _FRACTION.sub(_as_slash, text)
+    for _ in range(4):  # one within the other
+        text = _EMPHASIS.sub(r"\2", _NAMED_TEXT.sub(r" \1 ", _FRACTION.sub(_as_slash, text)))
     for _ in range(4):
         text = _BRACES.sub(r" \1 ", text)
     return _ANGLES.sub(r"\1 \2 ", text)
@@ -136,12 +148,12 @@ def _power(name: str) -> str:
     return rf"\s*(?:(?:\^|\*\*)\s*\{{?\s*(?P<{name}>{_SIGN}?[0-9]{{1,4}})\s*\}}?|(?P<{name}_sup>[⁻⁺]?[⁰¹²³⁴-⁹]{{1,4}}))"
 
 
-_OPENING = r"[\s\"'`*(\[{#]*"
+_OPENING = r"[\s\"'`*(\[{#]*+"
 _NUMBER = re.compile(
     rf"""
     {_OPENING}
-    (?P<sign>{_SIGN}?)\s*(?:(?P<money>(?:US|CA|AU|HK|[AC])?\s*¤|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s0-9]))
-        \s*(?P<late_sign>{_SIGN}?))?\s*
+    (?P<sign>{_SIGN}?)\s*+(?:(?P<money>(?:US|CA|AU|HK|[AC])?\s*¤|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s0-9]))
+        \s*+(?P<late_sign>{_SIGN}?))?\s*+
     (?!0[xXbBoO][0-9A-Fa-f])
     (?>                                # atomic: what follows decides on the whole number, not on a piece of it
     (?:
@@ -156,7 +168,7 @@ _NUMBER = re.compile(
       (?:\s*/\s*(?P<divisor>[0-9]{{1,15}}(?:\.[0-9]{{1,15}})?))?
       (?:\s*[x×*·]\s*10{_power("times")})?
     )
-    (?P<scales>(?:[\s-]*(?i:{"|".join(_SCALES)})s?\b)*)
+    (?P<scales>(?:[\s-]*(?i:(?:{"|".join(_SCALES)})s?)\b)*)
     (?P<short>(?:[kKMB]|\s?(?i:mil|mn|mln|bn|tn))\b|(?(money)[mbtT]\b|(?!)))?
     )
     # 1_000, "1 000", 1,2, 1.2.3, 12:30, 5'10, 1/2/3 and 2^10 are not one number, written out
@@ -168,14 +180,16 @@ _CLOSING = r"[\s.%)>\]}\"'`*]*"
 _END = re.compile(_CLOSING)
 _UNIT = re.compile(rf"{_CLOSING}\(?\s*(?:[^\W\d_]+(?:/[^\W\d_]+)?(?:[²³]|\^\{{?[23]\}}?)?)?{_CLOSING}")
 
-_ABOUT = re.compile(
-    r"[\s*(]*(?:(?:about|approximately|approx\.?|around|roughly|exactly|(?:the\s+)?(?:final\s+)?answer(?:\s+is)?:?)\s+|≈)",
+_LEAD = re.compile(
+    r"[\s*(]*(?:(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?:?|about|approximately|approx\.?|around|roughly|exactly)\s+|≈)",
     re.IGNORECASE,
 )
-_EXPLANATION = re.compile(r"[\s,(]\s*(?:because|since|as|so|when|where|which|after|if|for|from|given)\b", re.IGNORECASE)
+_EXPLANATION = re.compile(r"[\s,(]\s*(?:because|since|(?<!well\s)as(?!\s+well)|which|given)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?][\"')*]*\s+(?![-0-9=≈+*/×]|or\b|and\b)|\n", re.IGNORECASE)
-_REMARK = re.compile(
-    r"(?:(?<=[^\W\d_]\s)\((?!\s*(?:or|and|to)\b)|(?<=\s)\((?!\s*(?:or|and|to)\b)(?=[^()]*(?:[^\W\d_]{2}|=))|\((?=[^\W\d_]{2,}\)))[^()]*\)"
+_REMARK = re.compile(  # in brackets: after a word anything, after a number words or an equation
+    r"""(?: (?:(?<=[^\W\d_]\s) | (?<=\s)(?=\([^()]*(?:[^\W\d_⁰¹²³⁴-⁹]{2}|=))) \((?!\s*(?:or|and|to)\b)
+          | \((?=[^\W\d_]{2,}\)) ) [^()]*\)""",
+    re.VERBOSE,
 )
 _EMPHASIS_END = re.compile(r"^[*_`]{1,3}(?=\s|$)")
 _POWER_OF_UNIT = re.compile(r"(?<![^\W\d_])(?:[^\W\d_]{2,}|[mMsS])\^\{?\s*-?[0-9]\s*\}?")
@@ -209,8 +223,7 @@ def read_number(text: str) -> Number | None:
         return None
     sentence = _until(_SENTENCE_END, text)
     sentence = _REMARK.sub(" ", sentence)
-    head = _NUMBER.match(_ABOUT.sub("", sentence, count=1))
-    if head is not None:
+    if _NUMBER.match(_without_lead(sentence)):
         sentence = _until(_EXPLANATION, sentence)
     sides = _EQUALS.split(sentence)
     if len(sides) == 1:
@@ -223,6 +236,11 @@ def read_number(text: str) -> Number | None:
     return found[-1]
 
 
+def _without_lead(text: str) -> str:
+    lead = _LEAD.match(text)
+    return text[lead.end() :] if lead else text
+
+
 def _until(pattern: re.Pattern[str], text: str) -> str:
     """What stands before the first match that is not at the beginning."""
     match = pattern.search(text, 1)
@@ -231,14 +249,15 @@ def _until(pattern: re.Pattern[str], text: str) -> str:
 
 def _same(one: Number, other: Number, percent: bool) -> bool:
     """Whether two sides of an equation are one number, rounded perhaps, or once in percent."""
-    decimals = 0 if other.is_integer() else len(repr(float(other)).partition(".")[2])
+    places = decimal_places(other.exact)
+    step = Fraction(0) if places is None else Fraction(1, 10**places)
     near = [abs(factor * one.exact - other.exact) for factor in (1, 100, Fraction(1, 100))[: 3 if percent else 1]]
-    return min(near) <= Fraction(1, 2 * 10**decimals) and (one.exact.denominator > 1 or min(near) == 0)
+    return min(near) <= (step / 2 if one.exact.denominator > 1 else 0)
 
 
 def _read(text: str) -> Number | None:
     """A number and words that belong to it."""
-    text = _ABOUT.sub("", text, count=1) if _ABOUT.match(text) else text
+    text = _without_lead(text)
     match = _NUMBER.match(text)
     if match is None:
         return None
