@@ -362,7 +362,7 @@ def same_answer(a: Answer | None, b: Answer | None, tolerance: float) -> bool:
     Of LaTeX this says only whether the sources are equal: `Grader.same` compares it.
     """
     if isinstance(a, float) and isinstance(b, float):
-        return abs(exact(a) - exact(b)) <= exact(tolerance)
+        return a == b or abs(exact(a) - exact(b)) <= exact(tolerance)
     return a is not None and a == b
 
 

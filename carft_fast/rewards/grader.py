@@ -115,13 +115,7 @@ def _as_number(value: float | str | bool | None) -> float | None:
     """What a program returned; text counts if it is a number, True and False do not."""
     if isinstance(value, str):
         return read_number(value) if len(value) <= LONGEST else None
-    if value is None or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return None if isinstance(value, bool) else value
 
 
 def load_function(name: str) -> RewardFunction:

@@ -257,7 +257,7 @@ def pack(value: object) -> bytes:
         number = float(value)
         if not math.isfinite(number):
             return b"enot a finite number"
-        if isinstance(value, float) or number == value:
+        if isinstance(value, float) or (number == value and abs(number) < 2**53):
             return b"f" + struct.pack("<d", number)
         return b"q%d/%d" % fractions.Fraction(value).as_integer_ratio()
     if isinstance(value, str):
