@@ -95,6 +95,7 @@ _REWRITTEN = [
         (r"(?<=[0-9])\\[,;:! ]\s*(?=[0-9]{3}(?![0-9]))", ""),
     )
 ]
+_COMPOUND = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[\s,]*[0-9]")  # 6 h and 30 min
 _SHORT_NAME = re.compile(r"[0-9]\s*(?![eE][-+]?[0-9])[A-Za-z]{1,3}(?![A-Za-z0-9])")  # a unit, or a variable
 _NAMED_SIDE = re.compile(r"\s*[A-Za-z](?:[A-Za-z\s:']|_(?:\{[^{}]*\}|\w))*=(.*)", re.DOTALL)
 
@@ -317,12 +318,12 @@ def _read_latex(source: str) -> list[Any]:
     """The expressions math-verify makes of a source, one where it reads numbers as we do; none for prose."""
     from math_verify import LatexExtractionConfig, parse
 
-    if _is_prose(source):
+    if _is_prose(source) or _COMPOUND.search(source):
         return []
     source = source.translate(_TO_LATEX)
     for pattern, replacement in _REWRITTEN:
         source = pattern.sub(replacement, source)
-    number = None if _SHORT_NAME.search(source) else read_bare_number(source, unit=True)
+    number = None if _SHORT_NAME.search(plain(source)) else read_bare_number(source, unit=True)
     sources = [] if number is None else [_written(number, decimal="/" not in source and "frac" not in source)]
     if number is None or "%" in source:
         sources.append(source)
