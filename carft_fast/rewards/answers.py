@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 from carft_fast.config import AnswerType
 from carft_fast.rewards.numerals import (
     FRACTIONS,
+    LATEX_ASIDE,
+    LATEX_WRAPPER,
     LONGEST,
     Number,
     decimal_places,
@@ -70,7 +72,7 @@ _STRING = re.compile(r"\"\"\"|'''|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?|#.*")
 _SOLUTION = re.compile(r"^[ \t]*(?:def[ \t]+solution\b|solution[ \t]*=)", re.MULTILINE)
 
 _LATEX_NAMES = re.compile(
-    r"\\begin\s*\{[^{}]*\}(?:\s*\{[clr|\s]*\})?|\\(?:end|color|textcolor)\s*\{[^{}]*\}|_\s*\{[^{}]*\}"
+    LATEX_ASIDE + r"|\\begin\s*\{[^{}]*\}(?:\s*\{[clr|\s]*\})?|\\end\s*\{[^{}]*\}|_\s*\{[^{}]*\}"
     r"|\\(?:text[a-z]*|math[a-z]+|mbox|operatorname\*?)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 _PROSE = re.compile(r"[A-Za-z]{4}|\b(?:inf|nan)\b", re.IGNORECASE)
@@ -90,7 +92,9 @@ _REWRITTEN = [
         (r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))", r"\\sqrt{\1\2\3}"),
         (r"[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}}}"),
         (r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}"),
-        (r"\\(?:color|textcolor)\s*\{[^{}]*\}|^\s*(?:\\approx|\\sim|≈)", ""),
+        (LATEX_ASIDE, ""),
+        (LATEX_WRAPPER, lambda m: m[3].replace("&", "")),
+        (r"^\s*(?:\\approx|\\sim|≈)", ""),
         (r"\\text(?:sf|tt|sc|md|up|normal)\s*\{", r"\\text{"),
         (r"(?<=[0-9])\\[,;:! ]\s*(?=[0-9]{3}(?![0-9]))", ""),
     )
@@ -320,7 +324,7 @@ def _read_latex(source: str) -> list[Any]:
 
     if _is_prose(source) or _COMPOUND.search(source):
         return []
-    source = source.translate(_TO_LATEX)
+    source = " ".join(source.split()).translate(_TO_LATEX)
     for pattern, replacement in _REWRITTEN:
         source = pattern.sub(replacement, source)
     number = None if _SHORT_NAME.search(plain(source)) else read_bare_number(source, unit=True)

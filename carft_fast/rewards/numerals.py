@@ -71,6 +71,12 @@ _SUPERSCRIPTS = str.maketrans("⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-+0123456789
 _SMALL_DIGITS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹₀₁₂₃₄₅₆₇₈₉", "01234567890123456789")
 _SMALL_FRACTION = re.compile(r"([⁰¹²³⁴-⁹]+)/([₀-₉]+)")
 
+LATEX_ASIDE = r"\\(?:color|textcolor|colorbox|label|tag\*?)\s*(?:\[[^\[\]]*\])?\s*\{[^{}]*\}"
+"""What changes nothing about a formula: its colour and its number."""
+LATEX_WRAPPER = (
+    r"(?s)\\begin\s*\{((?:equation|align|aligned|gather|gathered|split|displaymath|math)(\*?))\}(.*?)\\end\s*\{\1\}"
+)
+"""An environment that only sets its third group, a formula, on a line of its own."""
 _NAMED_TEXT = re.compile(
     r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|boldsymbol|bm|emph|underline|boxed|fbox)"
     r"\s*\{([^{}]*)\}"
@@ -79,7 +85,8 @@ _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\\\(?:\[[^\]]*\])?", "\n"),
-        (r"\\(?:color|textcolor|colorbox)\s*\{[^{}]*\}", ""),
+        (LATEX_ASIDE, ""),
+        (LATEX_WRAPPER, r" \3 "),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?|\\(?:display|text|script)style(?![A-Za-z])", ""),
         (r"\\(?:bf|rm|it|sf)(?![A-Za-z])|\\!|\{\}", ""),
         (r"\{\s*,\s*\}", ","),
@@ -169,7 +176,7 @@ _NUMBER = re.compile(
       (?:\s*[x×*·]\s*10{_power("times")})?
     )
     (?P<scales>(?:[\s-]*(?i:(?:{"|".join(_SCALES)})s?)\b)*)
-    (?P<short>(?:[kKMB]|\s?(?i:mil|mn|mln|bn|tn))\b|(?(money)[mbtT]\b|(?!)))?
+    (?P<short>(?:[kKMB]|\s?(?i:mil|mn|mln|bn|tn))\b|(?(money)\s?[kKmMbBtT]\b|(?!)))?
     )
     # 1_000, "1 000", 1,2, 1.2.3, 12:30, 5'10, 1/2/3 and 2^10 are not one number, written out
     (?!\s*[\d_⁰¹²³⁴-⁹]|[,.:']\d|\s*/\s*{_SIGN}?[0-9.]|\s*(?:\^|\*\*\s*[0-9(]))
@@ -187,7 +194,9 @@ _LEAD = re.compile(
 _EXPLANATION = re.compile(r"[\s,(]\s*(?:because|since|(?<!well\s)as(?!\s+well)|which|given)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"[.!?][\"')*]*\s+(?![-0-9=≈+*/×]|or\b|and\b)|\n", re.IGNORECASE)
 _REMARK = re.compile(  # in brackets: after a word anything, after a number words or an equation
-    r"""(?: (?:(?<=[^\W\d_]\s) | (?<=\s)(?=\([^()]*(?:[^\W\d_⁰¹²³⁴-⁹]{2}|=))) \((?!\s*(?:or|and|to)\b)
+    r"""(?: (?:(?<=[^\W\d_]\s) | (?<=\s)(?=\([^()]*(?:[^\W\d_⁰¹²³⁴-⁹]{2}|=)))
+            \((?!\s*(?:or|and|to)\b)
+          | (?<=\s)\(\s*[%a-zA-Z]?(?<![abijnqruvxyzXYZ])\s*(?=\))    # one letter, a unit
           | \((?=[^\W\d_]{2,}\)) ) [^()]*\)""",
     re.VERBOSE,
 )
@@ -307,4 +316,4 @@ def _value(match: re.Match[str]) -> Number | None:
         number = Number(value * Fraction(10) ** (times + scale))
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and bool(number) == bool(number.exact) else None

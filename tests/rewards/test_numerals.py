@@ -172,6 +172,12 @@ def test_a_number_that_goes_on_is_not_read(one: Written, other: Written, joined:
         ("6 dollars and twenty cents", None),
         ("$3.2B", 3200000000),
         ("$4m", 4000000),
+        ("$4 M", 4000000),
+        ("4 (m)", 4),
+        ("4 ($)", 4),
+        ("4 (n)", None),
+        ("\\begin{aligned} n &= 4 \\end{aligned}", 4),
+        ("\\textcolor[rgb]{0,1,0}{4}", 4),
         ("4 m", 4),
         ("2.5 mil", 2500000),
         ("7k", 7000),
@@ -188,6 +194,7 @@ def test_a_number_that_goes_on_is_not_read(one: Written, other: Written, joined:
         ("5１", None),
         ("8" * 300, None),
         ("1e" + "9" * 4, None),
+        ("1e-" + "9" * 4, None),
     ],
 )
 def test_a_person_would_read(text: str, value: int | str | None) -> None:
