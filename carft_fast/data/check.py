@@ -9,7 +9,7 @@ from carft_fast.config import Config, RewardConfig
 from carft_fast.core import Example, Table
 from carft_fast.data.load import load_set
 from carft_fast.data.prompts import PromptFormat, too_long
-from carft_fast.rewards import Answer, extract_answer, parse_target, same_answer
+from carft_fast.rewards import Answer, Grader, parse_target
 
 SHOWN = 3
 
@@ -115,7 +115,8 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     examples, report = load_set(config, "train", path, all_rows=True)
     tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
-    form = PromptFormat(tokenizer, data.template if tokenizer is not None else "carft")
+    template = data.template if tokenizer is not None else "carft"
+    form = PromptFormat(tokenizer, template, program=config.reward.answer_type == "program")
     if tokenizer is None:
         prompts = [len(form.prompt_text(e.question)) for e in examples]
         completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
@@ -143,16 +144,19 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     )
     known = {normalised(example.question) for example in tested}
     answers: dict[str, list[Answer]] = {}
-    for example, prompt, row in zip(examples, prompts, completions, strict=True):
-        question = normalised(example.question)
-        if not example.cots:
-            check.not_annotated.add(example, example.question)
-        if check.in_test_set is not None and question in known:
-            check.in_test_set.add(example, example.question)
-        if tokenizer is not None and (reason := form.control(example.question)):
-            check.left_out.setdefault(reason, Finding()).add(example, example.question)
-        _check_limits(check, example, prompt, row)
-        _check_answers(check, example, answers.setdefault(question, []), config.reward)
+    with Grader(config.reward) as grader:
+        for example, prompt, row in zip(examples, prompts, completions, strict=True):
+            question = normalised(example.question)
+            if not example.cots:
+                check.not_annotated.add(example, example.question)
+            if check.in_test_set is not None and question in known:
+                check.in_test_set.add(example, example.question)
+            if tokenizer is not None and (reason := form.control(example.question)):
+                check.left_out.setdefault(reason, Finding()).add(example, example.question)
+            _check_limits(check, example, prompt, row)
+            _check_repetition(check, example, answers.setdefault(question, []), config.reward, grader)
+        if not config.reward.fn:  # a function alone knows what an annotation answers
+            _check_annotations(check, examples, config.reward, grader)
     return check
 
 
@@ -174,16 +178,24 @@ def _check_limits(check: Check, example: Example, prompt: int, completions: Sequ
             over.add(example, f"{completion} tokens")
 
 
-def _check_answers(check: Check, example: Example, earlier: list[Answer], rule: RewardConfig) -> None:
+def _check_repetition(
+    check: Check, example: Example, earlier: list[Answer], rule: RewardConfig, grader: Grader
+) -> None:
     """`earlier` has the answers of rows with the same question, and gets this row's."""
     target = example.answer if rule.fn else parse_target(example.answer, answer_type=rule.answer_type)
-    if any(same_answer(target, other, rule.tolerance) for other in earlier):
+    if any(grader.same(target, other, rule.tolerance) for other in earlier):
         check.repeated_with_the_same_answer.add(example, example.question)
     elif earlier:
         check.repeated_with_another_answer.add(example, f"{target}, before {earlier[0]}: {example.question}")
     earlier.append(target)
-    for cot in () if rule.fn else example.cots:  # a function alone knows what an annotation answers
-        stated = extract_answer(cot, answer_type=rule.answer_type)
-        check.annotations_with_an_answer += stated is not None
-        if stated is not None and not same_answer(stated, target, rule.tolerance):
-            check.annotations_with_another_answer.add(example, f"says {stated}, the target is {target}")
+
+
+def _check_annotations(check: Check, examples: Sequence[Example], rule: RewardConfig, grader: Grader) -> None:
+    """Each annotation is graded like a completion."""
+    annotated = [example for example in examples for _ in example.cots]
+    grades = grader.grade_alone([cot for example in examples for cot in example.cots], annotated)
+    for example, grade in zip(annotated, grades, strict=True):
+        check.annotations_with_an_answer += grade.extractable
+        if grade.extractable and not grade.correct:
+            target = parse_target(example.answer, answer_type=rule.answer_type)
+            check.annotations_with_another_answer.add(example, f"says {grade.extracted}, the target is {target}")

@@ -155,7 +155,8 @@ def update_loss(
     carries every normaliser, so the losses of a mini-batch's parts add up to its own. `temperature` is the sampler's:
     the policy that is improved is the one that sampled. Source: paper eq. 5, ReFT; KL term: GRPO.
     """
-    policy_weight_C = weight_C if targets.correction_C is None else weight_C * targets.correction_C
+    # A factor of the policy term alone: the term is proportional to the advantage, the KL term does not have one.
+    advantage_C = targets.advantage_C if targets.correction_C is None else targets.advantage_C * targets.correction_C
     hidden_CD = batch.predicting(output.hidden_TD)
     if output.logits_CV is not None:
         logprob_C, entropy_C = token_logprob(
@@ -166,8 +167,8 @@ def update_loss(
         policy, metrics = policy_loss(
             logprob_C,
             old_C,
-            targets.advantage_C,
-            weight_T=policy_weight_C,
+            advantage_C,
+            weight_T=weight_C,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
@@ -175,24 +176,24 @@ def update_loss(
             assert targets.ref_logprob_C is not None
             difference_C = targets.ref_logprob_C - logprob_C
             k3_C = difference_C.exp() - difference_C - 1
-            policy = policy + config.kl_loss_coef * (policy_weight_C * k3_C).sum()
-        counted_C = policy_weight_C != 0
+            policy = policy + config.kl_loss_coef * (weight_C * k3_C).sum()
+        counted_C = weight_C != 0
         metrics = {**metrics, "entropy": (entropy_C.detach() * counted_C).sum() / counted_C.sum().clamp(min=1)}
     else:
         policy, logprob_C, metrics = linear_policy_loss(
             hidden_CD.to(model.compute_dtype),
             model.head_weight_VD.to(model.compute_dtype),
             batch.target_C,
-            advantage_T=targets.advantage_C,
+            advantage_T=advantage_C,
             old_logprob_T=targets.old_logprob_C,
-            weight_T=policy_weight_C,
+            weight_T=weight_C,
             ref_logprob_T=targets.ref_logprob_C,
             kl_coef=config.kl_loss_coef,
             temperature=temperature,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
         )
-    loss, metrics = policy, {**metrics, "policy_loss": policy.detach(), "policy_tokens": (policy_weight_C != 0).sum()}
+    loss, metrics = policy, {**metrics, "policy_loss": policy.detach(), "policy_tokens": (weight_C != 0).sum()}
     if targets.old_value_C is not None and targets.return_C is not None:
         value, value_metrics = value_loss(
             model.value(hidden_CD),

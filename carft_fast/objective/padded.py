@@ -109,7 +109,6 @@ def update_loss(
         "constant": torch.full_like(lengths_B1, normaliser.sequences * normaliser.max_new_tokens),
     }
     weight_BL = (mask_BL & live_B[:, None]) / per_row[config.loss_mean]
-    policy_weight_BL = weight_BL if targets.correction_C is None else weight_BL * spread(targets.correction_C)
 
     old_BL = logprob_BL.detach() if targets.old_logprob_C is None else spread(targets.old_logprob_C)
     advantage_BL = spread(targets.advantage_C)
@@ -117,13 +116,15 @@ def update_loss(
     ratio_BL = log_ratio_BL.exp()
     clipped_BL = ratio_BL.clamp(1 - config.clip_low, 1 + config.clip_high)
     loss_BL = torch.max(-advantage_BL * ratio_BL, -advantage_BL * clipped_BL)
+    if targets.correction_C is not None:
+        loss_BL = loss_BL * spread(targets.correction_C)
     if config.kl_loss_coef:
         assert targets.ref_logprob_C is not None
         difference_BL = (spread(targets.ref_logprob_C) - logprob_BL) * mask_BL
         loss_BL = loss_BL + config.kl_loss_coef * (difference_BL.exp() - difference_BL - 1)
-    policy = (policy_weight_BL * loss_BL).sum()
+    policy = (weight_BL * loss_BL).sum()
 
-    counted_BL = policy_weight_BL != 0
+    counted_BL = weight_BL != 0
     count = counted_BL.sum().clamp(min=1)
     with torch.no_grad():
         entropy_BL = torch.stack([-(logp_LV.exp() * logp_LV).sum(-1) for logp_LV in logp_BLV])

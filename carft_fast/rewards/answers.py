@@ -4,12 +4,26 @@
 sets them around what is extracted here and `compare_latex`, which may never end. docs/rewards.md has examples.
 """
 
-import math
+import itertools
 import re
+import textwrap
 import unicodedata
+from decimal import Decimal
 from typing import Any, Literal, NamedTuple
 
 from carft_fast.config import AnswerType
+from carft_fast.rewards.numerals import (
+    FRACTIONS,
+    LATEX_ASIDE,
+    LATEX_WRAPPER,
+    LONGEST,
+    Number,
+    decimal_places,
+    exact,
+    plain,
+    read_bare_number,
+    read_number,
+)
 
 Answer = float | str
 LatexVerdict = Literal["same", "different", "unreadable"]
@@ -18,63 +32,76 @@ REASONING_TRIGGER = "\nAnswer reasoning:\n"
 ANSWER_TRIGGER = "\nTherefore, the answer is: "
 
 _TRIGGER = re.compile(r"therefore, the answer is[ \t]*:?", re.IGNORECASE)
-_BOXED = "\\boxed{"
-_LONGEST_ANSWER = 200  # characters read of an answer; also bounds the patterns' work
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
+_BARE_BOX = re.compile(r"[^\s${]+?(?:\{[^{}]*\})*(?=[.,;:!?]?(?:[\s$]|\Z))")
 _LONGEST_LATEX = 500
 _LONGEST_PROGRAM = 65536
 
-_INVISIBLE = "\u200b-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff"  # zero-width characters, marks of direction
-_OPENING = rf"[\s{_INVISIBLE}\"'`*(<\[{{]*"
-_SIGN = "[+\\-−–－﹣]"
-_PLAIN = str.maketrans("−–－﹣⁻⁺⁰¹²³⁴⁵⁶⁷⁸⁹", "-----+0123456789")  # signs and superscripts
-_FRACTION_CHARACTERS = str.maketrans(
-    {c: " " + unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
+# Mathematics between delimiters, an environment, or the end of a line
+_PIECE = re.compile(
+    r"\\\[(.*?)\\\]|\\\((.*?)\\\)|\$\$(.*?)\$\$|(?<!\\)\$((?:\\\$|[^$\n])*)\$|\\begin\{(\w+\*?)\}.*?\\end\{\5\}"
+    r"|\n(?!\s*(?:or|and)\b)",
+    re.DOTALL | re.IGNORECASE,
 )
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\{([0-9]{1,15})\}\{([0-9]{1,15})\}")
-_SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+_JOINED = re.compile(r"[\s,;$()\[\]\\]*(?:\b(?:and|or)\b)?[\s,;$()\[\]\\]*", re.IGNORECASE)
+_STATES = re.compile(r"(?:\b(?:is|are|be|equals?|gives?|namely)|[:=])\s*$", re.IGNORECASE)
 
-
-def _power(name: str) -> str:
-    """Pattern of an exponent after 10: ^5, **5, ^{5} or superscript digits."""
-    return rf"\s*(?:(?:\^|\*\*)\s*\{{?(?P<{name}>{_SIGN}?[0-9]{{1,4}})\}}?|(?P<{name}_sup>[⁻⁺]?[⁰¹²³⁴-⁹]{{1,4}}))"
-
-
-_NUMBER = re.compile(
-    rf"""
-    {_OPENING}
-    (?P<sign>{_SIGN}?)\s*(?:(?:\\?\$|[€£¥₹]|US\$|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s0-9]))\s*(?P<late_sign>{_SIGN}?))?\s*
-    (?!0[xX])
-    (?>                                # atomic: what follows decides on the whole number, not on a piece of it
-    (?:
-      (?P<whole>[0-9]{{1,15}})\s+(?P<numerator>[0-9]{{1,15}})\s*/\s*(?P<denominator>[0-9]{{1,15}})
-    | 10{_power("alone")}
-    | (?P<digits>[0-9]{{1,3}}(?:,[0-9]{{3}})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)
-      (?P<exponent>[eE]{_SIGN}?[0-9]{{1,4}})?
-      (?:\s*/\s*(?P<divisor>[0-9]{{1,15}}(?:\.[0-9]{{1,15}})?))?
-      (?:\s*(?:[x×*·]|\\times|\\cdot)\s*10{_power("times")})?
-    )
-    (?:\s*(?P<scale>hundred|thousand|million|billion|trillion)\b)?
-    )
-    # 1_000, "1 000", 1,2, 1.2.3, 12:30, 1/2/3 and 2^10 are not one number, written out
-    (?!\s*[0-9_⁰¹²³⁴-⁹]|[,.:][0-9]|\s*/\s*{_SIGN}?[0-9.]|\s*(?:\^|\*\*\s*[0-9(]))
-    """,
-    re.VERBOSE,
-)
-_UNIT = re.compile(r"(?:\s|\\?%|[.)>\]}\"'`*$])*(?:[^\W\d_]+(?:/[^\W\d_]+)?[²³]?)?(?:\s|[.)>\]}\"'`*$])*")
+_LETTER = r"""(?P<{}>[a-e])(?![A-Za-z0-9_]|'[A-Za-z])
+    (?!(?<=a)\s+(?!(?:is|because|since|as|or|and)\b)[^\W\d_])   # "a nice day" begins with an article"""
 _CHOICE = re.compile(
     rf"""
-    {_OPENING}
-    (?:(?:the|correct|right|best|answer|option|choice|is|\\text(?:bf)?|\\math(?:rm|bf))\b[\s:]*{_OPENING}){{0,8}}
-    (?P<letter>[a-e])
-    (?![A-Za-z0-9_]|'[A-Za-z])
-    (?!(?<=a)\s+(?!(?:is|because|since|as)\b)[^\W\d_])   # "a nice day" begins with an article
+    [\s"'`*(<\[{{]*
+    (?:(?:the|correct|right|best|answer|option|choice|is)\b[\s:]*["'`*(<\[{{]*){{0,8}}
+    {_LETTER.format("letter")}
     """,
     re.VERBOSE | re.IGNORECASE,
 )
-_LATEX_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox|operatorname\*?)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_OTHER_CHOICE = re.compile(
+    rf"""
+    [\s)>\]}}"'`*]*(?:\.(?=\s*(?:or|and)\b))?
+    (?:[\s,/&|;+("'`*\[-]|\b(?:or|and|maybe|perhaps|possibly|also|either|both|the|option|choice|answer|to|vs)\b)+
+    {_LETTER.format("other")}
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+
+_FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})(?P<info>.*)")
+_LATE_FENCE = re.compile(r"(?P<indent>)[^`]*(?P<marks>```)(?P<info>[ \t]*(?:python3?|py)?[ \t]*)", re.IGNORECASE)
+_CODE = re.compile(r"(?:def|class|import|from)[ \t]+\w")
+_STRING = re.compile(r"\"\"\"|'''|\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?|#.*")
+_SOLUTION = re.compile(r"^[ \t]*(?:def[ \t]+solution\b|solution[ \t]*=)", re.MULTILINE)
+
+_LATEX_NAMES = re.compile(
+    LATEX_ASIDE + r"|\\begin\s*\{[^{}]*\}(?:\s*\{[clr|\s]*\})?|\\end\s*\{[^{}]*\}|_\s*\{[^{}]*\}"
+    r"|\\(?:text[a-z]*|math[a-z]+|mbox|operatorname\*?)\s*\{[^{}]*\}|\\[A-Za-z]+"
+)
 _PROSE = re.compile(r"[A-Za-z]{4}|\b(?:inf|nan)\b", re.IGNORECASE)
-_LATEX_NAMES = zip("×·÷π∞≤≥", ("times", "cdot", "div", "pi", "infty", "le", "ge"), strict=True)
-_LATEX_SYMBOLS = str.maketrans({"−": "-"} | {symbol: f"\\{name} " for symbol, name in _LATEX_NAMES})
+_COMMANDS = {"×": "times", "·": "cdot", "÷": "div", "π": "pi", "∞": "infty", "≤": "le", "≥": "ge", "≠": "ne", "±": "pm"}
+_COMMANDS |= {"∪": "cup", "∩": "cap", "∈": "in"}
+_TO_LATEX = str.maketrans(
+    {
+        **dict.fromkeys("−–－﹣", "-"),
+        **{symbol: f"\\{name} " for symbol, name in _COMMANDS.items()},
+        **{c: "\\frac{{{}}}{{{}}}".format(*fraction.split("/")) for c, fraction in FRACTIONS.items()},
+        "°": "^{\\circ}",
+    }
+)
+_REWRITTEN = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"√\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[A-Za-z]))", r"\\sqrt{\1\2\3}"),
+        (r"[⁻⁺]?[⁰¹²³⁴-⁹]+", lambda m: f"^{{{unicodedata.normalize('NFKC', m[0]).replace('−', '-')}}}"),
+        (r"[₀-₉]+", lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}"),
+        (LATEX_ASIDE, ""),
+        (LATEX_WRAPPER, lambda m: m[3].replace("&", "")),
+        (r"^\s*(?:\\approx|\\sim|≈)", ""),
+        (r"\\text(?:sf|tt|sc|md|up|normal)\s*\{", r"\\text{"),
+        (r"(?<=[0-9])\\[,;:! ]\s*(?=[0-9]{3}(?![0-9]))", ""),
+    )
+]
+_COMPOUND = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[\s,]*[0-9]")  # 6 h and 30 min
+_SHORT_NAME = re.compile(r"[0-9]\s*(?![eE][-+]?[0-9])[A-Za-z]{1,3}(?![A-Za-z0-9])")  # a unit, or a variable
+_NAMED_SIDE = re.compile(r"\s*[A-Za-z](?:[A-Za-z\s:']|_(?:\{[^{}]*\}|\w))*=(.*)", re.DOTALL)
 
 
 class Grade(NamedTuple):
@@ -90,160 +117,235 @@ class Grade(NamedTuple):
 
 def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
     """The answer of a completion: what follows its last "Therefore, the answer is", else the last \\boxed, else the
-    text itself if it is nothing but an answer. None when there is nothing to extract.
+    text itself if it is nothing but an answer. None when there is nothing to extract, or more than one answer.
 
     `text` may hold the prompt too: what precedes the last "Answer reasoning:" is dropped. Numbers are read as a person
-    would: commas between thousands, a currency sign, a unit, a percent sign, a fraction, brackets; after "=" when an
-    equation was written. inf and nan are not answers. "latex" and "program" return source text, not yet understood.
+    would, whole or not at all, and carry their exact value. inf and nan are not answers. "latex" and "program" return
+    source text, not yet understood.
     """
     text = text.rsplit(REASONING_TRIGGER, 1)[-1].strip()
     if answer_type == "program":
         return _program(text)
-    longest = _LONGEST_LATEX if answer_type == "latex" else _LONGEST_ANSWER
+    longest = _LONGEST_LATEX if answer_type == "latex" else LONGEST
     *before, answer = _TRIGGER.split(text)
     if before:
-        answer = answer.lstrip()[:longest]
-    boxed = _last_boxed(answer, longest)
-    if answer_type == "latex":
-        if boxed is None and not before:
-            return None
-        return _latex_source(answer if boxed is None else boxed)
+        answer = answer.lstrip()
+        if len(answer) > longest:  # no word is read that is cut
+            answer = re.sub(r"\S*\Z", "", answer[:longest])
+    boxed = _boxed(answer, longest)
     if boxed is None and not before:
-        return _read(answer, answer_type, whole=True) if len(answer) <= longest else None
-    answer = answer.split("\n", 1)[0] if boxed is None else boxed
-    return _read(re.split("[=≈]", answer)[-1] if answer_type == "numeric" else answer, answer_type, whole=False)
+        bare = answer_type != "latex" and len(answer) <= longest
+        return _read(answer, answer_type, whole=True) if bare else None
+    return _read(_statement(answer) if boxed is None else boxed, answer_type)
 
 
-def _last_boxed(text: str, longest: int) -> str | None:
-    """What is inside the last \\boxed{...}; None without one that ends."""
-    start = text.rfind(_BOXED)
-    if start < 0:
+def _read(text: str, answer_type: AnswerType, *, whole: bool = False) -> Answer | None:
+    """`whole`: nothing but closing punctuation may stand after the answer."""
+    if answer_type == "latex":
+        return _latex_source(text)
+    if answer_type == "numeric":
+        return read_bare_number(text) if whole else read_number(text)
+    text = plain(text)
+    match = _CHOICE.match(text)
+    if match is None or (whole and text[match.end() :].strip(" .%)>]}\"'`*")):
         return None
-    start += len(_BOXED)
-    depth = 1
-    for end in range(start, min(len(text), start + longest)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end]
+    other = _OTHER_CHOICE.match(text, match.end())
+    letter = match["letter"].lower()
+    return letter if other is None or other["other"].lower() == letter else None
+
+
+def _statement(text: str) -> str:
+    """The first line; a formula or environment that goes on over lines is part of it."""
+    return next((text[: m.start()] for m in _PIECE.finditer(text) if m[0] == "\n"), text)
+
+
+def _boxed(text: str, longest: int) -> str | None:
+    """What is inside the last \\boxed{...}, with those joined to it by "and", "or" or a comma; None without one."""
+    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if last < 0:
+        return None
+    begin = max(0, last - longest)
+    text = text[begin : last + longest + 10]
+    last -= begin
+    found: list[str] = []
+    end = 0
+    for match in _BOX.finditer(text):
+        content = _group(text, match.end())
+        if content is None:
+            found = []
+            continue
+        if not (found and match.start() >= end and _JOINED.fullmatch(text[end : match.start()])):
+            found = []
+        found.append(text[slice(*content)].strip())
+        end = content[1] + 1
+        last = -1 if match.start() == last else last
+    if last >= 0 or not found or any(len(content) > longest for content in found):
+        return None
+    return " \\text{ or } ".join(dict.fromkeys(found)) or None
+
+
+def _group(text: str, start: int) -> tuple[int, int] | None:
+    """Where the argument at `start` begins and ends: in braces, or else up to a space; None where it does not end."""
+    if not text.startswith("{", start):
+        match = _BARE_BOX.match(text, start)
+        return match and match.span()
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0 and brace[0] == "}":
+            return start + 1, start + brace.start()
     return None
 
 
 def _program(text: str) -> str | None:
-    """The last fenced block, or all of the text where nothing is fenced."""
-    parts = text.rsplit("```", 2)
-    if len(parts) == 3 and not parts[2].startswith("python"):
-        text = parts[1]
-    elif len(parts) > 1:  # a fence that was opened and not closed
-        text = parts[-1]
-    if len(parts) > 1 and re.match(r"[ \t]{0,9}(?:python3?|py)?[ \t]{0,9}\n", text):
-        text = text.split("\n", 1)[1]
-    text = text.strip()
-    return text if text and len(text) <= _LONGEST_PROGRAM else None
+    """The last block between fences that defines solution(); without one the text before them, or the last block.
+
+    A fence inside a triple-quoted string is part of the program.
+    """
+    blocks: list[list[str]] = []
+    before: list[str] = []
+    fence = quote = None
+    code = False
+    for line in re.split(r"\r\n|\r|\n", text):
+        match = None if quote else _FENCE.fullmatch(line)
+        if match is None and fence is None and not code:
+            match = _LATE_FENCE.fullmatch(line)
+        if match and match["marks"][0] not in match["info"]:
+            same = fence is not None and fence["marks"][0] == match["marks"][0]
+            if same and fence is not None and len(match["marks"]) >= len(fence["marks"]) and not match["info"].strip():
+                fence = None
+            else:
+                fence = match
+                blocks.append([match["info"]] if _SOLUTION.match(match["info"]) else [])
+            code = fence is not None
+        else:
+            if fence is not None:
+                blocks[-1].append(line.removeprefix(fence["indent"]))
+            elif not blocks:
+                before.append(line)
+                code = code or _CODE.match(line) is not None
+            quote = _open_string(line, quote) if code else None
+    sources = ["\n".join(block) for block in blocks]
+    if fence is not None:
+        sources[-1] = sources[-1].rstrip().removesuffix(fence["marks"])
+    source = next((source for source in reversed(sources) if _SOLUTION.search(source)), None)
+    if source is None:
+        unfenced = "\n".join(before)
+        source = unfenced if not sources or _SOLUTION.search(unfenced) else sources[-1]
+    source = textwrap.dedent(source).strip()
+    return source if source and len(source) <= _LONGEST_PROGRAM else None
+
+
+def _open_string(line: str, quote: str | None) -> str | None:
+    """The triple quote that is open after a line of a program, as `quote` was before it."""
+    at = 0
+    while True:
+        if quote is not None:
+            end = line.find(quote, at)
+            if end < 0:
+                return quote
+            at, quote = end + 3, None
+        match = _STRING.search(line, at)
+        if match is None:
+            return None
+        at = match.end()
+        quote = match[0] if match[0] in ('"""', "'''") else None
 
 
 def _latex_source(text: str) -> str | None:
-    """The mathematics of an answer, without what delimits it."""
-    for opening, closing in (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$")):
-        if text.startswith(opening) and closing in text[2:]:
-            return text[2:].split(closing, 1)[0].strip() or None
-    text = text.split("\n", 1)[0].replace("\\$", "")
-    parts = text.split("$")
-    if len(parts) >= 3:  # mathematics between dollars: the last of it
-        text = parts[-2] if len(parts) % 2 else parts[-3]
-    return text.replace("$", "").strip().removesuffix(".").strip(" *`") or None
+    """The mathematics of an answer, without what delimits it; several formulas joined by "and" or "or" stay together.
 
-
-def _read(text: str, answer_type: AnswerType, *, whole: bool, unit: bool = False) -> Answer | None:
-    """`whole`: nothing but closing punctuation may follow the answer, and with `unit` one word."""
-    if answer_type == "choice":
-        match = _CHOICE.match(text)
-        if match is None or (whole and text[match.end() :].strip(" .%)>]}\"'`*")):
+    Of formulas with other words between them, the one that the words say it is: "the number $n$ is $3$".
+    """
+    text = _statement(text)
+    pieces = [match for match in _PIECE.finditer(text) if match[5] is None]
+    after = text[pieces[-1].end() :] if pieces else ""
+    if not pieces or re.search(r"[\w^+-]$", text[: pieces[0].start()]) or re.match(r"[\w^]", after):
+        return text.replace("\\$", "").replace("$", "").strip().removesuffix(".").strip(" *`") or None
+    if re.search(r"\b(?:and|or)\s*$", text[: pieces[0].start()]) or re.match(r"\W*\b(?:and|or)\b|.*[0-9]", after):
+        return None
+    first = 0
+    for i, (piece, following) in enumerate(itertools.pairwise(pieces), 1):
+        between = text[piece.end() : following.start()]
+        if _STATES.search(between):
+            first = i
+        elif not _JOINED.fullmatch(between):
             return None
-        return match["letter"].lower()
-    text = _LATEX_FRACTION.sub(r" \1/\2", text.translate(_FRACTION_CHARACTERS))
-    match = _NUMBER.match(text)
-    if match is None or (match["sign"] and match["late_sign"]):
-        return None
-    rest = text[match.end() :]
-    if whole and not (_UNIT.fullmatch(rest) if unit else not rest.strip(" .%)>]}\"'`*$")):
-        return None
-    value = _value(match)
-    if value is None or not math.isfinite(value):
-        return None
-    sign = (match["sign"] or match["late_sign"] or "+").translate(_PLAIN)
-    return -value if sign == "-" else value
-
-
-def _value(match: re.Match[str]) -> float | None:
-    """Value of the number without its sign; None where it divides by zero."""
-    scale = _SCALES.get(match["scale"] or "", 1.0)
-    if match["whole"] is not None:
-        denominator = int(match["denominator"])
-        return (int(match["whole"]) + int(match["numerator"]) / denominator) * scale if denominator else None
-    alone, times = (_exponent(match, name) for name in ("alone", "times"))
-    if match["digits"] is None:
-        return float(f"1e{alone}") * scale
-    own = int((match["exponent"] or "e0")[1:].translate(_PLAIN))
-    value = float(f"{match['digits'].replace(',', '')}e{own + times}") * scale
-    if match["divisor"] is None:
-        return value
-    divisor = float(match["divisor"])
-    return value / divisor if divisor else None
-
-
-def _exponent(match: re.Match[str], name: str) -> int:
-    return int((match[name] or match[f"{name}_sup"] or "0").translate(_PLAIN))
-
-
-def read_number(text: str) -> float | None:
-    """A text that is nothing but a number, perhaps with a unit of one word."""
-    value = _read(text.strip(), "numeric", whole=True, unit=True) if len(text) <= _LONGEST_ANSWER else None
-    return value if isinstance(value, float) else None  # always: for the type checker
+    contents = [next(group for group in piece.groups()[:4] if group is not None).strip() for piece in pieces[first:]]
+    return " \\text{ or } ".join(filter(None, contents)) or None
 
 
 def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:
-    """The target an answer is compared with. Raises ValueError for one that cannot be compared with anything."""
-    if answer_type == "choice":
-        letter = _read(answer.strip("()[]. \"'"), answer_type, whole=True) if len(answer) <= _LONGEST_ANSWER else None
-        if letter is None:
-            raise ValueError(f"answer {_shorten(answer)} is not a letter a to e")
-        return letter
-    if answer_type == "latex":
-        source = _last_boxed(answer, _LONGEST_LATEX) or _latex_source(answer.strip()[:_LONGEST_LATEX])
-        if source is None or len(answer) > _LONGEST_LATEX or not _read_latex(source):
-            raise ValueError(f"answer {_shorten(answer)} is not LaTeX that can be compared")
-        return source
-    value = read_number(answer)
-    if value is None:
-        raise ValueError(f"answer {_shorten(answer)} is not a finite number")
-    return value
+    """The target an answer is compared with, by the rule that reads answers; of a "program" its number.
+
+    Raises ValueError for one that cannot be compared with anything.
+    """
+    kind: AnswerType = "numeric" if answer_type == "program" else answer_type
+    text = re.sub(r"\s*[\r\n]\s*", " ", answer.strip())  # of an answer one line counts; all of a target does
+    longest = _LONGEST_LATEX if kind == "latex" else LONGEST
+    boxed = _boxed(text, longest)
+    found = _read(text if boxed is None else boxed, kind) if len(text) <= longest else None
+    if found is None or (kind == "latex" and _is_prose(str(found))):
+        wanted = {"choice": "a letter a to e", "latex": "LaTeX that can be compared"}.get(kind, "a finite number")
+        raise ValueError(f"answer {_shorten(answer)} is not {wanted}")
+    return found
 
 
 def compare_latex(answer: str, target: str) -> LatexVerdict:
-    """Are two LaTeX sources the same mathematics, as math-verify decides? Unbounded: 9^{9^{9^9}} does not end here."""
+    """Are two LaTeX sources the same mathematics, as math-verify decides? Unbounded: 9^{9^{9^9}} does not end here.
+
+    Sources that are written the same are, whatever math-verify makes of them.
+    """
+    if _bare(answer) == _bare(target):
+        return "same"
     from math_verify import verify
 
     read = _read_latex(answer)
     if not read:
         return "unreadable"
-    return "same" if verify(_read_latex(target), read, timeout_seconds=None) else "different"
+    named = _NAMED_SIDE.fullmatch(target)  # S_{ABC} : S = 7:32, which has no single unknown
+    wanted = _read_latex(target) + (_read_latex(named[1]) if named and "=" not in answer else [])
+    return "same" if verify(wanted, read, timeout_seconds=None) else "different"
+
+
+def _bare(source: str) -> str:
+    """Without what is not seen: spaces, sizes."""
+    return re.sub(r"\s|\\(?:left|right|displaystyle)(?![A-Za-z])", "", source).replace("\\dfrac", "\\frac")
+
+
+def _is_prose(source: str) -> bool:
+    """Text in which math-verify would multiply the letters."""
+    return read_bare_number(source, unit=True) is None and _PROSE.search(_LATEX_NAMES.sub(" ", source)) is not None
 
 
 def _read_latex(source: str) -> list[Any]:
-    """The expressions math-verify makes of a source; none for prose, in which it would multiply the letters."""
+    """The expressions math-verify makes of a source, one where it reads numbers as we do; none for prose."""
     from math_verify import LatexExtractionConfig, parse
 
-    number = _read(source, "numeric", whole=True, unit=True)
-    if "\\" not in source and number is not None and re.search(r"\d\s+\d|[¼-¾⅐-⅞]|[a-z]{4}", source):
-        source = repr(number)  # mixed numbers and units, which it reads otherwise
-    elif _PROSE.search(_LATEX_TEXT.sub(" ", source)):
+    if _is_prose(source) or _COMPOUND.search(source):
         return []
-    return parse(
-        f"${source.translate(_LATEX_SYMBOLS)}$",
-        extraction_config=[LatexExtractionConfig()],
-        fallback_mode="no_fallback",
-        parsing_timeout=None,
-    )
+    source = " ".join(source.split()).translate(_TO_LATEX)
+    for pattern, replacement in _REWRITTEN:
+        source = pattern.sub(replacement, source)
+    number = None if _SHORT_NAME.search(plain(source)) else read_bare_number(source, unit=True)
+    sources = [] if number is None else [_written(number, decimal="/" not in source and "frac" not in source)]
+    if number is None or "%" in source:
+        sources.append(source)
+    config = [LatexExtractionConfig()]
+    return [
+        expression
+        for text in sources
+        for expression in parse(f"${text}$", config, fallback_mode="no_fallback", parsing_timeout=None)
+    ]
+
+
+def _written(number: Number, *, decimal: bool) -> str:
+    """A number as math-verify reads it."""
+    numerator, denominator = number.exact.as_integer_ratio()
+    places = decimal_places(number.exact)
+    if decimal and places is not None:
+        return f"{Decimal(f'{numerator * 10**places // denominator}e-{places}'):f}"
+    return f"\\frac{{{numerator}}}{{{denominator}}}" if denominator > 1 else str(numerator)
 
 
 def grade(text: str, target: str, *, answer_type: AnswerType, tolerance: float = 1e-2) -> Grade:
@@ -260,9 +362,12 @@ def compare(found: Answer | None, target: str, *, answer_type: AnswerType, toler
 
 
 def same_answer(a: Answer | None, b: Answer | None, tolerance: float) -> bool:
-    """Whether two extracted answers are one: numbers within `tolerance`, anything else when equal."""
+    """Whether two extracted answers are one: numbers within `tolerance`, to the last decimal; letters when equal.
+
+    Of LaTeX this says only whether the sources are equal: `Grader.same` compares it.
+    """
     if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= tolerance
+        return a == b or abs(exact(a) - exact(b)) <= exact(tolerance)
     return a is not None and a == b
 
 

@@ -10,9 +10,18 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from carft_fast.config import RewardConfig
-from carft_fast.core import Example, InputError, RewardError, each_rank, own_share
-from carft_fast.rewards.answers import Grade, compare, extract_answer, grade, parse_target, read_number
+from carft_fast.core import Example, InputError, RewardError
+from carft_fast.rewards.answers import (
+    Answer,
+    Grade,
+    compare,
+    extract_answer,
+    grade,
+    parse_target,
+    same_answer,
+)
 from carft_fast.rewards.latex import LatexChecker
+from carft_fast.rewards.numerals import LONGEST, read_number
 from carft_fast.rewards.programs import ProgramPool
 
 RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
@@ -37,11 +46,14 @@ class Grader(AbstractContextManager["Grader"]):
 
         Several processes are given the same and share the work; a `reward.fn` sees a process's share.
         """
+        from carft_fast.core import each_rank, own_share  # they load torch
+
         own = own_share(len(completions))
-        shares = each_rank(lambda: self._grade(completions[own], examples[own]))
+        shares = each_rank(lambda: self.grade_alone(completions[own], examples[own]))
         return [grade for share in shares for grade in share]
 
-    def _grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+    def grade_alone(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+        """`grade` in this process, whatever others do."""
         rule = self._config
         if self._function is not None:
             found = self._function(list(completions), list(examples))
@@ -78,9 +90,15 @@ class Grader(AbstractContextManager["Grader"]):
         outcomes = iter(self._programs.run([str(program) for program in programs if program is not None]))
         found = [None if program is None else _as_number(next(outcomes).value) for program in programs]
         return [
-            compare(value, answer, answer_type="numeric", tolerance=rule.tolerance)
+            compare(value, answer, answer_type="program", tolerance=rule.tolerance)
             for value, (_, answer) in zip(found, pairs, strict=True)
         ]
+
+    def same(self, a: Answer | None, b: Answer | None, tolerance: float) -> bool:
+        """Whether two extracted answers are one, by the rule that grades: LaTeX is compared as mathematics."""
+        if self._config.answer_type == "latex" and self._function is None and isinstance(a, str) and isinstance(b, str):
+            return a == b or self._latex.compare(a, b) == "same"
+        return same_answer(a, b, tolerance)
 
     def close(self) -> None:
         """End the processes; the next `grade` would start them again."""
@@ -96,14 +114,8 @@ class Grader(AbstractContextManager["Grader"]):
 def _as_number(value: float | str | bool | None) -> float | None:
     """What a program returned; text counts if it is a number, True and False do not."""
     if isinstance(value, str):
-        return read_number(value)
-    if value is None or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+        return read_number(value) if len(value) <= LONGEST else None
+    return None if isinstance(value, bool) else value
 
 
 def load_function(name: str) -> RewardFunction:

@@ -10,6 +10,7 @@ import math
 import multiprocessing.connection
 import os
 import platform
+import re
 import socket
 import struct
 import subprocess
@@ -18,15 +19,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
 from carft_fast.core import InputError, RewardError
+from carft_fast.rewards.numerals import Number
 
 PROGRAM_BYTES = 64 * 1024
 MACHINES = ("x86_64", "aarch64")
 LONGEST_ERROR = 300  # characters
 
+_QUOTIENT = re.compile(rb"(-?[0-9]{1,2000})/([1-9][0-9]{0,1999})")
 _SERVER = Path(__file__).with_name("sandbox_server.py")
 _INTERPRETER_OPTIONS = ("-s", "-S", "-P", "-B")
 # All of a server's environment: no user's, and the same order of sets, hence the same outcome, in every process.
@@ -43,7 +47,8 @@ _FORBIDDEN_ERROR = "killed: forbidden system call"
 
 class Outcome(NamedTuple):
     value: float | str | bool | None
-    """What solution() returned; numbers are floats. None when there is nothing usable."""
+    """What solution() returned; numbers are floats, a `Number` where a double is not exact. None when there is nothing
+    usable."""
     error: str | None
     """Why there is no value, on one line; a program can write anything here."""
 
@@ -253,6 +258,9 @@ def read_result(payload: bytes) -> Outcome:
     if kind == b"f" and len(body) == 8:
         (number,) = struct.unpack("<d", body)
         return Outcome(number, None) if math.isfinite(number) else Outcome(None, "not a finite number")
+    if kind == b"q" and (quotient := _QUOTIENT.fullmatch(body)):
+        with contextlib.suppress(OverflowError):
+            return Outcome(Number(Fraction(int(quotient[1]), int(quotient[2]))), None)
     if kind == b"b" and body in (b"\0", b"\1"):
         return Outcome(body == b"\1", None)
     if kind == b"s":

@@ -42,7 +42,19 @@ from typing import NoReturn
 
 # Modules for the programs, which can read nothing from disk; datetime imports _strptime at its first use.
 FOR_PROGRAMS = (
-    *("_strptime", "abc", "array", "bisect", "calendar", "cmath", "collections.abc", "copy", "dataclasses", "enum"),
+    *(
+        "__future__",
+        "_strptime",
+        "abc",
+        "array",
+        "bisect",
+        "calendar",
+        "cmath",
+        "collections.abc",
+        "copy",
+        "dataclasses",
+        "enum",
+    ),
     *("functools", "heapq", "itertools", "numbers", "operator", "re", "statistics", "string", "textwrap"),
     "unicodedata",
 )
@@ -238,12 +250,16 @@ def evaluate(text: str) -> bytes:
 
 
 def pack(value: object) -> bytes:
-    """A kind and its bytes; `carft_fast.rewards.programs` reads them. Numbers are doubles."""
+    """A kind and its bytes; `carft_fast.rewards.programs` reads them. A number is a double, or else a quotient."""
     if isinstance(value, bool):
         return b"b" + bytes([value])
     if isinstance(value, (int, float, fractions.Fraction, decimal.Decimal)):
         number = float(value)
-        return b"f" + struct.pack("<d", number) if math.isfinite(number) else b"enot a finite number"
+        if not math.isfinite(number):
+            return b"enot a finite number"
+        if isinstance(value, float) or (number == value and abs(number) < 2**53):
+            return b"f" + struct.pack("<d", number)
+        return b"q%d/%d" % fractions.Fraction(value).as_integer_ratio()
     if isinstance(value, str):
         return b"s" + value.encode("utf-8", "replace")
     return b"esolution() returned " + (b"nothing" if value is None else type(value).__name__.encode("utf-8", "replace"))

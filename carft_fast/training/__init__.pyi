@@ -2,8 +2,8 @@ from .agreement import check_agreement as check_agreement
 from .batch import Experience as Experience
 from .batch import Needs as Needs
 from .batch import Samples as Samples
-from .evaluate import grade_rollouts as grade_rollouts
-from .evaluate import wilson_interval as wilson_interval
+from .evaluation import grade_rollouts as grade_rollouts
+from .evaluation import wilson_interval as wilson_interval
 from .export import copy_model as copy_model
 from .export import export_checkpoint as export_checkpoint
 from .loop import stage_total_steps as stage_total_steps

@@ -26,7 +26,7 @@ from carft_fast.training.agreement import Mismatch
 from carft_fast.training.batch import Experience, MiniBatch, Needs
 from carft_fast.training.parallel import Learner
 
-# Means over the tokens that have a weight in the policy loss: correction may take it from some.
+# Means over the completion tokens, those that correction leaves out too.
 TOKEN_MEANS = ("clip_fraction", "approx_kl", "entropy")
 
 

@@ -34,7 +34,7 @@ from carft_fast.models import (
 from carft_fast.reports import result_rows, write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
-from carft_fast.training.evaluate import EvalResult, add_samples
+from carft_fast.training.evaluation import EvalResult, add_samples
 from carft_fast.training.loop import StageLoop, stage_total_steps
 from carft_fast.training.memory import estimate_memory
 from carft_fast.training.optim import learning_rate

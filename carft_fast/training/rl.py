@@ -20,7 +20,7 @@ from carft_fast.rewards import Grade, base_score, embedding_partial_score
 from carft_fast.rollout import Rollout, RolloutEngine, RolloutStream, SamplingParams
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
 from carft_fast.training.batch import Experience, Needs, Samples
-from carft_fast.training.evaluate import grade_rollouts
+from carft_fast.training.evaluation import grade_rollouts
 from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.reference import Reference

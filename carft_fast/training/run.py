@@ -35,7 +35,7 @@ from carft_fast.reports import MetricsLog, PhaseTimer
 from carft_fast.rewards import Grader
 from carft_fast.rollout import CheckedEngine, RolloutEngine, SpreadEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore
-from carft_fast.training.evaluate import EvalResult, evaluate
+from carft_fast.training.evaluation import EvalResult, evaluate
 from carft_fast.training.parallel import strategy
 
 CONFIG_FILE = "config.toml"

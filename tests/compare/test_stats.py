@@ -9,7 +9,7 @@ import pytest
 
 from carft_fast.compare.report import evaluations_csv, summary_csv
 from carft_fast.compare.stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
-from carft_fast.training.evaluate import wilson_interval
+from carft_fast.training.evaluation import wilson_interval
 
 
 def run(

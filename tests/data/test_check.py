@@ -111,6 +111,31 @@ def test_answers_of_any_text_are_usable_with_a_function(tmp_path: Path) -> None:
     assert check.repeated_with_another_answer.count == 1
 
 
+def test_annotations_and_repetitions_are_compared_as_the_reward_compares_them(tmp_path: Path) -> None:
+    """Programs by what they return, LaTeX as mathematics; and a program's length is its own."""
+    program = "def solution():\n    return {}"
+    rows = [row(0, "One?", program.format("1 + 2")), row(1, "Two?", program.format("1 + 3")), row(2, "Bad?", "no code")]
+    config = load_config(None, ["reward.answer_type=program"])
+    check = check_data(write(tmp_path / "programs.json", [*rows, row(3, "one?", "no", "3.001")]), config, None, None)
+    assert check.annotations_with_an_answer == 2
+    assert check.annotations_with_another_answer.examples == ["r1: says 4.0, the target is 3.0"]
+    assert check.repeated_with_the_same_answer.count == 1
+    assert check.lengths["annotated completion"] is not None
+    assert check.lengths["annotated completion"].max == len(program.format("1 + 2"))
+    lead = "So.\nTherefore, the answer is: "
+    rows = [
+        row(0, "One?", lead + "$0.5$", r"\frac{1}{2}"),
+        row(1, "one?", lead + r"$\frac{2}{4}$", "0.5"),
+        row(2, "Two?", lead + "$x^2 - 1$", "(x-1)(x+2)"),
+        row(3, "Three?", lead + "who knows", "9"),
+    ]
+    config = load_config(None, ["reward.answer_type=latex"])
+    check = check_data(write(tmp_path / "latex.json", rows), config, None, None)
+    assert (check.annotations_with_an_answer, check.repeated_with_the_same_answer.count) == (3, 1)
+    assert [text[:2] for text in check.annotations_with_another_answer.examples] == ["r2"]
+    assert check.repeated_with_another_answer.count == 0
+
+
 def test_unreadable_input_is_bad_input(tmp_path: Path) -> None:
     for words in (["none.json"], [write(tmp_path / "a.json", ROWS), "--against", "none.json"]):
         outcome = CliRunner().invoke(app, ["data", "check", *words])

@@ -23,7 +23,7 @@ from carft_fast.core.signals import Stopped
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.training.checkpoint import CheckpointStore
-from carft_fast.training.evaluate import EvalResult, evaluate
+from carft_fast.training.evaluation import EvalResult, evaluate
 from carft_fast.training.pipeline import prepare, train
 
 from ..training.runs import run_pipeline, tiny_config

@@ -154,7 +154,10 @@ def targets_around(inputs: Inputs, rl: RlConfig, temperature: float) -> RolloutT
 def by_formula(
     inputs: Inputs, targets: RolloutTargets, rl: RlConfig, temperature: float
 ) -> tuple[Tensor, dict[str, float]]:
-    """Paper eq. 5 with GRPO's KL term, and the metrics; every sum a loop, every denominator written out."""
+    """Paper eq. 5 with GRPO's KL term, which correction does not weigh, and the metrics.
+
+    Every sum is a loop, every denominator written out.
+    """
     policy = value = torch.zeros((), dtype=torch.float64)
     counted, clipped, moved, differences, entropies = 0, 0, 0, [], []
     for k, (i, token, state, _) in enumerate(inputs.tokens()):
@@ -162,22 +165,21 @@ def by_formula(
         old = logp[token].detach() if targets.old_logprob_C is None else targets.old_logprob_C[k].double()
         ratio = (logp[token] - old).exp()
         advantage = targets.advantage_C[k].double()
-        term = -torch.min(ratio * advantage, ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high) * advantage)
+        correction = 1.0 if targets.correction_C is None else float(targets.correction_C[k])
+        term = -correction * torch.min(ratio * advantage, ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high) * advantage)
         if targets.ref_logprob_C is not None:
             difference = targets.ref_logprob_C[k].double() - logp[token]
             term = term + rl.kl_loss_coef * (difference.exp() - difference - 1)
-        correction = 1.0 if targets.correction_C is None else float(targets.correction_C[k])
         divided_by = {
             "sequence": len(inputs.completions[i]) * WHOLE.sequences,
             "token": WHOLE.tokens,
             "constant": WHOLE.sequences * WHOLE.max_new_tokens,
         }[rl.loss_mean]
-        policy = policy + correction * term / divided_by
-        if correction:
-            counted += 1
-            clipped += not 1 - rl.clip_low <= float(ratio.detach()) <= 1 + rl.clip_high
-            differences.append(float((ratio - 1 - ratio.log()).detach()))
-            entropies.append(float(-(logp.exp() * logp).sum().detach()))
+        policy = policy + term / divided_by
+        counted += 1
+        clipped += not 1 - rl.clip_low <= float(ratio.detach()) <= 1 + rl.clip_high
+        differences.append(float((ratio - 1 - ratio.log()).detach()))
+        entropies.append(float(-(logp.exp() * logp).sum().detach()))
         if targets.old_value_C is not None and targets.return_C is not None:
             v, before, target = inputs.value(state), targets.old_value_C[k].double(), targets.return_C[k].double()
             near = before + (v - before).clamp(-rl.value_clip, rl.value_clip)

@@ -66,6 +66,9 @@ NUMERIC_DIFFERENCES: dict[tuple[str, str], float | str] = {
     # two numbers, in a target as in an answer (published: 12)
     (_LEAD + "12", "1,2"): BAD,
     (_LEAD + "6", "１６"): BAD,
+    # 0.01 apart in decimals, a little more in doubles (published: 0.1)
+    (_LEAD + "4204.010", "4204"): 1.0,
+    (_LEAD + "1000000", "1000000.01"): 1.0,
     # a currency sign in the target (published: crashes)
     (_LEAD + "5", "$5"): 1.0,
 }
@@ -164,6 +167,87 @@ def test_choice_letters(text: str, expected: str | None) -> None:
     assert extract_answer(f"x\nTherefore, the answer is: {text}", answer_type="choice") == expected
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        "{}",
+        "({})",
+        "${}$",
+        "$\\text{{{}}}$",
+        "\\textbf{{({})}}",
+        "\\boxed{{\\text{{({})}}}}",
+        "\\fbox{{{}}}",
+        "**{}**",
+        "$\\mathrm{{{}}}$.",
+        "{}) 4 or 7",
+        "Option {}.",
+        "The answer is {}",
+        "{} because A is wrong",
+        "{}. Not D",
+        "{}, ({})",
+        "{}, a nice choice",
+    ],
+)
+@pytest.mark.parametrize("letter", "BCE")
+def test_a_letter_is_read_whatever_stands_around_it(letter: str, around: str) -> None:
+    text = around.format(letter, letter)
+    assert extract_answer(f"x\nTherefore, the answer is: {text}", answer_type="choice") == letter.lower()
+    assert parse_target(text, answer_type="choice") == letter.lower()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{} or {}",
+        "{}, {}",
+        "{} and {}",
+        "{}/{}",
+        "({}), ({})",
+        "{} & {}",
+        "{} {}",
+        "{} or maybe {}",
+        "either {} or {}",
+        "{} vs {}",
+        "${}$ or ${}$",
+        "\\boxed{{{}}} or \\boxed{{{}}}",
+        "\\boxed{{{}, {}}}",
+        "{}\nor {}",
+        "{} - {}",
+        "{}; {}",
+        "{} and option {}",
+    ],
+)
+@pytest.mark.parametrize("letters", ["CD", "AE", "BA"])
+def test_of_several_letters_none_is_read(letters: str, text: str) -> None:
+    text = text.format(*letters)
+    assert extract_answer(f"x\nTherefore, the answer is: {text}", answer_type="choice") is None
+    with pytest.raises(ValueError, match="not a letter"):
+        parse_target(text.replace("\n", " "), answer_type="choice")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("We get \\fbox{27}.", 27),
+        ("We get \\boxed 12.", 12),
+        ("We get \\boxed{12} units, not 13.", 12),
+        ("We get $\\boxed {12}$", 12),
+        ("\\boxed\\frac{1}{2}", 0.5),
+        ("\\boxed{\\boxed{12}}", 12),
+        ("\\boxed{12}, that is \\boxed{12}", 12),
+        ("First \\boxed{3}. Now mended: \\boxed{8}", 8),
+        ("\\boxed{3} or \\boxed{8}", None),
+        ("\\boxed{3}, \\boxed{8}", None),
+        ("\\boxed{30 - 8}", None),
+        ("\\boxed{3} and \\boxed{", None),
+        ("\\boxed{}", None),
+    ],
+)
+def test_boxes(text: str, expected: float | None) -> None:
+    assert extract_answer(text, answer_type="numeric") == expected
+    assert extract_answer(f"So.\nTherefore, the answer is: {text}", answer_type="numeric") == expected
+
+
 def test_targets() -> None:
     assert parse_target("1,234.0", answer_type="numeric") == 1234
     assert parse_target(" B ", answer_type="choice") == "b"
@@ -259,6 +343,52 @@ def test_target_and_answer_are_read_by_one_rule(text: str) -> None:
         ("I do not know", "3", "unreadable"),
         ("inf", "3", "unreadable"),
         ("\\", "3", "unreadable"),
+        (r"\begin{pmatrix} 4 \\ 7 \end{pmatrix}", r"\begin{bmatrix} 4 \\ 7 \end{bmatrix}", "same"),
+        (r"\begin{pmatrix} 4 \\ 7 \end{pmatrix}", r"\begin{pmatrix} 7 \\ 4 \end{pmatrix}", "different"),
+        (r"\begin{array}{cccc} 1 & 2 & 3 & 4 \end{array}", r"\begin{pmatrix} 1 & 2 & 3 & 4 \end{pmatrix}", "same"),
+        (r"\begin{cases} a \\ b \end{cases}", r"\begin{cases} a\\b \end{cases}", "same"),
+        (r"\textcolor{green}{\frac{1}{8}}", "0.125", "same"),
+        (r"\color{green}{9}", "9", "same"),
+        (r"\mathbf{23}", "23", "same"),
+        (r"\text{23}", "23", "same"),
+        (r"23\textsf{ miles}", "23", "same"),
+        ("23", "23 (miles)", "same"),
+        (r"\frac{-3}{4}", r"-\frac{3}{4}", "same"),
+        ("9:45", "9:45", "same"),
+        ("9:45", "9:50", "different"),
+        (r"\frac{4}{0}", r"\frac{4}{0}", "same"),
+        (r"\frac{4}{0}", "4", "different"),
+        ("35 percent", r"35\%", "same"),
+        ("35.0", r"35\%", "same"),
+        ("60°", r"60^\circ", "same"),
+        ("60", r"60^{\circ}", "same"),
+        ("3√5", r"3\sqrt{5}", "same"),
+        ("√(y + 1)", r"\sqrt{y+1}", "same"),
+        ("y² − 1", "(y-1)(y+1)", "same"),
+        ("7²", "49", "same"),
+        ("5e-4", "0.0005", "same"),
+        (r"1.2 \times 10^{22}", "1.2e22", "same"),
+        (r"75\,000", "75000", "same"),
+        ("75{,}001", "75000", "different"),
+        ("9007199254740995", "9007199254740994", "different"),
+        ("2⅓", r"\frac{7}{3}", "same"),
+        ("y=4", r"$y=4$ or $y=-4$", "different"),
+        (r"$y=-4$ or $y=4$", r"y=4 \text{ or } y=-4", "same"),
+        ("4, 5, 6", "$4$ and $5$ and $6$", "same"),
+        ("6", "$4$ and $5$ and $6$", "different"),
+        ("2:3", "AB:CD = 2:3", "same"),
+        ("3:2", "AB:CD = 2:3", "different"),
+        ("7k", "7000", "different"),
+        (r"\frac{1}{4}x", "0.25", "different"),
+        ("\\begin{aligned}\n y &= 6\n\\end{aligned}", "6", "same"),
+        (r"\begin{equation}\label{eq:result} y = 6 \end{equation}", "y = 6", "same"),
+        ("\\begin{pmatrix}\n1\n\\\\\n2\n\\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}", "same"),
+        (r"\textcolor[rgb]{0,1,0}{6} \tag{2}", "6", "same"),
+        (r"10^{2}x", "100", "different"),
+        ("4", r"4\text{ feet and }3\text{ inches}", "different"),
+        (r"4\text{ feet and }3\text{ inches}", r"4\text{ feet and } 3\text{ inches}", "same"),
+        ("|-7|", "7", "same"),
+        (r"x \approx 1.5", "1.5", "same"),
     ],
 )
 def test_latex_is_compared_as_mathematics(answer: str, target: str, verdict: str) -> None:
@@ -275,16 +405,72 @@ def test_latex_is_compared_as_mathematics(answer: str, target: str, verdict: str
         (r"\boxed{1} no. Therefore, the answer is: \boxed{2}", "2"),
         ("nothing", None),
         (r"\boxed{1", None),
+        ("Therefore, the answer is: roughly \\[7\\]", "7"),
+        ("Therefore, the answer is: $a$ and $b$ are $2$ and $3$", r"2 \text{ or } 3"),
+        ("Therefore, the answer is: $2$ but maybe $3$", None),
+        ("Therefore, the answer is: $2$ or 3", None),
+        ("Therefore, the answer is: -$2$", "-2"),
+        ("Therefore, the answer is: 2$x$", "2x"),
+        ("Therefore, the answer is: \\begin{cases}\na\n\\end{cases}\nfor $b$", "\\begin{cases}\na\n\\end{cases}"),
+        (r"\boxed{2} or \boxed{3}", r"2 \text{ or } 3"),
+        (r"\boxed{\{2\}}", r"\{2\}"),
     ],
 )
 def test_latex_source(text: str, source: str | None) -> None:
     assert extract_answer(text, answer_type="latex") == source
 
 
-@pytest.mark.parametrize("around", ["{}", "```python\n{}\n```", "So:\n```\n{}\n```\nDone.", "a\nAnswer reasoning:\n{}"])
-def test_program_source(around: str) -> None:
-    program = "def solution():\n    return 5"
-    assert extract_answer(around.format(program), answer_type="program") == program
+@pytest.mark.parametrize(
+    "text",
+    ["$a=2$, where $b>0$", "I do not know", "", "inf", "x" * 501],
+)
+def test_latex_targets_that_are_refused(text: str) -> None:
+    """Nothing of a target is cut off without a word."""
+    with pytest.raises(ValueError, match="not LaTeX that can be compared"):
+        parse_target(text, answer_type="latex")
+
+
+PROGRAMS = [
+    "def solution():\n    return 5",
+    'def solution():\n    """Not a fence:\n\n```\n5\n```\n    """\n    return 5',
+    "def solution():\n    text = '~~~ or ```'\n    return 5  # ``` no more",
+    "import math\n\n\ndef solution():\n    if 'it''s':\n        return math.floor(5.5)",
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "around",
+    [
+        "{}",
+        "```python\n{}\n```",
+        "So:\n```\n{}\n```\nDone.",
+        "a\nAnswer reasoning:\n{}",
+        "```Python\n{}\n```",
+        "``` PY3 \n{}\n```",
+        "~~~\n{}\n~~~",
+        "````python\n{}\n````",
+        "```{{.python #a}}\n{}\n```",
+        '```python title="a.py"\n{}\n```',
+        "```python\n{}\n```\nIt prints:\n```\n5\n```",
+        "{}\n```\n5\n```",
+        "{}\n```",
+        "Run it:\n```sh\npython a.py\n```\nThe code:\n```python\n{}\n```",
+        "It's this: ```python\n{}\n```",
+        "```python\n{}",
+        "```python\ndef solution():\n    return 4\n```\nNo:\n```python\n{}\n```",
+    ],
+)
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_program_source(around: str, program: str, newline: str) -> None:
+    text = around.format(program).replace("\n", newline)
+    text = text.replace(f"Answer reasoning:{newline}", "Answer reasoning:\n").replace("a\r\nA", "a\nA")
+    assert extract_answer(text, answer_type="program") == program
+
+
+def test_an_indented_fence() -> None:
+    text = "1. This:\n\n   ```python\n   def solution():\n       return 5\n   ```\n2. Done."
+    assert extract_answer(text, answer_type="program") == PROGRAMS[0]
 
 
 @pytest.mark.parametrize(

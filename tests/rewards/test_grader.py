@@ -14,6 +14,7 @@ from carft_fast.core.example import Example
 from carft_fast.rewards import grader as grading
 from carft_fast.rewards.answers import Grade, extract_answer
 from carft_fast.rewards.grader import Grader
+from carft_fast.training.evaluation import majority
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 LEAD = "so.\nTherefore, the answer is: "
@@ -85,6 +86,40 @@ def test_programs() -> None:
     grades = graded(programs, ["5"] * 8, answer_type="program")
     assert [g.correct for g in grades] == [True, False, True, False, False, False, False, False]
     assert [g.extracted for g in grades] == [5.0, 6.0, 5.0, None, None, None, None, None]
+
+
+def test_numbers_of_programs_are_exact() -> None:
+    """Beyond what a double holds, and at the tolerance's border; the value itself stays a float."""
+    cases = [
+        ("2**70 + 1", str(2**70 + 1), True),
+        ("2**70 + 1", str(2**70), False),
+        ("Fraction(2**70 + 1, 3) * 3", str(2**70 + 1), True),
+        ("Decimal('18014398509481985.5')", "18014398509481985.5", True),
+        ("Decimal('18014398509481985.5')", "18014398509481985", False),
+        ("Fraction(1, 3)", "1/3", True),
+        ("7.01", "7", True),
+        ("'7 apples'", "7.01", True),
+        ("'7 or 8'", "7", False),
+        ("-(2**70)", str(-(2**70)), True),
+    ]
+    lead = "from __future__ import annotations\nfrom fractions import Fraction\nfrom decimal import Decimal\n\n"
+    programs = [f"{lead}def solution() -> Undefined:\n    return {value}" for value, _, _ in cases]
+    grades = graded(programs, [target for _, target, _ in cases], answer_type="program")
+    assert [grade.correct for grade in grades] == [right for _, _, right in cases]
+    assert all(grade.extracted is None or isinstance(grade.extracted, float) for grade in grades)
+
+
+def test_a_majority_is_counted_by_the_graders_equality() -> None:
+    """Three ways to write a quarter outvote two fives; as text they would not."""
+    samples = [r"\frac{3}{12}", "8", "0.25", "8", r"\frac14", None]
+    with Grader(RewardConfig(answer_type="latex")) as grader:
+        assert majority(samples, 0.01, grader.same) == 0
+        assert majority([*samples, "8.0"], 0.01, grader.same) == 0, "the first to reach its number"
+        assert majority([*samples, "8.0", r"\sqrt{64}"], 0.01, grader.same) == 1
+        assert not grader.same("unread able text", "8", 0.01)
+    assert majority(samples, 0.01) == 1
+    with Grader(RewardConfig()) as grader:
+        assert majority([1.0, 2.0, 2.009], 0.01, grader.same) == 1
 
 
 def fn(result: Any) -> str:

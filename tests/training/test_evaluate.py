@@ -6,7 +6,7 @@ import pytest
 
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
-from carft_fast.training.evaluate import bootstrap_interval, majority, pass_at_k, wilson_interval
+from carft_fast.training.evaluation import bootstrap_interval, majority, pass_at_k, wilson_interval
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])

@@ -70,18 +70,22 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority(answers: Sequence[Answer | None], tolerance: float) -> int | None:
+def majority(
+    answers: Sequence[Answer | None],
+    tolerance: float,
+    same: Callable[[Answer | None, Answer | None, float], bool] = same_answer,
+) -> int | None:
     """Index of the first sample that gives the answer most samples give; None where no answer could be read.
 
-    Numbers within `tolerance` of an answer's first sample are that answer. Of two as frequent it is the one that
-    reached their number first. Source: self-consistency, Wang et al. 2023 (arXiv 2203.11171).
+    What is the `same` as an answer's first sample, numbers within `tolerance`, is that answer. Of two as frequent it is
+    the one that reached their number first. Source: self-consistency, Wang et al. 2023 (arXiv 2203.11171).
     """
     votes: dict[int, int] = {}
     best = None
     for index, answer in enumerate(answers):
         if answer is None:
             continue
-        first = next((i for i in votes if same_answer(answers[i], answer, tolerance)), index)
+        first = next((i for i in votes if same(answers[i], answer, tolerance)), index)
         votes[first] = votes.get(first, 0) + 1
         if best is None or votes[first] > votes[best]:
             best = first
@@ -154,7 +158,7 @@ def add_samples(
     voted: list[dict[str, Any]] = [{} for _ in rows]
     for k in [] if config.reward.fn else config.eval.maj_k or [n]:  # a score says nothing of which answers are one
         for row, verdicts in zip(per_row, voted, strict=True):
-            winner = majority([answer["extracted"] for answer in row[:k]], config.reward.tolerance)
+            winner = majority([answer["extracted"] for answer in row[:k]], config.reward.tolerance, grader.same)
             chosen = {"extracted": None, "correct": False} if winner is None else row[winner]
             verdicts[f"maj@{k}"] = {name: chosen[name] for name in ("extracted", "correct")}
         correct = sum(verdicts[f"maj@{k}"]["correct"] for verdicts in voted)
