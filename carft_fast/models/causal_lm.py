@@ -105,7 +105,7 @@ class CarftModel(nn.Module):
     @property
     def eos_ids(self) -> list[int]:
         """Ids that end a text by the generation config the model came with."""
-        found = self._generation_config and self._generation_config.eos_token_id
+        found: Any = getattr(self._generation_config, "eos_token_id", None)
         return [] if found is None else [found] if isinstance(found, int) else list(found)
 
     @property
