@@ -121,9 +121,10 @@ def plain(text: str) -> str:
     text = _SMALL_FRACTION.sub(lambda m: " " + m[0].translate(_SMALL_DIGITS), text)
     for pattern, replacement in _LATEX:
         text = pattern.sub(replacement, text)
-    text = _MONEY_SIGNS.sub(" ", _MONEY.sub("¤", _MATH.sub(r" \1 ", text)))
+    text = _MATH.sub(r" \1 ", text)
     for _ in range(4):  # one within the other
         text = _EMPHASIS.sub(r"\2", _NAMED_TEXT.sub(r" \1 ", _FRACTION.sub(_as_slash, text)))
+    text = _MONEY_SIGNS.sub(" ", _MONEY.sub("¤", text))
     for _ in range(4):
         text = _BRACES.sub(r" \1 ", text)
     return _ANGLES.sub(r"\1 \2 ", text)
