@@ -1,5 +1,4 @@
 from .console import Console as Console
-from .console import Table as Table
 from .console import Tracker as Tracker
 from .devices import to_device as to_device
 from .durable import MANIFEST as MANIFEST
@@ -40,3 +39,4 @@ from .seeds import epoch_rows as epoch_rows
 from .seeds import permutation as permutation
 from .signals import Stopped as Stopped
 from .signals import StopRequest as StopRequest
+from .table import Table as Table

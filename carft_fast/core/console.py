@@ -5,29 +5,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import rich.table
 from rich.console import Console as RichConsole
 from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
 
 from carft_fast.core.durable import writing
 from carft_fast.core.processes import is_main
 from carft_fast.core.redact import redact
 
 PLAIN_LINE_SECONDS = 5.0
-
-
-class Table(rich.table.Table):
-    """Shows its texts as they are, on any console: in those of data and models `[/INST]` and `:b:` are no markup."""
-
-    def __init__(self, *headers: str, title: str) -> None:
-        super().__init__(*headers, title=Text(title, style="table.title"))
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
 
 
 class Tracker:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from carft_fast.core.console import Console, Table
+from carft_fast.core.console import Console
 from carft_fast.core.durable import read_json_lines, write_text
+from carft_fast.core.table import Table
 
 TEXTS = ["[/INST] done", "[red]7[/red]", "[b", ":smile: and :b:", "[link=http://x]y[/link]", "a\\[b]", "[/]"]
 

@@ -1,0 +1,16 @@
+"""Tables of texts that nobody checked."""
+
+from typing import Any
+
+import rich.table
+from rich.text import Text
+
+
+class Table(rich.table.Table):
+    """Shows its texts as they are, on any console: in those of data and models `[/INST]` and `:b:` are no markup."""
+
+    def __init__(self, *headers: str, title: str) -> None:
+        super().__init__(*headers, title=Text(title, style="table.title"))
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        super().add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells), **options)
