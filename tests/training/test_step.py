@@ -289,9 +289,10 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
     rollout_tokens = sum(len(p) + len(c) for p, c in case.samples.rollouts.pairs)
     annotated_tokens = sum(1 + len(c) for _, c in list(case.samples.annotated.pairs)[::4])
 
-    def forwarded(*options: str) -> tuple[int, int]:
+    def forwarded(*options: str, share: str = "false") -> tuple[int, int]:
         """Tokens through policy and reference in `make_experience`."""
-        parts = take_apart(quick_config("rollout.samples_per_prompt=4", *options), case)
+        chosen = quick_config("rollout.samples_per_prompt=4", f"rl.share_prompts={share}", *options)
+        parts = take_apart(chosen, case)
         counts = [0, 0]
         reference = parts.step._reference._copy
         for number, model in enumerate((parts.policy, reference)):
@@ -304,6 +305,10 @@ def test_forwards_that_nobody_reads_are_not_made() -> None:
         return counts[0], counts[1]
 
     assert forwarded() == (rollout_tokens + annotated_tokens, rollout_tokens), "a prompt goes with its rollouts alone"
+    prompts = {tuple(p) for p, _ in case.samples.rollouts.pairs}
+    shared_tokens = sum(map(len, prompts)) + sum(case.samples.rollouts.lengths)
+    whole = "rl.mini_batch_size=12"
+    assert forwarded(whole, share="auto") == (shared_tokens + annotated_tokens, shared_tokens), "each prompt once"
     assert forwarded(*METHODS["reft"]) == (rollout_tokens, rollout_tokens)
     assert forwarded(*METHODS["reft"], "rl.kl_coef=0.0") == (rollout_tokens, 0)
     one_update = ["rl.ppo_epochs=1", "rl.mini_batch_size=12"]
