@@ -107,7 +107,7 @@ def test_every_engine_samples_the_same_tokens(
 
 @pytest.mark.slow
 def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path) -> None:
-    """Equal weights in float32, 64 completions of up to 32 tokens: rounding may turn two of them."""
+    """Equal weights in float32, 64 completions of up to 16 tokens: rounding may turn two of them."""
     config = load_config(
         "configs/svamp_smollm2_cpu.toml",
         [f"model.path={smollm2}", "model.compute_dtype=float32", "rollout.engine=vllm", "rollout.batch_size=64"],
@@ -115,7 +115,7 @@ def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path) -
     model = load_model(config, str(smollm2), CPU, heads=False)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompts = [tokenizer.encode(f"Question:\n{n} birds and {n + 3} more are how many?\nAnswer:\n") for n in range(64)]
-    sampling = SamplingParams(32, temperature=0.8, seed=1)
+    sampling = SamplingParams(16, temperature=0.8, seed=1)
     expected = HFEngine(model, tokenizer, batch_size=64).generate(prompts, sampling)
     engine = VLLMEngine(config, model, [tokenizer.eos_token_id])
     try:

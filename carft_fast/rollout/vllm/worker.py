@@ -80,7 +80,7 @@ class CoupledSampler:
             tokens = iter(spec_decode_metadata.draft_token_ids.tolist())
             drafts = [[next(tokens) for _ in range(count)] for count in spec_decode_metadata.num_draft_tokens]
         starts = list(itertools.accumulate((len(draft) + 1 for draft in drafts), initial=0))
-        width = 1 + max(map(len, drafts))
+        width = 1 + max(map(len, drafts), default=0)
         token_RW = torch.full((requests, width), -1, dtype=torch.int32, device=logits.device)
         ids_RWK = value_RWK = None
         if most is not None:
