@@ -39,7 +39,15 @@ ACCEPTED = {
     "3.6": (
         (
             r"logprob_fwd_kernel \(fp32.*\) sm_\d+: 1\.250 MUFU per element",
-            "a rescaling more for each four logits; the bound is that of memory all the same",
+            "three rescalings more for 16 logits; memory bounds the kernel all the same",
+        ),
+        (
+            r"logprob_fwd_kernel \(bf16, entropy.*\) sm_100: bound 1\.131 of the floor",
+            "more instructions than later versions make; Triton 3.9 stays within 1.10",
+        ),
+        (
+            r"matmul_lse_kernel \(.*\) sm_80: stack of (128|224) bytes",
+            "registers kept in memory outside of the K loop, once a tile; inside it there is none",
         ),
     ),
 }

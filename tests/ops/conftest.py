@@ -11,6 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from carft_kernels import _runtime
 
 
+def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What an operation returns. On "meta" there is no data: an `out` as it is (2.11 has no addmm with a dtype)."""
+    out = kwargs.get("out")
+    return out if isinstance(out, Tensor) and out.device.type == "meta" else func(*args, **kwargs)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the largest tensor any operation returns, and the FLOP of every matrix product, inside operators too."""
 
@@ -24,7 +30,7 @@ class LargestTensor(TorchDispatchMode):
             with self:
                 result = OPDEFS[func._name.removesuffix(".default")]._init_fn(*args, **(kwargs or {}))
         else:
-            result = func(*args, **(kwargs or {}))
+            result = computed(func, args, kwargs or {})
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self.numel = max(self.numel, tensor.numel())
