@@ -53,7 +53,7 @@ def estimate_memory(
     if stage == "rl" and Needs.of(config).reference and not rank and not config.rl.reference_offload:
         lasting["reference"] = share(frozen, frozen_text, weight_shards)
     if devices > 1:
-        lasting |= _in_transit(cost, strategy, compute, lora=bool(rank), trained=trained)
+        lasting |= _in_transit(cost, stage, strategy, compute, lora=bool(rank), trained=trained)
         if strategy in ("zero2", "zero3"):  # its optimizer works on a copy of its part of the weights
             lasting["DeepSpeed's copy"] = share(trained * FLOAT32, "trained weights x 4 bytes", devices)
     passing = {"activations": _activations(config, cost, stage, compute, devices)}
@@ -64,7 +64,7 @@ def estimate_memory(
 
 
 def _in_transit(
-    cost: ModelCost, strategy: Strategy, compute: int, *, lora: bool, trained: int
+    cost: ModelCost, stage: str, strategy: Strategy, compute: int, *, lora: bool, trained: int
 ) -> dict[str, tuple[float, str]]:
     """Divided weights while they are gathered for use; gradients until they are summed over devices."""
     if strategy == "ddp":
@@ -73,9 +73,10 @@ def _in_transit(
     # FSDP2 gathers layers in the compute dtype, DeepSpeed in that of the weights
     layer_size = compute if strategy == "fsdp2" or lora else FLOAT32
     found: dict[str, tuple[float, str]] = {}
-    if strategy == "fsdp2":  # as they arrive, and each in its place
-        text = f"two layers x {layer_size} + embeddings and head x 4 bytes, these twice"
-        found["gathered weights"] = 2 * layer * layer_size + 2 * rest * FLOAT32, text
+    if strategy == "fsdp2":  # RL's losses work while the rest is there as it arrived, and each weight in its place
+        times = 1 if stage == "sft" else 2
+        text = f"two layers x {layer_size} + {times} x embeddings and head x 4 bytes"
+        found["gathered weights"] = 2 * layer * layer_size + times * rest * FLOAT32, text
     elif strategy == "zero3":
         text = f"two layers x {layer_size} + embeddings and head x 4 bytes"
         found["gathered weights"] = 2 * layer * layer_size + rest * FLOAT32, text
