@@ -244,7 +244,17 @@ def cuda_path(recorder: Recorder, capability: tuple[int, int]) -> None:
         recorder.sync()
         return [0.0] * x.numel()
 
+    def on_device(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The host's numbers on their way to the device, where they take memory."""
+
+        def made(*args: Any, **options: Any) -> Tensor:
+            return make(*args, **options).clone()
+
+        return made
+
     replaced: list[tuple[Any, str, Any]] = [
+        (torch, "frombuffer", on_device(torch.frombuffer)),
+        (torch, "as_tensor", on_device(torch.as_tensor)),
         (FakeTensor, "is_cuda", property(is_cuda)),
         (FakeTensor, "cpu", cpu),
         (FakeTensor, "tolist", tolist),
