@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import transformers
 
 from benchmarks.rows import RESULTS
-from carft_fast.models import ModelCost, StepShape, Work, fast_step, published_step
+from carft_fast import plan
+from carft_fast.models import ModelCost, StepShape, fast_step, published_step
 
-GPUS = {"A100-80GB": (312e12, 2.04e12), "H100-SXM": (989e12, 3.35e12), "B200": (2250e12, 8.0e12)}
-"""Dense bfloat16 FLOP/s and memory bytes/s, from the vendor's data sheets."""
-MATMUL_SHARE, MEMORY_SHARE = 0.4, 0.8
+GPUS = [plan.GPUS[name] for name in ("a100-80", "h100-80", "b200-180")]
 RANKS, GLOBAL_BATCH = 8, 64
 MODELS: dict[str, Any] = {
     "CodeLlama-7B": transformers.LlamaConfig(
@@ -46,11 +45,6 @@ def shape_of(task: str) -> StepShape:
     return StepShape(prompts, completions, completions, epochs=2, shards=RANKS)
 
 
-def seconds(work: Work, gpu: str) -> float:
-    flops, bytes_per_second = GPUS[gpu]
-    return max(work.flops / (flops * MATMUL_SHARE), work.bytes / (bytes_per_second * MEMORY_SHARE))
-
-
 class Prediction(NamedTuple):
     """Milliseconds by phase."""
 
@@ -68,8 +62,8 @@ def predictions() -> list[Prediction]:
         for task in LENGTHS:
             both = fast_step(cost, shape_of(task)), published_step(cost, shape_of(task))
             for gpu in GPUS:
-                ours, theirs = ({phase: 1e3 * seconds(work, gpu) for phase, work in step.items()} for step in both)
-                found.append(Prediction(model, task, gpu, ours, theirs))
+                ours, theirs = ({phase: 1e3 * gpu.seconds(work) for phase, work in step.items()} for step in both)
+                found.append(Prediction(model, task, gpu.title, ours, theirs))
     return found
 
 
@@ -77,11 +71,12 @@ def assumptions() -> list[tuple[str, str]]:
     return [
         (
             "a phase's time",
-            f"the larger of FLOPs / ({MATMUL_SHARE:.0%} of the peak) and bytes / ({MEMORY_SHARE:.0%} of the bandwidth)",
+            f"the larger of FLOPs / ({plan.MATMUL_SHARE:.0%} of the peak) and bytes / ({plan.MEMORY_SHARE:.0%} of the "
+            "bandwidth)",
         ),
         *(
-            (gpu, f"{flops / 1e12:.0f} TFLOP/s dense bfloat16, {rate / 1e12:.2f} TB/s")
-            for gpu, (flops, rate) in GPUS.items()
+            (gpu.title, f"{gpu.flops / 1e12:.0f} TFLOP/s dense bfloat16, {gpu.bandwidth / 1e12:.2f} TB/s")
+            for gpu in GPUS
         ),
         (
             "rollouts of one GPU",

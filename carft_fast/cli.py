@@ -103,6 +103,23 @@ def compare(
     )
 
 
+@app.command()
+def plan(
+    gpu: Annotated[str, typer.Option(help="Such as h100-80 or rtx4090-24; a wrong name lists all.")],
+    gpus: Annotated[
+        int, typer.Option(help="How many of them; with several, FSDP2 unless the config names another.")
+    ] = 1,
+    config: ConfigFile = None,
+    method: Method = None,
+    overrides: Overrides = None,
+    stage: Annotated[str, typer.Option(help="sft, rl, or both with a comma.")] = "sft,rl",
+) -> None:
+    """Does it fit on a GPU, and how long does a step take: a prediction, made without one. Downloads no weights."""
+    stages = ("sft",) if method == "sft" else tuple(stage.split(","))
+    resolved = load_config(config, method=method, overrides=overrides or ())
+    core.Console().show(trainer.estimate(resolved, gpu=gpu, gpus=gpus, stages=stages)[1])
+
+
 @app.command("eval")
 def evaluate(
     config: ConfigFile = None, overrides: Overrides = None, dry_run: DryRun = False, output_dir: OutputDir = None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from carft_fast.core import Example
     from carft_fast.data import Check
+    from carft_fast.plan import Estimate
     from carft_fast.rewards import RewardFunction
     from carft_fast.rollout import RolloutEngine
     from carft_fast.training.run import Run
@@ -206,6 +207,20 @@ def compare(
         return
     comparison.run()
     console.log(f"report: {folder / 'compare.md'}")
+
+
+def estimate(
+    config: Config, *, gpu: str, gpus: int = 1, stages: Sequence[str] = ("sft", "rl")
+) -> "tuple[Estimate, Table]":
+    """Whether the stages fit on `gpus` GPUs named `gpu`, and what a step takes: figures, and the same as a table.
+
+    A prediction from a step on tensors without data; see docs/plan.md. Of the model it reads the config, and no data.
+    Raises InputError for an unknown GPU, and for a config that cannot run or be planned.
+    """
+    from carft_fast import plan
+
+    found = plan.estimate(config, gpu=gpu, gpus=gpus, stages=_checked_stages(stages))
+    return found, plan.estimate_table(found)
 
 
 def report(folder: "StrPath") -> Path:

@@ -6,6 +6,7 @@ from .flops import StepShape as StepShape
 from .flops import Work as Work
 from .flops import fast_step as fast_step
 from .flops import published_step as published_step
+from .flops import sft_step as sft_step
 from .heads import HEADS_CONFIG as HEADS_CONFIG
 from .heads import HEADS_WEIGHTS as HEADS_WEIGHTS
 from .heads import CarftHeads as CarftHeads

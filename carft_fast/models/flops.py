@@ -140,6 +140,15 @@ def fast_step(
     }
 
 
+def sft_step(cost: ModelCost, shape: StepShape, *, recompute: bool = False) -> Work:
+    """Work of an SFT step over prompts and annotated CoTs: LM head on CoT tokens only, its logits found twice."""
+    rows = list(zip(shape.prompts, shape.annotated, strict=True))
+    layers = cost.layers_flops(sum(map(sum, rows)), sum(causal_pairs(p + a) for p, a in rows))
+    weights = cost.all_weights * shape.bytes_per_weight
+    flops = (4 if recompute else 3) * layers + 4 * cost.head_flops(sum(shape.annotated))
+    return Work(flops, 3 * weights) + _optimizer(cost, shape)
+
+
 def published_step(cost: ModelCost, shape: StepShape) -> dict[str, Work]:
     """Work of the published trainers' step: rows padded to the longest prompt and completion, float32 logits of every
     position in each of three passes and in the update, activations recomputed.

@@ -11,6 +11,7 @@ from .memory import estimate_memory as estimate_memory
 from .optim import build_optimizer as build_optimizer
 from .parallel import Learner as Learner
 from .parallel import build_learner as build_learner
+from .parallel import strategy as strategy
 from .pipeline import describe_plan as describe_plan
 from .pipeline import describe_schedule as describe_schedule
 from .pipeline import evaluate_only as evaluate_only

@@ -1,7 +1,8 @@
 """What training holds in memory, estimated from the model's sizes; nothing here is measured.
 
-Counted: weights, gradients, AdamW's moments, the reference, what a strategy gathers, the largest activations, the
-KV cache of the trainer's own sampler. Not counted: the two heads, temporaries of kernels, fragmentation, a vLLM engine.
+Counted: weights, gradients, AdamW's moments, the reference, what a strategy gathers, the largest activations with the
+LM head's scratch, the KV cache of the trainer's own sampler. Not counted: the two heads, temporaries of kernels,
+fragmentation, a vLLM engine. `carft-fast plan` finds the same from a step on tensors without data.
 
 Share of each that one of n devices holds, by strategy:
 
@@ -20,6 +21,8 @@ from carft_fast.training.batch import Needs
 from carft_fast.training.parallel import BUCKET
 
 FLOAT32 = 4
+CHUNK_LOGITS = 1 << 28
+"""`carft_kernels` keeps so many logits at a time on a GPU."""
 
 
 def estimate_memory(
@@ -50,10 +53,10 @@ def estimate_memory(
     if stage == "rl" and Needs.of(config).reference and not rank and not config.rl.reference_offload:
         lasting["reference"] = share(frozen, frozen_text, weight_shards)
     if devices > 1:
-        lasting |= _in_transit(cost, strategy, compute, lora=bool(rank), trained=trained)
+        lasting |= _in_transit(cost, stage, strategy, compute, lora=bool(rank), trained=trained)
         if strategy in ("zero2", "zero3"):  # its optimizer works on a copy of its part of the weights
             lasting["DeepSpeed's copy"] = share(trained * FLOAT32, "trained weights x 4 bytes", devices)
-    passing = {"activations": _activations(config, cost, stage, compute)}
+    passing = {"activations": _activations(config, cost, stage, compute, devices)}
     if config.rollout.engine == "hf":
         passing["sampler's KV cache"] = _kv_cache(config, lm_config, compute)
     total = sum(size for size, _ in lasting.values()) + max(size for size, _ in passing.values())
@@ -61,36 +64,55 @@ def estimate_memory(
 
 
 def _in_transit(
-    cost: ModelCost, strategy: Strategy, compute: int, *, lora: bool, trained: int
+    cost: ModelCost, stage: str, strategy: Strategy, compute: int, *, lora: bool, trained: int
 ) -> dict[str, tuple[float, str]]:
     """Divided weights while they are gathered for use; gradients until they are summed over devices."""
     if strategy == "ddp":
         return {"gradient bucket": (min(BUCKET, trained * FLOAT32), "128 MiB, or all gradients where they are less")}
     layer, rest = cost.layer_weights / cost.layers, cost.all_weights - cost.layer_weights
-    # FSDP2 gathers in the compute dtype, DeepSpeed in that of the weights
+    # FSDP2 gathers layers in the compute dtype, DeepSpeed in that of the weights
     layer_size = compute if strategy == "fsdp2" or lora else FLOAT32
-    rest_size = compute if strategy == "fsdp2" else FLOAT32
     found: dict[str, tuple[float, str]] = {}
-    if strategy != "zero2":
-        text = f"two layers x {layer_size} + embeddings and head x {rest_size} bytes"
-        found["gathered weights"] = 2 * layer * layer_size + rest * rest_size, text
-    if not lora:  # those of adapters are small
-        text = f"one layer x {layer_size} + embeddings and head x {rest_size} bytes"
-        found["whole gradients"] = layer * layer_size + rest * rest_size, text
+    if strategy == "fsdp2":  # RL's losses work while the rest is there as it arrived, and each weight in its place
+        times = 1 if stage == "sft" else 2
+        text = f"two layers x {layer_size} + {times} x embeddings and head x 4 bytes"
+        found["gathered weights"] = 2 * layer * layer_size + times * rest * FLOAT32, text
+    elif strategy == "zero3":
+        text = f"two layers x {layer_size} + embeddings and head x 4 bytes"
+        found["gathered weights"] = 2 * layer * layer_size + rest * FLOAT32, text
+    if not lora and strategy != "fsdp2":  # those of adapters are small; FSDP2 divides a layer's before the next
+        text = f"one layer x {layer_size} + embeddings and head x 4 bytes"
+        found["whole gradients"] = layer * layer_size + rest * FLOAT32, text
     return found
 
 
-def _activations(config: Config, cost: ModelCost, stage: str, compute: int) -> tuple[float, str]:
-    tokens = config.sft.micro_batch_tokens if stage == "sft" else config.rl.micro_batch_tokens
-    width, text = cost.linear_width, "inputs and outputs of all linear layers"
-    if config.model.gradient_checkpointing:
-        width = cost.layers * cost.hidden_size + cost.linear_width // cost.layers
-        text = "(layers x hidden size + one layer's linear inputs and outputs)"
-    size, text = tokens * width * float(compute), f"{tokens:,} tokens x {text} x {compute} bytes"
+def _activations(config: Config, cost: ModelCost, stage: str, compute: int, devices: int) -> tuple[float, str]:
+    """Of a full micro-batch. A device never has more tokens than its share of the longest mini-batch."""
+    settings, rows = (config.sft, config.sft.batch_size) if stage == "sft" else (config.rl, config.rl.mini_batch_size)
+    tokens = min(settings.micro_batch_tokens, -(-rows // devices) * config.data.max_length)
+    # the residual stream is float32 under autocast
+    kept = cost.layers * cost.hidden_size * FLOAT32
+    layer = cost.linear_width // cost.layers * compute
+    if not config.model.gradient_checkpointing:
+        kept += cost.linear_width * compute
     if config.model.impl == "padded":
-        size += 3 * tokens * cost.vocabulary * FLOAT32
-        text += f" + 3 x {tokens:,} x vocabulary x 4 bytes of logits"
-    return size, text
+        size = tokens * (kept + 2.0 * layer + 3 * cost.vocabulary * FLOAT32)
+        return size, f"{tokens:,} tokens x (kept for backward + a layer twice + 3 x vocabulary x 4 bytes of logits)"
+    head, head_text = _head_scratch(config, cost, tokens, compute)
+    kept_text = "all layers' inputs" if config.model.gradient_checkpointing else "all layers' inputs and outputs"
+    text = f"{tokens:,} tokens x {kept_text} + the larger of a layer twice and {head_text}"
+    return tokens * kept + max(2.0 * tokens * layer, head), text
+
+
+def _head_scratch(config: Config, cost: ModelCost, tokens: int, compute: int) -> tuple[float, str]:
+    """Of the two linear operators on a GPU: a chunk's logits and their gradient, the head's in the compute dtype, and
+    its gradient in float32."""
+    completion_tokens = tokens * config.rollout.max_new_tokens / config.data.max_length
+    chunk = min(completion_tokens, CHUNK_LOGITS / cost.vocabulary)
+    logits = chunk * cost.vocabulary * (FLOAT32 + (compute if compute < FLOAT32 else 0))
+    cast = cost.head_weights * compute if compute < FLOAT32 else 0
+    gradient = 0 if config.lora.rank else cost.head_weights * FLOAT32
+    return logits + cast + gradient, "the LM head's logits, cast and gradient"
 
 
 def _kv_cache(config: Config, lm_config: Any, compute: int) -> tuple[float, str]:

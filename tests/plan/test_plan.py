@@ -1,0 +1,241 @@
+"""A plan's peaks against fake CUDA tensors and sums by hand; fits and does not; the largest micro-batch; bad input.
+
+Nothing here was ever run on a GPU.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import plan_table
+from carft_fast import trainer
+from carft_fast.config.schema import Config
+from carft_fast.config.toml import load_config, to_toml
+from carft_fast.core.errors import InputError
+from carft_fast.data.synthetic import build_tokenizer
+from carft_fast.models.flops import ModelCost
+from carft_fast.plan import resources
+from carft_fast.plan.gpus import GPUS, USABLE, Gpu
+from tests.gpu_path.test_gpu_path import compiled, pytestmark
+
+ROOT = Path(__file__).resolve().parents[2]
+SHAPE = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1408}
+LAYERS, VOCABULARY, LENGTH, NEW = 3, 8192, 256, 192
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Config and tokenizer of a small Qwen2; no weights."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("model")
+    transformers.Qwen2Config(
+        **SHAPE, num_hidden_layers=LAYERS, vocab_size=VOCABULARY, tie_word_embeddings=False
+    ).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def config(model: str) -> Callable[..., Config]:
+    def make(*options: str) -> Config:
+        base = [f"model.path={model}", "model.compute_dtype=bfloat16", "model.gradient_checkpointing=true"]
+        base += [f"data.max_length={LENGTH}", f"rollout.max_new_tokens={NEW}", 'rollout.engine="vllm-server"']
+        base += ['rollout.server_devices=["1"]', "rl.batch_size=64", "rl.mini_batch_size=64"]
+        return load_config(None, [*base, "rl.micro_batch_tokens=2048", "sft.micro_batch_tokens=2048", *options])
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[resources.Worker]:
+    found = resources.Worker(1, (9, 0))
+    yield found
+    found.close()
+
+
+def parameters() -> int:
+    """By hand, with the two heads."""
+    d, kv, mlp = SHAPE["hidden_size"], SHAPE["hidden_size"] // 4, SHAPE["intermediate_size"]
+    layer = d * d + d + 2 * (d * kv + kv) + d * d + 3 * d * mlp + 2 * d
+    return LAYERS * layer + 2 * VOCABULARY * d + d + (64 * d + 64) + (64 + 1)
+
+
+def test_lasting_memory_by_hand(config: Callable[..., Config], worker: resources.Worker) -> None:
+    """float32: weights, gradients, two moments; the reference has its layers' matrices in bfloat16."""
+    found = worker.step(resources.full_micro_batches(config(), "rl", 8, 2, 1), "rl", LAYERS)
+    size = parameters()
+    d, kv, mlp = SHAPE["hidden_size"], SHAPE["hidden_size"] // 4, SHAPE["intermediate_size"]
+    halved = LAYERS * (2 * d * d + d + 2 * (d * kv + kv) + 3 * d * mlp)
+    heads = (64 * d + 64) + 65
+    reference = 4 * (size - heads) - 2 * halved
+    assert found["rollout"]["parts"]["weights"] == 4 * size
+    assert found["rollout"]["parts"]["moments"] == pytest.approx(8 * size, rel=1e-3), "and a count each"
+    assert found["rollout"]["parts"]["reference"] == pytest.approx(reference, rel=1e-3), "and rotary frequencies"
+    assert found["update: optimizer"]["peak"] == pytest.approx(16 * size + reference, rel=5e-3)
+    # the LM head: logits in float32 and bfloat16; its gradient in float32 and its cast in bfloat16; the states'
+    # gradient in bfloat16 and, before it is rounded, in float32
+    scratch = 8 * NEW * (VOCABULARY + d) * (4 + 2) + VOCABULARY * d * (4 + 2)
+    parts = found["update"]["parts"]
+    assert parts["LM-head scratch"] + parts["cast weights"] == pytest.approx(scratch, rel=5e-3)
+
+
+def on_fake_cuda(folder: Path, config: Config, stage: str, processes: int) -> dict[str, Any]:
+    asked, answer = folder / "asked.json", folder / "answer.json"
+    lengths = {"prompt": LENGTH - NEW, "completion": NEW}
+    asked.write_text(json.dumps([{"config": to_toml(config), "stage": stage, "layers": LAYERS, **lengths}]))
+    environment = os.environ | {
+        "CARFT_FAKE_CUDA_SHIM": str(compiled(folder)),
+        "CARFT_KERNELS_CHECK_INDICES": "0",
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
+    command = [sys.executable, str(Path(__file__).with_name("on_fake_cuda.py")), str(asked), str(answer)]
+    done = subprocess.run([*command, str(processes)], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert answer.is_file(), done.stderr[-4000:]
+    return dict(json.loads(answer.read_text())[0])
+
+
+fake_cuda = [*pytestmark, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
+
+
+@pytest.mark.parametrize(("stage", "processes"), [("rl", 1), ("sft", 8), ("rl", 8)])
+def test_peaks_are_those_of_fake_cuda_tensors(
+    config: Callable[..., Config], tmp_path: Path, stage: str, processes: int
+) -> None:
+    """The same step where tensors say that they are on a GPU, and nothing of the plan's stand-ins is installed.
+
+    There no kernel computes SiLU's gradient at once, as a GPU has: three arrays more while a layer's backward runs.
+    """
+    options = ["distributed.strategy=fsdp2"] if processes > 1 else []
+    settings = resources.full_micro_batches(config(*options), stage, 8, 2, processes)
+    own = resources.Worker(processes, (9, 0))
+    try:
+        found = own.step(settings, stage, LAYERS)
+    finally:
+        own.close()
+    expected = on_fake_cuda(tmp_path, settings, stage, processes)
+    silu = 3 * 8 * LENGTH * SHAPE["intermediate_size"] * 2
+    phases = [name for name in expected if name and name != "load"]
+    assert len(phases) >= 5
+    for name in phases:
+        least = expected[name]["peak"] * 0.999
+        assert least - (silu if "backward" in name else 0) <= found[name]["peak"] <= expected[name]["peak"] * 1.001, (
+            name
+        )
+    reads = [sum(x["syncs"] for name, x in steps.items() if name not in ("", "load")) for steps in (found, expected)]
+    assert abs(reads[0] - reads[1]) <= 1
+
+
+test_peaks_are_those_of_fake_cuda_tensors.pytestmark = [  # type: ignore[attr-defined]
+    *test_peaks_are_those_of_fake_cuda_tensors.pytestmark,  # type: ignore[attr-defined]
+    *fake_cuda,
+]
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    def of_size(mebibytes: float) -> None:
+        monkeypatch.setitem(GPUS, "small", Gpu("small", round(mebibytes), 1e12, 1e11, (9, 0)))
+
+    return of_size
+
+
+def test_the_largest_micro_batch_fits_and_one_sequence_more_does_not(
+    config: Callable[..., Config], card: Callable[[float], None], worker: resources.Worker
+) -> None:
+    def peak(rows: int) -> float:
+        found = worker.step(resources.full_micro_batches(config(), "rl", rows, 2, 1), "rl", LAYERS)
+        return max(phase["peak"] for name, phase in found.items() if name)
+
+    border = (peak(20) + peak(21)) / 2
+    card(border / USABLE / 2**20)
+    found = resources.estimate(config(), gpu="small", stages=("rl",))
+    assert found.fits()
+    assert found.stages["rl"].largest_micro_batch_tokens == 20 * LENGTH
+    assert not found.stages["rl"].whole_mini_batch
+
+
+def test_what_does_not_fit_says_so(config: Callable[..., Config], card: Callable[[float], None]) -> None:
+    card(parameters() * 15 / USABLE / 2**20)  # weights, gradients and moments alone are 16 bytes each
+    found, table = trainer.estimate(config(), gpu="small", stages="sft")
+    assert not found.fits()
+    assert found.stages["sft"].largest_micro_batch_tokens is None
+    assert "prediction, nothing was run on a GPU" in str(table.title)
+    cells = " ".join(map(str, table.columns[1].cells))
+    assert "does not fit" in cells
+    assert "not even one sequence" in cells
+
+
+def test_a_sampler_that_sleeps_leaves_its_memory(config: Callable[..., Config]) -> None:
+    cost = ModelCost(0, 0, parameters(), 0, 0, VOCABULARY, LAYERS, 0)
+    lm_config = resources.load_lm_config(config().model)
+    gpu = GPUS["h100-80"]
+    shares = []
+    for level in (0, 2):
+        options = ['rollout.engine="vllm"', "rollout.server_devices=[]", f"rollout.sleep_level={level}"]
+        sampler = resources.Sampler(config(*options, "rollout.memory_fraction=0.5"), cost, lm_config, gpu)
+        assert sampler.working == gpu.memory / 2
+        assert not sampler.problem
+        shares.append(sampler.sleeping)
+    assert shares == [gpu.memory / 2, 2**30]
+    options = ['rollout.engine="vllm"', "rollout.server_devices=[]", "rollout.memory_fraction=0.01"]
+    assert "do not hold its weights" in resources.Sampler(config(*options), cost, lm_config, gpu).problem
+
+
+@pytest.mark.parametrize(
+    ("options", "gpu", "words"),
+    [
+        ((), "h100", ["h100", "h100-80", "rtx4090-24"]),
+        (("distributed.strategy=zero3",), "h100-80", ["zero3", "ddp", "fsdp2"]),
+        (("model.attention=sdpa",), "h100-80", ["sdpa", "packed"]),
+        (("model.device=cpu",), "h100-80", ["model.device", "cuda"]),
+        (("model.impl=padded",), "h100-80", ["padded", "fast"]),
+        (("lora.rank=4", 'lora.target_modules=["nothing"]'), "h100-80", ["lora.target_modules", "nothing"]),
+    ],
+)
+def test_bad_input_names_what_is_allowed(
+    config: Callable[..., Config], options: tuple[str, ...], gpu: str, words: list[str]
+) -> None:
+    with pytest.raises(InputError) as error:
+        resources.estimate(config(*options), gpu=gpu, gpus=2, stages=("rl",))
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_command_ends_with_2_for_an_unknown_gpu(model: str) -> None:
+    command = [sys.executable, "-m", "carft_fast", "plan", "--gpu", "gtx", "--set", f"model.path={model}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert 'gpu = "gtx": allowed are' in done.stderr
+
+
+CLAIMS = [claim for claim in plan_table.claims() if claim.gpus == 1 and claim.stage == "rl"]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.recipe.stem)
+def test_a_shipped_recipe_fits_where_it_says(
+    claim: plan_table.Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources, "LAYERS", (2, 3))
+    monkeypatch.setattr(resources, "_largest", lambda *_: 1)  # costs most, and has a test of its own
+    found = resources.estimate(plan_table.config_of(claim.recipe, tmp_path), gpu=claim.gpu, stages=("rl",))
+    assert found.fits(), plan_table.verdict(found, "rl")
+
+
+def test_what_the_table_says_of_a_recipe_is_what_the_recipe_says() -> None:
+    claims = {str(claim.recipe.relative_to(ROOT)): claim for claim in plan_table.claims()}
+    rows = json.loads(plan_table.ROWS.read_text())
+    assert rows
+    for row in rows:
+        claim = claims[row["recipe"]]
+        assert (row["gpu"], row["gpus"], row["fits"]) == (claim.gpu, claim.gpus, True)
+    page = plan_table.PAGE.read_text()
+    assert plan_table.with_table(page, rows) == page
