@@ -1,7 +1,6 @@
 """A plan as a table."""
 
-from rich.table import Table
-
+from carft_fast.core import Table
 from carft_fast.plan.gpus import MATMUL_SHARE, MEMORY_SHARE, USABLE
 from carft_fast.plan.resources import Estimate, PhaseEstimate, StageEstimate
 
