@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -38,20 +39,26 @@ def local_engine(base_model: CarftModel) -> Iterator[VLLMEngine]:
 
 
 @pytest.fixture(scope="session")
-def compiled_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterator[VLLMEngine]:
-    """Beside the other one: the first that closes takes with it what vLLM's engines of a process share."""
-    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), base_model, [EOS])
-    yield engine
-    engine.close()
+def at_the_end(local_engine: VLLMEngine) -> Iterator[ExitStack]:
+    """Closes further engines: the first that closes takes with it what vLLM's engines of a process share."""
+    with ExitStack() as stack:
+        yield stack
 
 
 @pytest.fixture(scope="session")
-def wide_engine(base_model: CarftModel, local_engine: VLLMEngine) -> Iterator[VLLMEngine]:
+def compiled_engine(base_model: CarftModel, at_the_end: ExitStack) -> VLLMEngine:
+    engine = VLLMEngine(make_config("rollout.engine=vllm", "model.compile=true"), base_model, [EOS])
+    at_the_end.callback(engine.close)
+    return engine
+
+
+@pytest.fixture(scope="session")
+def wide_engine(base_model: CarftModel, at_the_end: ExitStack) -> VLLMEngine:
     """For many short completions at once."""
     options = ["rollout.engine=vllm", "rollout.batch_size=512", "rollout.draft_budget=100000"]
     engine = VLLMEngine(make_config(*options), base_model, [EOS])
-    yield engine
-    engine.close()
+    at_the_end.callback(engine.close)
+    return engine
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def test_every_engine_samples_the_same_tokens(
 
 
 @pytest.mark.slow
-def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path) -> None:
+def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path, at_the_end: ExitStack) -> None:
     """Equal weights in float32, 64 completions of up to 16 tokens: rounding may turn two of them."""
     config = load_config(
         "configs/svamp_smollm2_cpu.toml",
@@ -118,11 +119,9 @@ def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path) -
     sampling = SamplingParams(16, temperature=0.8, seed=1)
     expected = HFEngine(model, tokenizer, batch_size=64).generate(prompts, sampling)
     engine = VLLMEngine(config, model, [tokenizer.eos_token_id])
-    try:
-        engine.sync(model)
-        found = engine.generate(prompts, sampling)
-    finally:
-        engine.close()
+    at_the_end.callback(engine.close)
+    engine.sync(model)
+    found = engine.generate(prompts, sampling)
     same = [a.completion_ids == b.completion_ids for a, b in zip(found, expected, strict=True)]
     assert sum(same) >= 62
     assert_samples_of(model.lm, found[:4], sampling, prompts[:4])
