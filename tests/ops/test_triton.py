@@ -376,6 +376,8 @@ def test_policy_and_value_loss(seed: int, tokens: int, dtype: torch.dtype) -> No
     share[::3] = 0
     old = (a + b).to(dtype).to(DEVICE)
     c, share, a = (x.to(dtype).to(DEVICE) for x in (c, share, a))
+    # exactly on the clip of the value loss the derivative is a convention, and torch 2.15 has another than 2.13
+    share = share.masked_fill((a.double() - old.double()).abs() == 0.25, 0.0)
     wide = torch.promote_types(dtype, torch.float32)
 
     def plain(reference: Scalar, **options: float) -> Scalar:
