@@ -132,15 +132,16 @@ def _storage(tensor: Tensor) -> int:
 
 
 class InPlace:
-    """How one vLLM model takes the weights of a sync. A failed `load` leaves a model that the next one mends.
+    """How one vLLM model takes the weights of a sync; found anew when their names or shapes change.
 
-    `reload` loads a stream of weights vLLM's own way.
+    A failed `load` leaves a model that the next one mends. `reload` loads a stream of weights vLLM's own way.
     """
 
     def __init__(
         self, model: nn.Module, vllm_config: Any, reload: Callable[[Iterator[tuple[str, Tensor]]], None]
     ) -> None:
         self._model, self._config, self._reload = model, vllm_config, reload
+        self._metadata: list[WeightInfo] = []
         self._steps: list[_Step] = []
         self._fills: list[_Fill] = []
         self._buffers: list[Tensor] = []
@@ -155,10 +156,11 @@ class InPlace:
 
         Raises EngineError when they are not the ones `metadata` describes.
         """
-        if not self._steps and not self.reason:
+        if self._metadata != (described := list(metadata)):
+            self._metadata, self._steps, self._checked, self.reason = described, [], False, ""
             try:
                 with set_current_vllm_config(self._config):
-                    self._find(metadata, dtype)
+                    self._find(described, dtype)
             except Exception as error:  # of any kind: these are the loaders of any model
                 self._give_up(f"{error or type(error).__name__}")
         if self._checked:
@@ -252,14 +254,13 @@ class InPlace:
             raise _UnmappableError(f"vLLM keeps {target.path} in another layout than it loads")
 
     def _expected(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[_Step, Tensor]]:
-        """Each step with its weight. Raises EngineError for other weights than the first sync's metadata named."""
+        """Each step with its weight. Raises EngineError for weights that `metadata` does not name."""
         for step, pair in itertools.zip_longest(self._steps, weights):
             wanted = step.info if step else None
             sent = WeightInfo(pair[0], tuple(pair[1].shape)) if pair else None
             if sent != wanted:
                 raise EngineError(
-                    f"a weight sync sent {sent or 'nothing more'}; expected, as in the first one: "
-                    f"{wanted or 'nothing more'}"
+                    f"a weight sync sent {sent or 'nothing more'}; its metadata says {wanted or 'nothing more'}"
                 )
             yield step, pair[1]
 
