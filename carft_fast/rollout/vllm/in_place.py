@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import set_current_vllm_config
-from vllm.model_executor.layers.attention import Attention, is_deferred_attention_layer
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -145,7 +145,7 @@ class InPlace:
         self._steps: list[_Step] = []
         self._fills: list[_Fill] = []
         self._buffers: list[Tensor] = []
-        self._attention = [layer for layer in model.modules() if is_deferred_attention_layer(layer)]
+        self._attention = [layer for layer in model.modules() if hasattr(layer, "process_weights_after_loading")]
         self._checked = False
         self.reason = ""
         """Why weights are not copied in place; empty where they are, or where no sync has been tried."""
@@ -156,21 +156,21 @@ class InPlace:
 
         Raises EngineError when they are not the ones `metadata` describes.
         """
-        if self._metadata != (described := list(metadata)):
-            self._metadata, self._steps, self._checked, self.reason = described, [], False, ""
-            try:
-                with set_current_vllm_config(self._config):
+        with set_current_vllm_config(self._config):
+            if self._metadata != (described := list(metadata)):
+                self._metadata, self._steps, self._checked, self.reason = described, [], False, ""
+                try:
                     self._find(described, dtype)
-            except Exception as error:  # of any kind: these are the loaders of any model
-                self._give_up(f"{error or type(error).__name__}")
-        if self._checked:
-            self._copy(weights)
-        elif self.reason:
-            self._reload_or_mend(weights)
-        else:
-            expected: list[Tensor] = []
-            self._reload_or_mend(self._watched(weights, expected))
-            self._check(expected)
+                except Exception as error:  # of any kind: these are the loaders of any model
+                    self._give_up(str(error) or type(error).__name__)
+            if self._checked:
+                self._copy(weights)
+            elif self.reason:
+                self._reload_or_mend(weights)
+            else:
+                expected: list[Tensor] = []
+                self._reload_or_mend(self._watched(weights, expected))
+                self._check(expected)
 
     def _give_up(self, reason: str) -> None:
         self.reason, self._steps = reason, []
@@ -181,8 +181,7 @@ class InPlace:
             self._reload(iter(weights))
         except BaseException:
             # The layers not yet reloaded are on the meta device: unless they are put back, no later load works.
-            with set_current_vllm_config(self._config):
-                finalize_layerwise_reload(self._model, self._config.model_config)
+            finalize_layerwise_reload(self._model, self._config.model_config)
             raise
 
     def _find(self, metadata: Sequence[WeightInfo], dtype: torch.dtype) -> None:
@@ -197,7 +196,7 @@ class InPlace:
                 raise _UnmappableError(f"{path} has the quantisation method {type(method).__name__}")
         for layer in self._attention:
             if type(layer) is not Attention:
-                raise _UnmappableError(f"attention of type {type(layer).__name__}")
+                raise _UnmappableError(f"{type(layer).__name__} has work of its own after loading")
         sources = [torch.empty(info.shape, dtype=dtype, device="meta") for info in metadata]
         steps = [_Step(info) for info in metadata]
         initialize_layerwise_reload(self._model)
@@ -283,9 +282,8 @@ class InPlace:
                 copy.view.on(into).copy_(_part(source, copy.source))
             for layer in step.complete:
                 self._pack(layer, held)
-        with set_current_vllm_config(self._config):
-            for layer in self._attention:  # as reload_weights does
-                layer.process_weights_after_loading(self._config.model_config.dtype)  # type: ignore[operator]
+        for layer in self._attention:  # as reload_weights does
+            layer.process_weights_after_loading(self._config.model_config.dtype)  # type: ignore[operator]
 
     def _buffer(self, target: _Target) -> Tensor:
         """For one packed weight. Buffers are used again: new memory costs more than the copy."""
