@@ -8,6 +8,7 @@ import copy
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,8 @@ def no_reload(monkeypatch: pytest.MonkeyPatch) -> Callable[[VLLMEngine], None]:
     return forbid
 
 
-@pytest.fixture(scope="session")  # the first engine to close takes with it what vLLM's engines of a process share
-def other_engine(
-    local_engine: VLLMEngine, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[VLLMEngine, CarftModel]]:
+@pytest.fixture(scope="module")
+def other_engine(at_the_end: ExitStack, tmp_path_factory: pytest.TempPathFactory) -> tuple[VLLMEngine, CarftModel]:
     """In bfloat16 from a float32 trainer; heads not tied, biases, a vocabulary that vLLM pads."""
     folder: Path = tmp_path_factory.mktemp("qwen2")
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
@@ -121,8 +120,8 @@ def other_engine(
     config = make_config("rollout.engine=vllm", "rollout.dtype=bfloat16")
     model = load_model(config, str(folder), CPU, heads=False)
     engine = VLLMEngine(config, model, [EOS])
-    yield engine, model
-    engine.close()
+    at_the_end.callback(engine.close)
+    return engine, model
 
 
 def test_three_syncs_leave_the_trainers_weights_to_the_bit(
