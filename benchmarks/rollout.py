@@ -8,6 +8,10 @@ With `--drafts` it compares three vLLM engines in this process instead, in turns
 and that with drafts (each prompt's completion of the turn before, and its annotated CoT). Their rate is tokens per CPU
 second, which other processes disturb less. The model should have been trained (`carft-fast sft`): a policy that is not
 sure of its tokens makes drafts worthless. Writes benchmarks/results/drafts_cpu.{json,md}.
+
+With `--sync` it compares ways to give a vLLM engine in this process the weights of a model in the same dtype, in turns:
+vLLM's `reload_weights`, the copy in place (and the packing in it), and a plain copy of the same bytes into memory of
+their own. Writes benchmarks/results/sync_cpu.{json,md}.
 """
 
 import argparse
@@ -29,7 +33,7 @@ from benchmarks.rows import RESULTS, commit
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config, load_config
 from carft_fast.core import Console
-from carft_fast.models import CarftModel, load_model
+from carft_fast.models import CarftModel, SamplerWeights, load_model
 from carft_fast.rollout import RolloutEngine, SamplingParams, build_engine
 from carft_fast.rollout.vllm import adapter
 from carft_fast.training import check_agreement, prepare, versions
@@ -189,6 +193,75 @@ def drafts_report(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *dict.fromkeys(f"{row['machine']}\n" for row in rows)])
 
 
+def run_sync(name: str, model_path: str, data: str, dtype: str, repeats: int) -> list[dict[str, Any]]:
+    """A row for each way: median wall and processor time of a sync, in milliseconds."""
+    from carft_fast.rollout.vllm.in_place import InPlace  # imports vLLM
+
+    config = case_config(model_path, data, dtype, "vllm")
+    run = prepare(config, Path("runs/benchmark"), Console(), stages=("rl",), write=False)
+    model = load_model(config, run.config.model.path, torch.device("cpu"), heads=False)
+    model.lm.to(getattr(torch, dtype))
+    engine: Any = build_engine(config, model, run.tokenizer)
+    weights = SamplerWeights(model.lm, getattr(torch, dtype))
+    tensors = [tensor for _, tensor in weights]  # the trainer's own
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    pack = InPlace._pack
+    packing = [0.0, 0.0]
+
+    def timed_pack(*arguments: Any) -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        pack(*arguments)
+        packing[0] += time.perf_counter() - wall
+        packing[1] += time.process_time() - cpu
+
+    def plain_copy() -> None:
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor)
+
+    def reload_weights() -> None:
+        engine._engine._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+
+    ways = {"reload_weights": reload_weights, "in place": lambda: engine.sync(model), "plain copy": plain_copy}
+    found: dict[str, list[list[float]]] = {way: [] for way in [*ways, "packing, in place"]}
+    try:
+        with mock.patch.object(InPlace, "_pack", timed_pack):
+            for _ in range(repeats + 1):
+                for way, call in ways.items():
+                    packing[:] = [0.0, 0.0]
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    call()
+                    found[way].append([time.perf_counter() - wall, time.process_time() - cpu])
+                    if way == "in place":
+                        found["packing, in place"].append(list(packing))
+    finally:
+        engine.close()
+    gc.collect()
+    rows = []
+    for way, times in found.items():
+        wall_ms, cpu_ms = (statistics.median(1e3 * t[kind] for t in times[1:]) for kind in (0, 1))  # the first warms up
+        rows.append({"model": name, "dtype": dtype, "way": way, "sync_ms": wall_ms, "sync_cpu_ms": cpu_ms})
+        print(f"{name} {dtype} {way}: {wall_ms:.1f} ms, {cpu_ms:.1f} ms of processor time", flush=True)
+    return rows
+
+
+def sync_report(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "# A weight sync in the trainer's process, on the CPU",
+        "",
+        "vLLM in the process, the trainer's weights in its dtype. The ways took turns; medians over the repeats, the",
+        'first turn left out. "Packing" is a part of "in place": vLLM\'s CPU build packs matrices for oneDNN. The',
+        "plain copy moves every weight of the stream once, a tied head twice. Other processes were busy, as the load",
+        "says: the processor time is the one to compare. Nothing here ran on a GPU.",
+        "",
+        "| model | dtype | way | ms | ms of processor time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        figures = f"{row['sync_ms']:.1f} | {row['sync_cpu_ms']:.1f}"
+        lines.append(f"| {row['model']} | {row['dtype']} | {row['way']} | {figures} |")
+    return "\n".join([*lines, "", *dict.fromkeys(f"{row['machine']}\n" for row in rows)])
+
+
 def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Rollout engines on the CPU",
@@ -220,14 +293,18 @@ def main() -> None:
     parser.add_argument("--data", default="", help="SVAMP file for its prompts")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--drafts", action="store_true", help="the coupled sampler and drafts, not the engines")
+    parser.add_argument("--sync", action="store_true", help="ways of a weight sync, not the engines")
     arguments = parser.parse_args()
+    benchmark = "sync" if arguments.sync else "rollout"
     cases = [("quickstart", "quickstart")]
     if arguments.smollm2:
         cases.append(("SmolLM2-135M", arguments.smollm2))
     rows: list[dict[str, Any]] = []
     for name, path in cases:
         for dtype in ("float32", "bfloat16"):
-            if arguments.drafts:
+            if arguments.sync:
+                rows += run_sync(name, path, arguments.data, dtype, arguments.repeats)
+            elif arguments.drafts:
                 for batch in BATCHES:
                     rows.append(run_drafts(name, path, arguments.data, dtype, batch, arguments.repeats))
             else:
@@ -237,18 +314,19 @@ def main() -> None:
         [
             f"processor {platform.machine()}, cores {os.cpu_count()}, threads {torch.get_num_threads()}",
             f"repeats {arguments.repeats}",
+            *([f"load {os.getloadavg()[0]:.1f}"] if arguments.sync else []),
             *(f"{key} {value}" for key, value in vllm.items()),
             f"commit {commit()}",
         ]
     )
     rows = [row | {"machine": machine} for row in rows]
     RESULTS.mkdir(exist_ok=True)
-    results = RESULTS / ("drafts_cpu.json" if arguments.drafts else "rollout_cpu.json")
+    results = RESULTS / f"{'drafts' if arguments.drafts else benchmark}_cpu.json"
     if results.is_file():  # a model that was left out this time keeps its rows
         done = {name for name, _ in cases}
         rows += [row for row in json.loads(results.read_text())["rows"] if row["model"] not in done]
-    results.write_text(json.dumps({"benchmark": "rollout", "schema": 1, "rows": rows}, indent=1) + "\n")
-    text = (drafts_report if arguments.drafts else report)(rows)
+    results.write_text(json.dumps({"benchmark": benchmark, "schema": 1, "rows": rows}, indent=1) + "\n")
+    text = (sync_report if arguments.sync else drafts_report if arguments.drafts else report)(rows)
     results.with_suffix(".md").write_text(text)
     print(text)
 

@@ -22,4 +22,5 @@ from .packing import pack as pack
 from .packing import sequence_mean_weights as sequence_mean_weights
 from .sampler_weights import HeldWeights as HeldWeights
 from .sampler_weights import SamplerWeights as SamplerWeights
+from .sampler_weights import WeightInfo as WeightInfo
 from .sampler_weights import gathered as gathered

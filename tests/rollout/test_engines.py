@@ -224,25 +224,6 @@ def test_the_probe_refuses_other_weights_than_the_trainers(engine: RolloutEngine
         check_agreement(engine, model, PROMPTS, config)
 
 
-def test_the_probe_catches_the_tied_head_that_named_parameters_forgets(
-    local_engine: VLLMEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert model.lm.config.tie_word_embeddings
-    local_engine.sync(model)
-    perturb(model, 6)
-    whole = SamplerWeights.groups
-
-    def without_head(self: SamplerWeights) -> Iterator[list[tuple[str, Tensor]]]:
-        for group in whole(self):
-            if kept := [(name, tensor) for name, tensor in group if name != "lm_head.weight"]:
-                yield kept
-
-    monkeypatch.setattr(SamplerWeights, "groups", without_head)
-    local_engine.sync(model)
-    with pytest.raises(EngineError, match="trainer and sampler disagree"):
-        check_agreement(local_engine, model, PROMPTS, make_config())
-
-
 def test_prompts_beyond_the_context_are_refused_before_anything_runs(engine: RolloutEngine, model: CarftModel) -> None:
     engine.sync(model)
     too_long = [*PROMPTS[:2], [3] * 77]

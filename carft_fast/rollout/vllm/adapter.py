@@ -304,14 +304,11 @@ class LocalEngine:
 
     def load(self, weights: SamplerWeights, weight_version: int) -> None:
         """Replace the weights. The version says `INCOMPLETE` until all of them are in."""
+        from carft_fast.rollout.vllm.in_place import load_in_place
+
         engine = self._llm.llm_engine
         engine.set_weight_version(INCOMPLETE)
-        try:
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
-        except BaseException:
-            # The layers not yet reloaded are on the meta device: unless they are put back, no later reload works.
-            self._llm.collective_rpc(_finish_reload)
-            raise
+        self._llm.collective_rpc(load_in_place, args=(weights,))
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM kept its prefix cache over a weight update: requests were still running")
         engine.set_weight_version(str(weight_version))
@@ -340,14 +337,6 @@ def _from_vllm(completion: Any, ends: Sequence[int], weight_version: int) -> Rol
         weight_version,
         checked.to_dict() if checked else None,
     )
-
-
-def _finish_reload(worker: Any) -> None:
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-    with set_current_vllm_config(worker.vllm_config):
-        finalize_layerwise_reload(worker.get_model(), worker.model_config)
 
 
 def device_sender(

@@ -18,6 +18,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from carft_fast.models import WeightInfo
+
 BACKEND = "carft_files"
 
 
@@ -32,6 +34,7 @@ class FilesWeightTransferEngine(WeightTransferEngine[WeightTransferInitInfo, Fil
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = FilesUpdateInfo
+    _in_place: Any = None
 
     def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None: ...
     def start_weight_update(self) -> None: ...
@@ -45,13 +48,19 @@ class FilesWeightTransferEngine(WeightTransferEngine[WeightTransferInitInfo, Fil
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: FilesUpdateInfo) -> None:
+        from carft_fast.rollout.vllm.in_place import InPlace  # plugins are loaded before vLLM's models
+
+        if self._in_place is None:
+            self._in_place = InPlace(self.model, self.vllm_config, self._reload)
+        weights = list(_read(update_info.files))  # mapped, not read
+        metadata = [WeightInfo(name, tuple(tensor.shape)) for name, tensor in weights]
+        self._in_place.load(metadata, weights[0][1].dtype, weights)
+
+    def _reload(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         load_weights: Any = self.model.load_weights  # of vLLM's models, not of nn.Module
         initialize_layerwise_reload(self.model)
-        try:
-            load_weights(_read(update_info.files))
-        finally:
-            # After an error too: else the layers not yet loaded stay on the meta device, and no later load works.
-            finalize_layerwise_reload(self.model, self.model_config)
+        load_weights(weights)
+        finalize_layerwise_reload(self.model, self.model_config)
 
 
 class RequireToken:
