@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -389,3 +390,14 @@ def test_ends_come_from_the_model_and_its_tokenizer(tmp_path: Path) -> None:
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
         loaded = load_model(Config(), str(tmp_path), CPU, heads=False)
         assert build_engine(make_config("rollout.engine=hf"), loaded, tokenizer)._ends == expected  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe", "DeepseekV3", "Olmoe"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_models_with_experts_are_refused_before_anything_starts(family: str, device: str) -> None:
+    """Tried on the CPU: vLLM 0.32 finds no such weights (Mixtral), or cannot put them back (Qwen3Moe)."""
+    lm_config = getattr(transformers, f"{family}Config")(head_dim=32)
+    for options in (["rollout.engine=vllm"], ["rollout.engine=vllm-server", 'rollout.servers=["http://127.0.0.1:9"]']):
+        with pytest.raises(InputError, match=r"experts = \d+\), and .*rollout\.engine = \"hf\""):
+            check_engine(make_config(*options), lm_config, device)
+    check_engine(make_config("rollout.engine=vllm"), transformers.LlamaConfig(head_dim=32), device)

@@ -46,6 +46,13 @@ def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
         )
     if rollout.transfer_dir and not os.access(rollout.transfer_dir, os.W_OK | os.X_OK):
         raise InputError(f"rollout.transfer_dir = {rollout.transfer_dir}: not a folder that can be written to")
+    text = lm_config.get_text_config()
+    experts = next((n for n in EXPERTS if isinstance(getattr(text, n, None), int) and getattr(text, n) > 1), None)
+    if experts and rollout.engine != "hf":
+        raise InputError(
+            f'rollout.engine = "{rollout.engine}": the model has experts ({experts} = {getattr(text, experts)}), and '
+            'transformers fuses their weights in a way that vLLM does not load in a sync: set rollout.engine = "hf"'
+        )
     if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
         check_installed()
         check_model(lm_config, device_type)
@@ -70,6 +77,8 @@ def check_installed() -> str:
     )
 
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""Names of the number of experts in models' configs."""
 IN_PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
