@@ -17,7 +17,7 @@ from carft_fast.core import InputError, TrainingError
 from carft_fast.models import ModelCost, StepShape, Work, fast_step, load_lm_config, sft_step
 from carft_fast.plan.gpus import USABLE, Gpu, find_gpu
 
-LAYERS = (2, 4)
+LAYERS = (4, 8)
 PATHS = ("packed", "flash_attention_2", "eager")
 SLEEPING = 1 << 30
 """Bytes that an engine which sleeps is taken to keep."""
