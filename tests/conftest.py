@@ -60,6 +60,14 @@ def smollm2() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fake CUDA device of tests/gpu_path, compiled once."""
+    from tests.gpu_path.test_gpu_path import compiled
+
+    return compiled(tmp_path_factory.mktemp("shim"))
+
+
 @pytest.fixture
 def shared_data() -> Callable[[str], Path]:
     """A file of ../shared/data."""

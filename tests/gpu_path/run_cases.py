@@ -43,6 +43,7 @@ def make_models(folder: Path) -> dict[str, str]:
     models: dict[str, Any] = {
         "codellama": LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=4, tie_word_embeddings=False)),
         "qwen": Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=False)),
+        "qwen_tied": Qwen2ForCausalLM(Qwen2Config(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)),
         "smollm2": LlamaForCausalLM(LlamaConfig(**SHAPE, num_key_value_heads=2, tie_word_embeddings=True)),
     }
     for name, model in models.items():
@@ -250,7 +251,13 @@ def run_case(case: dict[str, Any], models: dict[str, str], current: list[Audit])
 
     config = load_config(
         str(ROOT / case["recipe"]),
-        [f"model.path={models[case['model']]}", "model.device=cuda", "rollout.engine=hf", *case["overrides"]],
+        [
+            f"model.path={models[case['model']]}",
+            "model.device=cuda",
+            "rollout.engine=hf",
+            "rollout.sleep_level=0",
+            *case["overrides"],
+        ],
     )
     audit = Audit()
     stub_launches(audit)

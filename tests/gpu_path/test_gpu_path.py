@@ -69,6 +69,10 @@ CARFT = {"experience": 2 + 2 + 2, "update": 2 * 2 * 2 + 2}
 # All rollouts in one micro-batch: the first epoch goes on from the log-prob pass, whose layers run again in backward.
 ONE = {"experience": 1 + 1 + 1, "update": 1 + 2}
 
+# In micro-batches of 2,048 tokens: 16 sequences, of 4,800 tokens or of SFT's 4,160, are three.
+THREE = {"experience": 3 * 3, "update": 2 * 2 * 3 + 3}
+SFT_THREE = {"sft": 2 * 3}
+
 METHODS = {"sft": SFT, "reft": REFT, "dr_grpo": DR_GRPO, "carft": CARFT}
 
 
@@ -76,6 +80,15 @@ def paper(model: str, method: str, *overrides: str, forwards: dict[str, int] | N
     stage = "sft" if method == "sft" else "rl"
     recipe = PAPER.format(f"{model}_{method}")
     return Case(recipe, MODELS[model], forwards or METHODS[method], overrides, stage, **rest)
+
+
+def one_gpu(method: str, *, tied: bool = False, lean: bool = False) -> Case:
+    """`lean`: in micro-batches of 2,048 tokens; of 16 sequences, to be quick."""
+    stage = "sft" if method.endswith("_sft") else "rl"
+    forwards = (SFT if stage == "sft" else CARFT) if not lean else SFT_THREE if stage == "sft" else THREE
+    sizes = ("sft.batch_size=16", "rl.batch_size=16", "rl.mini_batch_size=16") if lean else ()
+    recipe = f"configs/one_gpu/gsm8k_qwen2.5_{method}.toml"
+    return Case(recipe, "qwen_tied" if tied else "qwen", forwards, sizes, stage)
 
 
 SHARED = ("distributed.strategy=fsdp2",)
@@ -91,6 +104,12 @@ CASES = {f"{MODELS[model]}_{method}": paper(model, method) for model in MODELS f
     "smollm2_sft": Case(SMOLLM2, "smollm2", {"sft": 2}, stage="sft", lengths=(60, 100, 80)),
     # 16 rollouts of 60 + 100 in two mini-batches of two micro-batches each; three of four updates find every z_2 first
     "smollm2": Case(SMOLLM2, "smollm2", {"experience": 3 * 4, "update": 8 + 3 * 2}, lengths=(60, 100, 80)),
+    "1.5b_full_sft": one_gpu("1.5b_full_sft", tied=True),
+    "1.5b_full": one_gpu("1.5b_full_carft", tied=True),
+    "7b_full_sft": one_gpu("7b_full_sft", lean=True),
+    "7b_full": one_gpu("7b_full_carft", lean=True),
+    "7b_lora_sft": one_gpu("7b_lora_sft"),
+    "7b_lora": one_gpu("7b_lora_carft"),
     "flash_attention_2": paper(QWEN, "carft", "model.attention=flash_attention_2"),
     "shared_sft": paper(LLAMA, "sft", *SHARED, forwards={"sft": 2}, processes=8),
     "shared_both": paper(QWEN, "carft", *SHARED, "contrastive.mode=both", forwards=ONE, processes=8),
@@ -106,10 +125,9 @@ Found = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+def found(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> Found:
     """What the audit found, by case."""
     folder = tmp_path_factory.mktemp("gpu_path")
-    shim = compiled(folder)
     return run(1, folder, shim) | run(8, folder, shim)
 
 
@@ -185,7 +203,7 @@ def test_one_varlen_kernel_takes_the_attention_of_a_layer(found: Found, name: st
 def test_a_model_is_checked_on_the_device(found: Found, name: str) -> None:
     """Policy and reference, packed once each; weights that are divided too, and none on the host."""
     case = CASES[name]
-    models = 1 if case.stage == "sft" or "dr_grpo" in case.recipe or name == "lora" else 2
+    models = 1 if case.stage == "sft" or "dr_grpo" in case.recipe or "lora" in name else 2
     assert found[name]["varlen"]["load"] == LAYERS * models
     assert found[name]["host_attention"] == 0
 
@@ -213,7 +231,7 @@ def test_the_operators_run_their_kernels(found: Found, name: str) -> None:
     """By hand: a policy loss for every micro-batch of the two epochs, GAE once a step, the common tokens once."""
     case, launches = CASES[name], Counter(found[name]["launches"])
     one = case.forwards in (ONE, DR_GRPO)
-    losses = 8 if case.recipe == SMOLLM2 else 2 if one else 4
+    losses = 8 if case.recipe == SMOLLM2 else 2 if one else 2 * 3 if case.forwards is THREE else 4
     kernels = ("logprob_fwd_kernel", "policy_kernel", "logprob_bwd_kernel")
     assert [launches[kernel] for kernel in kernels] == [losses] * 3
     dr_grpo = "dr_grpo" in case.recipe
@@ -242,11 +260,13 @@ def test_the_host_waits_for_the_device_where_the_docs_say(found: Found) -> None:
 def test_dr_grpo_waits_in_a_place_of_its_own_and_the_negative_signal_in_none(found: Found) -> None:
     plain = waits(found, ["codellama_reft"])
     assert waits(found, ["codellama_carft", "qwen_carft", "lora", "offload", "shared_offload"]) == plain
+    assert waits(found, ["1.5b_full", "7b_full", "7b_lora"]) == plain
     assert waits(found, ["negative", "both"]) == plain
     assert {wait.partition(" ")[2] for wait in waits(found, ["codellama_dr_grpo", "qwen_dr_grpo"]) - plain} == {
         "copy to the host: carft_fast/training/step.py Step.plan_update"
     }
     assert waits(found, ["codellama_sft", "qwen_sft", "smollm2_sft", "shared_sft"]) == set()
+    assert waits(found, ["1.5b_full_sft", "7b_full_sft", "7b_lora_sft"]) == set()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -254,7 +274,7 @@ def test_host_data_is_sent_from_pinned_memory(found: Found, name: str) -> None:
     allowed = {"carft_fast/core/devices.py to_device"}
     if name in ("negative", "both", "shared_both"):
         allowed |= {"kernels/carft_kernels/_runtime.py to_device"}
-    if name == "offload":
+    if name in ("offload", "7b_full"):
         allowed |= {"carft_fast/training/reference.py Reference._to_device"}
     if name == "shared_offload":  # by FSDP2, before a layer and before the model
         allowed |= {"carft_fast/models/causal_lm.py CarftModel.hidden_states"}
@@ -305,7 +325,7 @@ def test_flash_attention_gets_what_its_signature_asks_for(found: Found) -> None:
 
 
 def test_the_recipes_of_a_model_and_method_train_alike() -> None:
-    """Only GSM8K's are run: SVAMP's differ in data, name and how often they evaluate and save."""
+    """All for one GPU are run. Of the paper's only GSM8K's: SVAMP's differ in data, names and evaluation."""
     for recipe in sorted((ROOT / "configs/paper").glob("gsm8k_*.toml")):
         settings = [tomllib.loads(path.read_text()) for path in (recipe, recipe.with_name("svamp" + recipe.name[5:]))]
         for found in settings:
@@ -317,3 +337,6 @@ def test_the_recipes_of_a_model_and_method_train_alike() -> None:
         assert settings[0] == settings[1], recipe.name
     names = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "configs/paper").glob("gsm8k_*.toml")}
     assert names == {f"{model}_{method}" for model in MODELS for method in METHODS}
+    assert {case.recipe for case in CASES.values()} >= {
+        str(path.relative_to(ROOT)) for path in (ROOT / "configs/one_gpu").glob("*.toml")
+    }

