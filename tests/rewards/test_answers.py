@@ -500,6 +500,14 @@ def test_program_source(around: str, program: str, newline: str) -> None:
     assert extract_answer(text, answer_type="program") == program
 
 
+def test_a_byte_order_mark_before_a_program() -> None:
+    """Python takes none in a text."""
+    program = extract_answer("\ufeffdef solution():\n    return 7", answer_type="program")
+    found: dict[str, object] = {}
+    exec(str(program) + "\nresult = solution()", found)
+    assert found["result"] == 7
+
+
 def test_an_indented_fence() -> None:
     text = "1. This:\n\n   ```python\n   def solution():\n       return 5\n   ```\n2. Done."
     assert extract_answer(text, answer_type="program") == PROGRAMS[0]
