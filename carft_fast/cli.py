@@ -210,10 +210,10 @@ def _run_app(rank: str) -> None:
     try:
         app()
     except InputError as error:
-        print(redact(f"{rank}error: {error}"), file=sys.stderr)
+        print(core.visible(redact(f"{rank}error: {error}")), file=sys.stderr)
         sys.exit(2)
     except (EngineError, RewardError, TrainingError) as error:
-        print(redact(f"{rank}error: {error}"), file=sys.stderr)
+        print(core.visible(redact(f"{rank}error: {error}")), file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         sys.exit(stopped.exit_code)

@@ -40,3 +40,4 @@ from .seeds import permutation as permutation
 from .signals import Stopped as Stopped
 from .signals import StopRequest as StopRequest
 from .table import Table as Table
+from .table import visible as visible

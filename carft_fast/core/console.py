@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from carft_fast.core.durable import writing
 from carft_fast.core.processes import is_main
 from carft_fast.core.redact import redact
+from carft_fast.core.table import visible
 
 PLAIN_LINE_SECONDS = 5.0
 
@@ -24,7 +25,7 @@ class Tracker:
         self._console, self._description, self._total, self._unit = console, description, total, unit
         self._done = self._done_before = done
         self._start = self._last_line = time.monotonic()
-        self.task = console.progress.add_task(description, total=total, completed=done, rate="", note="")
+        self.task = console.progress.add_task(visible(description), total=total, completed=done, rate="", note="")
 
     def advance(self, n: int = 1, note: str = "") -> None:
         self._done += n
@@ -32,7 +33,7 @@ class Tracker:
         rate = (self._done - self._done_before) / max(now - self._start, 1e-9)
         # seconds per unit where that is the more readable
         shown = f"{1 / rate:.1f} s per {self._unit.removesuffix('s')}" if 0 < rate < 1 else f"{rate:.1f} {self._unit}/s"
-        self._console.progress.update(self.task, completed=self._done, rate=shown, note=note)
+        self._console.progress.update(self.task, completed=self._done, rate=shown, note=visible(note))
         if not self._console.is_terminal and now - self._last_line >= PLAIN_LINE_SECONDS:
             self._last_line = now
             eta = f"{(self._total - self._done) / rate:.0f} s" if rate else "unknown"
@@ -63,7 +64,7 @@ class Console:
         self._log_path = path
 
     def log(self, message: str) -> None:
-        message = redact(message)
+        message = visible(redact(message))
         self._rich.print(message, markup=False, emoji=False)
         self._append(message)
 

@@ -218,7 +218,7 @@ def _is_text_or_number(value: Any) -> bool:
 
 def _shown(value: Any) -> str:
     try:
-        return str(value)
+        return str(value).encode(errors="backslashreplace").decode()
     except ValueError:  # thousands of digits
         return type(value).__name__
 

@@ -66,9 +66,15 @@ class PromptFormat:
         return tuple(dict.fromkeys([self.end_id, self._tokenizer.eos_token_id, *others]))
 
     def _turn_end(self) -> int:
-        answer = "Seven."
-        text = self._chat([{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}])
-        after = self._tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        question, answer = "Three and four?", "Seven."
+        text = self._chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        if question not in text:
+            raise InputError(
+                f'data.template = "chat": the tokenizer\'s chat template does not show the question: of {question!r} '
+                f'it makes {text[:80]!r}; allowed: "carft"'
+            )
+        _, shown, after_answer = text.rpartition(answer)  # a template may know no assistant
+        after = self._tokenizer(after_answer if shown else "", add_special_tokens=False)["input_ids"]
         return next((i for i in after if i in self._special), self._tokenizer.eos_token_id)
 
     def prompt_text(self, question: str) -> str:

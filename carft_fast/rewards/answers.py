@@ -44,25 +44,38 @@ _PIECE = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _JOINED = re.compile(r"[\s,;$()\[\]\\]*(?:\b(?:and|or)\b)?[\s,;$()\[\]\\]*", re.IGNORECASE)
+_LIMITED = re.compile(r"\b(?:and|or|not|than|at least|at most|up to)\s*$", re.IGNORECASE)
 _STATES = re.compile(r"(?:\b(?:is|are|be|equals?|gives?|namely)|[:=])\s*$", re.IGNORECASE)
 
-_LETTER = r"""(?P<{}>[a-e])(?![A-Za-z0-9_]|'[A-Za-z])
+_LETTER = r"""(?P<{}>[a-e])(?![A-Za-z0-9_^+#]|'[A-Za-z])
     (?!(?<=a)\s+(?!(?:is|because|since|as|or|and)\b)[^\W\d_])   # "a nice day" begins with an article"""
+_BETWEEN = (
+    r"or|and|nor|but|maybe|perhaps|possibly|also|either|both|else|alternatively|as\s+well\s+as|"
+    r"(?:(?:along|together)\s+)?with|plus|then|the|option|choice|answer|to|through|vs|versus"
+)
 _CHOICE = re.compile(
     rf"""
-    [\s"'`*(<\[{{]*
-    (?:(?:the|correct|right|best|answer|option|choice|is)\b[\s:]*["'`*(<\[{{]*){{0,8}}
+    [\s"'`*(<\[{{#]*
+    (?:(?:the|correct|right|best|final|answer|option|choice|it|is)\b[\s:]*["'`*(<\[{{]*){{0,8}}
     {_LETTER.format("letter")}
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 _OTHER_CHOICE = re.compile(
     rf"""
-    [\s)>\]}}"'`*]*(?:\.(?=\s*(?:or|and)\b))?
-    (?:[\s,/&|;+("'`*\[-]|\b(?:or|and|maybe|perhaps|possibly|also|either|both|the|option|choice|answer|to|vs)\b)+
+    [\s)>\]}}"'`*]*(?:\.(?=\s*(?:or|and)\b|\s*[a-e]\W*\Z))?
+    (?:[\s,、/&|;=+("'`*\[\\-]|\b(?:{_BETWEEN})\b\.?)+
     {_LETTER.format("other")}
     """,
     re.VERBOSE | re.IGNORECASE,
+)
+_LABELLED_CHOICE = re.compile(  # after what the first one says: B) 12 or D) 15
+    r"""(?:\b(?:or|and|nor)\b|[,;/])[\s"'`*]*
+    (?:\(([a-eA-E])\) | (?:option|choice|answer)\s+([a-eA-E])\b | ([a-eA-E])[).:] | ([A-E])(?=["'`*)\]}.\s]*\Z))""",
+    re.VERBOSE,
+)
+_EXPLAINED = re.compile(
+    r"\b(?:because|since|as|which|not|neither|while|whereas)\b|[.!?]\s+(?!or\b|and\b)|\n", re.IGNORECASE
 )
 
 _FENCE = re.compile(r"(?P<indent>[ \t]*)(?P<marks>`{3,}|~{3,})(?P<info>.*)")
@@ -80,12 +93,21 @@ _COMMANDS = {"×": "times", "·": "cdot", "÷": "div", "π": "pi", "∞": "infty
 _COMMANDS |= {"∪": "cup", "∩": "cap", "∈": "in"}
 _TO_LATEX = str.maketrans(
     {
-        **dict.fromkeys("−–－﹣", "-"),
+        **dict.fromkeys("−–－﹣‐‑", "-"),
+        **dict.fromkeys("⋅∙", "\\cdot "),
         **{symbol: f"\\{name} " for symbol, name in _COMMANDS.items()},
         **{c: "\\frac{{{}}}{{{}}}".format(*fraction.split("/")) for c, fraction in FRACTIONS.items()},
         "°": "^{\\circ}",
     }
 )
+
+
+def _repeating(whole: str, places: str, period: str) -> str:
+    """A decimal that repeats: 0.1 and a period of 6 is 15/90."""
+    value = int(whole + places + period) - int(whole + places or "0")
+    return f"\\frac{{{value}}}{{{(10 ** len(period) - 1) * 10 ** len(places)}}}"
+
+
 _REWRITTEN = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -97,9 +119,15 @@ _REWRITTEN = [
         (r"^\s*(?:\\approx|\\sim|≈)", ""),
         (r"\\text(?:sf|tt|sc|md|up|normal)\s*\{", r"\\text{"),
         (r"(?<=[0-9])\\[,;:! ]\s*(?=[0-9]{3}(?![0-9]))", ""),
+        (r"([0-9]*)\.([0-9]*)\\(?:overline|bar)\s*\{([0-9]+)\}", lambda m: _repeating(*m.groups())),
+        (r"(\\mathbb)\s+([A-Z])(?![A-Za-z])", r"\1{\2}"),
     )
 ]
-_COMPOUND = re.compile(r"\\(?:text[a-z]*|mbox|mathrm)\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[\s,]*[0-9]")  # 6 h and 30 min
+_COMPOUND = re.compile(
+    r"\\(?:text[a-z]*|mbox|mathrm)\s*\{(?!\s*(?:and|or)\s*\})[^{}]*\}[\s,]*[0-9]"  # 6 h and 30 min
+    r"|\\(?:text[a-z]*|mbox|mathrm)\s*\{\s*(?:or|and)\s+(?:more|less|fewer|greater|higher|lower|above|below|up|over)\b"
+)
+_BASE = re.compile(r"[0-9]\s*_\s*\{?\s*([0-9]+)")
 _SHORT_NAME = re.compile(r"[0-9]\s*(?![eE][-+]?[0-9])[A-Za-z]{1,3}(?![A-Za-z0-9])")  # a unit, or a variable
 _NAMED_SIDE = re.compile(r"\s*[A-Za-z](?:[A-Za-z\s:']|_(?:\{[^{}]*\}|\w))*=(.*)", re.DOTALL)
 
@@ -149,9 +177,11 @@ def _read(text: str, answer_type: AnswerType, *, whole: bool = False) -> Answer 
     match = _CHOICE.match(text)
     if match is None or (whole and text[match.end() :].strip(" .%)>]}\"'`*")):
         return None
-    other = _OTHER_CHOICE.match(text, match.end())
     letter = match["letter"].lower()
-    return letter if other is None or other["other"].lower() == letter else None
+    others = [_OTHER_CHOICE.match(text, match.end())]
+    others += _LABELLED_CHOICE.finditer(_EXPLAINED.split(text[match.end() :].lstrip(" .)"), maxsplit=1)[0])
+    found = {group.lower() for other in others if other for group in other.groups() if group}
+    return letter if found <= {letter} else None
 
 
 def _statement(text: str) -> str:
@@ -232,7 +262,7 @@ def _program(text: str) -> str | None:
     if source is None:
         unfenced = "\n".join(before)
         source = unfenced if not sources or _SOLUTION.search(unfenced) else sources[-1]
-    source = textwrap.dedent(source).strip()
+    source = textwrap.dedent(source.strip("\ufeff\n")).strip()
     return source if source and len(source) <= _LONGEST_PROGRAM else None
 
 
@@ -262,7 +292,7 @@ def _latex_source(text: str) -> str | None:
     after = text[pieces[-1].end() :] if pieces else ""
     if not pieces or re.search(r"[\w^+-]$", text[: pieces[0].start()]) or re.match(r"[\w^]", after):
         return text.replace("\\$", "").replace("$", "").strip().removesuffix(".").strip(" *`") or None
-    if re.search(r"\b(?:and|or)\s*$", text[: pieces[0].start()]) or re.match(r"\W*\b(?:and|or)\b|.*[0-9]", after):
+    if _LIMITED.search(text[: pieces[0].start()]) or re.match(r"\W*\b(?:and|or)\b|.*[0-9]", after):
         return None
     first = 0
     for i, (piece, following) in enumerate(itertools.pairwise(pieces), 1):
@@ -281,7 +311,8 @@ def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:
     Raises ValueError for one that cannot be compared with anything.
     """
     kind: AnswerType = "numeric" if answer_type == "program" else answer_type
-    text = re.sub(r"\s*[\r\n]\s*", " ", answer.strip())  # of an answer one line counts; all of a target does
+    text = _TRIGGER.split(answer)[-1].strip()
+    text = re.sub(r"\s*[\r\n]\s*", " ", text)  # of an answer one line counts; all of a target does
     longest = _LONGEST_LATEX if kind == "latex" else LONGEST
     boxed = _boxed(text, longest)
     found = _read(text if boxed is None else boxed, kind) if len(text) <= longest else None
@@ -298,6 +329,9 @@ def compare_latex(answer: str, target: str) -> LatexVerdict:
     """
     if _bare(answer) == _bare(target):
         return "same"
+    bases = [set(_BASE.findall(source)) for source in (answer, target)]
+    if all(bases) and bases[0] != bases[1]:
+        return "different"  # 11_2 and 11_3, which are 11 to math-verify
     from math_verify import verify
 
     read = _read_latex(answer)
@@ -324,6 +358,9 @@ def _read_latex(source: str) -> list[Any]:
 
     if _is_prose(source) or _COMPOUND.search(source):
         return []
+    sides = [read_bare_number(side, unit=True) for side in source.split("=")]
+    if len(sides) > 1 and None not in sides and read_number(source) is None:
+        return []  # 5 = 6
     source = " ".join(source.split()).translate(_TO_LATEX)
     for pattern, replacement in _REWRITTEN:
         source = pattern.sub(replacement, source)

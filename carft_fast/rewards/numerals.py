@@ -49,7 +49,8 @@ _INVISIBLE |= dict.fromkeys(range(0x2066, 0x206A))
 FRACTIONS = {c: unicodedata.normalize("NFKC", c).replace("\u2044", "/") for c in "¼½¾⅐⅑⅒⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"}
 _CHARACTERS = str.maketrans(
     {
-        **dict.fromkeys("−–－﹣", "-"),
+        **dict.fromkeys("−–－﹣‐‑", "-"),
+        **dict.fromkeys("⋅∙", "·"),
         **dict.fromkeys("\u2044∕／", "/"),
         **dict.fromkeys("\u2009\u202f\u00a0", "\u2009"),  # spaces that keep a number's groups together
         **dict.fromkeys("‘’ʼ", "'"),
@@ -78,8 +79,8 @@ LATEX_WRAPPER = (
 )
 """An environment that only sets its third group, a formula, on a line of its own."""
 _NAMED_TEXT = re.compile(
-    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|operatorname\*?|boldsymbol|bm|emph|underline|boxed|fbox)"
-    r"\s*\{([^{}]*)\}"
+    r"\\(?:text[a-z]*|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox|ensuremath|operatorname\*?|boldsymbol|bm|emph|underline"
+    r"|boxed|fbox)\s*\{([^{}]*)\}"
 )
 _LATEX = [
     (re.compile(pattern), replacement)
@@ -88,7 +89,9 @@ _LATEX = [
         (LATEX_ASIDE, ""),
         (LATEX_WRAPPER, r" \3 "),
         (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\.?|\\(?:display|text|script)style(?![A-Za-z])", ""),
-        (r"\\(?:bf|rm|it|sf)(?![A-Za-z])|\\!|\{\}", ""),
+        (r"\\(?:bf|rm|it|sf|tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])|\\!|\{\}", ""),
+        (r"(?<=[0-9])!(?=\s*(?:\$|\\[)\]]))", " ×"),  # in a formula 5! is 120
+        (r"<([A-Za-z]\w*)>(.*?)</\1>|</\w+>", r" \2 "),
         (r"\{\s*,\s*\}", ","),
         (r"\\[,;: ]|\{\\,\}|~|\\(?:thinspace|quad|qquad)(?![A-Za-z])", "\u2009"),
         (r"\\[()\[\]]", " "),
@@ -97,7 +100,7 @@ _LATEX = [
         (r"\s*(?:\^\s*\{?\s*\\(?:circ|degree)(?![A-Za-z])\s*\}?|\\degree(?![A-Za-z])|°)", " degrees "),
         (r"\\(?:approx|simeq|sim)(?![A-Za-z])", "≈"),
         (r"\\(?:times|cdot)(?![A-Za-z])", "×"),
-        (r"\\(?:neq?|[lg]eq?)(?![A-Za-z])|[<>!]=", "≠"),
+        (r"\\(?:neq?|[lg]eq?)(?![A-Za-z])|[<>!]=|=+[<>]", "≠"),
         (r"\\\{", "("),
         (r"\\\}", ")"),
     )
@@ -123,11 +126,16 @@ def plain(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = _MATH.sub(r" \1 ", text)
     for _ in range(4):  # one within the other
-        text = _EMPHASIS.sub(r"\2", _NAMED_TEXT.sub(r" \1 ", _FRACTION.sub(_as_slash, text)))
+        text = _EMPHASIS.sub(r"\2", _NAMED_TEXT.sub(_as_words, _FRACTION.sub(_as_slash, text)))
     text = _MONEY_SIGNS.sub(" ", _MONEY.sub("¤", text))
     for _ in range(4):
         text = _BRACES.sub(r" \1 ", text)
     return _ANGLES.sub(r"\1 \2 ", text)
+
+
+def _as_words(match: re.Match[str]) -> str:
+    """\\text{ cm} -> cm; a power stays with its unit."""
+    return f" {match[1].rstrip() if match.string.startswith('^', match.end()) else match[1] + ' '}"
 
 
 def _as_slash(match: re.Match[str]) -> str:
@@ -160,7 +168,7 @@ _OPENING = r"[\s\"'`*(\[{#]*+"
 _NUMBER = re.compile(
     rf"""
     {_OPENING}
-    (?P<sign>{_SIGN}?)\s*+(?:(?P<money>(?:US|CA|AU|HK|[AC])?\s*¤|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s0-9]))
+    (?P<sign>{_SIGN}?)\s*+(?:(?P<money>(?:US|CA|AU|NZ|HK|NT|[ACRS])?\s*¤|(?:USD|EUR|GBP|INR|Rs\.?)(?=[\s0-9]))
         \s*+(?P<late_sign>{_SIGN}?))?\s*+
     (?!0[xXbBoO][0-9A-Fa-f])
     (?>                                # atomic: what follows decides on the whole number, not on a piece of it
@@ -196,7 +204,7 @@ _EXPLANATION = re.compile(r"[\s,(]\s*(?:because|since|(?<!well\s)as(?!\s+well)|w
 _SENTENCE_END = re.compile(r"[.!?][\"')*]*\s+(?![-0-9=≈+*/×]|or\b|and\b)|\n", re.IGNORECASE)
 _REMARK = re.compile(  # in brackets: after a word anything, after a number words or an equation
     r"""(?: (?:(?<=[^\W\d_]\s) | (?<=\s)(?=\([^()]*(?:[^\W\d_⁰¹²³⁴-⁹]{2}|=)))
-            \((?!\s*(?:or|and|to)\b)
+            \((?!\s*(?:or|and|to|but|maybe|perhaps|possibly)\b)
           | (?<=\s)\(\s*[%a-zA-Z]?(?<![abijnqruvxyzXYZ])\s*(?=\))    # one letter, a unit
           | \((?=[^\W\d_]{2,}\)) ) [^()]*\)""",
     re.VERBOSE,
@@ -207,20 +215,26 @@ _NUMBER_WORDS = (
     "two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
     "(?:twen|thir|for|fif|six|seven|eigh|nine)ty|" + "|".join(_SCALES)
 )
+_PARTS = "(?:third|fourth|fifth|sixth|seventh|eighth|ninth)"
 _GOES_ON = re.compile(
     rf"""
       (?<![^\W_]) (?<!\^) \d                                 # another number: 4 or 7, 36 - 9, 5 feet 3
     | \b(?:{_NUMBER_WORDS})s?\b
     | \band\s+(?:an?\s+|one\s+)?(?:half|third|quarter)\b     # 5 and a half
+    | ^(?!(?:[cdkm]?m|ft|in|yd|mi)[23](?![^\W_]))[^\W\d_]+\d    # 5h30, 5x10; but 5cm2
+    | ^[-\s]*(?:{_PARTS}s|hal(?:f|ves)|(?:{_PARTS}|quarter)(?=\W*\Z|\s+of\b))\b
+    | ^[\s)\]}}]*·
     | [+×÷^√±≠<≤≥∞∑\\&] | (?-i:[\u0391-\u03a8\u03b1-\u03bb\u03bd-\u03c8]) | >\s*\w | \*\s*[\w(] | \(    # an expression
     | ^[\s,)]*(?:or|plus|minus|over|squared|cubed|divided|multiplied|pi|sqrt|sin|cos|tan|log|ln|mod)\b
     # variables: 4x, 3 - n; but "10x more" and "5 N"
-    | ^[)\]}}]*[-/\s]*(?-i:[abijnqruvxyzXYZ]|[xyz]{{2,}}|ab|ac|bc|abc|pq)\b(?!\s+[^\W\d_]{{2}})
+    | ^[)\]}}]*[-/\s]*(?-i:[abeijnqruvxyzXYZ]|[xyz]{{2,}}|ab|ac|bc|abc|pq)\b(?!\s+[^\W\d_]{{2}})
     | ^[-\s]*(?:tenth|hundredth|thousandth|millionth|billionth)s?\b
     """,
     re.VERBOSE | re.IGNORECASE,
 )
 _EQUALS = re.compile(r"[=≈]")
+# between two signs of equality: where one equation ends and the next begins
+_NEXT_EQUATION = re.compile(r"[0-9]\s*(?:[,;](?![0-9]{3}\b)|\band\b)|[0-9]\s+[a-z](?<![cghklms])(?:_\S+)?\s*$")
 
 
 def read_number(text: str) -> Number | None:
@@ -239,6 +253,8 @@ def read_number(text: str) -> Number | None:
     if len(sides) == 1:
         return _read(sentence)
     if re.search(r"\bor\b", sentence, re.IGNORECASE):
+        return None
+    if any(map(_NEXT_EQUATION.search, sides[1:-1])):
         return None
     found = [number for side in sides if not re.match(r"\s*[0-9]+\s*!", side) if (number := _read(side)) is not None]
     if not found or not all(_same(number, found[-1], "%" in sentence) for number in found):

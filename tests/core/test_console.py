@@ -31,6 +31,38 @@ def test_texts_are_never_markup(text: str, tmp_path: Path) -> None:
     assert (tmp_path / "console.log").read_text().count(text) == 1 + 3
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+        ("\x1b]0;title\x07", "\\x1b]0;title\\x07"),
+        ("a\rb\x08", "a\\rb\\x08"),
+        ("\x9b31m", "\\x9b31m"),
+        ("a\u202eb\u2028c", "a\\u202eb\\u2028c"),
+        ("a\ud800", "a\\ud800"),
+        ("日本 é 👩\u200d🚀", "日本 é 👩\u200d🚀"),
+    ],
+)
+def test_controls_of_a_text_do_not_act(text: str, shown: str, tmp_path: Path) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    console = Console(RichConsole(file=out, width=200, force_terminal=True, color_system=None))
+    console.log_to(tmp_path / "console.log")
+    console.log(text)
+    table = Table("", "", title=text)
+    table.add_row(text, "")
+    console.show(table)
+    with console.track(text, 2, "rows") as tracker:
+        tracker.advance(note=text)
+        console.progress.refresh()
+    out.flush()
+    written = out.buffer.getvalue().decode()
+    log = (tmp_path / "console.log").read_text(encoding="utf-8")
+    assert written.count(shown) >= 1 + 2 + 2
+    assert log.count(shown) == 1 + 2
+    if text != shown:
+        assert text not in written + log
+
+
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"])
 def test_only_a_newline_ends_a_line_of_json(separator: str, tmp_path: Path) -> None:
     write_text(tmp_path / "a.jsonl", f'"one{separator}two"\n"three"\n'.replace("\r", "\\r"))

@@ -111,6 +111,17 @@ def test_answers_of_any_text_are_usable_with_a_function(tmp_path: Path) -> None:
     assert check.repeated_with_another_answer.count == 1
 
 
+def test_rows_that_no_console_takes_are_counted_and_shown(tmp_path: Path) -> None:
+    """Half a surrogate pair in an id, or an escape sequence, is written out."""
+    good = row(0, "One?", "So.")
+    rows = [good, good | {"item_id": "a\ud83d"}, good | {"item_id": "b\x1b[2J", "answer_value": "c\x1b[2J"}]
+    result = CliRunner().invoke(app, ["data", "check", write(tmp_path / "train.json", rows)])
+    assert result.exit_code == 0, result.output
+    assert "1 of 3 rows usable" in result.output
+    assert "(a\\ud83d)" in result.output
+    assert "\x1b" not in result.output
+
+
 def test_annotations_and_repetitions_are_compared_as_the_reward_compares_them(tmp_path: Path) -> None:
     """Programs by what they return, LaTeX as mathematics; and a program's length is its own."""
     program = "def solution():\n    return {}"

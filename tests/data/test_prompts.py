@@ -82,6 +82,20 @@ def test_chat_template_brings_its_own_special_tokens() -> None:
     assert fmt.completion_text("So.", "2") == "So.\nTherefore, the answer is: 2"
 
 
+@pytest.mark.parametrize("template", ["constant", "{{ messages[0].content | upper }}", "{{ messages[-1].content }}"])
+def test_a_chat_template_without_the_question_is_refused(template: str) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r'data\.template = "chat".*does not show the question.*"carft"'):
+        PromptFormat(tokenizer, "chat")
+
+
+def test_a_chat_template_without_assistants_ends_with_eos() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<s>{{ messages[0].content }}</s><s>"
+    assert PromptFormat(tokenizer, "chat").end_id == EOS
+
+
 def test_chat_without_a_template() -> None:
     with pytest.raises(InputError, match=r'"chat".*no chat template.*"carft"'):
         PromptFormat(byte_tokenizer(), "chat")

@@ -215,6 +215,22 @@ def test_a_letter_is_read_whatever_stands_around_it(letter: str, around: str) ->
         "{} - {}",
         "{}; {}",
         "{} and option {}",
+        "{} versus {}",
+        "{} through {}",
+        "{}, alternatively {}",
+        "{} as well as {}",
+        "{} along with {}",
+        "{}, or else {}",
+        "{} but maybe {}",
+        "{}、{}",
+        "{} = {}",
+        "{}) 12 or {}) 15",
+        "({}) 12 and ({}) 15",
+        "({}) 12, ({}) 15",
+        "**{}.** 12 or **{}.** 15",
+        "Option {} (12) or option {} (15)",
+        "{}: 12 apples or {}",
+        "\\textbf{{({})}} 12 \\text{{ or }} \\textbf{{({})}} 15",
     ],
 )
 @pytest.mark.parametrize("letters", ["CD", "AE", "BA"])
@@ -251,6 +267,9 @@ def test_boxes(text: str, expected: float | None) -> None:
 def test_targets() -> None:
     assert parse_target("1,234.0", answer_type="numeric") == 1234
     assert parse_target(" B ", answer_type="choice") == "b"
+    assert parse_target("2 + 1 = 3.\nTherefore, the answer is: 9", answer_type="numeric") == 9
+    assert parse_target("Therefore, the answer is: (B)", answer_type="choice") == "b"
+    assert parse_target("Therefore, the answer is: $y^2$", answer_type="latex") == "y^2"
     for bad in ("many", "", "inf", "nan", "1_000", "1e999"):
         with pytest.raises(ValueError, match="answer"):
             parse_target(bad, answer_type="numeric")
@@ -389,6 +408,16 @@ def test_target_and_answer_are_read_by_one_rule(text: str) -> None:
         (r"4\text{ feet and }3\text{ inches}", r"4\text{ feet and } 3\text{ inches}", "same"),
         ("|-7|", "7", "same"),
         (r"x \approx 1.5", "1.5", "same"),
+        ("7 = 8", "8", "unreadable"),
+        (r"3/4 = 75\%", "0.75", "same"),
+        (r"121_3", r"121_4", "different"),
+        (r"121_3", r"121_{3}", "same"),
+        (r"0.\overline{4}", r"\frac{4}{9}", "same"),
+        (r"\frac{7}{12}", r"0.58\overline{3}", "same"),
+        (r"0.\overline{4}", "0.4", "different"),
+        (r"\mathbb Z", r"\mathbb{Z}", "same"),
+        (r"9 \text{ or more}", "9", "unreadable"),
+        ("3⋅7", "21", "same"),
     ],
 )
 def test_latex_is_compared_as_mathematics(answer: str, target: str, verdict: str) -> None:
@@ -414,6 +443,9 @@ def test_latex_is_compared_as_mathematics(answer: str, target: str, verdict: str
         ("Therefore, the answer is: \\begin{cases}\na\n\\end{cases}\nfor $b$", "\\begin{cases}\na\n\\end{cases}"),
         (r"\boxed{2} or \boxed{3}", r"2 \text{ or } 3"),
         (r"\boxed{\{2\}}", r"\{2\}"),
+        ("Therefore, the answer is: at least $2$", None),
+        ("Therefore, the answer is: more than $2$", None),
+        ("Therefore, the answer is: not $2$", None),
     ],
 )
 def test_latex_source(text: str, source: str | None) -> None:
@@ -466,6 +498,14 @@ def test_program_source(around: str, program: str, newline: str) -> None:
     text = around.format(program).replace("\n", newline)
     text = text.replace(f"Answer reasoning:{newline}", "Answer reasoning:\n").replace("a\r\nA", "a\nA")
     assert extract_answer(text, answer_type="program") == program
+
+
+def test_a_byte_order_mark_before_a_program() -> None:
+    """Python takes none in a text."""
+    program = extract_answer("\ufeffdef solution():\n    return 7", answer_type="program")
+    found: dict[str, object] = {}
+    exec(str(program) + "\nresult = solution()", found)
+    assert found["result"] == 7
 
 
 def test_an_indented_fence() -> None:
