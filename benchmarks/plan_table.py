@@ -1,4 +1,4 @@
-"""`carft-fast plan` for the shipped recipes: the table of docs/plan.md, and its rows in benchmarks/results/plan.json.
+"""`carft-fast plan` for the shipped recipes: the table of docs/plan.md, and its rows in benchmarks/results/plan/recipes.json.
 
     python -m benchmarks.plan_table
 
@@ -21,7 +21,7 @@ from carft_fast.data import build_tokenizer
 from carft_fast.plan import estimate, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE, ROWS = ROOT / "docs" / "plan.md", RESULTS / "plan.json"
+PAGE, ROWS = ROOT / "docs" / "plan.md", RESULTS / "plan" / "recipes.json"
 START, END = "<!-- plan table: python -m benchmarks.plan_table -->", "<!-- end of the plan table -->"
 MODELS = predict.MODELS | {
     "Qwen2.5-1.5B-Instruct": transformers.Qwen2Config(
