@@ -231,7 +231,7 @@ from carft_fast.rollout import hf
 pick = hf._TokenPicker.__call__
 
 def call(self, *arguments):
-    if os.environ["RANK"] == "1" and len(self.logprobs) == 3 and self._uniform_BL is not None:
+    if os.environ["RANK"] == "1" and len(self.logprobs) == 3 and self._sampling.temperature > 0:
         raise ZeroDivisionError("in the middle of a completion")
     return pick(self, *arguments)
 
