@@ -1,4 +1,4 @@
-"""`carft-fast plan` for the shipped recipes: the table of docs/plan.md, and its rows in benchmarks/results/plan/recipes.json.
+"""`carft-fast plan` for the shipped recipes: the table of docs/plan.md, with rows in benchmarks/results/plan.
 
     python -m benchmarks.plan_table
 
