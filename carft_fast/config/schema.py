@@ -295,7 +295,7 @@ class RolloutConfig(Section):
     completion, several tokens a forward; what is sampled stays the same. "hf" and your own engines have no drafts."""
     draft_budget: int | None = Field(None, ge=2)
     """Tokens that a forward may decode for all sequences together, guesses included; above it nothing is guessed. When
-    absent 64 on the CPU and 256 on a GPU (not measured there)."""
+    absent 64 on the CPU and 128 on a GPU (by the cost model, not measured)."""
     memory_fraction: float = Field(0.45, gt=0, le=0.98)
     """Share of the GPU's memory for vLLM's weights and KV cache; "vllm-server" with GPUs of its own: 0.9."""
     kv_cache_gib: float | None = Field(None, gt=0)
@@ -321,6 +321,9 @@ class RolloutConfig(Section):
     and files where the trainer is on the CPU."""
     transfer_dir: str = ""
     """Folder for "files" that trainer and servers both see; when empty /dev/shm, else the temporary folder."""
+    lora_sync: Literal["auto", "adapter", "merge"] = "auto"
+    """How LoRA reaches the vLLM engines: "adapter" alone, unmerged, as the trainer computes it; "merge" added to the
+    weights and rounded to the engine's dtype. "auto": adapter on a GPU, merge on the CPU, where vLLM's LoRA is slow."""
     async_depth: Literal[0, 1] = 0
     """1 samples the next batch while the trainer updates, with weights one version old; 0 is strictly on-policy."""
     correction: Literal["none", "truncated", "masked"] = "none"

@@ -23,4 +23,5 @@ from .packing import sequence_mean_weights as sequence_mean_weights
 from .sampler_weights import HeldWeights as HeldWeights
 from .sampler_weights import SamplerWeights as SamplerWeights
 from .sampler_weights import WeightInfo as WeightInfo
+from .sampler_weights import WeightUpdate as WeightUpdate
 from .sampler_weights import gathered as gathered

@@ -4,7 +4,7 @@ F is a forward pass. A multiply-add is two FLOPs. Attention counts the pairs a c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,10 @@ class StepShape:
     bytes_per_weight: int = 2
     shards: int = 1
     """Devices that share gradients and optimizer state (ZeRO, FSDP)."""
+    tokens_per_forward: float = 1.0
+    """Of a completion, by drafts; a forward of the sampler then checks several tokens of a sequence."""
+    wasted_per_token: float = 0.0
+    """Drafted tokens that were checked and did not stand, for each token of a completion."""
 
 
 def fast_step(
@@ -136,7 +140,8 @@ def fast_step(
         "rollout": _decode(cost, shape),
         "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
         "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs + spared,
-        "sync": Work(0, 2 * weights),
+        # read in float32, written in the sampler's dtype, read again and written to its place (fused, or packed)
+        "sync": Work(0, 4 * cost.all_weights + 3 * weights),
     }
 
 
@@ -154,8 +159,9 @@ def published_step(cost: ModelCost, shape: StepShape) -> dict[str, Work]:
     position in each of three passes and in the update, activations recomputed.
 
     The logits of a pass are written, read by log-softmax, which writes its result, which is read again; in the update
-    twice that. Its sampler is taken to be as good as ours.
+    twice that. Its sampler and its sync are taken to be as good as ours, but for drafts.
     """
+    shape = replace(shape, tokens_per_forward=1.0, wasted_per_token=0.0)
     width = max(shape.prompts) + max(shape.completions)
     width_annotated = max(p + a for p, a in zip(shape.prompts, shape.annotated, strict=True))
     rows = len(shape.prompts)
@@ -172,18 +178,20 @@ def published_step(cost: ModelCost, shape: StepShape) -> dict[str, Work]:
         ),
         "update": (Work(4 * layers + 3 * head, 4 * weights + 8 * logits_bytes * width) + _optimizer(cost, shape))
         * shape.epochs,
-        "sync": Work(0, 2 * weights),
+        "sync": Work(0, 4 * cost.all_weights + 3 * weights),
     }
 
 
 def _decode(cost: ModelCost, shape: StepShape) -> Work:
-    """Prefill, then a token at a time: every round reads all weights once for `decode_batch` sequences."""
+    """Prefill, then `tokens_per_forward` tokens at a time: a round reads all weights for `decode_batch` sequences."""
     rows = list(zip(shape.prompts, shape.completions, strict=True))
-    tokens = sum(map(sum, rows))
-    flops = cost.layers_flops(tokens, sum(causal_pairs(p + c) for p, c in rows))
-    rounds = max(shape.completions) * -(-len(rows) // shape.decode_batch)
+    checked = 1 + shape.wasted_per_token
+    prompt_pairs = sum(map(causal_pairs, shape.prompts))
+    pairs = prompt_pairs + checked * (sum(causal_pairs(p + c) for p, c in rows) - prompt_pairs)
+    flops = cost.layers_flops(sum(shape.prompts) + checked * sum(shape.completions), pairs)
+    rounds = max(shape.completions) / shape.tokens_per_forward * -(-len(rows) // shape.decode_batch)
     weights = (cost.layer_weights + cost.head_weights) * shape.bytes_per_weight
-    return Work(flops + cost.head_flops(sum(shape.completions)), weights * rounds)
+    return Work(flops + cost.head_flops(checked * sum(shape.completions)), weights * rounds)
 
 
 def _optimizer(cost: ModelCost, shape: StepShape) -> Work:

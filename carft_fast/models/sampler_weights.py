@@ -2,7 +2,7 @@
 
 The stream is made from `state_dict()`, not `named_parameters()`: with tied embeddings the latter has no
 `lm_head.weight`, and an engine that reloads layer by layer would silently keep an old one. The trainer's weights are
-not changed: LoRA is merged into the copy that is sent.
+not changed: LoRA is merged into the copy that is sent, or sent beside it (`adapter_weights`).
 """
 
 import contextlib
@@ -36,13 +36,14 @@ class SamplerWeights:
     """Iterate for (name, tensor), whole and in `dtype`, in a fixed order; every pass starts anew.
 
     Sharded parameters (FSDP2's DTensor, ZeRO-3) are gathered a layer at a time: a pass holds one whole layer at most,
-    and every rank has to iterate. Raises InputError for an adapter that a plain weight cannot express.
+    and every rank has to iterate. `merge`: with the adapters' products; without it the frozen weights as they are.
+    Raises InputError for an adapter that a plain weight cannot express.
     """
 
-    def __init__(self, lm: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, lm: nn.Module, dtype: torch.dtype, *, merge: bool = True) -> None:
         self.dtype = dtype
         base = base_lm(lm)
-        adapted = _adapted_layers(base)
+        adapted = _adapted_layers(base) if merge else {}
         self._parts: dict[str, _Part] = {}
         for name, tensor in base.state_dict(keep_vars=True).items():
             if not _ADAPTER.search(name):
@@ -88,6 +89,51 @@ class HeldWeights:
     def groups(self) -> Iterator[list[tuple[str, Tensor]]]:
         for group in self._groups:
             yield [(name, tensor.to(self._device)) for name, tensor in group]
+
+
+class WeightUpdate(NamedTuple):
+    """What a sync gives to a sampler."""
+
+    weights: SamplerWeights | HeldWeights | None
+    """None: frozen ones, which it holds already."""
+    adapters: dict[str, Tensor] | None = None
+    """LoRA's matrices, where the sampler applies them itself."""
+
+    @classmethod
+    def of(cls, lm: nn.Module, dtype: torch.dtype, *, unmerged: bool, frozen: bool = True) -> "WeightUpdate":
+        """`unmerged`: LoRA beside the weights, and these only with `frozen`. Every rank has to call it."""
+        if not unmerged:
+            return cls(SamplerWeights(lm, dtype))
+        return cls(SamplerWeights(lm, dtype, merge=False) if frozen else None, adapter_weights(lm, dtype))
+
+    def held(self, device: torch.device, *, keep: bool) -> "WeightUpdate":
+        """With the weights in host memory on the process with `keep`; every rank has to call it."""
+        weights = self.weights
+        return self._replace(
+            weights=HeldWeights(weights, device, keep=keep) if isinstance(weights, SamplerWeights) else weights
+        )
+
+
+def adapter_weights(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """LoRA's matrices by the names of peft's files, whole, in `dtype`, in host memory; every rank has to call it.
+
+    Raises InputError for adapters that vLLM cannot load: it knows LoRA of linear layers.
+    """
+    found: dict[str, Tensor] = {}
+    matrices = {name: tensor for name, tensor in base_lm(lm).state_dict(keep_vars=True).items() if "lora_" in name}
+    for _, names in itertools.groupby(matrices, _layer_of):
+        group = {name: matrices[name] for name in names}
+        with gathered(list(group.values())):
+            for name, tensor in group.items():
+                module, matched, matrix = name.partition(".lora_")
+                parts = matrix.split(".")
+                if not matched or parts[0] not in ("A", "B") or parts[2:] != ["weight"]:
+                    raise InputError(
+                        f'{name}: vLLM takes LoRA of linear layers as adapters: set rollout.lora_sync = "merge"'
+                    )
+                whole = _whole(tensor.detach()).to("cpu", dtype, copy=True)
+                found[f"base_model.model.{module}.lora_{parts[0]}.weight"] = whole
+    return found
 
 
 class _Part(NamedTuple):

@@ -4,5 +4,7 @@ from .gpus import MEMORY_SHARE as MEMORY_SHARE
 from .gpus import Gpu as Gpu
 from .report import estimate_table as estimate_table
 from .report import verdict as verdict
+from .resources import TOKENS_PER_FORWARD as TOKENS_PER_FORWARD
+from .resources import WASTED_PER_TOKEN as WASTED_PER_TOKEN
 from .resources import Estimate as Estimate
 from .resources import estimate as estimate

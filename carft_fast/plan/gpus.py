@@ -26,6 +26,22 @@ class Gpu(NamedTuple):
         """Bytes."""
         return self.mebibytes << 20
 
+    @property
+    def free_rows(self) -> float:
+        """Tokens that a forward of bfloat16 weights computes in the time that reading the weights takes.
+
+        A weight is two bytes, and two FLOPs a token.
+        """
+        return self.flops * MATMUL_SHARE / (self.bandwidth * MEMORY_SHARE)
+
+    def sequences_for_drafts(self, wasted_per_token: float) -> float:
+        """Sequences in flight from which drafts cost more than they save, however many tokens a forward yields.
+
+        A forward checks `1 + wasted_per_token` tokens for each that stands. Beyond `free_rows` of them its time grows
+        as they do, and a token costs more than without drafts once `1 + wasted_per_token` times the sequences do.
+        """
+        return self.free_rows / (1 + wasted_per_token)
+
     def seconds(self, work: Work) -> float:
         """The larger of what its FLOPs and its bytes take."""
         return max(work.flops / (self.flops * MATMUL_SHARE), work.bytes / (self.bandwidth * MEMORY_SHARE))

@@ -2,7 +2,7 @@
 
 from carft_fast.core import Table
 from carft_fast.plan.gpus import MATMUL_SHARE, MEMORY_SHARE, USABLE
-from carft_fast.plan.resources import Estimate, PhaseEstimate, StageEstimate
+from carft_fast.plan.resources import WASTED_PER_TOKEN, Estimate, PhaseEstimate, StageEstimate
 
 
 def gib(size: float) -> str:
@@ -22,6 +22,8 @@ def estimate_table(found: Estimate) -> Table:
         for name, phase in result.phases.items():
             table.add_row(f"  {name}", _memory(phase))
         table.add_row("  a step, predicted", _seconds(result))
+        if result.drafted:
+            table.add_row("  rollout with drafts, predicted", _drafted(found, result))
         counts = [phase for name, phase in result.phases.items() if name != "load"]
         launches, syncs = sum(phase.launches for phase in counts), sum(phase.syncs for phase in counts)
         table.add_row("  a step, on the host", f"about {launches:,} launches, {syncs:,} waits for the GPU")
@@ -29,7 +31,8 @@ def estimate_table(found: Estimate) -> Table:
     table.add_row(
         "seconds",
         f"the larger of FLOPs / {MATMUL_SHARE:.0%} of the peak and bytes / {MEMORY_SHARE:.0%} of the bandwidth; "
-        "without communication and launches; adapters count as all weights",
+        f"without communication and launches; adapters count as all weights; of drafts {WASTED_PER_TOKEN:g} tokens are "
+        "wasted for each that stands",
     )
     return table
 
@@ -55,6 +58,12 @@ def _memory(phase: PhaseEstimate) -> str:
     parts = ", ".join(f"{name} {gib(size)}" for name, size in list(phase.parts.items())[:3])
     beside = f" + {gib(phase.sampler)} of the sampler" if phase.sampler else ""
     return f"{gib(phase.trainer)}{beside}: {parts}"
+
+
+def _drafted(found: Estimate, result: StageEstimate) -> str:
+    times = [f"at {n} tokens a forward {whole:.2f} s ({short:.2f})" for n, (whole, short) in result.drafted.items()]
+    sequences = found.gpu.sequences_for_drafts(WASTED_PER_TOKEN)
+    return f"{', '.join(times)}; worthless from about {sequences:.0f} sequences at once on a GPU"
 
 
 def _seconds(result: StageEstimate) -> str:

@@ -27,6 +27,13 @@ SAMPLING = ("rollout", "evaluation")
 Parts = Mapping[str, float]
 
 
+LONGEST, SHORT = 1.0, 0.25
+"""Lengths of completions, over `rollout.max_new_tokens`."""
+TOKENS_PER_FORWARD = (2, 4)
+WASTED_PER_TOKEN = 0.5
+"""Of drafts, an assumption; measured on SmolLM2 and the quickstart's model (benchmarks/results/drafts_cpu.md)."""
+
+
 @dataclass(frozen=True)
 class PhaseEstimate:
     trainer: float
@@ -53,6 +60,8 @@ class StageEstimate:
     """Whether the largest holds all of a GPU's sequences, so that more changes nothing."""
     seconds: tuple[Mapping[str, float], Mapping[str, float]]
     """A step's, by phase: with sequences as long as they may be, and with completions of a quarter of that."""
+    drafted: Mapping[int, tuple[float, float]]
+    """Seconds of the rollout phase, of the same two, by tokens that a forward yields; empty without drafts."""
 
     @property
     def peak(self) -> float:
@@ -193,7 +202,8 @@ def _stage(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost, sam
         settings.micro_batch_tokens,
         largest * config.data.max_length if largest else None,
         largest == rows,
-        (_seconds(config, stage, gpu, gpus, cost, 1.0), _seconds(config, stage, gpu, gpus, cost, 0.25)),
+        (_seconds(config, stage, gpu, gpus, cost, LONGEST), _seconds(config, stage, gpu, gpus, cost, SHORT)),
+        _drafted(config, stage, gpu, gpus, cost),
     )
 
 
@@ -335,7 +345,19 @@ class Worker:
         self._process.communicate()
 
 
-def _seconds(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost, length: float) -> dict[str, float]:
+def _drafted(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost) -> dict[int, tuple[float, float]]:
+    if stage == "sft" or not config.rollout.drafting:
+        return {}
+
+    def of(length: float, tokens: int) -> float:
+        return _seconds(config, stage, gpu, gpus, cost, length, float(tokens))["rollout"]
+
+    return {tokens: (of(LONGEST, tokens), of(SHORT, tokens)) for tokens in TOKENS_PER_FORWARD}
+
+
+def _seconds(
+    config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost, length: float, tokens_per_forward: float = 1.0
+) -> dict[str, float]:
     """Of a step, by phase."""
     new = max(1, round(config.rollout.max_new_tokens * length))
     prompt = config.data.max_length - config.rollout.max_new_tokens
@@ -353,6 +375,8 @@ def _seconds(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost, l
         updates_per_epoch=-(-rows // mini),
         decode_batch=config.rollout.batch_size,
         shards=gpus if config.distributed.strategy == "fsdp2" else 1,
+        tokens_per_forward=tokens_per_forward,
+        wasted_per_token=WASTED_PER_TOKEN if tokens_per_forward > 1 else 0.0,
     )
     work: Mapping[str, Work]
     if stage == "sft":

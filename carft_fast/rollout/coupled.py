@@ -56,13 +56,13 @@ def pick(processed_NV: Tensor, seeds: Sequence[int], positions: Sequence[int]) -
     rows, vocabulary = processed_NV.shape
     if processed_NV.device.type != "cpu":
         return (processed_NV + gumbel_noise(seeds, positions, vocabulary, processed_NV.device)).argmax(-1)
-    token_N = torch.empty(rows, dtype=torch.int64)
+    token_N = np.empty(rows, np.int64)
     step = max(1, _CHUNK // vocabulary)
     for first in range(0, rows, step):
         part = slice(first, first + step)
         noise = gumbel_noise(seeds[part], positions[part], vocabulary, processed_NV.device)
-        token_N[part] = noise.add_(processed_NV[part]).argmax(-1)
-    return token_N
+        token_N[part] = noise.add_(processed_NV[part]).numpy().argmax(-1)  # many times as fast as torch's
+    return torch.from_numpy(token_N)
 
 
 def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocabulary: int, device: torch.device) -> Tensor:

@@ -22,8 +22,9 @@ _CAPACITY_TOKENS = 2**24
 def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most: int) -> Sequence[int]:
     """What follows in a draft on the longest suffix of `completion`; at most as long as that suffix, and `most`.
 
-    A suffix counts from two tokens on, or when it is the whole completion and begins the draft. Of equally long ones
-    the nearest to the same position is taken, then the one in the first draft.
+    A suffix counts from two tokens on. The whole completion, where it begins the draft, counts from one on, and what
+    follows it is as long as `most`. Of equally long ones the nearest to the same position is taken, then the one in the
+    first draft.
     """
     size, last = len(completion), completion[-1]
     best: tuple[int, int] | None = None
@@ -40,8 +41,9 @@ def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most:
             while match < reach and draft[end - 1 - match] == completion[size - 1 - match]:
                 match += 1
             rank = (match, -abs(end - size))
-            if (match >= _LEAST_MATCH or match == size == end) and (best is None or rank > best):
-                best, found = rank, draft[end : end + min(match, most)]
+            whole = match == size == end
+            if (whole or match >= _LEAST_MATCH) and (best is None or rank > best):
+                best, found = rank, draft[end : end + (most if whole else min(match, most))]
     return found
 
 

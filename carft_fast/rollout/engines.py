@@ -33,13 +33,14 @@ def build_engine(
         engine = VLLMEngine(config, model, ends)
         engine = SpreadEngine(engine) if several else engine
     else:
-        from carft_fast.rollout.vllm.adapter import engine_dtype
+        from carft_fast.rollout.vllm.adapter import engine_dtype, sends_adapters
         from carft_fast.rollout.vllm.servers import VLLMServerEngine
 
         def start() -> VLLMServerEngine:
             return VLLMServerEngine(config, model, ends, folder=folder, log=log)
 
-        engine = LeaderEngine(start, engine_dtype(config)) if several else start()
+        unmerged = sends_adapters(config, model.device.type)
+        engine = LeaderEngine(start, engine_dtype(config), unmerged=unmerged) if several else start()
     try:
         engine.sync(model)
     except BaseException:

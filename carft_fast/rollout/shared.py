@@ -5,6 +5,7 @@ are two calls, so that a share can be sampled ahead in a thread while the proces
 """
 
 import dataclasses
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from carft_fast.core import each_rank, is_main, on_main, own_share
-from carft_fast.models import CarftModel, HeldWeights, SamplerWeights
+from carft_fast.models import CarftModel, WeightUpdate
 from carft_fast.rollout.base import Progress, Prompts, Rollout, RolloutEngine, SamplingParams
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ class SpreadEngine(SharedEngine):
 class LeaderEngine(SharedEngine):
     """vLLM servers, which the main process drives; the others take part where weights are brought together."""
 
-    def __init__(self, start: "Callable[[], VLLMServerEngine]", dtype: torch.dtype) -> None:
-        """`start` is called on the main process."""
-        self._dtype = dtype
+    def __init__(self, start: "Callable[[], VLLMServerEngine]", dtype: torch.dtype, *, unmerged: bool) -> None:
+        """`start` is called on the main process. `unmerged`: LoRA is sent beside the weights."""
+        self._dtype, self._unmerged = dtype, unmerged
+        self._model: Callable[[], CarftModel | None] = lambda: None
         self._engine: VLLMServerEngine | None = None
         on_main(lambda: self._start(start))
         self.version = -1
@@ -94,11 +96,14 @@ class LeaderEngine(SharedEngine):
         return on_main(sample)
 
     def sync(self, model: CarftModel) -> int:
-        held = None
+        update = None
         if model.divided:  # servers may ask for weights more than once, when the other processes have gone on
-            held = HeldWeights(SamplerWeights(model.lm, self._dtype), model.device, keep=is_main())
+            frozen = self._model() is not model
+            update = WeightUpdate.of(model.lm, self._dtype, unmerged=self._unmerged, frozen=frozen)
+            update = update.held(model.device, keep=is_main())
         engine = self._engine
-        self.version = on_main(lambda: 0 if engine is None else engine.sync(model, held))
+        self.version = on_main(lambda: 0 if engine is None else engine.sync(model, update))
+        self._model = weakref.ref(model)
         return self.version
 
     def close(self) -> None:

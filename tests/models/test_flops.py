@@ -54,3 +54,17 @@ def test_the_published_step_without_padding_costs_recomputation_and_prompt_logit
     assert ours["update"].bytes - one == 2 * 2 * 32 * cost.all_weights
     padded = published_step(cost, replace(shape, completions=[5, 5, 5, 20]))["update"].flops
     assert padded == published["update"].flops
+
+
+def test_drafts_change_the_rounds_and_what_a_round_computes_of_this_step_alone() -> None:
+    """Two tokens a forward, half a token wasted for each: 24 tokens are 12 forwards of three rows, 36 rows."""
+    cost = ModelCost.of_config(MODELS["llama"])
+    plain = StepShape([10] * 4, [24] * 4, [24] * 4, epochs=1, decode_batch=4)
+    drafted = replace(plain, tokens_per_forward=2.0, wasted_per_token=0.5)
+    before, after = (fast_step(cost, shape)["rollout"] for shape in (plain, drafted))
+    weights = 2 * (cost.layer_weights + cost.head_weights)
+    assert (before.bytes, after.bytes) == (24 * weights, 12 * weights)
+    pairs = causal_pairs(34) - causal_pairs(10)
+    assert after.flops - before.flops == 4 * (cost.layers_flops(12, pairs / 2) + cost.head_flops(12))
+    assert published_step(cost, drafted) == published_step(cost, plain)
+    assert {**fast_step(cost, drafted), "rollout": before} == fast_step(cost, plain)

@@ -4,6 +4,7 @@ Nothing here was ever run on a GPU.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_tokenizer
-from carft_fast.models.flops import ModelCost
+from carft_fast.models.flops import ModelCost, Work
 from carft_fast.plan import resources
 from carft_fast.plan.gpus import GPUS, USABLE, Gpu
 from tests.gpu_path import test_gpu_path
@@ -255,6 +256,39 @@ def test_a_sampler_that_sleeps_leaves_its_memory(config: Callable[..., Config]) 
     assert shares == [gpu.memory / 2, 2**30]
     options = ['rollout.engine="vllm"', "rollout.server_devices=[]", "rollout.memory_fraction=0.01"]
     assert "do not hold its weights" in resources.Sampler(config(*options), cost, lm_config, gpu).problem
+
+
+@pytest.mark.parametrize("name", ["a100-80", "h100-80", "b200-180"])
+@pytest.mark.parametrize(("tokens", "wasted"), [(2, 0.5), (4, 0.5), (2, 1.0)])
+def test_the_batch_from_which_drafts_are_worthless_is_where_their_rounds_take_longer(
+    name: str, tokens: int, wasted: float
+) -> None:
+    """Round by round, for a model of linear layers alone."""
+    gpu, weights = GPUS[name], 7_000_000_000
+
+    def seconds(rows: float) -> float:
+        return gpu.seconds(Work(2 * weights * rows, 2 * weights))
+
+    def saves(sequences: int) -> bool:
+        return seconds(sequences * tokens * (1 + wasted)) < tokens * seconds(sequences)
+
+    limit = gpu.sequences_for_drafts(wasted)
+    assert saves(math.floor(limit))
+    assert not saves(math.floor(limit) + 1)
+
+
+def test_a_plan_says_what_drafts_would_save(config: Callable[..., Config]) -> None:
+    """Of few sequences, whose rounds read the weights; a full batch is bound by its arithmetic."""
+    cost = ModelCost.of_config(resources.load_lm_config(config().model))
+    gpu = GPUS["h100-80"]
+    few = config("rl.batch_size=8", "rl.mini_batch_size=8")
+    without = [resources._seconds(few, "rl", gpu, 1, cost, length)["rollout"] for length in (1.0, 0.25)]
+    found = resources._drafted(few, "rl", gpu, 1, cost)
+    assert found == {tokens: pytest.approx([seconds / tokens for seconds in without]) for tokens in (2, 4)}
+    many = resources._drafted(config("rl.batch_size=512"), "rl", gpu, 1, cost)
+    assert many[4] == many[2]
+    assert resources._drafted(config('rollout.drafts="off"'), "rl", gpu, 1, cost) == {}
+    assert resources._drafted(config(), "sft", gpu, 1, cost) == {}
 
 
 @pytest.mark.usefixtures("shared")

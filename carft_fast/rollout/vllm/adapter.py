@@ -19,10 +19,11 @@ from packaging.version import Version
 from torch import Tensor
 
 from carft_fast.config import Config, RolloutConfig
-from carft_fast.core import EngineError, InputError, world_size
+from carft_fast.core import EngineError, InputError, first_line, world_size
 from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
 from carft_fast.rollout.drafts import LONGEST
+from carft_fast.rollout.vllm.adapter_files import NAME
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 LOOPBACK = "127.0.0.1"
@@ -52,6 +53,13 @@ def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
         raise InputError(
             f'rollout.engine = "{rollout.engine}": the model has experts ({experts} = {getattr(text, experts)}), and '
             'transformers fuses their weights in a way that vLLM does not load in a sync: set rollout.engine = "hf"'
+        )
+    if rollout.lora_sync == "adapter" and rollout.engine == "hf":
+        raise InputError('rollout.lora_sync = "adapter" needs rollout.engine = "vllm" or "vllm-server", this is "hf"')
+    if sends_adapters(config, device_type) and config.lora.rank > LORA_RANKS[-1]:
+        raise InputError(
+            f'rollout.lora_sync = "adapter": vLLM takes lora.rank up to {LORA_RANKS[-1]}, this is {config.lora.rank}: '
+            'set rollout.lora_sync = "merge"'
         )
     if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
         check_installed()
@@ -134,8 +142,11 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
             "model": proposer,
             "num_speculative_tokens": LONGEST,
         }
-        options["additional_config"] = {BUDGET: rollout.draft_budget or (64 if on_cpu else 256)}
+        options["additional_config"] = {BUDGET: rollout.draft_budget or (64 if on_cpu else 128)}
         options["per_request_spec_decode_metrics"] = "summary"
+    if sends_adapters(config, device_type):
+        rank = next((most for most in LORA_RANKS if most >= config.lora.rank), LORA_RANKS[-1])
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
     if cache_gib is not None:
         options["kv_cache_memory_bytes"] = int(cache_gib * 2**30)
     if rollout.sleep_level:
@@ -143,6 +154,21 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
     if config.model.trust_remote_code:
         options["trust_remote_code"] = True
     return options
+
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has room for."""
+
+
+def sends_adapters(config: Config, device_type: str) -> bool:
+    """Whether LoRA goes to the sampler unmerged: `rollout.lora_sync`, "auto" decided."""
+    rollout = config.rollout
+    if not config.lora.rank or rollout.engine == "hf" or rollout.lora_sync == "merge":
+        return False
+    # Adapters travel in files, which a server on another machine may not see.
+    seen = not rollout.servers or transfer_backend(config, device_type) == "files"
+    fits = device_type == "cuda" and seen and config.lora.rank <= LORA_RANKS[-1]
+    return rollout.lora_sync == "adapter" or fits
 
 
 def transfer_backend(config: Config, device_type: str) -> Literal["nccl", "ipc", "files"]:
@@ -215,6 +241,8 @@ def start_failure(error: BaseException) -> EngineError:
             f"vLLM has not enough memory ({_first_line(text)}): change rollout.memory_fraction or "
             "rollout.kv_cache_gib, lower data.max_length or rollout.batch_size, or free memory on the device"
         )
+    if "does not support LoRA" in text:
+        return EngineError(f'vLLM has no LoRA for this model ({_first_line(text)}): set rollout.lora_sync = "merge"')
     if "rchitecture" in text and "support" in text:
         return EngineError(f'vLLM does not know this architecture ({_first_line(text)}): set rollout.engine = "hf"')
     return EngineError(f"vLLM did not start: {_first_line(text) or type(error).__name__}")
@@ -275,6 +303,7 @@ class LocalEngine:
         except Exception as error:
             raise start_failure(error) from error
         self._calls = 0
+        self._lora: Any = None
 
     def generate(
         self,
@@ -296,7 +325,7 @@ class LocalEngine:
                 fields = sampling_fields(sampling, index, ends)
                 params = vllm.SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY, flat_logprobs=True)
                 request_id = f"{self._calls}-{index}"
-                engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+                engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params, lora_request=self._lora)
                 waiting[request_id] = index
             while waiting:
                 finished: list[Any] = [output for output in engine.step() if output.finished]
@@ -311,13 +340,24 @@ class LocalEngine:
             raise
         return [rollout for index in range(len(prompts)) for rollout in found[index]]
 
-    def load(self, weights: SamplerWeights, weight_version: int) -> None:
-        """Replace the weights. The version says `INCOMPLETE` until all of them are in."""
+    def load(self, weights: Weights | None, adapters: Path | None, weight_version: int) -> None:
+        """Replace the weights, the adapters or both. The version says `INCOMPLETE` until all of them are in."""
+        from vllm.lora.request import LoRARequest
+
         from carft_fast.rollout.vllm.in_place import load_in_place
 
         engine = self._llm.llm_engine
         engine.set_weight_version(INCOMPLETE)
-        self._llm.collective_rpc(load_in_place, args=(weights,))
+        if weights is not None:
+            self._llm.collective_rpc(load_in_place, args=(weights,))
+        if adapters is not None:
+            self._lora = LoRARequest(NAME, 1, str(adapters))
+            try:
+                engine.add_lora(LoRARequest(NAME, 1, str(adapters), load_inplace=True))
+            except Exception as error:  # whatever a model or an adapter that vLLM does not know makes of it
+                raise EngineError(
+                    f'vLLM did not take the LoRA adapters ({first_line(error)}): set rollout.lora_sync = "merge"'
+                ) from error
         if not self._llm.reset_prefix_cache():
             raise EngineError("vLLM kept its prefix cache over a weight update: requests were still running")
         engine.set_weight_version(str(weight_version))

@@ -50,6 +50,13 @@ class ServerApi:
         self, url: str, path: str, body: dict[str, Any] | None = None, *, method: str = "POST", timeout_s: float
     ) -> Any:
         """JSON of the answer. Raises ServerLost where another try may help, EngineError where the request is wrong."""
+        text = await self._send(url, path, body, method=method, timeout_s=timeout_s)
+        try:
+            return json.loads(text) if text else None
+        except ValueError:
+            raise EngineError(f"the server at {url} answered {path} with {text[:80]!r}: {HINT}") from None
+
+    async def _send(self, url: str, path: str, body: dict[str, Any] | None, *, method: str, timeout_s: float) -> str:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
             async with self._session.request(method, url + path, json=body, timeout=timeout) as response:
@@ -71,10 +78,7 @@ class ServerApi:
             raise EngineError(f"the server at {url} has no {path} ({_message(text)}): {HINT}")
         if status >= 400:
             raise EngineError(f"the server at {url} refused {path}: {_message(text)}")
-        try:
-            return json.loads(text) if text else None
-        except ValueError:
-            raise EngineError(f"the server at {url} answered {path} with {text[:80]!r}: {HINT}") from None
+        return text
 
     async def healthy(self, url: str) -> bool:
         """Whether the server answers within five seconds, and its engine, which may be at work, within `ENGINE_S`."""
@@ -131,6 +135,11 @@ class ServerApi:
 
     async def update(self, url: str, info: Any) -> None:
         await self._update(url, "/update_weights", update_info=info)
+
+    async def load_adapter(self, url: str, name: str, folder: str) -> None:
+        """LoRA adapters from a peft folder that the server sees; in place of those of that name."""
+        body = {"lora_name": name, "lora_path": folder, "load_inplace": True}
+        await self._send(url, "/v1/load_lora_adapter", body, method="POST", timeout_s=self._update_timeout_s)
 
     async def finish_update(self, url: str) -> None:
         await self._update(url, "/finish_weight_update")

@@ -40,6 +40,7 @@ def server_environment(cuda_visible_devices: str | None, host: str, token: str |
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_USE_V2_MODEL_RUNNER": "0",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     }
     if transfer == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # its handles are sent pickled

@@ -11,6 +11,7 @@ import os
 import secrets
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 
 from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
-from carft_fast.models import CarftModel, HeldWeights, SamplerWeights
+from carft_fast.models import CarftModel, WeightUpdate
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, check_request
 from carft_fast.rollout.vllm import adapter
+from carft_fast.rollout.vllm.adapter_files import NAME, AdapterFiles
 from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost
 from carft_fast.rollout.vllm.launch import ServerProcess, server_environment
 from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
@@ -57,7 +59,8 @@ class VLLMServerEngine:
         self._config, self._ends, self._log = rollout, ends, log
         self._context = config.data.max_length
         self._dtype = adapter.engine_dtype(config)
-        self._run = secrets.token_hex(4)  # tells this run's weights from those another trainer left on a server
+        self._run = ""  # tells this run's weights from those that another trainer left on a server
+        self._staged = False  # the weights of `_model`, the frozen ones where LoRA is sent unmerged
         self.version = -1
         self._whole = False
         backend = adapter.transfer_backend(config, model.device.type)
@@ -68,6 +71,9 @@ class VLLMServerEngine:
             if backend == "files"
             else DeviceTransfer(backend, rollout.server_timeout_s, self._token)
         )
+        by_adapters = adapter.sends_adapters(config, model.device.type)
+        self._adapters = AdapterFiles(rollout.transfer_dir) if by_adapters else None
+        self._model: Callable[[], CarftModel | None] = lambda: None
         self._scratch = tempfile.TemporaryDirectory(prefix="carft-servers-")
         self._servers = [_Server(None, url.rstrip("/")) for url in rollout.servers]
         try:
@@ -92,10 +98,19 @@ class VLLMServerEngine:
         """Process ids of the servers this run started."""
         return [server.process.pid for server in self._servers if server.process and server.process.pid]
 
-    def sync(self, model: CarftModel, held: HeldWeights | None = None) -> int:
-        """`held`: a copy of the weights, where this process has only a part of the model's."""
+    def sync(self, model: CarftModel, update: WeightUpdate | None = None) -> int:
+        """`update`: what to send, where this process has only a part of the model."""
         self._whole = False
-        self._transfer.stage(held or SamplerWeights(model.lm, self._dtype), self._tag(self.version + 1))
+        if self._model() is not model:
+            self._model, self._run, self._staged = weakref.ref(model), secrets.token_hex(4), False
+        if update is None:
+            unmerged = self._adapters is not None
+            update = WeightUpdate.of(model.lm, self._dtype, unmerged=unmerged, frozen=not self._staged)
+        tag, files = self._tag(self.version + 1), None
+        if self._adapters and update.adapters is not None:
+            files = self._adapters.write(model.lm, update.adapters, tag)
+        self._transfer.stage(update.weights, tag, files)
+        self._staged = True
         self.version += 1
         asyncio.run(self._sync())
         self._whole = True
@@ -107,11 +122,12 @@ class VLLMServerEngine:
         check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         # A request for each completion: vLLM counts drafts only so. The prefix cache shares the prompt's prefill.
         bodies = []
+        named = {"model": NAME} if self._adapters else {}
         for index, prompt in enumerate(prompts):
             fields = adapter.sampling_fields(sampling, index, self._ends)
             for sample in range(sampling.samples_per_prompt):
                 own = fields | {"n": 1, "seed": fields["seed"] + sample}
-                bodies.append({"token_ids": list(prompt), "sampling_params": own})
+                bodies.append({"token_ids": list(prompt), "sampling_params": own, **named})
         found = asyncio.run(self._generate(bodies, on_progress or (lambda _: None)))
         return [found[index] for index in range(len(bodies))]
 
@@ -121,6 +137,8 @@ class VLLMServerEngine:
                 server.process.stop()
         self._servers = []
         self._transfer.close()
+        if self._adapters:
+            self._adapters.close()
         self._scratch.cleanup()
 
     def _tag(self, version: int) -> str:

@@ -3,32 +3,29 @@
 `stage` takes the weights that the following `send` calls deliver. `send` returns the servers that failed: they are left
 paused, their version incomplete. Both transfers leave a server's weight version at "incomplete" from the first byte to
 the last, so that nothing sampled in between can be taken for a rollout.
+
+With LoRA unmerged a `send` delivers the adapters, and the frozen weights to those servers alone that do not hold them.
 """
 
 import asyncio
-import os
-import platform
-import re
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import psutil
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from carft_fast.core import EngineError
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter import Weights
+from carft_fast.rollout.vllm.adapter_files import NAME
 from carft_fast.rollout.vllm.http import ServerApi, ServerLost
 from carft_fast.rollout.vllm.launch import free_port
-
-_PREFIX = "carft-weights-"
+from carft_fast.rollout.vllm.scratch import scratch_folder
 
 
 async def _each(urls: Sequence[str], call: Callable[[str], Awaitable[None]]) -> dict[str, ServerLost]:
@@ -43,6 +40,17 @@ async def _each(urls: Sequence[str], call: Callable[[str], Awaitable[None]]) -> 
     return lost
 
 
+async def _holds(api: ServerApi, url: str, weight_version: str) -> bool:
+    """Whether the server holds an earlier version of the same run, whole."""
+    return (await api.weight_version(url)).rpartition("-")[0] == weight_version.rpartition("-")[0]
+
+
+async def _finish(api: ServerApi, url: str, adapters: Path | None, weight_version: str) -> None:
+    if adapters is not None:
+        await api.load_adapter(url, NAME, str(adapters))
+    await api.close_update(url, weight_version)
+
+
 class FileTransfer:
     """One safetensors file for each layer; only the current version's stay.
 
@@ -54,18 +62,16 @@ class FileTransfer:
     """Whether `send` may be called after the trainer's weights have changed: it sends what was staged."""
 
     def __init__(self, folder: str) -> None:
-        in_memory = os.access("/dev/shm", os.W_OK)
-        root = Path(folder or ("/dev/shm" if in_memory else tempfile.gettempdir()))
-        machine = platform.node()
-        own = re.compile(rf"{_PREFIX}(\d+)-{re.escape(machine)}-[^-]+")
-        for left in root.glob(f"{_PREFIX}*"):
-            if (found := own.fullmatch(left.name)) and not psutil.pid_exists(int(found[1])):
-                shutil.rmtree(left, ignore_errors=True)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-{machine}-", dir=root))
+        self._folder = scratch_folder("carft-weights-", folder)
         self._version = ""
+        self._adapters: Path | None = None
         self._files: list[Path] = []
 
-    def stage(self, weights: Weights, weight_version: str) -> None:
+    def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None) -> None:
+        """`weights` None: those staged before, which every server that has them keeps."""
+        self._version, self._adapters = weight_version, adapters
+        if weights is None:
+            return
         for path in self._files:  # first: under /dev/shm two versions would be twice the memory
             path.unlink(missing_ok=True)
         self._files = []
@@ -79,17 +85,18 @@ class FileTransfer:
                     f"the weights could not be written to {path.parent} ({error}): set rollout.transfer_dir to a "
                     "folder with room for them"
                 ) from None
-        self._version = weight_version
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
         info = {"files": [str(path) for path in self._files]}
 
         async def one(url: str) -> None:
+            frozen_there = self._adapters is not None and await _holds(api, url, self._version)
             await api.open_update(url)
-            await api.start_update(url)
-            await api.update(url, info)
-            await api.finish_update(url)
-            await api.close_update(url, self._version)
+            if not frozen_there:
+                await api.start_update(url)
+                await api.update(url, info)
+                await api.finish_update(url)
+            await _finish(api, url, self._adapters, self._version)
 
         return await _each(urls, one)
 
@@ -103,33 +110,38 @@ class DeviceTransfer:
     One broadcast reaches every server. Another set of servers gets a new group.
     """
 
-    repeatable = False
+    @property
+    def repeatable(self) -> bool:
+        return self._adapters is not None  # frozen weights are still there
 
     def __init__(self, backend: Literal["nccl", "ipc"], update_timeout_s: float, token: str | None) -> None:
         self._backend, self._timeout_s, self._token = backend, update_timeout_s, token
         self._weights: Weights | None = None
         self._version = ""
+        self._adapters: Path | None = None
         self._sender: Any = None
         self._members: tuple[str, ...] = ()
         self._one_at_a_time = threading.Lock()  # servers that come back at the same time each get a group
 
-    def stage(self, weights: Weights, weight_version: str) -> None:
-        self._weights, self._version = weights, weight_version
+    def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None) -> None:
+        self._weights, self._version, self._adapters = weights or self._weights, weight_version, adapters
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
         sizes: dict[str, int] = {}
 
         async def prepare(url: str) -> None:
+            frozen_there = self._adapters is not None and await _holds(api, url, self._version)
             await api.open_update(url)
-            sizes[url] = await api.world_size(url)
+            if not frozen_there:
+                sizes[url] = await api.world_size(url)
 
         lost = await _each(urls, prepare)
-        members = tuple(url for url in urls if url not in lost)
+        ready = [url for url in urls if url not in lost]
+        members = tuple(url for url in ready if url in sizes)
         if members:
             # In a thread: vLLM's sender blocks, and calls `_ControlPlane`, which runs its own event loop.
             await asyncio.to_thread(self._send, members, [sizes[url] for url in members])
-            lost |= await _each(members, lambda url: api.close_update(url, self._version))
-        return lost
+        return lost | await _each(ready, lambda url: _finish(api, url, self._adapters, self._version))
 
     def _send(self, urls: tuple[str, ...], sizes: Sequence[int]) -> None:
         assert self._weights is not None

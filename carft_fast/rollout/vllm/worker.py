@@ -116,15 +116,17 @@ class CoupledSampler:
             return processed, processed.argmax(-1)
         temperature_N = asked.temperature[requests]
         top_k_N, top_p_N = (None if cut is None else cut[requests] for cut in (asked.top_k, asked.top_p))
-        greedy_N = temperature_N == 0
-        processed = processed_logits(rows, temperature_N.masked_fill(greedy_N, 1.0), top_k_N, top_p_N)
+        greedy_N = None if asked.all_random else temperature_N == 0
+        if greedy_N is not None:
+            temperature_N = temperature_N.masked_fill(greedy_N, 1.0)
+        processed = processed_logits(rows, temperature_N, top_k_N, top_p_N)
         names = [batch.req_ids[request] for request in requests]
         given = [self._runner.requests[name].sampling_params.seed for name in names]
         # Without a seed of its own a request gets one from its name.
         seeds = [zlib.crc32(n.encode()) if seed is None else seed for n, seed in zip(names, given, strict=True)]
         positions = [int(batch.num_tokens_no_spec[request]) + depth for request in requests]
         token_N = pick(processed, seeds, positions)
-        return processed, torch.where(greedy_N, processed.argmax(-1), token_N)
+        return processed, token_N if greedy_N is None else torch.where(greedy_N, processed.argmax(-1), token_N)
 
 
 class DraftProposer:
