@@ -15,6 +15,7 @@ from carft_fast.models import ModelCost, StepShape, Work, fast_step, published_s
 
 GPUS = [plan.GPUS[name] for name in ("a100-80", "h100-80", "b200-180")]
 RANKS, GLOBAL_BATCH = 8, 64
+BATCHES = (8, 32, 64, 128, 256)
 MODELS: dict[str, Any] = {
     "CodeLlama-7B": transformers.LlamaConfig(
         hidden_size=4096,
@@ -167,12 +168,15 @@ def report() -> str:
     lines += [
         "",
         "Drafts are free while a forward computes its tokens in the time of reading the weights, and cost more than",
-        f"they save from so many sequences at once on a GPU ({plan.WASTED_PER_TOKEN:g} wasted for each that stands):",
+        f"they save from so many sequences at once on a GPU ({plan.WASTED_PER_TOKEN:g} wasted for each that stands).",
+        "Gain: of decoding at 2 tokens a forward, by sequences at once. `rollout.draft_budget` = 64 stays where they",
+        "are free.",
         "",
-        "| GPU | tokens that a forward computes meanwhile | sequences |",
-        "| --- | --- | --- |",
+        f"| GPU | tokens computed meanwhile | sequences | {' | '.join(f'gain at {n}' for n in BATCHES)} |",
+        f"| --- | --- | --- | {' | '.join('---' for _ in BATCHES)} |",
         *(
-            f"| {gpu.title} | {gpu.free_rows:.0f} | {gpu.sequences_for_drafts(plan.WASTED_PER_TOKEN):.0f} |"
+            f"| {gpu.title} | {gpu.free_rows:.0f} | {gpu.sequences_for_drafts(plan.WASTED_PER_TOKEN):.0f} | "
+            f"{' | '.join(f'{gpu.draft_gain(n, 2, plan.WASTED_PER_TOKEN):.2f}' for n in BATCHES)} |"
             for gpu in GPUS
         ),
         "",

@@ -293,9 +293,9 @@ class RolloutConfig(Section):
     drafts: Literal["auto", "off"] = "auto"
     """"auto": the vLLM engines check the last completions of a question and its annotated CoTs as guesses of the next
     completion, several tokens a forward; what is sampled stays the same. "hf" and your own engines have no drafts."""
-    draft_budget: int | None = Field(None, ge=2)
-    """Tokens that a forward may decode for all sequences together, guesses included; above it nothing is guessed. When
-    absent 64 on the CPU and 128 on a GPU (by the cost model, not measured)."""
+    draft_budget: int = Field(64, ge=2)
+    """Tokens that a forward may decode for all sequences together, guesses included; above it nothing is guessed.
+    Source: what a forward of a 7B computes on an A100 in the time of reading its weights, by the cost model."""
     memory_fraction: float = Field(0.45, gt=0, le=0.98)
     """Share of the GPU's memory for vLLM's weights and KV cache; "vllm-server" with GPUs of its own: 0.9."""
     kv_cache_gib: float | None = Field(None, gt=0)
@@ -350,7 +350,7 @@ class RolloutConfig(Section):
             yield 'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained'
         if engine != "hf" and not 0.01 <= self.temperature <= 2:
             yield f'temperature = {self.temperature:g} needs engine = "hf": vLLM takes 0.01 to 2'
-        if self.draft_budget is not None and not self.drafting:
+        if self.draft_budget != type(self).model_fields["draft_budget"].default and not self.drafting:
             yield (
                 f'draft_budget = {self.draft_budget} needs drafts = "auto" and engine = "vllm" or "vllm-server", these '
                 f'are "{self.drafts}" and "{engine}"'

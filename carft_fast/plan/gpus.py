@@ -42,6 +42,15 @@ class Gpu(NamedTuple):
         """
         return self.free_rows / (1 + wasted_per_token)
 
+    def draft_gain(self, sequences: int, tokens_per_forward: float, wasted_per_token: float) -> float:
+        """How many times faster `sequences` decode with drafts; below 1 slower."""
+
+        def time(rows: float) -> float:
+            return max(1.0, rows / self.free_rows)
+
+        checked = sequences * tokens_per_forward * (1 + wasted_per_token)
+        return tokens_per_forward * time(sequences) / time(checked)
+
     def seconds(self, work: Work) -> float:
         """The larger of what its FLOPs and its bytes take."""
         return max(work.flops / (self.flops * MATMUL_SHARE), work.bytes / (self.bandwidth * MEMORY_SHARE))

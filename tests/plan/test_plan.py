@@ -272,6 +272,9 @@ def test_the_batch_from_which_drafts_are_worthless_is_where_their_rounds_take_lo
     def saves(sequences: int) -> bool:
         return seconds(sequences * tokens * (1 + wasted)) < tokens * seconds(sequences)
 
+    for sequences in (1, 8, 60, 120, 500):
+        gain = tokens * seconds(sequences) / seconds(sequences * tokens * (1 + wasted))
+        assert gpu.draft_gain(sequences, tokens, wasted) == pytest.approx(gain)
     limit = gpu.sequences_for_drafts(wasted)
     assert saves(math.floor(limit))
     assert not saves(math.floor(limit) + 1)

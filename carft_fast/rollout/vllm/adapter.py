@@ -142,7 +142,7 @@ def engine_options(config: Config, device_type: str, *, dedicated: bool) -> dict
             "model": proposer,
             "num_speculative_tokens": LONGEST,
         }
-        options["additional_config"] = {BUDGET: rollout.draft_budget or (64 if on_cpu else 128)}
+        options["additional_config"] = {BUDGET: rollout.draft_budget}
         options["per_request_spec_decode_metrics"] = "summary"
     if sends_adapters(config, device_type):
         rank = next((most for most in LORA_RANKS if most >= config.lora.rank), LORA_RANKS[-1])
