@@ -1,20 +1,24 @@
 """From a folder or a Hub id to tokenizer, config and model, or to a sentence that says what is wrong with it."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from carft_fast.config import SYNTHETIC, Config, LoraConfig, ModelConfig
-from carft_fast.core import InputError, derive_seed, first_line, world_size
+from carft_fast.core import InputError, derive_seed, first_line, is_main, on_main, rank, world_size
 from carft_fast.data import build_model_config, build_tokenizer
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.heads import HEADS_CONFIG, HEADS_WEIGHTS, CarftHeads
 from carft_fast.models.safe_weights import check_hub, check_safetensors
 from carft_fast.models.sampler_weights import SamplerWeights
+
+logger = logging.getLogger(__name__)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -57,17 +61,21 @@ def load_lm_config(config: ModelConfig) -> Any:
 
 
 def load_model(
-    config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None, check: bool = True
+    config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None, divided: bool = False
 ) -> CarftModel:
     """The causal LM at `path` (folder, Hub id, "synthetic") in float32, with its heads (fresh ones if it has none).
 
     With heads it is a policy to train: with LoRA it gets adapters and its own weights are frozen. `trained` is a
-    checkpoint of it; without heads it is a frozen reference. `check`: see `CarftModel`.
+    checkpoint of it; without heads it is a frozen reference.
+
+    `divided`: for `training.parallel` to divide over the processes, which call this together. It is in host memory and
+    unchecked (see `CarftModel`). The main process reads its weights; the others' are on the meta device, without data.
     """
     lora = config.lora if heads and config.lora.rank else None
     if trained is not None and lora is None:
         path = str(trained)
-    lm = _load_lm(config, path).to(device).eval()
+    lm = _load_lm_to_divide(config, path) if divided else _load_lm(config, path).to(device)
+    lm.eval()
     if heads and getattr(lm, "_hf_peft_config_loaded", False):
         raise _has_adapter(path)
     carft_heads = None
@@ -78,9 +86,10 @@ def load_model(
         saved = Path(path) if trained is None else trained
         if (saved / HEADS_CONFIG).is_file():
             carft_heads.load(saved)
-        carft_heads.to(device)
+        if not divided:
+            carft_heads.to(device)
     packs = config.model.impl == "fast"
-    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype), packs=packs, check=check)
+    model = CarftModel(lm, carft_heads, getattr(torch, config.model.compute_dtype), packs=packs, check=not divided)
     if not heads:
         model.requires_grad_(False)
     if lora:
@@ -96,17 +105,74 @@ def load_model(
     return model
 
 
-def _load_lm(config: Config, path: str) -> Any:
-    model_config = config.model.model_copy(update={"path": path})
-    lm_config = load_lm_config(model_config)
+def _load_lm_to_divide(config: Config, path: str) -> Any:
+    """Weights on the main process alone, by a model of the config on the meta device everywhere else.
+
+    Where that is not the model that was read (weights quantised by their file, a tie that the file undoes, a tensor
+    beside parameters and buffers) the others read it as well, and the log says so.
+    """
+    lm: Any = None
+
+    def read() -> Any:
+        nonlocal lm
+        lm = _load_lm(config, path)
+        return _layout(lm), lm.generation_config
+
+    layout, generation_config = on_main(read)
+    if is_main():
+        return lm
+    lm, difference = _empty_lm(config, path, layout)
+    if difference:
+        if rank() == 1:  # one line: the others find the same
+            logger.warning("every process reads all weights of %s into host memory: %s", path, difference)
+        return _load_lm(config, path)
+    lm.generation_config = generation_config
+    return lm
+
+
+def _layout(lm: nn.Module) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+    """Name, shape and dtype of every weight and buffer, tied ones once."""
+    return [(name, tuple(x.shape), x.dtype) for name, x in (*lm.named_parameters(), *lm.named_buffers())]
+
+
+def _empty_lm(config: Config, path: str, layout: list[Any]) -> tuple[Any, str]:
+    """The LM of the config on the meta device, and how it differs from one with this layout, if it does."""
+    lm_config, options = _lm_options(config, path)
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(lm_config, dtype=torch.float32, **options)
+    except Exception as error:  # whatever a model's code makes of tensors without data
+        return None, f"the model cannot be made without them ({first_line(error)})"
+    own = _layout(lm)
+    if own != layout:
+        names = {name for name, *_ in set(layout) ^ set(own)}
+        return None, f"they are not those of its config, {min(names, default='in their order')} for one"
+    held = ((name, key) for name, m in lm.named_modules() for key, x in vars(m).items() if _is_empty(x))
+    if found := next(held, None):
+        return None, f"{'.'.join(found)} is a tensor, but neither a parameter nor a buffer"
+    return lm, ""
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
+
+
+def _lm_options(config: Config, path: str) -> tuple[Any, dict[str, Any]]:
+    """The LM's config, and how transformers is to build it."""
+    lm_config = load_lm_config(config.model.model_copy(update={"path": path}))
     attention: str | None = PACKED if config.model.attention == "packed" else config.model.attention
     if config.model.impl == "padded" and attention == PACKED:
         attention = "eager" if soft_cap(lm_config) else None  # transformers' choice: "sdpa" where the model has it
+    return lm_config, {"attn_implementation": attention, "trust_remote_code": config.model.trust_remote_code}
+
+
+def _load_lm(config: Config, path: str) -> Any:
+    lm_config, options = _lm_options(config, path)
     try:
         if path == SYNTHETIC:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(config.seed, "model"))
-                return AutoModelForCausalLM.from_config(lm_config, attn_implementation=attention)
+                return AutoModelForCausalLM.from_config(lm_config, **options)
         if not Path(path).is_dir():
             check_hub(path, config.model.revision)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -114,10 +180,9 @@ def _load_lm(config: Config, path: str) -> Any:
             config=lm_config,
             revision=config.model.revision,
             dtype=torch.float32,
-            attn_implementation=attention,
             use_safetensors=True,
-            trust_remote_code=config.model.trust_remote_code,
             output_loading_info=True,
+            **options,
         )
     except InputError:
         raise

@@ -6,8 +6,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from carft_fast.config import Config, StageConfig
 from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows, on_main
 from carft_fast.data import EncodedExample
@@ -44,11 +42,11 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             run.console.log(f"{stage}: resumed at step {self._step} of {total_steps} from {checkpoint}")
 
     def _load(self, trained: Path | None) -> CarftModel:
-        """In host memory, unchecked, where the device gets only a share. The learner loads what is sharded on disk."""
-        divided = strategy(self._run.config) in ("fsdp2", "zero3")
-        device = torch.device("cpu") if divided else self._run.device
+        """The learner divides it where the device gets only a share, and loads what is sharded on disk."""
+        run = self._run
+        divided = strategy(run.config) in ("fsdp2", "zero3")
         whole = None if trained is not None and has_sharded(trained) else trained
-        return load_model(self._run.config, self._model_path, device, heads=True, trained=whole, check=not divided)
+        return load_model(run.config, self._model_path, run.device, heads=True, trained=whole, divided=divided)
 
     def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
         """`current_engine` returns the sampler with the present weights; it is called for every evaluation."""

@@ -112,12 +112,15 @@ class ShardedLearner(Learner):
     def replace_weights(self, restored: CarftModel) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        set_model_state_dict(self.model, restored.state_dict(), options=StateDictOptions(full_state_dict=True))
+        weights = restored.state_dict() if is_main() else {}
+        set_model_state_dict(
+            self.model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        )
         self.optimizer.state.clear()
 
 
 def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> None:
-    """Divide the model's weights over all processes, layer by layer.
+    """Divide the main process's weights over all processes, layer by layer. The others' may be on the meta device.
 
     In bfloat16 the layers' weights travel in it, and gradients are summed in float32. `offload` keeps the shards in
     host memory and brings a layer to the device while it computes.
@@ -137,9 +140,31 @@ def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> 
         "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy(),
     }
     for layer in model.layers():
+        _get_weights(layer, device)
         fully_shard(layer, mp_policy=precision, **common)
+    _get_weights(model, device)
     fully_shard(model, **common)
     model.divided = True
+
+
+@torch.no_grad()
+def _get_weights(module: nn.Module, device: torch.device) -> None:
+    """The main process's parameters and buffers, whole on every process's device, but for those divided already."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if isinstance(tensor, DTensor):
+            continue
+        if tensor.device.type == "meta":
+            _set_data(tensor, torch.empty_like(tensor, device=device))
+        elif tensor.device != device:
+            tensor.data = tensor.to(device)
+        dist.broadcast(tensor, src=0)
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor of the meta device data; it stays the same object for all modules and optimizers that hold it."""
+    if isinstance(tensor, nn.Parameter):
+        data = nn.Parameter(data, requires_grad=tensor.requires_grad)
+    torch.utils.swap_tensors(tensor, data)
 
 
 class DeepSpeedLearner(Learner):
@@ -231,6 +256,18 @@ class _Inner(nn.Module):
         return function(self.model, *args, **options)
 
 
+@torch.no_grad()
+def _make_room(model: CarftModel) -> None:
+    """Host memory for parameters without data, as yet untouched: ZeRO-3 takes one after another to the device, fills
+    it with the main process's and divides it. Buffers, which it leaves alone, are filled here.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "meta":
+            _set_data(tensor, torch.empty_like(tensor, device="cpu"))
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
+
+
 def _deepspeed_engine(
     config: Config, model: CarftModel, optimizer: Any = None, settings: Mapping[str, Any] | None = None
 ) -> tuple[Any, Any]:
@@ -242,6 +279,9 @@ def _deepspeed_engine(
     zero = _accelerate_zero() if config.distributed.strategy == "auto" else {"stage": int(strategy(config)[-1])}
     # DeepSpeed wants a batch size; Learner.backward sets the boundary of a step
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **(settings or {})}
+    if int(zero["stage"]) == 3:
+        _make_room(model)
+        deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     engine, optimizer, _, _ = deepspeed.initialize(model=_Inner(model), optimizer=optimizer, config=settings)
     model.forward = engine.__call__  # type: ignore[method-assign]
     model.divided = True

@@ -22,8 +22,7 @@ class Reference:
         if policy.has_adapters:
             return
         divided = strategy(config) in ("fsdp2", "zero3")
-        device = torch.device("cpu") if divided else self._device
-        self._copy = load_model(config, path, device, heads=False, check=not divided)
+        self._copy = load_model(config, path, self._device, heads=False, divided=divided)
         divide_frozen(config, self._copy, self._device, offload=config.rl.reference_offload)
         if config.rl.reference_offload and not divided:
             pin = self._device.type == "cuda"

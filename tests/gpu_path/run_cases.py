@@ -85,6 +85,7 @@ def keep_host_work_real() -> None:
             return real(*args)
 
     load._load_lm = load_lm
+    load.on_main = lambda work: work()  # there are no others to tell
 
 
 def install_flash_attention(folder: Path) -> None:
@@ -141,12 +142,11 @@ def sequences(count: int, mean: int, spread: int) -> list[list[int]]:
 
 
 def load_policy(config: Any, model_path: str) -> Any:
-    """As `StageLoop` does: weights that are to be divided are read into host memory."""
+    """As `StageLoop` does."""
     from carft_fast.models import load_model
     from carft_fast.training.parallel import strategy
 
-    divided = strategy(config) == "fsdp2"
-    return load_model(config, model_path, torch.device("cpu") if divided else DEVICE, heads=True, check=not divided)
+    return load_model(config, model_path, DEVICE, heads=True, divided=strategy(config) == "fsdp2")
 
 
 def run_sft(audit: Audit, config: Any, model_path: str, lengths: dict[str, int]) -> None:
