@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import carft_fast
+from carft_fast.rewards import programs
 
 PACKAGE = Path(carft_fast.__file__).parent
 ROOT = PACKAGE.parent
@@ -56,6 +57,23 @@ def test_nothing_reads_the_wall_clock_but_the_stamps_of_the_console_log() -> Non
         for match in re.findall(r"time\.time\w*\(|datetime\.\w+\(|st_[amc]time|time\.strftime\(", path.read_text())
     }
     assert found == {("console.py", "time.strftime(")}
+
+
+def python_commands(tree: ast.AST) -> Iterator[str]:
+    """The lists that start a Python: [sys.executable, ...]."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
+            yield ast.unparse(node)
+
+
+def test_no_process_imports_from_the_working_folder() -> None:
+    commands = [command for path in PACKAGE.rglob("*.py") for command in python_commands(ast.parse(path.read_text()))]
+    assert len(commands) >= 5
+    safe = ("[sys.executable, '-P', '-m', ", "[sys.executable, *_INTERPRETER_OPTIONS, ")
+    assert [command for command in commands if not command.startswith(safe)] == []
+    assert "-P" in programs._INTERPRETER_OPTIONS
+    mentions = sum(path.read_text().count("sys.executable") for path in PACKAGE.rglob("*.py"))
+    assert mentions == len(commands)  # none in another form
 
 
 NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"]

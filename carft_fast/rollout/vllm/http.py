@@ -10,17 +10,11 @@ import aiohttp
 
 from carft_fast.core import EngineError
 from carft_fast.rollout.vllm.adapter import INCOMPLETE
+from carft_fast.rollout.vllm.token import TOKEN, bearer
 
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"
-TOKEN = "CARFT_SERVER_TOKEN"
-"""Environment variable with the token that servers ask for."""
 ENGINE_S = 30.0
 """Seconds within which an engine answers, after the sampling step it is in."""
-
-
-def bearer(token: str | None) -> dict[str, str]:
-    """Request headers with the token."""
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 class ServerLost(Exception):  # noqa: N818 - an event the caller handles
@@ -52,7 +46,10 @@ class ServerApi:
         """JSON of the answer. Raises ServerLost where another try may help, EngineError where the request is wrong."""
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, url + path, json=body, timeout=timeout) as response:
+            # A server redirects nobody; another one would get the prompts.
+            async with self._session.request(
+                method, url + path, json=body, timeout=timeout, allow_redirects=False
+            ) as response:
                 text = await response.text()
                 status = response.status
         except TimeoutError:
@@ -69,7 +66,7 @@ class ServerApi:
             )
         if status in (403, 404):
             raise EngineError(f"the server at {url} has no {path} ({_message(text)}): {HINT}")
-        if status >= 400:
+        if status >= 300:
             raise EngineError(f"the server at {url} refused {path}: {_message(text)}")
         try:
             return json.loads(text) if text else None
