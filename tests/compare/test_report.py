@@ -1,7 +1,12 @@
 """A comparison's two pages, in Markdown and in HTML."""
 
 import re
+import subprocess
+from pathlib import Path
 
+import pytest
+
+from carft_fast.compare import report
 from carft_fast.compare.report import html, markdown
 from carft_fast.compare.stats import Evaluation, Trajectory, summarise
 from carft_fast.reports import page as html_report
@@ -26,3 +31,22 @@ def test_a_comparison_says_the_same_on_both_its_pages() -> None:
     assert "A fact" in page
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", page)
     assert len(captions) == 4  # no KL and no entropy was recorded
+
+
+def test_the_commit_is_the_packages_own_and_not_of_a_tree_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Installed into an environment in a repository of somebody else, whose settings name a program for git to run."""
+    ran, program = tmp_path / "ran", tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    name = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", f"core.fsmonitor={program}"]
+    subprocess.run(["git", "-C", str(tmp_path), *name, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    subprocess.run(["git", "-C", str(tmp_path), "config", "core.fsmonitor", str(program)], check=True)
+    installed = tmp_path / "site-packages" / "carft_fast" / "compare" / "report.py"
+    installed.parent.mkdir(parents=True)
+    ran.unlink(missing_ok=True)
+    monkeypatch.setattr(report, "__file__", str(installed))
+    assert report.commit() == "not in a git tree"
+    assert not ran.exists()

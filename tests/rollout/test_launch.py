@@ -1,13 +1,34 @@
 """A vLLM server as it is started: its environment, its command line, and who may reach it."""
 
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
+from carft_fast.config.schema import Config
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
-from carft_fast.rollout.vllm.launch import ServerProcess, is_loopback, serve, server_environment
+from carft_fast.models.load import load_lm_config
+from carft_fast.rollout.vllm.adapter import check_engine
+from carft_fast.rollout.vllm.launch import (
+    Scratch,
+    ServerProcess,
+    check_port,
+    free_port,
+    is_loopback,
+    serve,
+    server_environment,
+)
+from carft_fast.rollout.vllm.token import TOKEN
 
 PLANTED = "hf_PlantedSecret0123456789abcdefghij"
 NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"]
@@ -15,7 +36,7 @@ NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_
 
 def test_what_a_server_that_a_run_starts_gets(tmp_path: Path) -> None:
     """Read from the process itself: no telemetry, its token in the environment and not on the command line."""
-    environment = server_environment(None, "127.0.0.1", PLANTED, "files")
+    environment = server_environment(None, "127.0.0.1", PLANTED, "files", tmp_path)
     server = ServerProcess(["--model", "nowhere"], tmp_path / "log", environment)
     server.start()
     try:
@@ -25,20 +46,24 @@ def test_what_a_server_that_a_run_starts_gets(tmp_path: Path) -> None:
         lines = text.split("\0")
         got = dict(line.split("=", 1) for line in lines if "=" in line)
         command = process.joinpath("cmdline").read_text().split("\0")
+        mask = int(re.findall(r"Umask:\s*(\d+)", process.joinpath("status").read_text())[0], 8)
     finally:
         server.stop()
     assert [got[name] for name in NAMES] == ["1"] * 4
     assert got["VLLM_API_KEY"] == PLANTED
     assert got["VLLM_HOST_IP"] == "127.0.0.1"
+    assert got["PYTHONSAFEPATH"] == "1"
+    assert mask == 0o077
     assert not any(PLANTED in word for word in command)
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert PLANTED not in server.url
 
 
 def test_pickled_handles_are_allowed_only_where_they_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_ALLOW_INSECURE_SERIALIZATION", raising=False)
+    name = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+    monkeypatch.delenv(name, raising=False)
     allowed = {
-        transfer: server_environment(None, "127.0.0.1", None, transfer).get("VLLM_ALLOW_INSECURE_SERIALIZATION")
+        transfer: server_environment(None, "127.0.0.1", PLANTED, transfer, Path("/tmp")).get(name)
         for transfer in ("files", "nccl", "ipc")
     }
     assert allowed == {"files": None, "nccl": None, "ipc": "1"}
@@ -49,9 +74,92 @@ def test_loopback() -> None:
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "gpu2"]))
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "gpu2"])
-def test_serving_other_machines_needs_a_token(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("CARFT_SERVER_TOKEN", "VLLM_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    with pytest.raises(InputError, match=rf"--host {host}: .*CARFT_SERVER_TOKEN"):
-        serve(load_config(str(QUICKSTART_CONFIG), ["rollout.engine=vllm-server"]), host, 8000)
+def serve_config() -> Config:
+    return load_config(str(QUICKSTART_CONFIG), ["rollout.engine=vllm-server"])
+
+
+@pytest.mark.parametrize("name", [TOKEN, "VLLM_API_KEY"])
+@pytest.mark.parametrize(
+    ("token", "said"),
+    [
+        ("", "has 0 characters"),
+        ("x", "has 1 character"),
+        ("fifteen-letters", "has 15 characters"),
+        (" " * 20, "has a space"),
+        ("seven words with spaces in between", "has a space"),
+        ("a-token-with-a-line-end\n", "has a space"),
+        ("pässword-of-many-letters", "has a space, or a character outside of ASCII"),
+        ("x" * 40, "has only 1 different"),
+    ],
+)
+def test_a_token_that_anybody_could_guess_is_refused(
+    token: str, said: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(TOKEN, raising=False)
+    monkeypatch.setenv(name, token)
+    with pytest.raises(InputError, match=rf"^{name} {said}.* at least 16 visible") as refused:
+        serve(serve_config(), "127.0.0.1", free_port())
+    assert len(token) < 2 or token not in str(refused.value)
+
+
+def test_a_trainers_token_is_looked_at_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "short")
+    with pytest.raises(InputError, match=rf"{TOKEN} has 5 characters"):
+        check_engine(serve_config(), load_lm_config(serve_config().model), "cpu")
+
+
+@pytest.mark.parametrize("host", ["", " ", "no-such-machine.invalid", "192.0.2.7"])
+def test_a_host_that_is_not_here_is_named(host: str) -> None:
+    """192.0.2.7 is an address for documents, which no machine has."""
+    with pytest.raises(InputError, match=re.escape(f"--host {host}") if host.strip() else f"--host is {host!r}"):
+        check_port(host, free_port())
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "0.0.0.0", "::"])
+def test_a_free_port_of_this_machine_is_taken(host: str) -> None:
+    check_port(host, free_port())
+
+
+def test_a_port_of_another_users_process_is_not_the_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its start and its first answer a server has no port yet: who takes it would be sent the token."""
+    server = ServerProcess([], tmp_path / "log", os.environ)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        server.url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        assert server.listens
+        own = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: own + 1)
+        assert not server.listens
+    monkeypatch.undo()
+    assert not server.listens
+
+
+KILLED = """
+import os, signal
+from carft_fast.rollout.vllm.launch import Scratch
+scratch = Scratch("carft-test-")
+(scratch.path / "file").write_text("x")
+print(scratch.path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_scratch_folder_goes_with_a_killed_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED]
+    result = subprocess.run(
+        command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == -signal.SIGKILL
+    folder = Path(result.stdout.strip())
+    assert folder.parent == tmp_path
+    deadline = time.monotonic() + 20
+    while folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not folder.exists()
+
+
+def test_a_scratch_folder_is_its_users_alone_and_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    scratch = Scratch("carft-test-")
+    assert stat.S_IMODE(scratch.path.stat().st_mode) == 0o700
+    scratch.close()
+    assert list(tmp_path.iterdir()) == []

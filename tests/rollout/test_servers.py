@@ -30,9 +30,10 @@ from carft_fast.models.sampler_weights import SamplerWeights
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.vllm import adapter as vllm_adapter
 from carft_fast.rollout.vllm import http as vllm_http
-from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost, bearer
+from carft_fast.rollout.vllm.http import ServerApi, ServerLost
 from carft_fast.rollout.vllm.launch import ServerProcess, check_port, free_port
 from carft_fast.rollout.vllm.servers import VLLMServerEngine
+from carft_fast.rollout.vllm.token import TOKEN, bearer
 from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
 
 from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
@@ -111,7 +112,7 @@ GUARDED = {
 
 
 @pytest.mark.parametrize("path", GUARDED)
-@pytest.mark.parametrize("headers", [{}, bearer("another token"), {"Authorization": "Bearer "}])
+@pytest.mark.parametrize("headers", [{}, bearer("another-token-for-tests"), {"Authorization": "Bearer "}])
 def test_no_route_answers_without_the_token(
     server_engine: VLLMServerEngine, path: str, headers: dict[str, str]
 ) -> None:
@@ -156,11 +157,15 @@ def listening(group: int) -> list[tuple[str, int]]:
     ]
 
 
-@pytest.mark.parametrize(("token", "message"), [("", "wants the token"), ("another token", "with another token")])
+@pytest.mark.parametrize(
+    ("token", "message"), [(None, "wants the token"), ("another-token-for-tests", "with another token")]
+)
 def test_a_trainer_without_the_token_is_told(
-    server_engine: VLLMServerEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch, token: str, message: str
+    server_engine: VLLMServerEngine, model: CarftModel, monkeypatch: pytest.MonkeyPatch, token: str | None, message: str
 ) -> None:
-    monkeypatch.setenv(TOKEN, token)
+    monkeypatch.delenv(TOKEN)
+    if token:
+        monkeypatch.setenv(TOKEN, token)
     config = make_config("rollout.engine=vllm-server", f"rollout.servers={json.dumps(urls(server_engine))}")
     with pytest.raises(EngineError, match=rf"{message}.*{TOKEN}"):
         VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)

@@ -24,6 +24,7 @@ from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
 from carft_fast.rollout.drafts import LONGEST
 from carft_fast.rollout.vllm.adapter_files import NAME
+from carft_fast.rollout.vllm.token import read_token
 
 OLDEST, TOO_NEW = Version("0.32"), Version("0.34")
 LOOPBACK = "127.0.0.1"
@@ -61,6 +62,8 @@ def check_engine(config: Config, lm_config: Any, device_type: str) -> None:
             f'rollout.lora_sync = "adapter": vLLM takes lora.rank up to {LORA_RANKS[-1]}, this is {config.lora.rank}: '
             'set rollout.lora_sync = "merge"'
         )
+    if rollout.engine == "vllm-server":
+        read_token()
     if rollout.engine == "vllm" or (rollout.engine == "vllm-server" and not rollout.servers):
         check_installed()
         check_model(lm_config, device_type)
@@ -191,7 +194,7 @@ def server_arguments(options: Mapping[str, Any], model_folder: Path, transfer: s
             flags += [f"--{name}", str(value)]
     backend = "carft_files" if transfer == "files" else transfer  # see plugin.py
     flags += ["--enable-scale-out", "--weight-transfer-config", json.dumps({"backend": backend})]
-    flags += ["--middleware", "carft_fast.rollout.vllm.plugin.RequireToken", "--disable-uvicorn-access-log"]
+    flags += ["--middleware", "carft_fast.rollout.vllm.plugin.Gate", "--disable-uvicorn-access-log"]
     return flags
 
 

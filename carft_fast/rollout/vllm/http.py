@@ -10,17 +10,11 @@ import aiohttp
 
 from carft_fast.core import EngineError
 from carft_fast.rollout.vllm.adapter import INCOMPLETE
+from carft_fast.rollout.vllm.token import TOKEN, bearer
 
 HINT = "start it with `carft-fast serve`, which sets the flags it needs"
-TOKEN = "CARFT_SERVER_TOKEN"
-"""Environment variable with the token that servers ask for."""
 ENGINE_S = 30.0
 """Seconds within which an engine answers, after the sampling step it is in."""
-
-
-def bearer(token: str | None) -> dict[str, str]:
-    """Request headers with the token."""
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 class ServerLost(Exception):  # noqa: N818 - an event the caller handles
@@ -59,7 +53,10 @@ class ServerApi:
     async def _send(self, url: str, path: str, body: dict[str, Any] | None, *, method: str, timeout_s: float) -> str:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.request(method, url + path, json=body, timeout=timeout) as response:
+            # A server redirects nobody; another one would get the prompts.
+            async with self._session.request(
+                method, url + path, json=body, timeout=timeout, allow_redirects=False
+            ) as response:
                 text = await response.text()
                 status = response.status
         except TimeoutError:
@@ -76,7 +73,7 @@ class ServerApi:
             )
         if status in (403, 404):
             raise EngineError(f"the server at {url} has no {path} ({_message(text)}): {HINT}")
-        if status >= 400:
+        if status >= 300:
             raise EngineError(f"the server at {url} refused {path}: {_message(text)}")
         return text
 

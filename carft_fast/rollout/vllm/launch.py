@@ -1,14 +1,17 @@
 """vLLM server processes: the launcher that runs in them, and the handle that starts, watches and ends one.
 
-`python -m carft_fast.rollout.vllm.launch PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the process
-that started it is gone, even after a SIGKILL (PARENT_PID 0: no process is watched).
+`python -P -m carft_fast.rollout.vllm.launch PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the
+process that started it is gone, even after a SIGKILL (PARENT_PID 0: no process is watched).
 """
 
 import contextlib
+import errno
 import ipaddress
 import os
 import re
 import runpy
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,15 +19,17 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter import LOOPBACK
-from carft_fast.rollout.vllm.http import TOKEN
+from carft_fast.rollout.vllm.token import TOKEN, read_token
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
 
@@ -32,10 +37,46 @@ _LAUNCHER = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_RANK)$|MASTER_|TORCHELASTIC_|ACCELERATE_|FSDP_"
 )
 """Variables by which `torchrun` and `accelerate launch` tell a trainer its rank and settings."""
+_LONGEST_FOLDER = 107 - len(f"/{uuid.UUID(int=0)}")
+"""Characters of a folder in which vLLM can make a socket."""
+_LISTEN = "0A"
+"""The state in /proc/net/tcp."""
 
 
-def server_environment(cuda_visible_devices: str | None, host: str, token: str | None, transfer: str) -> dict[str, str]:
-    """Of the server process. What the user has set stays; what `adapter.prepare_environment` has set does not."""
+class Scratch:
+    """A new temporary folder, for this user alone. It goes with `close`, or when this process ends in whatever way.
+
+    After an exec it stays until the program that took this process's place has ended.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        theirs, self._held = os.pipe()  # what reads it sees its end when no process holds the other side any more
+        os.set_inheritable(self._held, True)
+        remove = 'exec 3<&0; (trap "" INT TERM HUP; cat <&3; rm -rf -- "$0") &'
+        subprocess.run(
+            ["/bin/sh", "-c", remove, str(self.path)],
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+            check=True,
+        )
+        os.close(theirs)
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._held)
+
+
+def server_environment(
+    cuda_visible_devices: str | None, host: str, token: str, transfer: str, scratch: Path
+) -> dict[str, str]:
+    """Of the server process. What the user has set stays; what `adapter.prepare_environment` has set does not.
+
+    vLLM's sockets between its own processes, and what else it puts into temporary folders, go to `scratch`.
+    """
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -50,8 +91,10 @@ def server_environment(cuda_visible_devices: str | None, host: str, token: str |
     if is_loopback(host):
         environment.setdefault("VLLM_HOST_IP", LOOPBACK)
     environment.pop(TOKEN, None)
-    if token:
-        environment["VLLM_API_KEY"] = token
+    environment["VLLM_API_KEY"] = token
+    environment["PYTHONSAFEPATH"] = "1"  # no process of the server imports from the working folder
+    if len(str(scratch)) <= _LONGEST_FOLDER:
+        environment["TMPDIR"] = str(scratch)
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices
     return environment
@@ -66,12 +109,17 @@ def is_loopback(host: str) -> bool:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises InputError when something listens there, or the address is not this machine's."""
-    with socket.socket() as probe:
+    """Raises InputError when something listens there, or the host is no address of this machine."""
+    if not host.strip():
+        raise InputError(f"--host is {host!r}: give an address of this machine, such as {LOOPBACK}, ::1 or 0.0.0.0")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET  # as vLLM chooses it
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
+            if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+                raise InputError(f"--host {host}: {error.strerror}; allowed are this machine's addresses") from None
             raise InputError(f"port {port} on {host}: {error.strerror}; give another with --port") from None
 
 
@@ -99,13 +147,21 @@ class ServerProcess:
         with self.log.open("ab") as log:
             self._log_start = log.tell()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(os.getpid()), *self._arguments, *address],
+                [sys.executable, "-P", "-m", __name__, str(os.getpid()), *self._arguments, *address],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
                 start_new_session=True,
+                umask=0o077,
             )
+
+    @property
+    def listens(self) -> bool:
+        """Whether this user's process has the port. Until it does another user's could take it, and get the token."""
+        address = f"0100007F:{urlsplit(self.url).port:04X}"
+        lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return any(line[1] == address and line[3] == _LISTEN and int(line[7]) == os.getuid() for line in lines[1:])
 
     @property
     def running(self) -> bool:
@@ -147,22 +203,22 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     """Replace this process by a server for runs with this config; it waits for a trainer's weights."""
     from carft_fast.models import load_lm_config, resolve_device
 
-    token = os.environ.get(TOKEN) or os.environ.get("VLLM_API_KEY")
-    if not token and not is_loopback(host):
-        raise InputError(
-            f"--host {host}: whoever reaches the server can replace its weights and call into it: set the environment "
-            f"variable {TOKEN} to a token of your own, here and where the trainer runs, or leave --host at {LOOPBACK}"
-        )
+    given = read_token() or read_token("VLLM_API_KEY")
     check_port(host, port)
     device_type = resolve_device(config.model.device).type
     lm_config = load_lm_config(config.model)
     adapter.check_engine(config, lm_config, device_type)
-    folder = Path(tempfile.mkdtemp(prefix="carft-model-"))
+    token = given or secrets.token_urlsafe(32)
+    scratch = Scratch("carft-model-")
+    folder = scratch.path / "model"
     adapter.write_model_folder(lm_config, folder)
     transfer = adapter.transfer_backend(config, device_type)
     arguments = adapter.server_arguments(adapter.engine_options(config, device_type, dedicated=True), folder, transfer)
-    command = [sys.executable, "-m", __name__, "0", *arguments, "--host", host, "--port", str(port)]
-    os.execve(command[0], command, server_environment(None, host, token, transfer))
+    command = [sys.executable, "-P", "-m", __name__, "0", *arguments, "--host", host, "--port", str(port)]
+    if not given:
+        print(f"{TOKEN}={token}\nmade for this server, because none was set: set it where the trainer runs", flush=True)
+    os.umask(0o077)
+    os.execve(command[0], command, server_environment(None, host, token, transfer, scratch.path))
 
 
 def main(arguments: Sequence[str]) -> None:

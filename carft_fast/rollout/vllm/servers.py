@@ -7,7 +7,6 @@ accepted. So a rollout is never lost, doubled, or of unknown weights.
 
 import asyncio
 import contextlib
-import os
 import secrets
 import tempfile
 import time
@@ -23,8 +22,9 @@ from carft_fast.models import CarftModel, WeightUpdate
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, check_request
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter_files import NAME, AdapterFiles
-from carft_fast.rollout.vllm.http import TOKEN, ServerApi, ServerLost
-from carft_fast.rollout.vllm.launch import ServerProcess, server_environment
+from carft_fast.rollout.vllm.http import ServerApi, ServerLost
+from carft_fast.rollout.vllm.launch import Scratch, ServerProcess, server_environment
+from carft_fast.rollout.vllm.token import read_token
 from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
 
 MENDS = 3
@@ -65,7 +65,7 @@ class VLLMServerEngine:
         self._whole = False
         backend = adapter.transfer_backend(config, model.device.type)
         # Other users of this machine can reach the servers of the run, so these always ask for a token.
-        self._token = os.environ.get(TOKEN) or (None if rollout.servers else secrets.token_urlsafe(32))
+        self._token = read_token() or ("" if rollout.servers else secrets.token_urlsafe(32))
         self._transfer = (
             FileTransfer(rollout.transfer_dir)
             if backend == "files"
@@ -74,17 +74,19 @@ class VLLMServerEngine:
         by_adapters = adapter.sends_adapters(config, model.device.type)
         self._adapters = AdapterFiles(rollout.transfer_dir) if by_adapters else None
         self._model: Callable[[], CarftModel | None] = lambda: None
-        self._scratch = tempfile.TemporaryDirectory(prefix="carft-servers-")
+        self._scratch = Scratch("carft-servers-")
         self._servers = [_Server(None, url.rstrip("/")) for url in rollout.servers]
         try:
             if not self._servers:
-                model_folder = Path(self._scratch.name) / "model"
+                model_folder = self._scratch.path / "model"
                 adapter.write_model_folder(model.lm.config, model_folder)
                 options = adapter.engine_options(config, model.device.type, dedicated=bool(rollout.server_devices))
                 arguments = adapter.server_arguments(options, model_folder, backend)
                 logs = folder or Path(tempfile.mkdtemp(prefix="carft-logs-"))
                 for index, devices in enumerate(rollout.server_devices or [None]):
-                    environment = server_environment(devices, adapter.LOOPBACK, self._token, backend)
+                    environment = server_environment(
+                        devices, adapter.LOOPBACK, self._token, backend, self._scratch.path
+                    )
                     process = ServerProcess(arguments, logs / f"vllm-server-{index}.log", environment)
                     process.start()
                     self._servers.append(_Server(process))
@@ -139,7 +141,7 @@ class VLLMServerEngine:
         self._transfer.close()
         if self._adapters:
             self._adapters.close()
-        self._scratch.cleanup()
+        self._scratch.close()
 
     def _tag(self, version: int) -> str:
         return f"{self._run}-{version}"
@@ -159,11 +161,14 @@ class VLLMServerEngine:
                         "it with the run's config"
                     )
 
+    async def _healthy(self, api: ServerApi, server: _Server) -> bool:
+        return (server.process is None or server.process.listens) and await api.healthy(server.url)
+
     async def _wait_healthy(self, api: ServerApi, server: _Server) -> None:
         """Until the server answers. Raises EngineError when it ends or takes longer than allowed."""
         limit_s = self._config.server_timeout_s
         start = last_line = time.monotonic()
-        while not await api.healthy(server.url):
+        while not await self._healthy(api, server):
             now = time.monotonic()
             if server.process and not server.process.running:
                 raise server.process.failure()
@@ -203,7 +208,7 @@ class VLLMServerEngine:
     async def _answers(self, api: ServerApi, server: _Server) -> bool:
         """Starts this run's server again when it ended, or answered once and does not now."""
         ended = server.process is not None and not server.process.running
-        if not ended and await api.healthy(server.url):
+        if not ended and await self._healthy(api, server):
             server.answered = True
             return True
         if server.process and (ended or server.answered):
