@@ -55,8 +55,9 @@ def locked(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
         _lock(folder, lock, log)
         yield
     finally:
-        _held.discard(lock)
-        os.close(lock)
+        if lock in _held:  # not in a fork
+            _held.remove(lock)
+            os.close(lock)
 
 
 def _lock(folder: Path, lock: int, log: Callable[[str], None]) -> None:
@@ -221,7 +222,7 @@ def find_damage(folder: Path) -> str | None:
         for path, found_hash in zip(expected, _hashes(list(expected)), strict=True):
             if found_hash != (wanted := expected[path][1]):
                 return f"{path.relative_to(folder)} has SHA-256 {found_hash}, its manifest says {wanted}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{MANIFEST} cannot be read"
     except OSError as error:
         return f"{error.filename or folder} cannot be read: {error.strerror}"

@@ -25,6 +25,9 @@ def visible_json(value: Any, *, indent: int | None = None) -> str:
     return _CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+_plain_warning = warnings.formatwarning
+
+
 class _Record(logging.LogRecord):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -38,5 +41,8 @@ class _Record(logging.LogRecord):
 def guard_library_output() -> None:
     """From now on this process's log records and warnings are redacted and visible: they quote models and data."""
     logging.setLogRecordFactory(_Record)
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *args, **options: visible(redact(plain(*args, **options)))
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(*args: Any, **options: Any) -> str:
+    return visible(redact(_plain_warning(*args, **options)))

@@ -65,7 +65,7 @@ def _shards(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index}: weight_map = {str(weight_map)[:60]}: expected the file of each weight")
     for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or name == os.pardir or not name.isprintable():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", os.pardir) or not name.isprintable():
             raise InputError(f"{index}: names {str(name)[:200]!r}; allowed are files in the same folder")
     return sorted(set(weight_map.values()))
 

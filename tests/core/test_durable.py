@@ -24,6 +24,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty manifest": (lambda f: (f / "manifest.json").write_text("[1]") and None, "manifest.json cannot be read"),
     "no files": (lambda f: (f / "manifest.json").write_text('{"files": {}}') and None, "manifest.json lists no file"),
     "nested": (lambda f: (f / "manifest.json").write_text("[" * 9**6) and None, "manifest.json cannot be read"),
+    "endless": (
+        lambda f: (f / "manifest.json").write_text('{"files": {"w": {"bytes": 1e999, "sha256": ""}}}') and None,
+        "manifest.json cannot be read",
+    ),
     "one more": (lambda f: (f / "chat_template.jinja").touch(), "chat_template.jinja is not in its manifest"),
     "one more below": (lambda f: (f / "sub" / "v.json").touch(), "sub/v.json is not in its manifest"),
     "outside": (lambda f: relist(f, "../b"), "lists ../b, which is outside"),

@@ -366,6 +366,8 @@ def test_a_manifest_without_files_is_damage(lives: Lives, undisturbed: Path, tmp
         ("metrics.jsonl", "\x00\x1b[2J garbage\n", "line 1: not JSON ("),
         ("metrics.jsonl", "[" * 100_000 + "\n", "line 1: not JSON ("),
         ("metrics.jsonl", "[1]\n", "line 1: expected an object in JSON, found '[1]'"),
+        ("summary.json", '{"seed": 7}', "is not this run's: seed: 7 -> 0"),
+        ("summary.json", "garbage", "summary.json: not JSON ("),
         ("run.json", "[]", "run.json: expected an object in JSON"),
         ("run.json", "{", "run.json: not JSON ("),
         ("config.toml", "x = " + "[" * 10_000, "nested too deep"),

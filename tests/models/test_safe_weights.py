@@ -157,6 +157,25 @@ def test_a_config_that_names_the_weights_file(folder: Path, named: str) -> None:
     assert f"transformers_weights = '{named}'" in refusal(folder)
 
 
+@pytest.mark.parametrize("eos", ['"x"', "[[1]]", '{"a": 1}', "1.5"])
+def test_ends_of_text_that_are_no_token_ids(folder: Path, eos: str) -> None:
+    transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    model = load_model(load_config(None), str(folder), torch.device("cpu"), heads=False)
+    with pytest.raises(InputError, match=r"eos_token_id = .* expected token ids"):
+        _ = model.eos_ids
+
+
+def test_heads_of_garbage_are_one_sentence(folder: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    config = load_config(None)
+    heads = {"embedding_dim": config.model.embedding_dim, "value_head": config.model.value_head, "hidden_size": 64}
+    (folder / "carft_heads.json").write_text(json.dumps(heads))
+    (folder / "carft_heads.safetensors").write_bytes(b"\x1b[2J" * 9)
+    with pytest.raises(InputError, match=r"carft_heads\.safetensors: cannot be loaded: "):
+        load_model(config, str(folder), torch.device("cpu"), heads=True)
+
+
 @pytest.mark.parametrize("content", ["[]", "[" * 10**5, "", "{", '"llama"'])
 def test_a_config_of_garbage_is_one_sentence(folder: Path, content: str) -> None:
     save_file({}, folder / "model.safetensors")
