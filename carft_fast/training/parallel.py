@@ -147,17 +147,20 @@ def shard(model: CarftModel, device: torch.device, *, offload: bool = False) -> 
     model.divided = True
 
 
-@torch.no_grad()
 def _get_weights(module: nn.Module, device: torch.device) -> None:
     """The main process's parameters and buffers, whole on every process's device, but for those divided already."""
     for tensor in (*module.parameters(), *module.buffers()):
-        if isinstance(tensor, DTensor):
-            continue
-        if tensor.device.type == "meta":
-            _set_data(tensor, torch.empty_like(tensor, device=device))
-        elif tensor.device != device:
-            tensor.data = tensor.to(device)
-        dist.broadcast(tensor, src=0)
+        if not isinstance(tensor, DTensor):
+            _get(tensor, device)
+
+
+@torch.no_grad()
+def _get(tensor: Tensor, device: torch.device) -> None:
+    if tensor.device.type == "meta":
+        _set_data(tensor, torch.empty_like(tensor, device=device))
+    elif tensor.device != device:
+        tensor.data = tensor.to(device)
+    dist.broadcast(tensor, src=0)
 
 
 def _set_data(tensor: Tensor, data: Tensor) -> None:
@@ -170,13 +173,13 @@ def _set_data(tensor: Tensor, data: Tensor) -> None:
 class DeepSpeedLearner(Learner):
     """ZeRO-2 (gradients and moments divided) or ZeRO-3 (weights as well)."""
 
-    def __init__(self, config: Config, model: CarftModel, stage: StageConfig) -> None:
+    def __init__(self, config: Config, model: CarftModel, stage: StageConfig, device: torch.device) -> None:
         settings = {
             "gradient_clipping": stage.max_grad_norm,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
-        self._engine, optimizer = _deepspeed_engine(config, model, build_optimizer(model, stage), settings)
+        self._engine, optimizer = _deepspeed_engine(config, model, device, build_optimizer(model, stage), settings)
         super().__init__(model, optimizer)
         self.keeps_graphs = strategy(config) == "zero2"  # else backward computes with weights that are no longer there
 
@@ -256,20 +259,24 @@ class _Inner(nn.Module):
         return function(self.model, *args, **options)
 
 
-@torch.no_grad()
-def _make_room(model: CarftModel) -> None:
-    """Host memory for parameters without data, as yet untouched: ZeRO-3 takes one after another to the device, fills
-    it with the main process's and divides it. Buffers, which it leaves alone, are filled here.
+def _make_room(model: CarftModel, device: torch.device) -> None:
+    """What `deepspeed.zero.Init` needs: it takes one parameter after another from the host to the device, fills it with
+    the main process's and divides it, and leaves buffers where they are. Host memory for parameters without data stays
+    untouched.
     """
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "meta":
-            _set_data(tensor, torch.empty_like(tensor, device="cpu"))
+    for parameter in model.parameters():
+        if parameter.device.type == "meta":
+            _set_data(parameter, torch.empty_like(parameter, device="cpu"))
     for buffer in model.buffers():
-        dist.broadcast(buffer, src=0)
+        _get(buffer, device)
 
 
 def _deepspeed_engine(
-    config: Config, model: CarftModel, optimizer: Any = None, settings: Mapping[str, Any] | None = None
+    config: Config,
+    model: CarftModel,
+    device: torch.device,
+    optimizer: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any]:
     """DeepSpeed's engine and optimizer; from now on calls of `model` go through the engine."""
     if not torch.cuda.is_available():
@@ -280,7 +287,7 @@ def _deepspeed_engine(
     # DeepSpeed wants a batch size; Learner.backward sets the boundary of a step
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **(settings or {})}
     if int(zero["stage"]) == 3:
-        _make_room(model)
+        _make_room(model, device)
         deepspeed.zero.Init(module=model, config_dict_or_path=settings)
     engine, optimizer, _, _ = deepspeed.initialize(model=_Inner(model), optimizer=optimizer, config=settings)
     model.forward = engine.__call__  # type: ignore[method-assign]
@@ -364,7 +371,7 @@ def build_learner(config: Config, model: CarftModel, stage: StageConfig, device:
     how = strategy(config)
     learner: Learner
     if how in ("zero2", "zero3"):
-        learner = DeepSpeedLearner(config, model, stage)
+        learner = DeepSpeedLearner(config, model, stage, device)
     elif how == "fsdp2":
         shard(model, device)
         learner = ShardedLearner(model, build_optimizer(model, stage))
@@ -386,5 +393,5 @@ def divide_frozen(config: Config, model: CarftModel, device: torch.device, *, of
     if how == "fsdp2":
         shard(model, device, offload=offload)
     elif how == "zero3":
-        _deepspeed_engine(config, model)
+        _deepspeed_engine(config, model, device)
     _check_divided(model)
