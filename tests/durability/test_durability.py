@@ -312,7 +312,7 @@ def test_a_checkpoint_of_another_config_is_refused_by_the_key(lives: Lives, undi
     config = other / "config.toml"
     config.write_text(config.read_text().replace("lr = 0.0002", "lr = 0.0004", 1))
     reseal(other)
-    refused(lives.run(folder), str(other), "sft.lr: 0.0004 -> 0.0002")
+    refused(lives.run(folder), str(other), "rl.lr: 0.0004 -> 0.0002")
     config.write_text("[[[")
     reseal(other)
     refused(lives.run(folder), str(other), "not valid TOML")
