@@ -159,10 +159,13 @@ def check_data_file(
 def serve(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines; needs CARFT_SERVER_TOKEN.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="0.0.0.0 for other machines, ::1 for IPv6.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
 ) -> None:
-    """A vLLM server for runs with this config and rollout.engine = "vllm-server"; give its URL in rollout.servers."""
+    """A vLLM server for runs with this config and rollout.engine = "vllm-server"; give its URL in rollout.servers.
+
+    Asks for the token in CARFT_SERVER_TOKEN; makes one and prints it where that is not set.
+    """
     words = ['rollout.engine="vllm-server"', *(overrides or ())]
     trainer.serve(load_config(config, overrides=words), host, port)
 
