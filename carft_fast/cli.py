@@ -1,6 +1,6 @@
 """The commands: a thin client of `trainer`. They and Python cannot differ."""
 
-import json
+import errno
 import os
 import sys
 import traceback
@@ -134,7 +134,7 @@ def evaluate(
 @app.command()
 def report(folder: Annotated[str, typer.Argument(help="A run's folder, finished or not.")]) -> None:
     """Write report.html of a run from what its folder holds: figures, curves, settings, in one file."""
-    typer.echo(f"wrote {trainer.report(folder)}")
+    typer.echo(core.visible(f"wrote {trainer.report(folder)}"))
 
 
 @data_app.command("check")
@@ -150,7 +150,7 @@ def check_data_file(
     """Rows that can be used, lengths, wrong or repeated annotations, questions of the test set. Loads no model."""
     check = trainer.check_data(file, load_config(config, overrides=overrides or ()), against=against)
     if as_json:
-        typer.echo(json.dumps(check.as_dict(), indent=2, ensure_ascii=False))
+        typer.echo(core.visible_json(check.as_dict(), indent=2))
     else:
         core.Console().show(check.table())
 
@@ -174,7 +174,7 @@ def export(
 ) -> None:
     """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
     trainer.export(checkpoint, folder)
-    typer.echo(f"model: {folder}")
+    typer.echo(core.visible(f"model: {folder}"))
 
 
 @app.command("config")
@@ -207,6 +207,7 @@ def run_cli() -> None:
 
 
 def _run_app(rank: str) -> None:
+    core.guard_library_output()
     try:
         app()
     except InputError as error:
@@ -219,6 +220,9 @@ def _run_app(rank: str) -> None:
         sys.exit(stopped.exit_code)
     except ModuleNotFoundError:
         raise  # __main__ knows which extra it is of
-    except Exception:  # nobody expected it: libraries quote URLs and headers in their errors
-        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    except Exception as error:  # nobody expected it: libraries quote URLs and headers in their errors
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            print(core.visible(f"{rank}error: {str(error.filename)[:80]}...: a path that is too long"), file=sys.stderr)
+            sys.exit(2)
+        print(core.visible(redact(traceback.format_exc())), end="", file=sys.stderr)
         sys.exit(1)

@@ -18,8 +18,9 @@ import torch
 
 from carft_fast.compare.report import write_comparison
 from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
-from carft_fast.config import METHODS, Config, check_method, continued_sft, preset, replaced
-from carft_fast.core import Console, InputError, StopRequest, Table, read_json_lines
+from carft_fast.config import METHODS, Config, check_method, continued_sft, preset, read_value, replaced
+from carft_fast.core import Console, InputError, StopRequest, Table, first_line, is_empty, lock_holder, locked
+from carft_fast.reports import read_records
 from carft_fast.training import CONFIG_FILE, describe_schedule, prepare, stage_total_steps, train
 
 COMPARED = (*METHODS, SFT_TIME)
@@ -77,9 +78,11 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
             f"{', '.join(VARIABLE)}"
         )
     try:
-        return key, tomllib.loads(f"values = [{listed}]")["values"]
+        return key, list(read_value(f"[{listed}]"))
     except tomllib.TOMLDecodeError:
         return key, [word.strip() for word in listed.split(",")]
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--vary {key}: {first_line(error)}") from None
 
 
 def expand(methods: Sequence[str], varied: Mapping[str, Sequence[Any]], base: Config) -> list[Variant]:
@@ -119,8 +122,10 @@ class Comparison:
             raise InputError(
                 "rl.eval_every is not set: a comparison needs evaluations on the way, such as every 10 steps"
             )
-        if not resume and folder.is_dir() and any(folder.iterdir()):
+        if not resume and not is_empty(folder):
             raise InputError(f"--output-dir {folder}: not empty; add --resume to go on with that comparison")
+        if holder := lock_holder(folder):
+            raise InputError(f"--output-dir: {holder}")
         if resume and not folder.is_dir():
             raise InputError(f"--resume: {folder} does not exist")
         self.base, self.seeds, self.folder, self._console = base, seeds, folder.resolve(), console
@@ -189,7 +194,8 @@ class Comparison:
         schedules = self._schedules("SFT continued for the training time of the seed's fastest RL run")
         described = [f"`{label}`: {schedule}" for label, schedule in schedules.items()]
         runs: list[Trajectory] = []
-        with self._stop.installed():
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder, self._console.log), self._stop.installed():
             for seed in self.seeds:
                 runs += self._run_seed(seed)
                 write_comparison(self.folder, runs, self.base, described, self._device)
@@ -206,7 +212,11 @@ class Comparison:
             self._train(config, folder, variant.stage)
             samples = config.sft.batch_size if variant.stage == "sft" else config.rl.batch_size
             found = trajectory(
-                read_records(folder), label=variant.label, method=variant.method, seed=seed, samples_per_step=samples
+                read_records(folder / "metrics.jsonl"),
+                label=variant.label,
+                method=variant.method,
+                seed=seed,
+                samples_per_step=samples,
             )
             runs.append(found)
         return runs
@@ -229,10 +239,6 @@ class Comparison:
 
     def _sft_steps(self, runs: Sequence[Trajectory], start: Path) -> int:
         """SFT steps that take as long as the fastest RL run, at the checkpoint run's own seconds per step."""
-        steps = [record for record in read_records(start) if record["kind"] == "train"]
+        steps = [record for record in read_records(start / "metrics.jsonl") if record["kind"] == "train"]
         seconds = sum(r["seconds"].get(phase, 0.0) for r in steps for phase in TRAINING_PHASES)
         return max(1, round(limits(runs).seconds / (seconds / len(steps)))) if runs else len(steps)
-
-
-def read_records(folder: Path) -> list[dict[str, Any]]:
-    return read_json_lines(folder / "metrics.jsonl")

@@ -21,7 +21,9 @@ from .schema import StageConfig as StageConfig
 from .schema import Strategy as Strategy
 from .toml import Overrides as Overrides
 from .toml import differences as differences
+from .toml import fingerprint as fingerprint
 from .toml import load_config as load_config
+from .toml import read_value as read_value
 from .toml import replaced as replaced
 from .toml import to_toml as to_toml
 from .toml import value_origins as value_origins

@@ -409,7 +409,7 @@ class DistributedConfig(Section):
 
 
 class OutputConfig(Section):
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field("run", min_length=1, pattern=r"^\.?[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     """The run is written to runs/<name> unless --output-dir says otherwise."""
     keep_last: int = Field(2, ge=1)
     """Checkpoints kept, newest first; the best one is kept as well."""

@@ -1,6 +1,7 @@
 """The configuration in and out: TOML files, `--set section.key=value`, what differs, where a value comes from."""
 
 import difflib
+import hashlib
 import json
 import os
 import tomllib
@@ -12,10 +13,12 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from carft_fast.config.schema import Config, Section
-from carft_fast.core import InputError
+from carft_fast.core import InputError, first_line, visible_json
 
 Overrides = Sequence[str] | Mapping[str, Any]
 """Texts `section.key=value`, or dotted key -> value."""
+_LONGEST_SHOWN = 200
+"""Characters of a wrong value in its error."""
 
 
 def load_config(path: str | None, overrides: Overrides = (), preset: Mapping[str, Any] | None = None) -> Config:
@@ -24,14 +27,7 @@ def load_config(path: str | None, overrides: Overrides = (), preset: Mapping[str
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        try:
-            tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"--config {path}: no such file") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--config {path}: cannot be read: {error}") from None
-        except tomllib.TOMLDecodeError as error:
-            raise InputError(f"--config {path}: not valid TOML: {error}") from None
+        tree = _read(path)
     _put_all(tree, preset or {})
     if isinstance(overrides, Mapping):
         _put_all(tree, overrides)
@@ -40,6 +36,28 @@ def load_config(path: str | None, overrides: Overrides = (), preset: Mapping[str
             key, value = _parse_override(override)
             _put(tree, key, value, said=f"--set {override}")
     return _validated(tree)
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"--config {path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {path}: cannot be read: {error}") from None
+    except ValueError as error:  # also for an integer of thousands of digits
+        raise InputError(f"--config {path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise InputError(f"--config {path}: not valid here: its tables or arrays are nested too deep") from None
+
+
+def read_value(text: str) -> Any:
+    """A value as TOML writes it. Raises tomllib.TOMLDecodeError for what is none, and ValueError or RecursionError for
+    one that cannot be held."""
+    found = tomllib.loads(f"value = {text}")
+    if found.keys() != {"value"}:
+        raise ValueError("one value is expected, and this is several lines of TOML")
+    return found["value"]
 
 
 def replaced(config: Config, values: Mapping[str, Any]) -> Config:
@@ -51,9 +69,15 @@ def replaced(config: Config, values: Mapping[str, Any]) -> Config:
 
 def _validated(tree: dict[str, Any]) -> Config:
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise InputError("\n".join(_explain(item) for item in error.errors())) from None
+    for key, _, value in iter_fields(config):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # a command line holds bytes that are no UTF-8 as halves of surrogate pairs
+            raise InputError(f"{key} = {json.dumps(value)}: it is not text in UTF-8") from None
+    return config
 
 
 def _put_all(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -77,9 +101,11 @@ def _parse_override(override: str) -> tuple[str, Any]:
     if not separator or not all(key.split(".")):
         raise InputError(f"--set {override}: expected section.key=value, for instance rl.lr=3e-7")
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
+        return key, read_value(text)
     except tomllib.TOMLDecodeError:
         return key, text.strip()  # a bare word is a string: --set model.path=my/folder
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"--set {_shortened(override)}: {first_line(error)}") from None
 
 
 def _explain(error: Any) -> str:
@@ -98,7 +124,15 @@ def _explain(error: Any) -> str:
         return message
     if error["type"] == "value_error":  # a section's own rule, whose message starts with the field
         return f"{key}.{message}"
-    return f"{key} = {json.dumps(error['input'], default=str)}: {message[0].lower()}{message[1:]}"
+    try:
+        value = _shortened(json.dumps(error["input"], default=str))
+    except (ValueError, RecursionError):
+        value = f"a {type(error['input']).__name__} that is nested too deep or too long"
+    return f"{key} = {value}: {message[0].lower()}{message[1:]}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}... ({len(text):,} characters)"
 
 
 def value_origins(
@@ -112,7 +146,7 @@ def value_origins(
             if isinstance(value, dict):
                 yield from leaves(value, f"{prefix}{name}.")
 
-    origins = dict.fromkeys(leaves(tomllib.loads(Path(path).read_text(encoding="utf-8"))), str(path)) if path else {}
+    origins = dict.fromkeys(leaves(_read(path)), str(path)) if path else {}
     origins |= dict.fromkeys(preset or {}, "--method")
     return origins | {override.partition("=")[0].strip(): "--set" for override in overrides}
 
@@ -150,7 +184,13 @@ def to_toml(config: Config, *, origins: dict[str, str] | None = None) -> str:
 def _toml_value(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ", ".join(f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value, ensure_ascii=False)
+    return visible_json(value)
+
+
+def fingerprint(config: Config) -> str:
+    """SHA-256 of what `differences` compares; a field at its default has no part in it."""
+    chosen = config.model_dump(exclude_defaults=True, exclude={"distributed"})
+    return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:

@@ -1,11 +1,17 @@
 from .console import Console as Console
 from .console import Tracker as Tracker
 from .devices import to_device as to_device
+from .durable import LOCK as LOCK
 from .durable import MANIFEST as MANIFEST
 from .durable import TEMPORARY as TEMPORARY
 from .durable import find_damage as find_damage
+from .durable import is_empty as is_empty
+from .durable import lock_holder as lock_holder
+from .durable import locked as locked
 from .durable import publish as publish
 from .durable import read_json_lines as read_json_lines
+from .durable import read_json_object as read_json_object
+from .durable import read_manifest as read_manifest
 from .durable import remove_folder as remove_folder
 from .durable import set_aside as set_aside
 from .durable import write_folder as write_folder
@@ -40,4 +46,6 @@ from .seeds import permutation as permutation
 from .signals import Stopped as Stopped
 from .signals import StopRequest as StopRequest
 from .table import Table as Table
-from .table import visible as visible
+from .text import guard_library_output as guard_library_output
+from .text import visible as visible
+from .text import visible_json as visible_json

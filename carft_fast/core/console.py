@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from carft_fast.core.durable import writing
 from carft_fast.core.processes import is_main
 from carft_fast.core.redact import redact
-from carft_fast.core.table import visible
+from carft_fast.core.text import visible
 
 PLAIN_LINE_SECONDS = 5.0
 

@@ -4,20 +4,27 @@ After InputError it exits with 2; nothing was written. After the others it exits
 checkpoint.
 """
 
+from carft_fast.core.text import visible
 
-class InputError(ValueError):
+
+class _VisibleError(Exception):
+    def __str__(self) -> str:
+        return visible(super().__str__())  # messages quote data and models, and tracebacks show them
+
+
+class InputError(_VisibleError, ValueError):
     """Bad config, data, model folder or command line. The message names the thing, the value and what is allowed."""
 
 
-class RewardError(RuntimeError):
+class RewardError(_VisibleError, RuntimeError):
     """Rewards cannot be computed: a user's function returned something else than scores, or a grader died."""
 
 
-class EngineError(RuntimeError):
+class EngineError(_VisibleError, RuntimeError):
     """The sampler is not started, out of memory, dead, or has other weights than the trainer. Says what to do."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_VisibleError, RuntimeError):
     """Training cannot go on: its gradients stopped being finite, or a disk takes no more."""
 
 

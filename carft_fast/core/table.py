@@ -1,20 +1,11 @@
 """Tables of texts that nobody checked."""
 
-import re
 from typing import Any
 
 import rich.table
 from rich.text import Text
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """A text whose control characters are written out (`\\x1b`): on a terminal those of data and models would act.
-
-    So are halves of surrogate pairs, which no file takes. Tabs and ends of lines stay.
-    """
-    return _CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+from carft_fast.core.text import visible
 
 
 class Table(rich.table.Table):

@@ -118,10 +118,10 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     template = data.template if tokenizer is not None else "carft"
     form = PromptFormat(tokenizer, template, program=config.reward.answer_type == "program")
     if tokenizer is None:
-        prompts = [len(form.prompt_text(e.question)) for e in examples]
+        prompts = [len(text) for text in form.prompt_texts(e.question for e in examples)]
         completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
     else:
-        prompts = [len(form.prompt_ids(e.question)) for e in examples]
+        prompts = [len(form.text_ids(text)) for text in form.prompt_texts(e.question for e in examples)]
         completions = [[len(form.completion_ids(cot, e.answer)) for cot in e.cots] for e in examples]
     totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
     check = Check(

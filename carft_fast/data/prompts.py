@@ -1,10 +1,12 @@
 """From questions to token ids: the prompt, and the completion a model is taught."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from carft_fast.core import Example, InputError, first_line
+from carft_fast.data.chat import RENDERER, TOGETHER, Chat
 from carft_fast.data.load import LoadReport
 from carft_fast.rewards import ANSWER_TRIGGER, REASONING_TRIGGER
 
@@ -67,7 +69,7 @@ class PromptFormat:
 
     def _turn_end(self) -> int:
         question, answer = "Three and four?", "Seven."
-        text = self._chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        [text] = self._render([[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]])
         if question not in text:
             raise InputError(
                 f'data.template = "chat": the tokenizer\'s chat template does not show the question: of {question!r} '
@@ -78,16 +80,24 @@ class PromptFormat:
         return next((i for i in after if i in self._special), self._tokenizer.eos_token_id)
 
     def prompt_text(self, question: str) -> str:
-        if self._template == "carft":
-            return f"Question:\n{question}{REASONING_TRIGGER}"
-        return self._chat([{"role": "user", "content": question}], add_generation_prompt=True)
+        [text] = self.prompt_texts([question])
+        return text
 
-    def _chat(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=add_generation_prompt, tokenize=False
-            )
-        except Exception as error:  # a template is a program
+    def prompt_texts(self, questions: Iterable[str]) -> Iterator[str]:
+        """In their order; a chat template renders them some at a time."""
+        if self._template == "carft":
+            yield from (f"Question:\n{question}{REASONING_TRIGGER}" for question in questions)
+            return
+        waiting = iter(questions)
+        while some := list(itertools.islice(waiting, TOGETHER)):
+            yield from self._render([[{"role": "user", "content": q}] for q in some], add_generation_prompt=True)
+
+    def _render(self, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[str]:
+        tokenizer = self._tokenizer
+        variables = {**tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
+        try:  # as tokenizer.apply_chat_template does
+            return RENDERER.render(tokenizer.get_chat_template(), chats, variables)
+        except ValueError as error:
             raise InputError(
                 f'data.template = "chat": the tokenizer\'s chat template fails: {first_line(error)}; allowed: "carft"'
             ) from None
@@ -101,9 +111,13 @@ class PromptFormat:
 
     def prompt_ids(self, question: str) -> list[int]:
         """Ids with the tokenizer's own special tokens (BOS), without an EOS it may append."""
+        return self.text_ids(self.prompt_text(question))
+
+    def text_ids(self, prompt_text: str) -> list[int]:
+        """The same of one of `prompt_texts`."""
         # a chat template writes its special tokens itself
         special = self._template == "carft"
-        ids = self._tokenizer(self.prompt_text(question), add_special_tokens=special, split_special_tokens=special)
+        ids = self._tokenizer(prompt_text, add_special_tokens=special, split_special_tokens=special)
         ids = list(ids["input_ids"])
         return ids[:-1] if special and ids[-1:] == [self._tokenizer.eos_token_id] else ids
 
@@ -134,8 +148,9 @@ def encode_examples(
     left."""
     encoded: list[EncodedExample] = []
     totals: list[int] = []
-    for example in examples:
-        prompt_ids = prompt_format.prompt_ids(example.question)
+    prompts = prompt_format.prompt_texts(example.question for example in examples)
+    for example, prompt in zip(examples, prompts, strict=True):
+        prompt_ids = prompt_format.text_ids(prompt)
         cots = example.cots if require_cot else ()
         completions = [prompt_format.completion_ids(cot, example.answer) for cot in cots]
         if on_row is not None:

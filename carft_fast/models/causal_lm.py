@@ -104,9 +104,12 @@ class CarftModel(nn.Module):
 
     @property
     def eos_ids(self) -> list[int]:
-        """Ids that end a text by the generation config the model came with."""
+        """Ids that end a text by the generation config the model came with. Raises InputError for what are none."""
         found: Any = getattr(self._generation_config, "eos_token_id", None)
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(i, int) for i in ids):
+            raise InputError(f"eos_token_id = {found!r} in the model's generation_config.json: expected token ids")
+        return list(ids)
 
     @property
     def head_weight_VD(self) -> Tensor:

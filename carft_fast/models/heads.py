@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from carft_fast.config import ModelConfig
-from carft_fast.core import InputError, derive_seed
+from carft_fast.core import InputError, derive_seed, read_json_object
 
 HEADS_WEIGHTS = "carft_heads.safetensors"
 HEADS_CONFIG = "carft_heads.json"
@@ -50,7 +51,13 @@ class CarftHeads(nn.Module):
         (folder / HEADS_CONFIG).write_text(json.dumps(self.description, indent=2) + "\n")
 
     def load(self, folder: Path) -> None:
-        self.load_state_dict(load_file(folder / HEADS_WEIGHTS))
+        """Raises InputError for weights that are none, or another model's."""
+        try:
+            self.load_state_dict(load_file(folder / HEADS_WEIGHTS))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"{folder / HEADS_WEIGHTS}: cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from None
 
 
 def check_heads(path: str, config: ModelConfig) -> None:
@@ -58,7 +65,7 @@ def check_heads(path: str, config: ModelConfig) -> None:
     file = Path(path) / HEADS_CONFIG
     if not file.is_file():
         return
-    saved = json.loads(file.read_text())
+    saved = read_json_object(file)
     for name, wanted in (("embedding_dim", config.embedding_dim), ("value_head", config.value_head)):
-        if saved[name] != wanted:
-            raise InputError(f"{file}: the saved heads have {name} {saved[name]!r}, the config asks for {wanted!r}")
+        if saved.get(name) != wanted:
+            raise InputError(f"{file}: the saved heads have {name} {saved.get(name)!r}, the config asks for {wanted!r}")

@@ -1,10 +1,12 @@
 from .metrics import PHASES as PHASES
 from .metrics import MetricsLog as MetricsLog
 from .metrics import PhaseTimer as PhaseTimer
+from .metrics import read_records as read_records
 from .page import NOT_MEASURED as NOT_MEASURED
 from .page import SERIES as SERIES
 from .page import Cell as Cell
 from .page import number as number
+from .run_report import code as code
 from .run_report import markdown_table as markdown_table
 from .run_report import result_rows as result_rows
 from .run_report import rewrite_page as rewrite_page

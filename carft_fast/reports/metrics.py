@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from carft_fast.core import read_json_lines, write_text, writing
+from carft_fast.core import InputError, read_json_lines, write_text, writing
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,9 @@ PHASES: dict[str, str] = {
     "checkpoint": "writing checkpoints",
 }
 
+_REQUIRED = {"stage": str, "kind": str, "step": int, "seconds": dict}
+"""What every record has."""
+
 
 class PhaseTimer:
     """Seconds per phase since the last `flush`.
@@ -117,6 +120,16 @@ class PhaseTimer:
         return dict(seconds)
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line that is incomplete is left out. Raises InputError, with the line."""
+    records = read_json_lines(path)
+    for number, record in enumerate(records, 1):
+        for name, kind in _REQUIRED.items():
+            if type(found := record.get(name)) is not kind:
+                raise InputError(f"{path}, line {number}: {name} = {found!r}: expected a {kind.__name__}")
+    return records
+
+
 class MetricsLog:
     """metrics.jsonl and TensorBoard of one run. Records: stage, kind (train, eval or guard), step (done), values."""
 
@@ -131,7 +144,7 @@ class MetricsLog:
     def load(self) -> None:
         """Read what another process logged. Its last line may be incomplete and is left out then."""
         if self._path.exists():
-            self.records = read_json_lines(self._path)
+            self.records = read_records(self._path)
 
     def rewind(self, stage: str, step: int) -> None:
         """Remove what this stage logged after `step`: those steps run again.

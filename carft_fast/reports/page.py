@@ -8,6 +8,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from carft_fast.core import visible
+
 NOT_MEASURED = "not measured"
 SERIES = tuple(f"#0000a{i}" for i in range(1, 9))
 """Colours to draw with. Each is a placeholder for a colour of the page, which has a light and a dark one."""
@@ -32,7 +34,7 @@ def page(title: str, lead: str, sections: Mapping[str, Iterable[str]]) -> str:
 
 
 def text(value: Any) -> str:
-    return html.escape(str(value))
+    return html.escape(visible(str(value)))
 
 
 def paragraph(words: str) -> str:

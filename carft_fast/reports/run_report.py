@@ -1,6 +1,6 @@
 """report.md, report.html and the learning curves of a run, from its metrics records."""
 
-import json
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_fast.config import Config, load_config, method_name, to_toml
-from carft_fast.core import InputError, write_text, writing
+from carft_fast.core import InputError, first_line, read_json_object, visible, write_text, writing
 from carft_fast.reports import page as page
 from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog
 
@@ -43,14 +43,20 @@ def rewrite_page(folder: Path) -> Path:
     metrics = MetricsLog(folder, write=False)
     metrics.load()
     summary_file = folder / "summary.json"
-    summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else None
-    return _write_page(folder, load_config(str(folder / "config.toml")), metrics.records, summary)
+    summary = read_json_object(summary_file) if summary_file.is_file() else None
+    config = load_config(str(folder / "config.toml"))
+    try:
+        return _write_page(folder, config, metrics.records, summary)
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # a figure that is missing, or is none
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: metrics.jsonl or summary.json cannot be shown: {first_line(error)}") from error
 
 
 def _write_page(
     folder: Path, config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any] | None
 ) -> Path:
-    environment = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    environment = read_json_object(folder / "run.json")
     write_text(folder / "report.html", _html(config, records, summary, environment))
     return folder / "report.html"
 
@@ -185,16 +191,32 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
+    cells = ([visible(" ".join(cell.split())).replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *cells))
+
+
+def code(text: str) -> str:
+    """A short text in Markdown, on one line, that is shown letter by letter."""
+    line = " ".join(visible(text).split())
+    quotes = "`" * (_longest_quotes(line) + 1)
+    space = " " if "`" in (line[:1], line[-1:]) else ""
+    return f"{quotes}{space}{line}{space}{quotes}" if line else ""
+
+
+def fenced(text: str) -> str:
+    """A text of data or a model as a block of Markdown, in which no link, picture or HTML of it acts."""
+    fence = "`" * max(3, _longest_quotes(text) + 1)
+    return f"{fence}text\n{visible(text.strip())}\n{fence}"
+
+
+def _longest_quotes(text: str) -> int:
+    return max(map(len, re.findall("`+", text)), default=0)
 
 
 def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> str:
-    def quote(words: str) -> str:
-        return "\n".join(f"> {line}" for line in words.strip().splitlines())
-
     lead = (
-        f"Model `{config.model.path}`, training data `{config.data.train}`, {summary['eval_rows']} held-out rows of "
-        f"`{config.data.eval}`. {summary['completion_tokens']:,} tokens sampled in RL, "
+        f"Model {code(config.model.path)}, training data {code(config.data.train)}, {summary['eval_rows']} held-out "
+        f"rows of {code(config.data.eval)}. {summary['completion_tokens']:,} tokens sampled in RL, "
         f"{summary['seconds_total']:.0f} s in all."
     )
     example = summary["example"]
@@ -208,15 +230,17 @@ def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> 
 
 ## One question, before and after
 
-{example["question"].strip()} (target {example["target"]})
+{fenced(example["question"])}
+
+Target: {code(example["target"])}
 
 Before RL:
 
-{quote(example["before"])}
+{fenced(example["before"])}
 
 Final:
 
-{quote(example["after"])}
+{fenced(example["after"])}
 
 ## Seconds per phase
 

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from carft_fast.config import Config, to_toml
+from carft_fast.config import Config, differences, fingerprint, load_config, to_toml
 from carft_fast.core import (
     MANIFEST,
     TEMPORARY,
@@ -35,6 +35,8 @@ from carft_fast.core import (
     on_main,
     publish,
     rank,
+    read_json_object,
+    read_manifest,
     remove_folder,
     set_aside,
     world_size,
@@ -173,7 +175,7 @@ class CheckpointStore:
 
         def find() -> Path | None:
             target = self._best_target()
-            if target and target.name.startswith(f"{stage}-") and self._is_whole(target):
+            if target in self._all() and target.name.startswith(f"{stage}-") and self._is_whole(target):
                 return target
             return None
 
@@ -190,9 +192,7 @@ class CheckpointStore:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _all(self) -> list[Path]:
-        """Oldest first."""
-        folders = (path for path in self._folder.glob("*") if path.is_dir() and not path.is_symlink())
-        return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=_order)
+        return _checkpoints(self._folder)
 
     def _best_target(self) -> Path | None:
         return self._folder / os.readlink(self._best_link) if self._best_link.is_symlink() else None
@@ -230,6 +230,57 @@ class CheckpointStore:
             timeout = timedelta(seconds=self._config.distributed.timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)  # another thread uses it
         return on_main(work, self._group)
+
+
+def _checkpoints(store: Path) -> list[Path]:
+    """Oldest first."""
+    folders = (path for path in store.glob("*") if path.is_dir() and not path.is_symlink())
+    return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=_order)
+
+
+def check_same_run(folder: Path, config: Config, stages: Sequence[str]) -> None:
+    """Raises InputError where a run's folder holds a whole checkpoint or model that is not this run's, or not what its
+    name says. Damaged ones are left to `CheckpointStore`."""
+    found = {path: _foreign(path, config) for path in _checkpoints(folder / "checkpoints")}
+    found |= {
+        path: _foreign_model(path, config, stage) for stage in stages if (path := model_folder(folder, stage)).is_dir()
+    }
+    for path, what in found.items():
+        if what and find_damage(path) is None:
+            raise InputError(f"--resume: {path} is whole but not this run's: {what}. Move it elsewhere")
+
+
+def _foreign(checkpoint: Path, config: Config) -> str | None:
+    """How a checkpoint differs from its name or from those that a run with `config` writes."""
+    try:
+        state = read_state(checkpoint)
+        theirs = load_config(str(checkpoint / RUN_CONFIG_FILE))
+    except InputError as error:
+        return str(error)
+    if (name := f"{state['stage']}-{state['step']:06d}") != checkpoint.name:
+        return f"it was written as {name}"
+    if state["seed"] != config.seed:
+        return f"seed: {state['seed']} -> {config.seed}"
+    return ", ".join(differences(config, theirs)) or None
+
+
+def model_folder(folder: Path, stage: str) -> Path:
+    """Where a run puts the model that a stage ended with."""
+    return folder / ("sft" if stage == "sft" else "model")
+
+
+def made_by(config: Config, stage: str) -> dict[str, Any]:
+    """What the manifest of such a model says besides its files: no path, for models are given away."""
+    return {"made_by": {"stage": stage, "config_sha256": fingerprint(config)}}
+
+
+def _foreign_model(model: Path, config: Config, stage: str) -> str | None:
+    try:
+        found = read_manifest(model).get("made_by")
+    except InputError as error:
+        return str(error)
+    wanted = made_by(config, stage)["made_by"]
+    return None if found == wanted else f"its {MANIFEST} says made_by {found}, this run's {stage} has {wanted}"
 
 
 def has_sharded(folder: Path) -> bool:
@@ -284,10 +335,13 @@ def load_trained(folder: Path, model: CarftModel, optimizer: torch.optim.Optimiz
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """trainer_state.json; `model_path` as a path from here. Raises InputError for another version's."""
-    state = json.loads((folder / STATE_FILE).read_text())
+    """trainer_state.json; `model_path` as a path from here. Raises InputError for another version's, or garbage."""
+    state = read_json_object(folder / STATE_FILE)
     if state.get("format") != FORMAT:
         raise InputError(f"{folder / STATE_FILE}: format {state.get('format')!r}; this version reads {FORMAT}")
+    for name, kind in {"stage": str, "step": int, "seed": int, "model_path": str}.items():
+        if type(value := state.get(name)) is not kind:
+            raise InputError(f"{folder / STATE_FILE}: {name} = {value!r}: expected a {kind.__name__}")
     if state["model_path"].startswith(os.pardir):
         state["model_path"] = os.path.normpath(folder.resolve().parent / state["model_path"])
     return state

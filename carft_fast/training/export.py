@@ -11,9 +11,17 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from carft_fast.config import Config, load_config
-from carft_fast.core import MANIFEST, InputError, find_damage, write_folder
+from carft_fast.core import MANIFEST, InputError, find_damage, read_manifest, write_folder
 from carft_fast.models import HEADS_CONFIG, CarftHeads, CarftModel, load_model
-from carft_fast.training.checkpoint import RUN_CONFIG_FILE, RUN_FILES, STATE_FILE, has_sharded, load_sharded, read_state
+from carft_fast.training.checkpoint import (
+    RUN_CONFIG_FILE,
+    RUN_FILES,
+    STATE_FILE,
+    has_sharded,
+    load_sharded,
+    made_by,
+    read_state,
+)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> None:
@@ -29,19 +37,18 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
         raise InputError(f"{checkpoint}: damaged: {damage}")
     if not (checkpoint / STATE_FILE).is_file():
         raise InputError(f"{checkpoint}: no checkpoint but a model that is exported already")
-    start = read_state(checkpoint)["model_path"]
+    state = read_state(checkpoint)
     config = load_config(str(checkpoint / RUN_CONFIG_FILE))
 
     def write(target: Path) -> None:
-        for path in sorted(checkpoint.iterdir()):  # a plain checkpoint is a model folder with more files
-            if path.name not in RUN_FILES and not path.name.startswith("adapter_"):
-                copy = shutil.copytree if path.is_dir() else shutil.copyfile  # a tokenizer's chat templates
-                copy(path, target / path.name)
+        for name in read_manifest(checkpoint)["files"]:  # a plain checkpoint is a model folder with more files
+            if name.partition("/")[0] not in RUN_FILES and not name.startswith("adapter_"):
+                _copy(checkpoint, target, name)
         if config.lora.rank or has_sharded(checkpoint):
-            _load_trained(config, start, checkpoint).save(target)
+            _load_trained(config, state["model_path"], checkpoint).save(target)
 
     disable_progress_bar()
-    write_folder(folder, write)
+    write_folder(folder, write, made_by(config, state["stage"]))
 
 
 def copy_model(model: Path, folder: Path) -> None:
@@ -51,9 +58,15 @@ def copy_model(model: Path, folder: Path) -> None:
         raise InputError(f"{model}: damaged: {damage}")
 
     def write(target: Path) -> None:
-        shutil.copytree(model, target, ignore=shutil.ignore_patterns(MANIFEST), dirs_exist_ok=True)
+        for name in read_manifest(model)["files"]:
+            _copy(model, target, name)
 
     write_folder(folder, write)
+
+
+def _copy(source: Path, target: Path, name: str) -> None:
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / name, target / name)
 
 
 def _check_new(folder: Path) -> None:

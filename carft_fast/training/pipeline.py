@@ -3,7 +3,7 @@
 import gc
 import json
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,10 @@ from carft_fast.core import (
     InputError,
     StopRequest,
     Table,
+    lock_holder,
     on_main,
     read_json_lines,
+    read_json_object,
     world_size,
     write_folder,
     write_text,
@@ -34,6 +36,7 @@ from carft_fast.models import (
 from carft_fast.reports import result_rows, write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
+from carft_fast.training.checkpoint import made_by, model_folder
 from carft_fast.training.evaluation import EvalResult, add_samples
 from carft_fast.training.loop import StageLoop, stage_total_steps
 from carft_fast.training.memory import estimate_memory
@@ -64,7 +67,7 @@ def prepare(
     A dry run needs no weights: a folder with config and tokenizer will do. The last five arguments are `Trainer`'s.
     """
     if write:
-        on_main(lambda: check_run_folder(folder, config, stages, resume=resume))
+        on_main(lambda: _check_folder(folder, config, stages, resume=resume))
     grader = Grader(config.reward, reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
@@ -124,6 +127,12 @@ def prepare(
     )
     run.check_same_data(resume=resume)
     return run
+
+
+def _check_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
+    if holder := lock_holder(folder):
+        raise InputError(f"--output-dir: {holder}")
+    check_run_folder(folder, config, stages, resume=resume)
 
 
 def _check_max_length(config: Config, lm_config: Any) -> None:
@@ -191,7 +200,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     summary_path = run.folder / SUMMARY_FILE
     if resume and on_main(summary_path.is_file):
         run.console.log(f"{run.folder}: this run is finished")
-        return on_main(lambda: json.loads(summary_path.read_text()))
+        return on_main(lambda: read_json_object(summary_path))
     model_path = run.config.model.path
     trainers = {"sft": train_sft, "rl": train_rl}
 
@@ -201,14 +210,13 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
         write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
         return summary
 
-    with run.stop.installed():
+    with run.stop.installed(), run.opened(stages, resume=resume):
         with closing(run):
-            run.open(stages, resume=resume)
             run.log_reports()
             for stage in stages:
-                final = run.folder / ("sft" if stage == "sft" else "model")
+                final = model_folder(run.folder, stage)
                 if not run.store.has_model(final):  # else a resumed run that was past this stage
-                    _export(run, trainers[stage](run, model_path), final)
+                    _export(run, trainers[stage](run, model_path), final, stage)
                     gc.collect()  # the next stage needs the room
                 model_path = str(final)
         summary = on_main(finish)
@@ -218,7 +226,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     return summary
 
 
-def _export(run: Run, loop: StageLoop, final: Path) -> None:
+def _export(run: Run, loop: StageLoop, final: Path, stage: str) -> None:
     model = loop.learner.model
     gathered = model.gather()
 
@@ -226,16 +234,28 @@ def _export(run: Run, loop: StageLoop, final: Path) -> None:
         model.save(folder, gathered)
         run.tokenizer.save_pretrained(folder)
 
-    on_main(lambda: write_folder(final, write))
+    on_main(lambda: write_folder(final, write, made_by(run.config, stage)))
     loop.learner.close()
 
 
 def evaluate_only(run: Run, *, write: bool = False) -> EvalResult:
     """Evaluate the model as it is, greedily and with eval.samples. `write` puts the result into the run's folder."""
-    if write:
-        run.open((), resume=False)
-    # several processes end together by the signals' own effect
-    with run.stop.installed() if world_size() == 1 else nullcontext(), closing(run):
+    with ExitStack() as ends:
+        if world_size() == 1:  # several processes end together by the signals' own effect
+            ends.enter_context(run.stop.installed())
+        if write:
+            ends.enter_context(run.opened((), resume=False))
+        result = _evaluated(run)
+        if write:
+            run.write_samples("eval", result.samples)
+            figures = json.dumps({**result.metrics, "versions": versions()}, indent=2) + "\n"
+            on_main(lambda: write_text(run.folder / SUMMARY_FILE, figures))
+    run.console.log(result.describe())
+    return result
+
+
+def _evaluated(run: Run) -> EvalResult:
+    with closing(run):
         run.log_reports()
         model = load_model(run.config, run.config.model.path, run.device, heads=False)
         engine = run.sampler(model)
@@ -246,11 +266,6 @@ def evaluate_only(run: Run, *, write: bool = False) -> EvalResult:
                 result = add_samples(
                     result, engine, run.eval_rows, run.prompt_format, run.config, run.grader, run.on_progress(tracker)
                 )
-    if write:
-        run.write_samples("eval", result.samples)
-        figures = json.dumps({**result.metrics, "versions": versions()}, indent=2) + "\n"
-        on_main(lambda: write_text(run.folder / SUMMARY_FILE, figures))
-    run.console.log(result.describe())
     return result
 
 

@@ -7,8 +7,8 @@ import os
 import platform
 import sys
 from array import array
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,9 +23,13 @@ from carft_fast.core import (
     StopRequest,
     Tracker,
     each_rank,
+    is_empty,
     is_main,
+    locked,
     on_main,
+    read_json_object,
     redact,
+    visible_json,
     world_size,
     write_text,
 )
@@ -34,7 +38,7 @@ from carft_fast.models import CarftModel
 from carft_fast.reports import MetricsLog, PhaseTimer
 from carft_fast.rewards import Grader
 from carft_fast.rollout import CheckedEngine, RolloutEngine, SpreadEngine, build_engine
-from carft_fast.training.checkpoint import CheckpointStore
+from carft_fast.training.checkpoint import CheckpointStore, check_same_run
 from carft_fast.training.evaluation import EvalResult, evaluate
 from carft_fast.training.parallel import strategy
 
@@ -76,22 +80,28 @@ class Run:
         self.store = CheckpointStore(self.folder / "checkpoints", self.config, self.console.log)
         self._engine: RolloutEngine | None = None
 
-    def open(self, stages: Sequence[str], *, resume: bool) -> None:
-        """Make or re-open the run folder. The first thing that writes; the main process does it."""
-        self.metrics.records = on_main(lambda: self._open(stages, resume=resume))
+    @contextmanager
+    def opened(self, stages: Sequence[str], *, resume: bool) -> Iterator[None]:
+        """Make or re-open the run folder, and keep other processes out of it. The first thing that writes; the main
+        process does it, for all processes of the run."""
+        with ExitStack() as held:
+            self.metrics.records = on_main(lambda: self._open(held, stages, resume=resume))
+            yield
 
-    def _open(self, stages: Sequence[str], *, resume: bool) -> list[dict[str, Any]]:
+    def _open(self, held: ExitStack, stages: Sequence[str], *, resume: bool) -> list[dict[str, Any]]:
         """Returns the records of the run so far."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "samples").mkdir(exist_ok=True)
+            held.enter_context(locked(self.folder, self.console.log))
         except OSError as error:
             raise InputError(f"--output-dir {self.folder}: cannot be written: {error.strerror}") from None
+        check_run_folder(self.folder, self.config, stages, resume=resume)  # another may have written to it since
         self.console.log_to(self.folder / "console.log")
         if resume:
             self.store.clean()
             self.metrics.load()
         write_text(self.folder / CONFIG_FILE, to_toml(self.config))
+        (self.folder / "samples").mkdir(exist_ok=True)
         environment = {
             "command": [redact(word) for word in sys.argv],
             "stages": list(stages),
@@ -121,7 +131,7 @@ class Run:
                         f"0, {theirs[name]['rows']} for process {process}" + _others(own[name], theirs[name])
                     )
         file = self.folder / ENVIRONMENT_FILE
-        before = on_main(lambda: json.loads(file.read_text()).get("data") if resume and file.is_file() else None)
+        before = on_main(lambda: read_json_object(file).get("data") if resume and file.is_file() else None)
         for name, now in own.items():
             if before and before[name] != now:
                 raise InputError(
@@ -136,7 +146,7 @@ class Run:
     def write_samples(self, name: str, samples: list[dict[str, Any]]) -> None:
         if not is_main():
             return
-        text = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        text = "".join(visible_json(sample) + "\n" for sample in samples)
         write_text(self.folder / "samples" / f"{name}.jsonl", text)
 
     def on_progress(self, tracker: Tracker) -> Callable[[int], None]:
@@ -241,7 +251,7 @@ def versions() -> dict[str, str]:
 
 
 def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
-    """Refuse, before anything is written, a folder this run must not write to."""
+    """Refuse, before anything is written, a folder this run must not write to, or cannot go on from."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise InputError(f"--output-dir {folder}: {parent} is a file, not a folder")
@@ -252,12 +262,17 @@ def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, res
         if not saved.is_file():
             raise InputError(f"--resume: {folder} holds no run ({CONFIG_FILE} is missing)")
         environment = folder / ENVIRONMENT_FILE  # absent where a kill fell between the run's first two files
-        before = json.loads(environment.read_text())["stages"] if environment.is_file() else list(stages)
+        before = read_json_object(environment).get("stages") if environment.is_file() else list(stages)
         if before != list(stages):
             raise InputError(f"--resume: the run in {folder} has the stages {before}, this command {list(stages)}")
         if changed := differences(config, load_config(str(saved))):
             raise InputError(
                 f"--resume: the config differs from that of the run in {folder}:\n  " + "\n  ".join(changed)
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+        summary = folder / SUMMARY_FILE
+        if summary.is_file() and (seed := read_json_object(summary).get("seed")) != config.seed:
+            raise InputError(f"--resume: {summary} is not this run's: seed: {seed} -> {config.seed}")
+        check_same_run(folder, config, stages)
+        MetricsLog(folder, write=False).load()
+    elif not is_empty(folder):
         raise InputError(f"--output-dir {folder}: not empty; add --resume to go on with that run, or name another")

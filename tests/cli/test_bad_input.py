@@ -80,6 +80,12 @@ CONFIG_CASES: dict[str, tuple[list[str], list[str]]] = {
     "value used as a section": (["--set", "seed=1", "--set", "seed.x=2"], ["seed"]),
     "half synthetic": (sets(data__train="synthetic"), ["data.train", "data.eval"]),
     "run name with a slash": (sets(output__name="a/b"), ["output.name"]),
+    "run name that leads out of runs": (sets(output__name=".."), ["output.name"]),
+    "two lines": (["--set", "rl.lr=1e-3\nseed=5"], ["--set", "one value is expected"]),
+    "bytes that are no text": (sets(model__path="a\udcff"), ['model.path = "a\\udcff"', "UTF-8"]),
+    "controls in a value": (sets(model__path="./\x1b[2J"), ["./\\x1b[2J", "not a folder"]),
+    "a path that is too long": (["--output-dir", "a" * 5000, *sets(model__path="synthetic")], ["aaaa...", "too long"]),
+    "a model path that is too long": (sets(model__path="./" + "a" * 5000), ["aaaa...", "too long"]),
     "config file missing": (["--config", "none.toml"], ["none.toml", "no such file"]),
     "model not set": ([], ["model.path"]),
     "model folder missing": (sets(model__path="./nowhere"), ["./nowhere", "not a folder"]),
@@ -415,6 +421,47 @@ def test_files_of_a_model_that_libraries_refuse(
 def test_attention_that_cannot_train_on_a_cpu_is_refused_before_it_starts(cli: Cli, tiny_run: list[str]) -> None:
     outcome = cli("quickstart", *tiny_run, *sets(model__attention="flex_attention"), "--dry-run")
     assert_refused(outcome, ['model.attention = "flex_attention"', '"packed"'])
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 10**5, '{"weight_map": 3}'])
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "carft_heads.json"])
+def test_garbage_in_a_models_files_is_refused_before_data_is_read(
+    cli: Cli, tmp_path: Path, model_folder: Path, file: str, content: str
+) -> None:
+    folder = copy_of(model_folder, tmp_path / "model")
+    if file != "config.json":
+        (folder / "carft_heads.safetensors").touch()
+    if "index" in file:
+        (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / file).write_text(content)
+    outcome = cli("rl", *with_data(folder, "none.json", "none.json"), "--output-dir", "out")
+    assert_refused(outcome, [str(folder)])
+    assert len(outcome.error) < 1000
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_nobody_expected_shows_its_controls(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's error that quotes data, in a traceback."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("row \x1b[2J\x9b31m")
+
+    monkeypatch.setattr("carft_fast.trainer.load_method_config", fail)
+    outcome = cli("sft")
+    assert outcome.code == 1
+    assert "RuntimeError: row \\x1b[2J\\x9b31m" in outcome.error
+    assert "\x1b" not in outcome.error
+
+
+def test_checked_data_is_shown_and_not_obeyed(cli: Cli, tmp_path: Path) -> None:
+    attack = "\x1b[2J\x9b31m\u202e"
+    rows = [{**row, "question": f"{row['question']} {attack}"} for row in ROWS]
+    path = write(tmp_path / "rows.json", [*rows, {**rows[0], "answer_value": attack}])
+    for words in ([], ["--json"]):
+        outcome = cli("data", "check", path, *words)
+        assert outcome.code == 0, outcome.error
+        assert not set(outcome.output) & set(attack[0] + "\x9b\u202e")
+    assert json.loads(outcome.output)
 
 
 def test_exit_code_of_the_real_process(tmp_path: Path) -> None:

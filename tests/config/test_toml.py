@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.toml import differences, load_config, replaced, to_toml, value_origins
+from carft_fast.config.toml import differences, fingerprint, load_config, replaced, to_toml, value_origins
 from carft_fast.core.errors import InputError
 
 RECIPES = [QUICKSTART_CONFIG, *sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))]
@@ -48,3 +48,60 @@ def test_a_value_used_as_a_section_is_named() -> None:
 def test_configs_are_plain_toml() -> None:
     for path in RECIPES:
         tomllib.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x = " + "[" * 10_000,
+        "x = " + "{a=" * 10_000,
+        "[" + ".".join(["a"] * 100_000) + "]",
+        "seed = " + "9" * 5_000,
+        "[rl]\nlr = " + "[" * 300 + "]" * 300,
+        "[rl]\nlr = '" + "x" * 10**6 + "'",
+        "seed = 0x" + "f" * 10_000,
+        "seed = 1e999",
+        "[sft]\nlr = inf",
+        "seed = -0x1",
+        "rl = 3",
+        "seed = 1979-05-27",
+    ],
+    ids=lambda text: text[:20],
+)
+def test_toml_that_breaks_readers_is_a_short_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_config(str(path))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rl.lr=1e-3\nseed=5",
+        "rl.lr=1e-3\n[rl]\nlr=2",
+        "rl.lr=1\n\n[value]\nx=1",
+        "seed=" + "9" * 5_000,
+        "seed=" + "[" * 10_000,
+        "seed=[[[" + "0x" + "f" * 9_000 + "]]]",
+        "rl.lr=" + "[" * 300 + "]" * 300,
+        "a" + ".a" * 100_000 + "=1",
+        "\n.\n=1",
+        "rl.lr=\x00",
+    ],
+    ids=lambda override: override[:20],
+)
+def test_overrides_of_several_lines_or_without_bounds_are_refused(override: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_config(str(QUICKSTART_CONFIG), [override])
+    assert len(str(error.value)) < 1000
+
+
+def test_a_fingerprint_is_of_what_resume_compares() -> None:
+    base = load_config(str(QUICKSTART_CONFIG))
+    assert fingerprint(base) == fingerprint(load_config(str(QUICKSTART_CONFIG), ["distributed.timeout_s=77"]))
+    for change in ("seed=1", "rl.lr=1e-3", "data.fields={question='q'}", "output.keep_last=3"):
+        changed = load_config(str(QUICKSTART_CONFIG), [change])
+        assert differences(changed, base)
+        assert fingerprint(changed) != fingerprint(base)

@@ -65,7 +65,7 @@ def test_controls_of_a_text_do_not_act(text: str, shown: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"])
 def test_only_a_newline_ends_a_line_of_json(separator: str, tmp_path: Path) -> None:
-    write_text(tmp_path / "a.jsonl", f'"one{separator}two"\n"three"\n'.replace("\r", "\\r"))
+    write_text(tmp_path / "a.jsonl", f'{{"a": "one{separator}two"}}\n{{}}\n'.replace("\r", "\\r"))
     if ord(separator) < 32:  # JSON escapes them
-        write_text(tmp_path / "a.jsonl", f'"one\\u{ord(separator):04x}two"\n"three"\n')
-    assert read_json_lines(tmp_path / "a.jsonl") == [f"one{separator}two", "three"]
+        write_text(tmp_path / "a.jsonl", f'{{"a": "one\\u{ord(separator):04x}two"}}\n{{}}\n')
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"a": f"one{separator}two"}, {}]

@@ -1,5 +1,6 @@
 """Folders with a manifest, and files that are written whole: what counts as damage."""
 
+import json
 import os
 import re
 from collections.abc import Callable
@@ -21,7 +22,30 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json cannot be read: No such file"),
     "cut manifest": (lambda f: os.truncate(f / "manifest.json", 40), "manifest.json cannot be read"),
     "empty manifest": (lambda f: (f / "manifest.json").write_text("[1]") and None, "manifest.json cannot be read"),
+    "no files": (lambda f: (f / "manifest.json").write_text('{"files": {}}') and None, "manifest.json lists no file"),
+    "nested": (lambda f: (f / "manifest.json").write_text("[" * 9**6) and None, "manifest.json cannot be read"),
+    "endless": (
+        lambda f: (f / "manifest.json").write_text('{"files": {"w": {"bytes": 1e999, "sha256": ""}}}') and None,
+        "manifest.json cannot be read",
+    ),
+    "one more": (lambda f: (f / "chat_template.jinja").touch(), "chat_template.jinja is not in its manifest"),
+    "one more below": (lambda f: (f / "sub" / "v.json").touch(), "sub/v.json is not in its manifest"),
+    "outside": (lambda f: relist(f, "../b"), "lists ../b, which is outside"),
+    "anywhere": (lambda f: relist(f, "/etc/passwd"), "lists /etc/passwd, which is outside"),
 }
+
+
+def relist(folder: Path, name: str) -> None:
+    """A manifest that is right about a file it should not have."""
+    (folder.parent / "b").write_bytes(b"12345")
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"w"', json.dumps(name)))
+
+
+def test_other_files_beside_those_of_the_manifest_are_no_damage(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a", lambda folder: (folder / "w").write_bytes(b"12345") and None)
+    (tmp_path / "a" / "README.md").touch()
+    assert find_damage(tmp_path / "a") is None
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -51,6 +75,15 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
             manifest.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
             same_meaning = content[place : place + 1].isspace()
             assert find_damage(tmp_path / "a") or same_meaning, (place, bit)
+
+
+def test_a_link_in_place_of_an_unfinished_text_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / ".writing-config.toml").symlink_to(tmp_path / "mine")
+    write_text(tmp_path / "config.toml", "seed = 0")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "config.toml").read_text() == "seed = 0"
+    assert not (tmp_path / "config.toml").is_symlink()
 
 
 def test_a_text_that_does_not_fit_is_one_sentence(tmp_path: Path) -> None:

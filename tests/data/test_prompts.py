@@ -1,5 +1,6 @@
 """Prompt and completion ids against texts written out here, with tokenizers of several habits."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
+from carft_fast.data.chat import ChatRenderer
 from carft_fast.data.load import LoadReport
 from carft_fast.data.prompts import EncodedExample, PromptFormat, check_tokenizer, encode_examples
 
@@ -229,6 +231,85 @@ def test_a_chat_template_that_fails_is_one_sentence(template: str) -> None:
     with pytest.raises(InputError, match=r'data\.template = "chat": the tokenizer\'s chat template fails') as error:
         PromptFormat(tokenizer, "chat").prompt_ids("How many?")
     assert "\n" not in str(error.value)
+
+
+GROWS = "{% set n = namespace(x='xxxx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "more than 5 s"),
+        ("{% set x = 9**(9**(messages | length + 8)) %}", "more than 5 s"),
+        ("{{ 'x' * 10**10 }}", "memory"),
+        ("{% if '%9999999999d' % 1 %}{% endif %}", "memory"),
+        ("{{ 'x'.center(10**10) }}", "memory"),
+        (GROWS, "memory"),
+        ("{{ 'x' * 5000000 }}", "characters, over 4,194,304"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ raise_exception('\x1b[2J' * 999) }}", r"\x1b[2J"),
+        ("{{ messages.append.__globals__ }}", "unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+    ],
+)
+def test_a_chat_template_that_attacks_is_one_sentence(attack: str, said: str) -> None:
+    """Also where only one question sets it off, as a template that waits until it was looked at."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = attack + CHAT
+    with pytest.raises(InputError) as error:
+        PromptFormat(tokenizer, "chat")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1500
+    tokenizer.chat_template = "{% if 'seven' in messages[0].content %}" + attack + "{% endif %}" + CHAT
+    fmt = PromptFormat(tokenizer, "chat")
+    rows = [Example(word, f"{word}?", ("So.",), "2") for word in ("six", "seven", "eight")]
+    limits: Any = {"max_length": 500, "max_prompt_length": 400, "require_cot": True}
+    with pytest.raises(InputError, match="chat template fails"):
+        encode_examples(rows, fmt, report=LoadReport("rows", 3, 3), **limits)
+    assert fmt.prompt_text("eight?") == "<s>user\neight?</s><s>assistant\n"
+
+
+def test_chats_are_rendered_as_transformers_does() -> None:
+    """More than go together, with a template that reads special tokens, the date, and what comes before."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = {
+        "default": "{{ bos_token }}{{ strftime_now('%Y') }}{{ pad_token | tojson }}" + CHAT,
+        "tool_use": "no",
+    }
+    fmt = PromptFormat(tokenizer, "chat")
+    questions = [f"question {n} é \n\u2028 '\"" for n in range(150)]
+    expected = [
+        tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True, tokenize=False)
+        for q in questions
+    ]
+    assert list(fmt.prompt_texts(questions)) == expected
+    assert fmt.prompt_text(questions[3]) == expected[3]
+
+
+def test_a_renderer_that_was_killed_is_started_again() -> None:
+    renderer = ChatRenderer()
+    chat = [[{"role": "user", "content": "Hm?"}]]
+    assert renderer.render(CHAT, chat, {}) == ["<s>user\nHm?</s>"]
+    assert renderer._process is not None
+    renderer._process.kill()
+    renderer._process.wait()
+    assert renderer.render(CHAT, chat, {}) == ["<s>user\nHm?</s>"]
+    renderer._process.kill()
+    renderer._process.communicate()
+
+
+def test_a_renderer_holds_nothing_of_the_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a-secret-of-the-trainer")
+    renderer = ChatRenderer()
+    renderer.render(CHAT, [[{"role": "user", "content": "Hm?"}]], {})
+    assert renderer._process is not None
+    environment = Path(f"/proc/{renderer._process.pid}/environ").read_bytes()
+    descriptors = sorted(path.name for path in Path(f"/proc/{renderer._process.pid}/fd").iterdir())
+    renderer._process.kill()
+    renderer._process.communicate()
+    assert b"a-secret-of-the-trainer" not in environment
+    assert len(descriptors) <= 4  # its three, and a copy of the pipe for replies
 
 
 TURNS = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}END{% endfor %}"

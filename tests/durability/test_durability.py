@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from carft_fast.core.durable import find_damage
+from carft_fast.config.toml import load_config
+from carft_fast.core.durable import _write_manifest, find_damage
+from carft_fast.training.checkpoint import CheckpointStore
 
 TINY = [
     *("sft.max_steps=6", "sft.batch_size=16", "sft.micro_batch_tokens=400", "sft.save_every=2"),
@@ -257,6 +259,131 @@ def test_with_nothing_whole_left_the_stage_starts_again(lives: Lives, undisturbe
     assert "rl: no whole checkpoint is left, the stage starts from its beginning" in told
     assert "resumed" not in told
     assert_same_outcome(folder, undisturbed)
+
+
+def refused(life: Life, *said: str) -> None:
+    assert life["code"] == 2, life["text"]
+    error = life["text"].strip()
+    assert error.startswith("error: "), error
+    assert "\n" not in error, error
+    for text in said:
+        assert text in error
+
+
+def state_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def of_another_seed(lives: Lives, undisturbed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("other") / "run"
+    life = lives.run(folder, "seed=7")
+    assert life["code"] == 0, life["text"]
+    return folder
+
+
+def test_what_is_whole_but_of_another_run_is_refused(
+    lives: Lives, undisturbed: Path, of_another_seed: Path, tmp_path: Path
+) -> None:
+    """A checkpoint, an SFT model; nothing is written, nothing set aside. Moved away, the run goes on."""
+    folder = unfinished_copy(undisturbed, tmp_path / "run")
+    checkpoints = folder / "checkpoints"
+    shutil.rmtree(checkpoints / "rl-000008")
+    shutil.copytree(of_another_seed / "checkpoints" / "rl-000008", checkpoints / "rl-000008")
+    before = state_of(folder)
+    refused(lives.run(folder), f"{checkpoints / 'rl-000008'} is whole but not this run's: seed: 7 -> 0")
+    assert state_of(folder) == before
+    (checkpoints / "rl-000008").rename(tmp_path / "elsewhere")
+    (folder / "sft").rename(tmp_path / "own sft")
+    shutil.copytree(of_another_seed / "sft", folder / "sft")
+    refused(lives.run(folder), f"{folder / 'sft'} is whole but not this run's: its manifest.json says made_by")
+    shutil.rmtree(folder / "sft")
+    (tmp_path / "own sft").rename(folder / "sft")
+    life = lives.run(folder)
+    assert life["code"] == 0, life["text"]
+    assert "resumed at step 7 of 8" in life["text"]
+    assert_same_outcome(folder, undisturbed)
+
+
+def test_a_checkpoint_of_another_config_is_refused_by_the_key(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
+    """Written by this run's code and seed, sealed again: only its settings are others."""
+    folder = unfinished_copy(undisturbed, tmp_path / "run")
+    other = folder / "checkpoints" / "rl-000008"
+    config = other / "config.toml"
+    config.write_text(config.read_text().replace("lr = 0.0002", "lr = 0.0004", 1))
+    reseal(other)
+    refused(lives.run(folder), str(other), "rl.lr: 0.0004 -> 0.0002")
+    config.write_text("[[[")
+    reseal(other)
+    refused(lives.run(folder), str(other), "not valid TOML")
+    (other / "trainer_state.json").write_text("[1]")
+    reseal(other)
+    refused(lives.run(folder), str(other), "trainer_state.json: expected an object in JSON, found '[1]'")
+
+
+def reseal(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+    _write_manifest(folder, {})
+
+
+@pytest.mark.parametrize("name", ["rl-000009", "rl-8", "sft-000008"])
+def test_a_renamed_checkpoint_is_refused(lives: Lives, undisturbed: Path, tmp_path: Path, name: str) -> None:
+    folder = unfinished_copy(undisturbed, tmp_path / "run")
+    renamed = (folder / "checkpoints" / "rl-000008").rename(folder / "checkpoints" / name)
+    refused(lives.run(folder), f"{renamed} is whole but not this run's: it was written as rl-000008")
+    assert renamed.is_dir()
+
+
+def test_a_best_link_to_another_runs_checkpoint_is_none(undisturbed: Path, of_another_seed: Path) -> None:
+    """A rollback would go on from it."""
+    store = CheckpointStore(undisturbed / "checkpoints", load_config(str(undisturbed / "config.toml")), print)
+    link = undisturbed / "checkpoints" / "best"
+    before = os.readlink(link)
+    link.unlink()
+    link.symlink_to(of_another_seed / "checkpoints" / "rl-000008")
+    assert store.best("rl") is None
+    link.unlink()
+    link.symlink_to(before)
+    assert store.best("rl") == undisturbed / "checkpoints" / before
+
+
+def test_a_manifest_without_files_is_damage(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
+    folder = unfinished_copy(undisturbed, tmp_path / "run")
+    newest = folder / "checkpoints" / "rl-000008"
+    (newest / "manifest.json").write_text('{"files": {}}')
+    (newest / "model.safetensors").write_bytes(b"garbage")
+    life = lives.run(folder)
+    assert life["code"] == 0, life["text"]
+    assert "rl-000008 is damaged: manifest.json lists no file" in life["text"]
+    assert "resumed at step 7 of 8" in life["text"]
+    assert_same_outcome(folder, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("metrics.jsonl", '{"stage": "sft"}\n', "line 1: kind = None: expected a str"),
+        ("metrics.jsonl", "\x00\x1b[2J garbage\n", "line 1: not JSON ("),
+        ("metrics.jsonl", "[" * 100_000 + "\n", "line 1: not JSON ("),
+        ("metrics.jsonl", "[1]\n", "line 1: expected an object in JSON, found '[1]'"),
+        ("summary.json", '{"seed": 7}', "is not this run's: seed: 7 -> 0"),
+        ("summary.json", "garbage", "summary.json: not JSON ("),
+        ("run.json", "[]", "run.json: expected an object in JSON"),
+        ("run.json", "{", "run.json: not JSON ("),
+        ("config.toml", "x = " + "[" * 10_000, "nested too deep"),
+    ],
+)
+def test_garbage_in_a_runs_files_is_one_sentence(
+    lives: Lives, undisturbed: Path, tmp_path: Path, file: str, content: str, said: str
+) -> None:
+    folder = unfinished_copy(undisturbed, tmp_path / "run")
+    (folder / file).write_text(content)
+    before = state_of(folder)
+    refused(lives.run(folder), str(folder / file), said)
+    assert state_of(folder) == before
+    life = lives.command("report", str(folder))
+    assert life["code"] == 2, life["text"]
+    assert "Traceback" not in life["text"]
 
 
 def test_export(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:

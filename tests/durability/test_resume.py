@@ -81,6 +81,26 @@ def assert_same_outcome(folder: Path, reference: Path) -> None:
     assert not list(folder.rglob(".writing-*"))
 
 
+def test_two_processes_on_one_folder(tmp_path: Path, tiny_run: list[str]) -> None:
+    """The second is refused, whether it resumes or starts; a kill lets go of the folder."""
+    folder = tmp_path / "run"
+    first = launch(folder, tiny_run)
+    wait_for(first, folder, "sft-000002")
+    first.send_signal(signal.SIGSTOP)
+    try:
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for extra in (["--resume"], [], ["--resume", "--dry-run"]):
+            code, output = finish(launch(folder, tiny_run, *extra))
+            assert (code, output.count("\n")) == (2, 1), output
+            assert output.startswith(f"error: --output-dir: {folder} is in use by process {first.pid} on ")
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    finally:
+        first.kill()
+        first.communicate()
+    code, output = finish(launch(folder, tiny_run, "--resume", "--dry-run"))
+    assert code == 0, output
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_moments(uninterrupted: Path, tmp_path: Path, tiny_run: list[str]) -> None:
     folder = tmp_path / "run"

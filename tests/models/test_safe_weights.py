@@ -95,6 +95,97 @@ def test_an_index_with_a_shard_that_is_missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    ["../other/model.safetensors", "{other}/model.safetensors", "sub/model.safetensors", "..", "", ".", "a\x1b[2J", 7],
+)
+def test_an_index_that_names_files_of_another_place(folder: Path, tmp_path: Path, name: object) -> None:
+    """The files are there, and whole: only the place is wrong."""
+    for place in (tmp_path / "other", folder / "sub"):
+        place.mkdir()
+        save_file({"a": torch.zeros(1)}, place / "model.safetensors")
+    named = name.format(other=tmp_path / "other") if isinstance(name, str) else name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": named}}))
+    assert "allowed are files in the same folder" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00001.safetensors", "carft_heads.safetensors"])
+def test_weights_that_are_links_out_of_the_folder(folder: Path, tmp_path: Path, name: str) -> None:
+    """A repository can hold such links: another model's weights would be trained, saved and given away."""
+    private = tmp_path / "private.safetensors"
+    save_file({"a": torch.zeros(1)}, private)
+    (folder / "carft_heads.json").write_text("{}")
+    save_file({}, folder / "carft_heads.safetensors")
+    if name.startswith("model-"):
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    elif name.startswith("carft"):
+        save_file({}, folder / "model.safetensors")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(private)
+    assert f"{name} is a link to {private}, which is not in the folder" in refusal(folder)
+    (folder / name).unlink()
+    (folder / "held.safetensors").write_bytes(private.read_bytes())
+    (folder / name).symlink_to("held.safetensors")
+    check_weights(str(folder))
+
+
+def test_a_snapshot_of_the_hubs_cache_is_links(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--it" / "snapshots" / "0123"
+    blobs = tmp_path / "models--me--it" / "blobs"
+    blobs.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    save_file({"a": torch.zeros(1)}, blobs / "abcd")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/abcd")
+    check_weights(str(snapshot))
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[1]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 10**5, "\0\xff"]
+)
+def test_an_index_of_garbage_is_one_sentence(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content, encoding="latin-1")
+    message = refusal(folder)
+    assert "model.safetensors.index.json" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("named", ["adapter_model.bin", "own.safetensors.index.json", "own.safetensors"])
+def test_a_config_that_names_the_weights_file(folder: Path, named: str) -> None:
+    """transformers reads that one, and unpickles the shards of such an index."""
+    save_file({}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": named}))
+    assert f"transformers_weights = '{named}'" in refusal(folder)
+
+
+@pytest.mark.parametrize("eos", ['"x"', "[[1]]", '{"a": 1}', "1.5"])
+def test_ends_of_text_that_are_no_token_ids(folder: Path, eos: str) -> None:
+    transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    model = load_model(load_config(None), str(folder), torch.device("cpu"), heads=False)
+    with pytest.raises(InputError, match=r"eos_token_id = .* expected token ids"):
+        _ = model.eos_ids
+
+
+def test_heads_of_garbage_are_one_sentence(folder: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    config = load_config(None)
+    heads = {"embedding_dim": config.model.embedding_dim, "value_head": config.model.value_head, "hidden_size": 64}
+    (folder / "carft_heads.json").write_text(json.dumps(heads))
+    (folder / "carft_heads.safetensors").write_bytes(b"\x1b[2J" * 9)
+    with pytest.raises(InputError, match=r"carft_heads\.safetensors: cannot be loaded: "):
+        load_model(config, str(folder), torch.device("cpu"), heads=True)
+
+
+@pytest.mark.parametrize("content", ["[]", "[" * 10**5, "", "{", '"llama"'])
+def test_a_config_of_garbage_is_one_sentence(folder: Path, content: str) -> None:
+    save_file({}, folder / "model.safetensors")
+    (folder / "config.json").write_text(content)
+    message = refusal(folder)
+    assert "config.json" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
     ("description", "wanted", "pickled"),
     [
         ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
@@ -147,7 +238,7 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.models.load import load_model
 
-for name in ("pickled", "adapter", "good", "index"):
+for name in ("pickled", "adapter", "good", "index", "outside", "named", "base", "local"):
     try:
         load_model(load_config(None), f"me/{name}", torch.device("cpu"), heads=False)
         print(name, "loaded")
@@ -158,7 +249,7 @@ for name in ("pickled", "adapter", "good", "index"):
 
 def test_pickled_weights_of_the_hub(folder: Path, hub: str, tmp_path: Path) -> None:
     transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(folder)).save_pretrained(folder)
-    for name in ("pickled", "adapter", "good", "index"):
+    for name in ("pickled", "adapter", "good", "index", "outside", "named", "base", "local"):
         shutil.copytree(folder, tmp_path / "hub" / "me" / name)
     (tmp_path / "hub/me/pickled/model.safetensors").rename(tmp_path / "hub/me/pickled/pytorch_model.bin")
     (tmp_path / "hub/me/adapter/adapter_config.json").write_text('{"base_model_name_or_path": "me/good"}')
@@ -167,16 +258,29 @@ def test_pickled_weights_of_the_hub(folder: Path, hub: str, tmp_path: Path) -> N
     index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model-00001-of-00001.bin"}}
     (tmp_path / "hub/me/index/model.safetensors").rename(tmp_path / "hub/me/index/pytorch_model-00001-of-00001.bin")
     (tmp_path / "hub/me/index/model.safetensors.index.json").write_text(json.dumps(index))
+    index["weight_map"] = {"lm_head.weight": "../../private.safetensors"}
+    (tmp_path / "hub/me/outside/model.safetensors").unlink()
+    (tmp_path / "hub/me/outside/model.safetensors.index.json").write_text(json.dumps(index))
+    named = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "own.safetensors.index.json"}
+    (tmp_path / "hub/me/named/config.json").write_text(json.dumps(named))
+    # an adapter's own repository is fine, the model it is for is not
+    for name, base in (("base", "me/pickled"), ("local", str(folder))):
+        (tmp_path / f"hub/me/{name}/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+        (tmp_path / f"hub/me/{name}/adapter_model.safetensors").write_bytes(b"anything")
     client = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     result = subprocess.run(
         [sys.executable, "-c", LOAD_FROM_HUB], env=os.environ | client, capture_output=True, text=True, cwd=ROOT
     )
     lines = result.stdout.splitlines()
-    assert len(lines) == 4, result.stderr
+    assert len(lines) == 8, result.stderr
     assert lines[0].startswith('pickled model.path = "me/pickled": no model.safetensors on the Hub')
     assert lines[1].startswith('adapter model.path = "me/adapter": no adapter_model.safetensors on the Hub')
     assert lines[2] == "good loaded"
     assert lines[3].startswith('index model.path = "me/index": no model.safetensors on the Hub')
+    assert "allowed are files in the same folder" in lines[4]
+    assert "transformers_weights = 'own.safetensors.index.json'" in lines[5]
+    assert lines[6].startswith('base model.path = "me/pickled": no model.safetensors on the Hub')
+    assert lines[7].endswith(f"base_model_name_or_path = {str(folder)!r}: expected a Hub id")
     assert not list((tmp_path / "home").rglob("*.bin"))
 
 

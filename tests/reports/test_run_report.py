@@ -1,16 +1,18 @@
 """report.html of a run from its folder, finished or in the middle, and the page's own parts."""
 
+import itertools
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from markdown_it import MarkdownIt
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
-from carft_fast.reports.run_report import rewrite_page
+from carft_fast.reports.run_report import _markdown, code, markdown_table, rewrite_page
 
 
 def record(stage: str, kind: str, step: int, **values: Any) -> dict[str, Any]:
@@ -24,6 +26,22 @@ RECORDS = [
     record("rl", "train", 2, loss=0.2, reward=0.4375, kl=0.002, train_accuracy=0.4),
     record("rl", "eval", 2, accuracy=0.6, completion_length=21.0),
 ]
+
+SUMMARY: dict[str, Any] = {
+    "method": "carft",
+    "seed": 0,
+    "eval_rows": 20,
+    "completion_tokens": 12_345,
+    "seconds_total": 61.0,
+    "sft_accuracy": 0.1,
+    "final_accuracy": 0.6,
+    "accuracy_ci95": [0.4, 0.8],
+    "sft_accuracy_ci95": [0.0, 0.3],
+    "step_by_step": {"sft": 0.2, "final": 0.9},
+    "completion_length": {"sft": 20.0, "final": 21.0},
+    "seconds_by_phase": {"rollout": 1.0, "update": 3.0},
+    "example": {"question": "1 + 1 < 3?", "target": "2", "before": "3", "after": "1 + 1 = 2"},
+}
 
 
 @pytest.fixture
@@ -53,28 +71,81 @@ def test_a_run_that_goes_on_has_a_page(folder: Path) -> None:
 
 
 def test_a_finished_run_shows_its_result(folder: Path) -> None:
-    summary = {
-        "method": "carft",
-        "seed": 0,
-        "eval_rows": 20,
-        "completion_tokens": 12_345,
-        "seconds_total": 61.0,
-        "sft_accuracy": 0.1,
-        "final_accuracy": 0.6,
-        "accuracy_ci95": [0.4, 0.8],
-        "sft_accuracy_ci95": [0.0, 0.3],
-        "step_by_step": {"sft": 0.2, "final": 0.9},
-        "completion_length": {"sft": 20.0, "final": 21.0},
-        "seconds_by_phase": {"rollout": 1.0, "update": 3.0},
-        "example": {"question": "1 + 1 < 3?", "target": "2", "before": "3", "after": "1 + 1 = 2"},
-    }
-    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "summary.json").write_text(json.dumps(SUMMARY))
     page = rewrite_page(folder).read_text(encoding="utf-8")
     for cell in ("10.0%", "60.0%", "40.0% to 80.0%", "90.0%"):
         assert f"<td>{cell}</td>" in page
     assert "1 + 1 &lt; 3? (target 2)" in page
     assert "12,345 tokens sampled in RL" in page
     assert "Not finished" not in page
+
+
+ATTACK = "3\x1b[2J\n```\n![](http://tracker/x.png)<script>alert(1)</script>\n# Heading\n````\n| a | b |\u202e"
+
+
+def test_a_model_that_writes_markdown_shows_it(folder: Path) -> None:
+    """Read by a parser of Markdown: all of an answer is text."""
+    summary = SUMMARY | {"example": dict.fromkeys(("question", "target", "before", "after"), ATTACK)}
+    text = _markdown(load_config(str(folder / "config.toml")), {**summary, "versions": {}}, [])
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    blocks = [token.content for token in tokens if token.type == "fence"]
+    shown = ATTACK.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e")
+    assert blocks == [shown + "\n"] * 3
+    inline = [child for token in tokens for child in token.children or []]
+    assert [child.content for child in inline if child.type == "code_inline"][-1] == " ".join(shown.split())
+    assert {child.type for child in inline} <= {"text", "code_inline", "softbreak"}
+    assert "html_block" not in {token.type for token in tokens}
+    headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
+    assert "Heading" not in headings
+    assert len(headings) == 4
+
+
+@pytest.mark.parametrize("text", ["`", "``", "a`b``c", "`a", "a`", "a\nb", "", " ` "])
+def test_code_spans(text: str) -> None:
+    inline = [child for token in MarkdownIt().parse(f"x {code(text)} y") for child in token.children or []]
+    found = [child.content for child in inline if child.type == "code_inline"]
+    assert found == ([" ".join(text.split())] if text else [])
+
+
+def test_a_cell_ends_where_it_ends() -> None:
+    rows = MarkdownIt().enable("table").parse(markdown_table(("a", "b"), [("x|y\nz", "1")]))
+    assert [token.content for token in rows if token.type == "inline"] == ["a", "b", "x|y z", "1"]
+
+
+def test_a_page_shows_controls(folder: Path) -> None:
+    (folder / "summary.json").write_text(json.dumps(SUMMARY | {"example": {**SUMMARY["example"], "after": ATTACK}}))
+    page = rewrite_page(folder).read_text(encoding="utf-8")
+    assert not set(page) & {"\x1b", "\u202e"}
+    assert "3\\x1b[2J" in page
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("summary.json", "[]", "expected an object in JSON"),
+        ("summary.json", "{}", "cannot be shown: KeyError"),
+        ("summary.json", '{"example": 3', "not JSON"),
+        (
+            "metrics.jsonl",
+            '{"stage": "rl", "kind": "train", "step": 1, "seconds": {}, "loss": {}}\n',
+            "cannot be shown",
+        ),
+        ("metrics.jsonl", "garbage\n", "line 1: not JSON"),
+        ("run.json", "", "not JSON"),
+    ],
+)
+def test_garbage_is_refused(folder: Path, file: str, content: str, said: str) -> None:
+    (folder / file).write_text(content)
+    with pytest.raises(InputError, match=re.escape(said)):
+        rewrite_page(folder)
+
+
+def test_a_folder_without_run_json_is_refused(folder: Path) -> None:
+    (folder / "run.json").unlink()
+    with pytest.raises(InputError, match=r"run\.json: cannot be read: No such file"):
+        rewrite_page(folder)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -284,6 +284,8 @@ def pool(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         with ProgramPool(WORKERS, cpu_seconds=CPU_SECONDS, wall_seconds=20, memory_mb=128) as found:
             if request.param == "system calls alone" and os.geteuid() == 0:
                 assert found.defences == WHOLE[:2]
+            elif wanted := os.environ.get("CARFT_TEST_DEFENCES"):  # by test_sandbox_machines.py
+                assert ", ".join(found.defences) == wanted
             yield found
     del os.environ["CARFT_TEST_SECRET"]
     assert wait_for(lambda: not processes())
