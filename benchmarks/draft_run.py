@@ -20,7 +20,7 @@ from benchmarks.rollout import machine_line
 from benchmarks.rows import RESULTS, write_json
 from carft_fast import Trainer, load_config
 
-QUESTIONS, BATCH, EPOCHS = 32, 16, 4
+QUESTIONS, BATCH, EPOCHS = 16, 8, 4
 STEPS = EPOCHS * QUESTIONS // BATCH
 
 
@@ -39,7 +39,7 @@ def run(model: str, data: str, drafts: str, folder: Path) -> tuple[list[dict[str
         "rl.save_every": STEPS,
         "rl.lr": 2e-6,
         "rollout.engine": "vllm",
-        "rollout.max_new_tokens": 144,
+        "rollout.max_new_tokens": 112,
         "rollout.batch_size": BATCH // 2,
         "rollout.drafts": drafts,
     }
