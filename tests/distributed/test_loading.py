@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def join(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # DeepSpeed asks for them
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(minutes=3)
+    dist.init_process_group("gloo", rendezvous, patience, world_size=2, rank=rank)
 
 
 def save_model(lm_config: Any, folder: Path) -> None:
