@@ -2,6 +2,9 @@
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +17,11 @@ from torch import Tensor
 from carft_fast.core.errors import EngineError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.causal_lm import CarftModel
-from carft_fast.rollout import coupled
+from carft_fast.rollout import coupled, pick_kernel
 from carft_fast.rollout.base import SamplingParams
 from carft_fast.rollout.hf import HFEngine
 
-from .checks import CPU, PROMPTS, attention
+from .checks import PROMPTS, attention
 
 KEYS = [(5, 7), (2**62 + 3, 0), (0, 300), (5, 8)]
 SEEDS, POSITIONS = map(list, zip(*KEYS, strict=True))
@@ -39,26 +42,54 @@ def test_the_noise_is_that_of_the_published_generator() -> None:
         return [half for word in words for half in (word % 2**32, word >> 32)]
 
     size = 21
-    noise = coupled.gumbel_noise(SEEDS, POSITIONS, size, CPU)
+    noise = coupled.gumbel_noise(SEEDS, POSITIONS, size)
     for row, key in zip(noise.tolist(), KEYS, strict=True):
         bits = [half for counter in (1, 2, 3) for half in block(counter, key)][:size]
         expected = [-math.log(-math.log1p(-(b + 0.5) / 2**32)) for b in bits]
         assert row == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-def test_every_device_draws_the_same_bits() -> None:
-    """The integer operations that other devices use, against numpy's generator; the rest of the noise is the same."""
-    for size in (1, 8, 1003):
-        expected = np.stack(
-            [np.random.Philox(key=np.array(key, "u8")).random_raw(size).view("<u4")[:size] for key in KEYS]
-        )
-        assert np.array_equal(coupled.philox(torch.tensor(KEYS), size).numpy(), expected)
+def test_the_kernel_draws_the_same_noise_and_picks_the_same_tokens() -> None:
+    """Interpreted. Rows that allow one token each show its noise, one by one."""
+    for size, tokens in ((1, [0]), (1030, [*range(9), 1016, 1023, 1024, 1029])):
+        one_each = torch.full((len(tokens), size), -torch.inf)
+        one_each[range(len(tokens)), tokens] = 0.0
+        for seed, position in KEYS[:2]:
+            best_NP, token_NP = pick_kernel.best_of_parts(one_each, [seed] * len(tokens), [position] * len(tokens))
+            part = best_NP.argmax(-1, keepdim=True)
+            assert token_NP.gather(1, part)[:, 0].tolist() == tokens
+            expected = coupled.gumbel_noise([seed], [position], size)[0, tokens]
+            torch.testing.assert_close(best_NP.gather(1, part)[:, 0], expected, rtol=5e-7, atol=5e-7)
+    logits = 2 * torch.randn(20, 2501, generator=torch.Generator().manual_seed(0))
+    logits[:, 2000:] = -torch.inf
+    seeds, positions = list(range(20)), list(range(7, 27))
+    assert torch.equal(pick_kernel.pick_on_gpu(logits, seeds, positions), coupled.pick(logits, seeds, positions))
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernel_compiles_without_spills(capability: int) -> None:
+    """In a process of its own, where Triton compiles."""
+    script = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from carft_fast.rollout.pick_kernel import _pick_kernel as kernel
+types = dict(logits="*fp32", key="*i64", best="*fp32", token="*i32", vocabulary="i32", stride="i32", PARTS="i32")
+source = ASTSource(fn=kernel, signature={{**types, "COUNTERS": "constexpr"}}, constexprs={{(7,): 128}})
+compiled = triton.compile(source, target=GPUTarget("cuda", {capability}, 32))
+code = compiled.asm["ptx"]
+print("local" if ".local " in code else "registers only", "mul.hi.u64" in code)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert found.stdout.split("\n")[-2] == "registers only True", found.stderr
 
 
 def test_the_smallest_and_the_largest_bits_make_finite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     bits = np.array([[0, 1, 2**24, 2**31, 2**32 - 2, 2**32 - 1]], dtype="<u4")
-    monkeypatch.setattr(coupled, "_numpy_philox", lambda *_: bits)
-    noise = coupled.gumbel_noise([0], [0], 6, CPU)[0].tolist()
+    monkeypatch.setattr(coupled, "_philox", lambda *_: bits)
+    noise = coupled.gumbel_noise([0], [0], 6)[0].tolist()
     assert noise == sorted(noise, reverse=True)
     assert noise[0] == pytest.approx(33 * math.log(2), rel=1e-6)
     assert math.isfinite(noise[-1])
