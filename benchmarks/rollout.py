@@ -41,6 +41,8 @@ from carft_fast.training import check_agreement, prepare, versions
 PROMPTS, NEW_TOKENS, SYNCS = 64, 128, 3
 ENGINES = ("hf", "vllm", "vllm-server")
 BATCHES = (64, 8)
+WAVES = 3
+"""Prompts for each sequence of a small batch."""
 SAMPLERS = ("vLLM's own", "coupled", "drafts")
 
 
@@ -120,7 +122,7 @@ def run_drafts(name: str, model_path: str, data: str, dtype: str, batch: int, re
         for sampler in SAMPLERS
     }
     run = prepare(configs["vLLM's own"], Path("runs/benchmark"), Console(), stages=("rl",), write=False)
-    picked = run.train_rows[:PROMPTS]
+    picked = run.train_rows[: min(PROMPTS, WAVES * batch)]
     prompts = [row.prompt_ids for row in picked]
     model = load_model(configs["coupled"], run.config.model.path, torch.device("cpu"), heads=False)
     engines: dict[str, RolloutEngine] = {}
@@ -177,7 +179,8 @@ def drafts_report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Coupled sampling and drafts on the CPU",
         "",
-        f"vLLM in the process, {PROMPTS} prompts, `batch` at once, up to {NEW_TOKENS} new tokens, temperature 1. The",
+        f"vLLM in the process, {PROMPTS} prompts ({WAVES * min(BATCHES)} of them at batch {min(BATCHES)}), `batch` at once,",
+        f"up to {NEW_TOKENS} new tokens, temperature 1. The",
         "samplers took turns: vLLM's own, the coupled one, and that with drafts (the completion before, the annotated",
         "CoT). Rates are tokens per CPU second, medians over the turns. The ratio to the sampler in the row above is",
         "the median of the turns' ratios, with their range. Identical: completions that are the same with drafts",
@@ -317,26 +320,27 @@ def main() -> None:
     benchmark = "sync" if arguments.sync else "drafts" if arguments.drafts else "rollout"
     cases = [("quickstart", "quickstart")]
     if arguments.smollm2:
-        cases.append(("SmolLM2-135M", arguments.smollm2))
+        cases.insert(0, ("SmolLM2-135M", arguments.smollm2))
+    results = RESULTS / f"{benchmark}_cpu.json"
+    kept = json.loads(results.read_text())["rows"] if results.is_file() else []
     rows: list[dict[str, Any]] = []
     for name, path in cases:
-        for dtype in ("float32", "bfloat16"):
+        for dtype in ("bfloat16", "float32"):
+            found: list[dict[str, Any]] = []
             if arguments.sync:
-                rows += run_sync(name, path, arguments.data, dtype, arguments.repeats)
+                found += run_sync(name, path, arguments.data, dtype, arguments.repeats)
             elif arguments.drafts:
                 for batch in BATCHES:
-                    rows += run_drafts(name, path, arguments.data, dtype, batch, arguments.repeats)
+                    found += run_drafts(name, path, arguments.data, dtype, batch, arguments.repeats)
             else:
-                rows += run_case(name, path, arguments.data, dtype, arguments.repeats)
-    rows = [row | {"machine": machine_line(arguments.repeats)} for row in rows]
-    RESULTS.mkdir(exist_ok=True)
-    results = RESULTS / f"{benchmark}_cpu.json"
-    if results.is_file():  # a model that was left out this time keeps its rows
-        done = {name for name, _ in cases}
-        rows += [row for row in json.loads(results.read_text())["rows"] if row["model"] not in done]
-    results.write_text(json.dumps({"benchmark": benchmark, "schema": 1, "rows": rows}, indent=1) + "\n")
-    text = (sync_report if arguments.sync else drafts_report if arguments.drafts else report)(rows)
-    results.with_suffix(".md").write_text(text)
+                found += run_case(name, path, arguments.data, dtype, arguments.repeats)
+            rows += [row | {"machine": machine_line(arguments.repeats)} for row in found]
+            done = {(row["model"], row["dtype"]) for row in rows}  # what was left out this time keeps its rows
+            together = rows + [row for row in kept if (row["model"], row["dtype"]) not in done]
+            RESULTS.mkdir(exist_ok=True)
+            results.write_text(json.dumps({"benchmark": benchmark, "schema": 1, "rows": together}, indent=1) + "\n")
+            text = (sync_report if arguments.sync else drafts_report if arguments.drafts else report)(together)
+            results.with_suffix(".md").write_text(text)
     print(text)
 
 
