@@ -179,12 +179,11 @@ def drafts_report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Coupled sampling and drafts on the CPU",
         "",
-        f"vLLM in the process, {PROMPTS} prompts ({WAVES * min(BATCHES)} at batch {min(BATCHES)}), up to {NEW_TOKENS} new",
-        "tokens, temperature 1. The samplers took turns: vLLM's own, the coupled one, and that with drafts (the",
+        f"vLLM in the process, {PROMPTS} prompts ({WAVES * min(BATCHES)} at batch {min(BATCHES)}), {NEW_TOKENS} tokens at",
+        "most, temperature 1. The samplers took turns: vLLM's own, the coupled one, and that with drafts (the",
         "completion before, the annotated CoT). Rates are tokens per CPU second, medians over the turns. The ratio to",
         "the sampler in the row above is the median of the turns' ratios, with their range. Identical: completions",
-        "that are the same with drafts",
-        "and without. Nothing here ran on a GPU.",
+        "that are the same with drafts and without. Nothing here ran on a GPU.",
         "",
         "| model | dtype | batch | sampler | tokens / CPU s | over the one above | tokens a forward | wasted a token "
         "| identical |",
