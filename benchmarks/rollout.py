@@ -176,11 +176,13 @@ def run_drafts(name: str, model_path: str, data: str, dtype: str, batch: int, re
 
 
 def drafts_report(rows: list[dict[str, Any]]) -> str:
+    least = min(BATCHES)
+    few = WAVES * least
     lines = [
         "# Coupled sampling and drafts on the CPU",
         "",
-        f"vLLM in the process, {PROMPTS} prompts ({WAVES * min(BATCHES)} at batch {min(BATCHES)}), {NEW_TOKENS} tokens at",
-        "most, temperature 1. The samplers took turns: vLLM's own, the coupled one, and that with drafts (the",
+        f"vLLM in the process, {PROMPTS} prompts ({few} at batch {least}), {NEW_TOKENS} tokens at most, temperature 1.",
+        "The samplers took turns: vLLM's own, the coupled one, and that with drafts (the",
         "completion before, the annotated CoT). Rates are tokens per CPU second, medians over the turns. The ratio to",
         "the sampler in the row above is the median of the turns' ratios, with their range. Identical: completions",
         "that are the same with drafts and without. Nothing here ran on a GPU.",
