@@ -266,8 +266,8 @@ def test_weights_that_do_not_arrive_whole_are_never_served(
     perturb(model, 3)
     stage = FileTransfer.stage
 
-    def lose_the_last_file(self: FileTransfer, weights: SamplerWeights, version: str) -> None:
-        stage(self, weights, version)
+    def lose_the_last_file(self: FileTransfer, weights: SamplerWeights, version: str, adapters: None) -> None:
+        stage(self, weights, version, adapters)
         self._files[-1].write_bytes(self._files[-1].read_bytes()[:100])
 
     with monkeypatch.context() as patch:
