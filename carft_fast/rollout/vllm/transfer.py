@@ -67,7 +67,7 @@ class FileTransfer:
         self._adapters: Path | None = None
         self._files: list[Path] = []
 
-    def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None) -> None:
+    def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None = None) -> None:
         """`weights` None: those staged before, which every server that has them keeps."""
         self._version, self._adapters = weight_version, adapters
         if weights is None:
@@ -123,7 +123,7 @@ class DeviceTransfer:
         self._members: tuple[str, ...] = ()
         self._one_at_a_time = threading.Lock()  # servers that come back at the same time each get a group
 
-    def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None) -> None:
+    def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None = None) -> None:
         self._weights, self._version, self._adapters = weights or self._weights, weight_version, adapters
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
