@@ -124,7 +124,8 @@ class DeviceTransfer:
         self._one_at_a_time = threading.Lock()  # servers that come back at the same time each get a group
 
     def stage(self, weights: Weights | None, weight_version: str, adapters: Path | None = None) -> None:
-        self._weights, self._version, self._adapters = weights or self._weights, weight_version, adapters
+        self._weights = self._weights if weights is None else weights
+        self._version, self._adapters = weight_version, adapters
 
     async def send(self, api: ServerApi, urls: Sequence[str]) -> dict[str, ServerLost]:
         sizes: dict[str, int] = {}
