@@ -140,8 +140,7 @@ def fast_step(
         "rollout": _decode(cost, shape),
         "log-probs": Work(2 * (layers + head) + layers_annotated, 3 * weights),
         "update": (Work(backward, 3 * weights) + _optimizer(cost, shape)) * shape.epochs + spared,
-        # read in float32, written in the sampler's dtype, read again and written to its place (fused, or packed)
-        "sync": Work(0, 4 * cost.all_weights + 3 * weights),
+        "sync": _sync(cost, shape),
     }
 
 
@@ -178,7 +177,7 @@ def published_step(cost: ModelCost, shape: StepShape) -> dict[str, Work]:
         ),
         "update": (Work(4 * layers + 3 * head, 4 * weights + 8 * logits_bytes * width) + _optimizer(cost, shape))
         * shape.epochs,
-        "sync": Work(0, 4 * cost.all_weights + 3 * weights),
+        "sync": _sync(cost, shape),
     }
 
 
@@ -192,6 +191,11 @@ def _decode(cost: ModelCost, shape: StepShape) -> Work:
     rounds = max(shape.completions) / shape.tokens_per_forward * -(-len(rows) // shape.decode_batch)
     weights = (cost.layer_weights + cost.head_weights) * shape.bytes_per_weight
     return Work(flops + cost.head_flops(checked * sum(shape.completions)), weights * rounds)
+
+
+def _sync(cost: ModelCost, shape: StepShape) -> Work:
+    """Read in float32, written in the sampler's dtype, read again and written to its place (fused, or packed)."""
+    return Work(0, (4 + 3 * shape.bytes_per_weight) * cost.all_weights)
 
 
 def _optimizer(cost: ModelCost, shape: StepShape) -> Work:

@@ -20,7 +20,6 @@ from carft_fast.core.errors import InputError
 from carft_fast.models.load import load_lm_config
 from carft_fast.rollout.vllm.adapter import check_engine
 from carft_fast.rollout.vllm.launch import (
-    Scratch,
     ServerProcess,
     check_port,
     free_port,
@@ -28,6 +27,7 @@ from carft_fast.rollout.vllm.launch import (
     serve,
     server_environment,
 )
+from carft_fast.rollout.vllm.scratch import Scratch
 from carft_fast.rollout.vllm.token import TOKEN
 
 PLANTED = "hf_PlantedSecret0123456789abcdefghij"
@@ -135,7 +135,7 @@ def test_a_port_of_another_users_process_is_not_the_servers(tmp_path: Path, monk
 
 KILLED = """
 import os, signal
-from carft_fast.rollout.vllm.launch import Scratch
+from carft_fast.rollout.vllm.scratch import Scratch
 scratch = Scratch("carft-test-")
 (scratch.path / "file").write_text("x")
 print(scratch.path, flush=True)

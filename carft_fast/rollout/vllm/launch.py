@@ -11,12 +11,10 @@ import os
 import re
 import runpy
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -29,6 +27,7 @@ from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter import LOOPBACK
+from carft_fast.rollout.vllm.scratch import Scratch
 from carft_fast.rollout.vllm.token import TOKEN, read_token
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
@@ -41,33 +40,6 @@ _LONGEST_FOLDER = 107 - len(f"/{uuid.UUID(int=0)}")
 """Characters of a folder in which vLLM can make a socket."""
 _LISTEN = "0A"
 """The state in /proc/net/tcp."""
-
-
-class Scratch:
-    """A new temporary folder, for this user alone. It goes with `close`, or when this process ends in whatever way.
-
-    After an exec it stays until the program that took this process's place has ended.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix=prefix))
-        theirs, self._held = os.pipe()  # what reads it sees its end when no process holds the other side any more
-        os.set_inheritable(self._held, True)
-        remove = 'exec 3<&0; (trap "" INT TERM HUP; cat <&3; rm -rf -- "$0") &'
-        subprocess.run(
-            ["/bin/sh", "-c", remove, str(self.path)],
-            stdin=theirs,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            start_new_session=True,
-            check=True,
-        )
-        os.close(theirs)
-
-    def close(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._held)
 
 
 def server_environment(

@@ -1,9 +1,10 @@
-"""Folders in which weights wait for a sampler."""
+"""Temporary folders that do not outlive their process by much: of weights for a sampler, and of servers."""
 
 import os
 import platform
 import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -23,3 +24,30 @@ def scratch_folder(prefix: str, root: str) -> Path:
         if (found := own.fullmatch(left.name)) and not psutil.pid_exists(int(found[1])):
             shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-{machine}-", dir=parent))
+
+
+class Scratch:
+    """A new temporary folder, for this user alone. It goes with `close`, or when this process ends in whatever way.
+
+    After an exec it stays until the program that took this process's place has ended.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        theirs, self._held = os.pipe()  # what reads it sees its end when no process holds the other side any more
+        os.set_inheritable(self._held, True)
+        remove = 'exec 3<&0; (trap "" INT TERM HUP; cat <&3; rm -rf -- "$0") &'
+        subprocess.run(
+            ["/bin/sh", "-c", remove, str(self.path)],
+            stdin=theirs,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+            check=True,
+        )
+        os.close(theirs)
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._held)

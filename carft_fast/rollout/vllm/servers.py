@@ -23,7 +23,8 @@ from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, 
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter_files import NAME, AdapterFiles
 from carft_fast.rollout.vllm.http import ServerApi, ServerLost
-from carft_fast.rollout.vllm.launch import Scratch, ServerProcess, server_environment
+from carft_fast.rollout.vllm.launch import ServerProcess, server_environment
+from carft_fast.rollout.vllm.scratch import Scratch
 from carft_fast.rollout.vllm.token import read_token
 from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
 
