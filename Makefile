@@ -69,8 +69,9 @@ quickstart: setup
 # A Hub id works the same: carft-fast ... --set model.path=HuggingFaceTB/SmolLM2-135M-Instruct
 smollm2: models/smollm2
 
+# Two processes at a time, a file of tests in one of them; the servers and models of two need about 12 GiB.
 test: sampler
-	$(TEST_ENV) $(BIN)/python -m pytest $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile $(ARGS)
 
 lint: sampler
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -56,7 +57,9 @@ def smollm2() -> Path:
     """The model folder, fetched and converted on first use."""
     root = Path(__file__).resolve().parents[1]
     folder = root / "models" / "smollm2"
-    subprocess.run([sys.executable, str(root / "scripts" / "fetch_smollm2.py"), str(folder)], check=True)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent / ".smollm2.lock"):  # tests run in several processes
+        subprocess.run([sys.executable, str(root / "scripts" / "fetch_smollm2.py"), str(folder)], check=True)
     return folder
 
 

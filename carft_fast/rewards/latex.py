@@ -86,7 +86,7 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # nothing that is printed may pass for a reply
     logging.disable(logging.CRITICAL)
-    compare_latex("1", "1")  # imports everything before the clock runs
+    compare_latex("(x+1)^2", "x^2+2x+1")  # imports everything before the clock runs
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     print("ready", file=replies, flush=True)

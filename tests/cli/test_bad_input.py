@@ -32,6 +32,7 @@ Cli = Callable[..., Outcome]
 def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run the command in a clean working folder of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")  # as `main` does, but for this test alone
 
     def run(*words: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["carft-fast", *words])
