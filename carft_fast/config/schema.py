@@ -12,10 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from carft_fast.core import masked
 
 SYNTHETIC = "synthetic"
+ANSWER = "{answer}"
+ANSWER_PHRASE = f"Therefore, the answer is: {ANSWER}"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+
+_TEMPLATE_VARIABLES = frozenset(
+    ("messages", "question", "conversations", "chat_template", "add_generation_prompt", "continue_final_message")
+) | {"return_assistant_tokens_mask"}
 
 
 class Section(BaseModel):
@@ -94,10 +100,31 @@ class DataConfig(Section):
     """Use at most this many usable training rows, from the top of the file; all when absent."""
     eval_rows: int | None = Field(None, ge=1)
     """Use at most this many usable evaluation rows, from the top of the file; all when absent."""
-    template: Literal["carft", "chat"] = "carft"
-    """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template."""
+    template: str = Field("carft", min_length=1)
+    """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template; else a
+    Jinja template, as text or in a file, which reads `question`, or `messages` as chat templates do."""
+    system_prompt: str = ""
+    """System message of rows that have none of their own; with "carft" a paragraph before everything else."""
+    few_shot: str = ""
+    """File of solved questions, read with `fields`: all of them go before every question, as earlier turns."""
+    chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = {}
+    """Further variables of "chat" or of a Jinja template, such as {enable_thinking=false}."""
+    answer_phrase: str = ANSWER_PHRASE
+    """Line that follows an annotation, with `{answer}` once, such as '\\boxed{{answer}}'; answers are read by it. "" for
+    annotations that state their answer; answers are then read as by the default. Not for programs."""
     max_length: int = Field(1024, ge=2)
     """Longest prompt + completion, in tokens; longer annotated rows are reported and left out. Source: paper, 1024."""
+
+    def _conflicts(self) -> Iterator[str]:
+        phrase, variables = self.answer_phrase, self.chat_template_kwargs
+        if phrase and phrase.count(ANSWER) != 1:
+            yield f"answer_phrase = {phrase!r}: expected {ANSWER} in it once, or an empty text"
+        if "\b" in phrase or "\f" in phrase:
+            yield f"answer_phrase = {phrase!r}: TOML reads \\b and \\f in double quotes as control characters: use '...'"
+        if variables and self.template == "carft":
+            yield 'chat_template_kwargs need template = "chat" or a Jinja template, this is "carft"'
+        if given := sorted(_TEMPLATE_VARIABLES & set(variables)):
+            yield f"chat_template_kwargs: {given[0]!r} is given by the trainer, and cannot be set"
 
 
 class StageConfig(Section):
@@ -517,5 +544,10 @@ class Config(Section):
             yield 'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'
         if rollout.engine != "hf" and not 0.01 <= self.eval.temperature <= 2:
             yield f'eval.temperature = {self.eval.temperature:g} needs rollout.engine = "hf": vLLM takes 0.01 to 2'
+        if self.reward.answer_type == "program" and data.answer_phrase not in ("", ANSWER_PHRASE):
+            yield (
+                f"data.answer_phrase = {data.answer_phrase!r} needs another reward.answer_type than \"program\": a program "
+                "is all of a completion"
+            )
         if (SYNTHETIC in (data.train, data.eval)) != (data.train == data.eval == SYNTHETIC):
             yield 'data.train and data.eval must both be "synthetic" or neither'

@@ -115,13 +115,12 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     examples, report = load_set(config, "train", path, all_rows=True)
     tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
-    template = data.template if tokenizer is not None else "carft"
-    form = PromptFormat(tokenizer, template, program=config.reward.answer_type == "program")
+    form = PromptFormat.of(config, tokenizer, "carft" if tokenizer is None and data.template == "chat" else None)
     if tokenizer is None:
-        prompts = [len(text) for text in form.prompt_texts(e.question for e in examples)]
+        prompts = [len(text) for text in form.prompt_texts(examples)]
         completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
     else:
-        prompts = [len(form.text_ids(text)) for text in form.prompt_texts(e.question for e in examples)]
+        prompts = [len(form.text_ids(text)) for text in form.prompt_texts(examples)]
         completions = [[len(form.completion_ids(cot, e.answer)) for cot in e.cots] for e in examples]
     totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
     check = Check(
@@ -144,14 +143,14 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     )
     known = {normalised(example.question) for example in tested}
     answers: dict[str, list[Answer]] = {}
-    with Grader(config.reward) as grader:
+    with Grader(config.reward, answer_phrase=data.answer_phrase) as grader:
         for example, prompt, row in zip(examples, prompts, completions, strict=True):
             question = normalised(example.question)
             if not example.cots:
                 check.not_annotated.add(example, example.question)
             if check.in_test_set is not None and question in known:
                 check.in_test_set.add(example, example.question)
-            if tokenizer is not None and (reason := form.control(example.question)):
+            if (reason := form.refused(example)):
                 check.left_out.setdefault(reason, Finding()).add(example, example.question)
             _check_limits(check, example, prompt, row)
             _check_repetition(check, example, answers.setdefault(question, []), config.reward, grader)

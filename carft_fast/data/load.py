@@ -100,6 +100,25 @@ def load_set(
     )
 
 
+def load_few_shot(config: Config) -> list[Example]:
+    """The rows of data.few_shot. Raises InputError where one of them cannot be shown as a solved question."""
+    data = config.data
+    if not data.few_shot:
+        return []
+    examples, report = load_examples(
+        data.few_shot,
+        label=f"data.few_shot = {data.few_shot}",
+        fields=data.fields,
+        split=data.train_split,
+        answer_type=None if config.reward.fn else config.reward.answer_type,
+        calculator_marks=data.calculator_marks,
+        require_cot=True,
+    )
+    if report.rejected:
+        raise InputError(f"every row has to be usable: {report.summary()}")
+    return examples
+
+
 def load_examples(
     source: Source,
     *,

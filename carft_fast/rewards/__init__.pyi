@@ -1,4 +1,3 @@
-from .answers import ANSWER_TRIGGER as ANSWER_TRIGGER
 from .answers import REASONING_TRIGGER as REASONING_TRIGGER
 from .answers import Answer as Answer
 from .answers import Grade as Grade

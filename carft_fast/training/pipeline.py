@@ -68,7 +68,7 @@ def prepare(
     """
     if write:
         on_main(lambda: _check_folder(folder, config, stages, resume=resume))
-    grader = Grader(config.reward, reward)
+    grader = Grader(config.reward, reward, config.data.answer_phrase)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
@@ -76,7 +76,7 @@ def prepare(
         check_weights(config.model.path, training=bool(stages))
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
-    prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
+    prompt_format = PromptFormat.of(config, tokenizer)
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
     if engine is None:
