@@ -103,7 +103,7 @@ class PromptFormat:
         settings += [("data.few_shot", text) for _, text in self._shots]
         prompt = self.prompt_text("Three and four?") if settings else ""
         for name, text in settings:
-            if text.strip().splitlines()[-1] not in prompt:  # a template may trim, or leave out reasoning
+            if (text.strip().splitlines() or [""])[-1] not in prompt:  # a template may trim, or leave out reasoning
                 raise self._template.refuse(f"does not show {name}: {text[:80]!r}")
             if token := self._spelled(text):
                 raise InputError(f"{name} has {token} in {text[:80]!r}, which the template would take for its own")

@@ -85,19 +85,21 @@ class Template:
         between = head.rpartition(_QUESTION)[2].rstrip() if answer_shown else ""
         if closed == prompt and len(between) > len(after.rstrip()) and between.startswith(after.rstrip()):
             raise self.refuse(f"begins no answer: a prompt ends with {prompt[-40:]!r}, before an answer is {between!r}")
+        if not after:
+            raise self.refuse(f"ends with the question, in the middle of a turn: of {_QUESTION!r} it makes {prompt[-40:]!r}")
         if self._tokenizer is None:
             return
         opened, tail, ending = (self._special_ids(text) for text in (before, after.rstrip(), end if answer_shown else ""))
         self.end_id = ending[0] if ending else None
-        if not tail and set(opened) - set(self._tokenizer("")["input_ids"]):
+        if not tail and set(opened) - {self._tokenizer.bos_token_id}:
             raise self.refuse(f"ends in the middle of the question's turn: a prompt ends with {prompt[-40:]!r}")
-        ends = {self.special.get(token_id) for token_id in (self.end_id, self._tokenizer.eos_token_id)} - {None}
-        if tail and any(after.rstrip().endswith(token) for token in ends if token):
+        ends = [self.special[i] for i in (self.end_id, self._tokenizer.eos_token_id) if i in self.special]
+        if after.rstrip().endswith(tuple(ends)):
             raise self.refuse(f"begins no answer: a prompt ends with {prompt[-40:]!r}")
 
     def _special_ids(self, text: str) -> list[int]:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"] if self._tokenizer else ()
-        return [token_id for token_id in ids if token_id in self.special]
+        return [token_id for token_id in ids if token_id in self.special and token_id != self._tokenizer.unk_token_id]
 
 
 def _read(template: str, shown: str) -> str:
@@ -110,7 +112,7 @@ def _read(template: str, shown: str) -> str:
         reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise InputError(
             f'data.template = "{shown}": {reason}; allowed: "carft", "chat", a Jinja template such as '
-            '"{{ question }}\\n", or the file of one'
+            '"Q: {{ question }}\\nA:", or the file of one'
         ) from None
     if len(text) > LONGEST:
         raise InputError(f'data.template = "{shown}": {len(text):,} characters; allowed: at most {LONGEST:,}')

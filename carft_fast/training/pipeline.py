@@ -170,6 +170,11 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     table.add_row("sampling", f"{run.engine_name}{servers}, at most {rollout.max_new_tokens} tokens")
     table.add_row("device", f"{run.device}, {config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
+    table.add_section()
+    row = (run.train_rows or run.eval_rows)[0]
+    table.add_row(f"prompt of row {row.example.item_id}", run.prompt_format.shown(row.prompt_ids))
+    if row.completions:
+        table.add_row("its annotated completion", run.prompt_format.shown(row.completion_ids))
     if stages:
         table.add_section()
         cost = ModelCost.of_config(run.lm_config, trust_remote_code=config.model.trust_remote_code)
