@@ -16,7 +16,7 @@ ANSWER = "{answer}"
 ANSWER_PHRASE = f"Therefore, the answer is: {ANSWER}"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
-DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
+DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "csv", "parquet", "arrow", "disk", "hub"]
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 _TEMPLATE_VARIABLES = frozenset(
@@ -83,9 +83,16 @@ class DataConfig(Section):
     eval: str = ""
     """File or Hub id with question and answer, or "synthetic"."""
     format: DataFormat = "auto"
-    """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
+    """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "csv", "parquet", "arrow": one file;
+    "disk": a folder of `save_to_disk`; "hub": through `datasets`. "auto" tells them by content and name."""
     fields: dict[str, str] = {}
-    """Own field names: question, cot, answer, item_id -> the file's. A cot may be a list of texts, one an epoch."""
+    """Own field names: question, cot, answer, item_id -> the file's; or messages, a conversation whose last assistant
+    turn is the annotation. A cot may be a list of texts, one an epoch."""
+    eval_fields: dict[str, str] = {}
+    """The same of evaluation data; `fields` when empty."""
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Several training files in place of `train`, each with its share of the rows (of their sum): as many rows as can
+    be without one twice, from the top of each file."""
     calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
     there is none here, so they are taken out of its annotations; "keep" teaches them."""
@@ -115,12 +122,22 @@ class DataConfig(Section):
     max_length: int = Field(1024, ge=2)
     """Longest prompt + completion, in tokens; longer annotated rows are reported and left out. Source: paper, 1024."""
 
+    @property
+    def trained_on(self) -> str:
+        """Name of the training data, for people."""
+        total = sum(self.mix.values())
+        return ", ".join(f"{path} ({share / total:.3g})" for path, share in self.mix.items()) or self.train
+
     def _conflicts(self) -> Iterator[str]:
         phrase, variables = self.answer_phrase, self.chat_template_kwargs
         if phrase and phrase.count(ANSWER) != 1:
             yield f"answer_phrase = {phrase!r}: expected {ANSWER} in it once, or an empty text"
         if "\b" in phrase or "\f" in phrase:
             yield f"answer_phrase = {phrase!r}: TOML reads \\b and \\f in double quotes as control characters: use '...'"
+        if self.mix and self.train:
+            yield f"mix and train = {self.train!r}: give one of the two"
+        if SYNTHETIC in self.mix:
+            yield 'mix: "synthetic" cannot be mixed'
         if variables and self.template == "carft":
             yield 'chat_template_kwargs need template = "chat" or a Jinja template, this is "carft"'
         if given := sorted(_TEMPLATE_VARIABLES & set(variables)):

@@ -341,6 +341,11 @@ def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:
     return found
 
 
+def answer_text(answer: Answer) -> str:
+    """An extracted answer as a text that `parse_target` reads."""
+    return _written(answer, decimal=True) if isinstance(answer, Number) else str(answer)
+
+
 def compare_latex(answer: str, target: str) -> LatexVerdict:
     """Are two LaTeX sources the same mathematics, as math-verify decides? Unbounded: 9^{9^{9^9}} does not end here.
 
