@@ -117,8 +117,8 @@ class DataConfig(Section):
     chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = {}
     """Further variables of "chat" or of a Jinja template, such as {enable_thinking=false}."""
     answer_phrase: str = ANSWER_PHRASE
-    """Line that follows an annotation, with `{answer}` once, such as '\\boxed{{answer}}'; answers are read by it. "" for
-    annotations that state their answer; answers are then read as by the default. Not for programs."""
+    """Line that follows an annotation, with `{answer}` once, such as '\\boxed{{answer}}'; answers are read by it. "":
+    annotations state their answers, which are read as with the default. Programs need none."""
     max_length: int = Field(1024, ge=2)
     """Longest prompt + completion, in tokens; longer annotated rows are reported and left out. Source: paper, 1024."""
 
@@ -133,7 +133,7 @@ class DataConfig(Section):
         if phrase and phrase.count(ANSWER) != 1:
             yield f"answer_phrase = {phrase!r}: expected {ANSWER} in it once, or an empty text"
         if "\b" in phrase or "\f" in phrase:
-            yield f"answer_phrase = {phrase!r}: TOML reads \\b and \\f in double quotes as control characters: use '...'"
+            yield f"answer_phrase = {phrase!r}: \\b and \\f in double quotes are control characters: use single ones"
         if self.mix and self.train:
             yield f"mix and train = {self.train!r}: give one of the two"
         if SYNTHETIC in self.mix:
@@ -563,8 +563,8 @@ class Config(Section):
             yield f'eval.temperature = {self.eval.temperature:g} needs rollout.engine = "hf": vLLM takes 0.01 to 2'
         if self.reward.answer_type == "program" and data.answer_phrase not in ("", ANSWER_PHRASE):
             yield (
-                f"data.answer_phrase = {data.answer_phrase!r} needs another reward.answer_type than \"program\": a program "
-                "is all of a completion"
+                f'data.answer_phrase = {data.answer_phrase!r} needs another reward.answer_type than "program", whose '
+                "answer is what it returns"
             )
         if (SYNTHETIC in (data.train, data.eval)) != (data.train == data.eval == SYNTHETIC):
             yield 'data.train and data.eval must both be "synthetic" or neither'

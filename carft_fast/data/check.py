@@ -160,7 +160,7 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
         completion=completion,
     )
     known = {normalised(example.question) for example in tested}
-    answers: dict[str, list[Answer]] = {}
+    answers: dict[tuple[Any, str], list[Answer]] = {}
     with Grader(config.reward, answer_phrase=data.answer_phrase) as grader:
         for example, prompt, row in zip(examples, prompts, completions, strict=True):
             question = normalised(example.question)
@@ -168,10 +168,11 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
                 check.not_annotated.add(example, example.question)
             if check.in_test_set is not None and question in known:
                 check.in_test_set.add(example, example.question)
-            if (reason := form.refused(example)):
+            if reason := form.refused(example):
                 check.left_out.setdefault(reason, Finding()).add(example, example.question)
             _check_limits(check, example, prompt, row)
-            _check_repetition(check, example, answers.setdefault(question, []), config.reward, grader)
+            earlier = answers.setdefault((example.history, question), [])
+            _check_repetition(check, example, earlier, config.reward, grader)
         if not config.reward.fn:  # a function alone knows what an annotation answers
             _check_annotations(check, examples, config.reward, grader)
     return check

@@ -76,7 +76,9 @@ def _read_json(path: str) -> list[Any]:
 def _read_csv(path: str) -> list[Any]:
     """Every cell as the text it is. pandas, and with it `datasets`, makes numbers of some, nothing of "NA", and shifts
     the columns of rows with a cell too many."""
-    reader = csv.reader(io.StringIO(_read_text(path)), delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
+    reader = csv.reader(
+        io.StringIO(_read_text(path)), delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True
+    )
     csv.field_size_limit(sys.maxsize)
     rows, header = [], list[str]()
     try:

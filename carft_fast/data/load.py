@@ -150,8 +150,8 @@ def load_examples(
     JSON files hold a list, or objects one after the other (JSON Lines); which of the two is seen by their content.
     Formats: "reft" (item_id, question, answer_cot, answer_value), "gsm8k" (the answer is the reasoning, then `#### 72`;
     `calculator_marks` `<<...>>` are stripped or kept); with own `fields` or recognised ones "jsonl", "csv", "parquet",
-    "arrow", "disk" (`save_to_disk`), "hub" (`datasets`), and "auto", which tells them by name and content. Rows given in
-    Python are read like "jsonl". An annotation may be a list of texts. Of `messages` the last assistant turn is the
+    "arrow", "disk" (`save_to_disk`), "hub" (`datasets`); "auto" tells them by name and content. Rows given in Python
+    are read like "jsonl". An annotation may be a list of texts. Of `messages` the last assistant turn is the
     annotation, the user's turn before it the question; without an answer's column the annotation's own answer is the
     target. Columns that are no field become `Example.extra`. `merge_questions` makes one example of rows with the same
     question and answer, with the first one's extra. `limit` keeps that many usable examples from the top. `label` names
@@ -263,7 +263,9 @@ def _to_example(row: Any, number: int, names: Mapping[str, str], rule: _Rule) ->
     if rule.require_cot and not rule.answer_phrase and rule.answer_type not in (None, "program"):
         cots = [cot for cot in cots if rule.stated_answer(cot) is not None]
         if not cots:
-            raise _RowError('annotated reasoning without an answer (data.answer_phrase = "" adds none)', where, question)
+            raise _RowError(
+                'annotated reasoning without an answer (data.answer_phrase = "" adds none)', where, question
+            )
     return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra, history)
 
 
@@ -347,6 +349,6 @@ def _with_fields(
             likely = next((key for key in free if key.lower() in _LIKELY.get(name, ())), free[0] if free else "...")
             raise InputError(
                 f"{source}: field {names.get(name, name)!r} for the {name} is missing; the rows have "
-                f"{', '.join(map(str, keys))}: name yours with {setting}, such as {setting} = {{{name} = \"{likely}\"}}"
+                f'{", ".join(map(str, keys))}: name yours with {setting}, such as {setting} = {{{name} = "{likely}"}}'
             )
     return rows, names if "messages" in names else {"question": "question", "answer": "answer"} | names

@@ -13,8 +13,10 @@ from carft_fast.data.template import Template
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """An example with its token ids: the prompt's, and a completion for each annotated CoT, ending with EOS. `prompt` is
-    the prompt's text, for people to read."""
+    """An example with its token ids: the prompt's, and a completion for each annotated CoT, ending with EOS.
+
+    `prompt` is the prompt's text, for people to read.
+    """
 
     example: Example
     prompt_ids: list[int]
@@ -47,10 +49,10 @@ class PromptFormat:
     A prompt is the conversation that ends with the question, by the template: a system message, the solved questions of
     `few_shot`, the row's own earlier turns. "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published
     template; "chat": the tokenizer's chat template; else a Jinja template or its file. The completion is
-    `{CoT}\\n{answer_phrase}` and what ends it: EOS, or the token with which the template ends an assistant's turn. Where
-    the CoT is a `program`, it is all of the completion, for its answer is what it returns. Prompt and completion are
-    tokenised apart, so that training sees the boundary sampling sees. A special token that data spells out ("</s>") is a
-    text like any other; in a question for a Jinja template, which is one text with it, it cannot be (`refused`).
+    `{CoT}\\n{answer_phrase}` and what ends it: EOS, or the token with which the template ends an assistant's turn.
+    Where the CoT is a `program`, it is all of the completion, for its answer is what it returns. Prompt and completion
+    are tokenised apart, so that training sees the boundary sampling sees. A special token that data spells out ("</s>")
+    is a text like any other; in a question for a Jinja template, which is one text with it, it cannot be (`refused`).
 
     Raises InputError for a template that cannot be used (`Template`), or does not show all that is said above.
     """

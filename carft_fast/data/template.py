@@ -86,10 +86,11 @@ class Template:
         if closed == prompt and len(between) > len(after.rstrip()) and between.startswith(after.rstrip()):
             raise self.refuse(f"begins no answer: a prompt ends with {prompt[-40:]!r}, before an answer is {between!r}")
         if not after:
-            raise self.refuse(f"ends with the question, in the middle of a turn: of {_QUESTION!r} it makes {prompt[-40:]!r}")
+            raise self.refuse(f"ends with the question, in the middle of a turn: it makes {prompt[-40:]!r}")
         if self._tokenizer is None:
             return
-        opened, tail, ending = (self._special_ids(text) for text in (before, after.rstrip(), end if answer_shown else ""))
+        opened, tail = self._special_ids(before), self._special_ids(after.rstrip())
+        ending = self._special_ids(end) if answer_shown else []
         self.end_id = ending[0] if ending else None
         if not tail and set(opened) - {self._tokenizer.bos_token_id}:
             raise self.refuse(f"ends in the middle of the question's turn: a prompt ends with {prompt[-40:]!r}")

@@ -215,8 +215,8 @@ def _longest_quotes(text: str) -> int:
 
 def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> str:
     lead = (
-        f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {summary['eval_rows']} held-out "
-        f"rows of {code(config.data.eval)}. {summary['completion_tokens']:,} tokens sampled in RL, "
+        f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {summary['eval_rows']} "
+        f"held-out rows of {code(config.data.eval)}. {summary['completion_tokens']:,} tokens sampled in RL, "
         f"{summary['seconds_total']:.0f} s in all."
     )
     example = summary["example"]

@@ -173,7 +173,7 @@ def extract_answer(text: str, *, answer_type: AnswerType, phrase: str = ANSWER_P
 
 @lru_cache(maxsize=8)
 def _around_answer(phrase: str) -> tuple[re.Pattern[str] | None, str]:
-    """What an answer stands after, None where it is a box alone, and the text that ends it, if more than a mark does."""
+    """What an answer stands after, None where that is a box alone; and what ends it, if that is more than a mark."""
     if phrase in ("", ANSWER_PHRASE):
         return _TRIGGER, ""
     before, _, after = phrase.partition(ANSWER)

@@ -52,7 +52,7 @@ def test_published_template_with_all_that_may_precede_a_question() -> None:
 
 
 def test_chat_template_with_all_that_may_precede_a_question() -> None:
-    thinking = CHAT.replace("<s>assistant\n{% endif %}", "<s>assistant\n{% if not thinks %}<think/>{% endif %}{% endif %}")
+    thinking = CHAT.removesuffix("{% endif %}") + "{% if not thinks %}<think/>{% endif %}{% endif %}"
     tokenizer = chat_tokenizer(thinking)
     fmt = PromptFormat(tokenizer, "chat", system_prompt="Be brief.", few_shot=SHOTS, variables={"thinks": False})
     for example, system in ((TURNS, "Be brief."), (OWN_SYSTEM, "Be long.")):
@@ -128,7 +128,8 @@ def test_templates_that_are_refused(case: str) -> None:
         "{% for m in messages %}{% if m.role == 'assistant' %}<s>assistant\n<think>\n\n</think>\n\n{% else %}<s>user\n"
         "{% endif %}{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}",
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content | trim }}\n{% else %}"
-        "ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
     ],
     ids=["Mistral's way", "Qwen3's way", "Vicuna's way"],
 )
@@ -181,8 +182,8 @@ def test_an_answer_phrase_is_taught_and_read(phrase: str) -> None:
     assert fmt.completion_text("So.", "72") == taught.replace(r"\n", "\n")
     for text in (fmt.completion_text("So.", "72"), said) if phrase else (said,):
         assert extract_answer(text, answer_type="numeric", phrase=phrase) == 72
-        [grade] = Grader(load_config(None).reward, answer_phrase=phrase).grade_alone([text], [Example("", "", (), "72")])
-        assert grade.correct
+        grader = Grader(load_config(None).reward, answer_phrase=phrase)
+        assert grader.grade_alone([text], [Example("", "", (), "72")])[0].correct
     assert extract_answer("So.\nMy guess: 72", answer_type="numeric", phrase=phrase) is None
     assert PromptFormat(byte_tokenizer(), answer_phrase=phrase, program=True).completion_text("So.", "72") == "So."
 
@@ -219,5 +220,5 @@ def test_solved_questions_come_from_a_file(tmp_path: Path) -> None:
     fmt = PromptFormat.of(load_config(None, options), byte_tokenizer())
     assert fmt.prompt_text("Hm?") == PromptFormat(byte_tokenizer(), few_shot=SHOTS).prompt_text("Hm?")
     (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"q": "Hm?", "a": 4}])))
-    with pytest.raises(InputError, match=r"every row has to be usable: data\.few_shot = [^\n]*\n.*no annotated reasoning"):
+    with pytest.raises(InputError, match=r"every row has to be usable: data\.few_shot = (?s:.*)no annotated reason"):
         PromptFormat.of(load_config(None, options), byte_tokenizer())
