@@ -5,7 +5,7 @@ arXiv 2508.15868, "published code" the repository of its authors; where they dif
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -114,8 +114,9 @@ class DataConfig(Section):
     """System message of rows that have none of their own; with "carft" a paragraph before everything else."""
     few_shot: str = ""
     """File of solved questions, read with `fields`: all of them go before every question, as earlier turns."""
-    chat_template_kwargs: dict[str, bool | int | float | str | list[str]] = {}
-    """Further variables of "chat" or of a Jinja template, such as {enable_thinking=false}."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables of "chat" or of a Jinja template, such as {enable_thinking=false}: booleans, numbers, texts or
+    lists of these."""
     answer_phrase: str = ANSWER_PHRASE
     """Line that follows an annotation, with `{answer}` once, such as '\\boxed{{answer}}'; answers are read by it. "":
     annotations state their answers, which are read as with the default. Programs need none."""
@@ -140,6 +141,10 @@ class DataConfig(Section):
             yield 'mix: "synthetic" cannot be mixed'
         if variables and self.template == "carft":
             yield 'chat_template_kwargs need template = "chat" or a Jinja template, this is "carft"'
+        for name, value in variables.items():
+            parts = value if isinstance(value, list) else [value]
+            if not all(isinstance(part, bool | int | float | str) for part in parts):
+                yield f"chat_template_kwargs.{name} = {value!r}: expected a boolean, number, text or list of these"
         if given := sorted(_TEMPLATE_VARIABLES & set(variables)):
             yield f"chat_template_kwargs: {given[0]!r} is given by the trainer, and cannot be set"
 

@@ -120,7 +120,7 @@ def main() -> None:
         template, chats, variables = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF, not handled: ends the process even inside C code
         try:
-            texts = []
+            texts: list[str] = []
             for chat in chats:
                 question = next(message["content"] for message in reversed(chat) if message["role"] == "user")
                 texts += render_jinja_template([chat], chat_template=template, question=question, **variables)[0]

@@ -129,13 +129,13 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     if tokenizer is None:
         prompts = [len(text) for text in form.prompt_texts(examples)]
         completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
-        prompt = form.prompt_text(first)
+        shown = form.prompt_text(first)
         if first.cots:
             completion = form.completion_text(first.cots[0], first.answer)
     else:
         prompts = [len(form.text_ids(text)) for text in form.prompt_texts(examples)]
         completions = [[len(form.completion_ids(cot, e.answer)) for cot in e.cots] for e in examples]
-        prompt = form.shown(form.prompt_ids(first))
+        shown = form.shown(form.prompt_ids(first))
         if first.cots:
             completion = form.shown(form.completion_ids(first.cots[0], first.answer))
     totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
@@ -156,7 +156,7 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
         limits={"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens},
         annotations_over_max_new_tokens=Finding() if tokenizer is not None else None,
         in_test_set=Finding() if against else None,
-        prompt=prompt,
+        prompt=shown,
         completion=completion,
     )
     known = {normalised(example.question) for example in tested}

@@ -26,7 +26,7 @@ FORMAT_FIELDS = {"reft": REFT_FIELDS, "gsm8k": {"question": "question", "cot": "
 _LIKELY = {
     "question": ("problem", "prompt", "instruction", "query", "input"),
     "cot": ("solution", "reasoning", "rationale", "explanation", "response", "output", "completion"),
-    "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "solution", "gold"),
+    "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "gold"),
 }
 """What others call a column, for the error that one is missing."""
 _ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
@@ -227,7 +227,7 @@ def _to_example(row: Any, number: int, names: Mapping[str, str], rule: _Rule) ->
         found = {name: row.get(key) for name, key in names.items()}
         if "messages" in names:
             history, found["question"], found["cot"] = _conversation(found.pop("messages"), names["messages"], where)
-            names = {"question": names["messages"], "cot": names["messages"], "answer": "answer"} | names
+            names = {"question": names["messages"], "cot": names["messages"], "answer": "answer", **names}
     else:
         raise _RowError("not an object", where, _shown(row))
     values = {name: value for name, value in found.items() if value is not None}
@@ -346,9 +346,15 @@ def _with_fields(
     for name in FIELDS:
         if keys and name in needed and names.get(name) not in keys:
             free = [key for key in keys if key not in names.values()]
-            likely = next((key for key in free if key.lower() in _LIKELY.get(name, ())), free[0] if free else "...")
+            likely = {
+                other: next((key for key in free if str(key).lower() in _LIKELY.get(other, ())), None)
+                for other in FIELDS
+                if names.get(other) not in keys and (other != "cot" or require_cot)
+            }
+            likely[name] = likely.get(name) or next(iter(free), "...")
+            example = ", ".join(f'{other} = "{key}"' for other, key in likely.items() if key)
             raise InputError(
                 f"{source}: field {names.get(name, name)!r} for the {name} is missing; the rows have "
-                f'{", ".join(map(str, keys))}: name yours with {setting}, such as {setting} = {{{name} = "{likely}"}}'
+                f"{', '.join(map(str, keys))}: name yours with {setting}, such as {setting} = {{{example}}}"
             )
     return rows, names if "messages" in names else {"question": "question", "answer": "answer"} | names

@@ -99,8 +99,9 @@ class Template:
             raise self.refuse(f"begins no answer: a prompt ends with {prompt[-40:]!r}")
 
     def _special_ids(self, text: str) -> list[int]:
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"] if self._tokenizer else ()
-        return [token_id for token_id in ids if token_id in self.special and token_id != self._tokenizer.unk_token_id]
+        tokenizer: Any = self._tokenizer
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [token_id for token_id in ids if token_id in self.special and token_id != tokenizer.unk_token_id]
 
 
 def _read(template: str, shown: str) -> str:

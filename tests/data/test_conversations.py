@@ -123,7 +123,7 @@ def test_conversations_are_merged_by_all_that_was_said() -> None:
         (
             {"problem": "Two?", "solution": "So."},
             {},
-            'rows have problem, solution: name yours with S, such as S = {question = "problem"}',
+            'rows have problem, solution: name yours with S, such as S = {question = "problem", cot = "solution"}',
         ),
         (
             {"question": "Two?", "ground_truth": "2"},
@@ -152,7 +152,9 @@ def test_evaluation_data_has_names_of_its_own(tmp_path: Path) -> None:
     assert load_set(config, "train", [train])[0] == [Example("1", "Two?", ("So.",), "2")]
     assert load_set(config, "eval", [held_out])[0] == [Example("1", "Three?", (), "3")]
     assert load_set(load_config(None, [fields]), "eval", [train])[0][0].question == "Two?"
-    with pytest.raises(InputError, match=r'data\.eval_fields, such as data\.eval_fields = \{question = "problem"\}'):
+    with pytest.raises(
+        InputError, match=r'data\.eval_fields, such as data\.eval_fields = \{question = "problem", answer = "gold"\}'
+    ):
         load_set(load_config(None, [fields]), "eval", [held_out])
 
 

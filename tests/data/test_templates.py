@@ -193,9 +193,13 @@ def test_an_answer_phrase_is_taught_and_read(phrase: str) -> None:
     [
         (["data.answer_phrase=So it is"], r"data\.answer_phrase = 'So it is': expected \{answer\} in it once"),
         (["data.answer_phrase={answer} or {answer}"], "once"),
-        ([r'data.answer_phrase="\boxed{{answer}}"'], r"TOML reads \\b and \\f in double quotes"),
+        ([r'data.answer_phrase="\boxed{{answer}}"'], r"\\b and \\f in double quotes are control characters"),
         (["data.answer_phrase=A: {answer}", "reward.answer_type=program"], 'another reward.answer_type than "program"'),
         (["data.chat_template_kwargs={a=1}"], 'need template = "chat" or a Jinja template, this is "carft"'),
+        (
+            ["data.template=chat", "data.chat_template_kwargs={a={b=1}}"],
+            r"data\.chat_template_kwargs\.a = \{'b': 1\}: expected a boolean, number, text or list of these$",
+        ),
         (["data.template=chat", "data.chat_template_kwargs={messages=[]}"], "'messages' is given by the trainer"),
         (["data.template="], r'data\.template = "": string should have at least 1 character'),
     ],
