@@ -220,7 +220,9 @@ def _to_example(row: Any, number: int, names: Mapping[str, str], rule: _Rule) ->
     where = f"row {number}"
     history: tuple[tuple[str, str], ...] = ()
     if isinstance(row, Example):
-        extra, history, names = row.extra, row.history, {name: name for name in FIELDS}
+        extra, names = row.extra, {name: name for name in FIELDS}
+        turns = [{"role": m[0], "content": m[1]} if isinstance(m, tuple) and len(m) == 2 else m for m in row.history]
+        history = _conversation([*turns, {"role": "user", "content": ""}], "history", where)[0]
         found = {"question": row.question, "cot": row.cots, "answer": row.answer, "item_id": row.item_id or None}
     elif isinstance(row, dict):
         extra = {key: value for key, value in row.items() if key not in names.values()}

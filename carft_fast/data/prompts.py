@@ -71,12 +71,11 @@ class PromptFormat:
         self._tokenizer = tokenizer
         self._phrase = "" if program else answer_phrase
         self._system = [("system", system_prompt)] if system_prompt else []
-        self._shots = [
-            message
-            for shot in few_shot
-            for message in (("user", shot.question), ("assistant", self.completion_text(shot.cots[0], shot.answer)))
-        ]
-        self._few_shot = frozenset(shot.question for shot in few_shot)
+        self._shots: list[tuple[str, str]] = []
+        for shot in few_shot:
+            self._shots += [message for message in shot.history if message[0] != "system"]
+            self._shots += [("user", shot.question), ("assistant", self.completion_text(shot.cots[0], shot.answer))]
+        self._few_shot = frozenset((shot.history, shot.question) for shot in few_shot)
         self._template = Template(tokenizer, template, variables or {})
         self._check_settings()
         if tokenizer is not None:
@@ -134,7 +133,7 @@ class PromptFormat:
     def refused(self, example: Example) -> str | None:
         """Why a row cannot be asked: it spells out a token that would end its turn, or begin another; or it is one of
         data.few_shot, which shows its answer."""
-        if example.question in self._few_shot:
+        if (example.history, example.question) in self._few_shot:
             return "question that data.few_shot answers"
         if self._template.published:
             return None

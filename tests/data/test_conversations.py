@@ -108,6 +108,17 @@ def test_with_an_empty_phrase_annotations_state_their_answers() -> None:
     assert load({"question": "Two?", "answer": "So.\n#### 2"})[0][0].cots == ("So.",)
 
 
+def test_the_history_of_an_example_given_in_python_is_checked() -> None:
+    good = Example("1", "Two?", ("So.",), "2", history=BEFORE)
+    for history in ((("tool", "3"),), (("user", 3),), ("Hello.",)):
+        examples, report = load_examples(
+            [good, Example("2", "Two?", ("So.",), "2", history=history)],  # type: ignore[arg-type]
+            label="rows",
+            require_cot=True,
+        )
+        assert (examples, sum(report.rejected.values())) == ([good], 1)
+
+
 def test_conversations_are_merged_by_all_that_was_said() -> None:
     rows = [
         {"messages": [*before, *chat(("user", "Two?"), ("assistant", cot))], "answer": "2"}
@@ -198,6 +209,7 @@ def test_a_run_is_prepared_on_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "data.mix": {f"{tmp_path}/a.b.jsonl": 3, f"{tmp_path}/c.json": 1},
         "data.eval": f"{tmp_path}/c.json",
         "data.max_length": 200,
+        "data.answer_phrase": "Therefore {answer}",
         "rollout.max_new_tokens": 50,
         "model.device": "cpu",
     }
@@ -207,5 +219,8 @@ def test_a_run_is_prepared_on_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     trainer = Trainer(config, output_dir=tmp_path / "run")
     run = trainer._prepare(trainer.config, trainer.output_dir, ("sft",), dry_run=True)
     assert [row.example.answer for row in run.train_rows] == [*(str(n) for n in range(1, 10)), "1", "2", "3"]
+    taught = run.tokenizer.decode(run.train_rows[0].completion_ids, skip_special_tokens=True)
+    [grade] = run.grader.grade_alone([taught], [run.train_rows[0].example])
+    assert (taught[-12:], grade.correct) == ("\nTherefore 1", True), "the phrase is taught, and graded by"
     assert [report.rows_used for report in run.reports] == [9, 9, 9], "what is too long has no share"
     assert Trainer(config, train=rows[:2]).config.data.mix == {}
