@@ -139,7 +139,9 @@ def _read_saved(path: str, split: str) -> list[Any]:
 
 def _cause(error: BaseException) -> str:
     """Its first line; of "An error occurred while generating the dataset" that of the error."""
-    while error.__cause__ is not None:
+    from datasets.exceptions import DatasetGenerationError
+
+    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
         error = error.__cause__
     message = str(error).strip().splitlines()
     return message[0] if message else repr(error)

@@ -208,6 +208,16 @@ class _Rule:
     calculator_marks: CalculatorMarks
     require_cot: bool
 
+    def is_marked(self, text: str) -> bool:
+        """Whether it ends like GSM8K's annotations, with `#### 72`; a heading of Markdown looks the same."""
+        _, mark, answer = text.rpartition("####")
+        if not mark or not answer.strip() or "\n" in answer.strip():
+            return False
+        try:
+            return self.answer_type is None or parse_target(answer, answer_type=self.answer_type) is not None
+        except ValueError:
+            return False
+
     def stated_answer(self, cot: str) -> str | None:
         """The answer that an annotation states itself, where one can be read without running it."""
         if self.answer_type in (None, "program"):
@@ -244,14 +254,15 @@ def _to_example(row: Any, number: int, names: Mapping[str, str], rule: _Rule) ->
             raise _RowError(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
     question, answer = ("".join(texts[name]) for name in ("question", "answer"))
     cots = texts["cot"]
-    if "messages" in names and not answer and "####" in "".join(cots):
+    from_annotation = isinstance(row, dict) and "messages" in names and not answer and cots
+    if from_annotation and rule.is_marked(cots[0]):
         answer, cots = cots[0], []
     if names.get("cot") == names["answer"] or (not cots and "####" in answer):
         cot, _, answer = (part.strip() for part in answer.rpartition("####"))
         cots = [_CALCULATOR_MARK.sub("", cot) if rule.calculator_marks == "strip" else cot] if cot else []
     if not question:
         raise _RowError(f'no question (field "{names["question"]}")', where)
-    if "messages" in names and not answer and cots:
+    if from_annotation and not answer:
         answer = rule.stated_answer(cots[0]) or ""
     if not answer:
         raise _RowError(f'no answer (field "{names["answer"]}")', where, question)

@@ -55,6 +55,8 @@ def test_a_question_column_goes_before_a_conversation_that_nobody_named() -> Non
             None,
         ),
         ("Add <<2+2=4>>.\n#### 4", {}, "Add .", "4"),
+        ("#### Step 1\nAdd.\n#### Step 2\nTherefore, the answer is: 4", {}, None, "4"),
+        ("4", {}, None, "4"),
         ("So. Therefore, the answer is (b).", {"answer_type": "choice"}, None, "b"),
         (r"So \boxed{x^2}", {"answer_type": "latex", "answer_phrase": ""}, None, "x^2"),
     ],
@@ -117,6 +119,8 @@ def test_the_history_of_an_example_given_in_python_is_checked() -> None:
             require_cot=True,
         )
         assert (examples, sum(report.rejected.values())) == ([good], 1)
+    _, report = load_examples([good, Example("2", "Two?", (r"\boxed{2}",), "")], label="rows", require_cot=True)
+    assert report.rejected == {'no answer (field "answer")': 1}
 
 
 def test_conversations_are_merged_by_all_that_was_said() -> None:
