@@ -76,6 +76,8 @@ def test_own_template(tmp_path: Path, in_file: bool) -> None:
         assert fmt.prompt_text(TURNS) == "Q: And three?\nA:"
         assert fmt.prompt_ids("Hm?") == [*before, *plain_ids(tokenizer, "Q: Hm?\nA:")]
         assert fmt.completion_ids("So.", "2") == [*plain_ids(tokenizer, "So.\nTherefore, the answer is: 2"), EOS]
+        published = PromptFormat(tokenizer, "Question:\n{{ question }}\nAnswer reasoning:\n\n")
+        assert published.prompt_ids("Hm?") == PromptFormat(tokenizer).prompt_ids("Hm?")
     written = PromptFormat(byte_tokenizer(template="<s> $A"), "{{ bos_token }}Q: {{ question }} A:")
     assert written.prompt_ids("Hm?").count(BOS) == 1
 
