@@ -150,8 +150,8 @@ def describe(config: Config, runs: Sequence[Trajectory], device: torch.device) -
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return [
-        f"Model {code(config.model.path)}, training data {code(config.data.train)}, {runs[0].final.rows} held-out rows "
-        f"of {code(config.data.eval)}, seeds {seeds}",
+        f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {runs[0].final.rows} "
+        f"held-out rows of {code(config.data.eval)}, seeds {seeds}",
         f"Machine: {machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{config.model.compute_dtype}; sampling by {config.rollout.engine}",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()),

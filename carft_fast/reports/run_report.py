@@ -140,7 +140,7 @@ def _html(
     config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any] | None, environment: dict[str, Any]
 ) -> str:
     """The page of a run; `summary` is None while it goes on."""
-    trained = f"Model {config.model.path}, training data {config.data.train}"
+    trained = f"Model {config.model.path}, training data {config.data.trained_on}"
     sections: dict[str, list[str]] = {}
     if summary is None:
         lead = page.paragraph(f"{trained}. Not finished: {len(records)} records so far.")
@@ -215,8 +215,8 @@ def _longest_quotes(text: str) -> int:
 
 def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> str:
     lead = (
-        f"Model {code(config.model.path)}, training data {code(config.data.train)}, {summary['eval_rows']} held-out "
-        f"rows of {code(config.data.eval)}. {summary['completion_tokens']:,} tokens sampled in RL, "
+        f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {summary['eval_rows']} "
+        f"held-out rows of {code(config.data.eval)}. {summary['completion_tokens']:,} tokens sampled in RL, "
         f"{summary['seconds_total']:.0f} s in all."
     )
     example = summary["example"]

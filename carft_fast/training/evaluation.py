@@ -104,16 +104,15 @@ def evaluate(
     sampling = SamplingParams(max_new_tokens=config.eval_max_new_tokens, temperature=0)
     rollouts = engine.generate([row.prompt_ids for row in rows], sampling, on_progress=on_progress)
     answers, grades = _graded(rollouts, rows, prompt_format, grader)
-    prompts = prompt_format.prompt_texts(row.example.question for row in rows)
     samples = [
         {
             "item_id": row.example.item_id,
             "question": row.example.question,
-            "prompt": prompt,
+            "prompt": row.prompt,
             "target": row.example.answer,
             **answer,
         }
-        for row, prompt, answer in zip(rows, prompts, answers, strict=True)
+        for row, answer in zip(rows, answers, strict=True)
     ]
     n, correct = len(samples), sum(sample["correct"] for sample in samples)
     metrics = {

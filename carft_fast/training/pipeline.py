@@ -23,7 +23,16 @@ from carft_fast.core import (
     write_folder,
     write_text,
 )
-from carft_fast.data import EncodedExample, PromptFormat, Source, check_tokenizer, encode_examples, load_set
+from carft_fast.data import (
+    EncodedExample,
+    LoadReport,
+    PromptFormat,
+    Source,
+    check_tokenizer,
+    encode_examples,
+    load_set,
+    mix_rows,
+)
 from carft_fast.models import (
     ModelCost,
     check_heads,
@@ -68,7 +77,7 @@ def prepare(
     """
     if write:
         on_main(lambda: _check_folder(folder, config, stages, resume=resume))
-    grader = Grader(config.reward, reward)
+    grader = Grader(config.reward, reward, config.data.answer_phrase)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
@@ -76,7 +85,7 @@ def prepare(
         check_weights(config.model.path, training=bool(stages))
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
-    prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
+    prompt_format = PromptFormat.of(config, tokenizer)
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
     if engine is None:
@@ -88,27 +97,8 @@ def prepare(
                 'model.attention = "flex_attention": torch cannot train with it on a CPU; allowed: "packed", "sdpa" or '
                 '"eager"'
             )
-    sources: dict[Literal["train", "eval"], Source] = {"eval": config.data.eval if eval is None else eval}
-    if stages:
-        sources = {"train": config.data.train if train is None else train, **sources}
-    for name, source in sources.items():
-        if source == "":
-            raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
-    loaded = {name: load_set(config, name, source) for name, source in sources.items()}
-    rows: dict[str, list[EncodedExample]] = {"train": []}
-    for name, (examples, report) in loaded.items():
-        longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
-        with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
-            rows[name] = encode_examples(
-                examples,
-                prompt_format,
-                max_length=config.data.max_length,
-                max_prompt_length=config.data.max_length - longest,
-                report=report,
-                require_cot=name == "train",
-                on_row=tracker.advance,
-            )
-    _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"]])
+    train_rows, eval_rows, reports = _read_rows(config, prompt_format, console, stages, train, eval)
+    _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows])
     run = Run(
         config=config,
         folder=folder,
@@ -118,15 +108,54 @@ def prepare(
         tokenizer=tokenizer,
         prompt_format=prompt_format,
         grader=grader,
-        train_rows=rows["train"],
-        eval_rows=rows["eval"],
-        reports=[report for _, report in loaded.values()],
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        reports=reports,
         given_engine=engine,
         callbacks=callbacks,
         stop=StopRequest(several=world_size() > 1),
     )
     run.check_same_data(resume=resume)
     return run
+
+
+def _read_rows(
+    config: Config,
+    prompt_format: PromptFormat,
+    console: Console,
+    stages: Sequence[str],
+    train: Source | None,
+    eval: Source | None,
+) -> tuple[list[EncodedExample], list[EncodedExample], list[LoadReport]]:
+    """Rows to train on (none without stages) and to evaluate on, and what became of those of each source."""
+    data = config.data
+    sources: list[tuple[Literal["train", "eval"], Source]] = [("eval", data.eval if eval is None else eval)]
+    if stages:
+        given = data.train if train is None else train
+        sources = [*(("train", source) for source in data.mix or [given]), *sources]
+    for name, source in sources:
+        if source == "":
+            raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
+    loaded = [(name, *load_set(config, name, source)) for name, source in sources]
+    rows: list[list[EncodedExample]] = []
+    for name, examples, report in loaded:
+        longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
+        with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
+            encoded = encode_examples(
+                examples,
+                prompt_format,
+                max_length=data.max_length,
+                max_prompt_length=data.max_length - longest,
+                report=report,
+                require_cot=name == "train",
+                on_row=tracker.advance,
+            )
+        rows.append(encoded)
+    *train_rows, eval_rows = rows
+    reports = [report for _, _, report in loaded]
+    if stages and data.mix:
+        return mix_rows(dict(zip(data.mix, train_rows, strict=True)), data.mix, data.train_rows), eval_rows, reports
+    return [row for part in train_rows for row in part], eval_rows, reports
 
 
 def _check_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
@@ -162,6 +191,8 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     table = Table("plan", "", title="dry run: nothing was written")
     for report in run.reports:
         table.add_row("data", report.summary())
+    if stages and config.data.mix:
+        table.add_row("mix", f"{len(run.train_rows)} rows of {config.data.trained_on}")
     for stage in stages:
         table.add_row(stage, describe_schedule(config, stage, len(run.train_rows)))
     samples = f", {config.eval.samples} samples each" * (not stages and config.eval.samples > 1)
@@ -170,6 +201,11 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     table.add_row("sampling", f"{run.engine_name}{servers}, at most {rollout.max_new_tokens} tokens")
     table.add_row("device", f"{run.device}, {config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
+    table.add_section()
+    row = (run.train_rows or run.eval_rows)[0]
+    table.add_row(f"prompt of row {row.example.item_id}", run.prompt_format.shown(row.prompt_ids))
+    if row.completions:
+        table.add_row("its annotated completion", run.prompt_format.shown(row.completion_ids))
     if stages:
         table.add_section()
         cost = ModelCost.of_config(run.lm_config, trust_remote_code=config.model.trust_remote_code)
