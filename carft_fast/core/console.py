@@ -136,6 +136,10 @@ class Console:
             transient=True,
         )
 
+    @property
+    def width(self) -> int:
+        return self._rich.width
+
     def _name(self, task: Task) -> Text:
         """What is worked on, in at most a quarter of a line."""
         text = Text(task.description)
