@@ -46,15 +46,16 @@ class Tracker:
     """One piece of work of `total` units. `advance` is cheap; off a terminal it prints at most every half minute."""
 
     def __init__(self, console: "Console", description: str, total: int, unit: str, done: int) -> None:
-        self._console, self._description, self._total, self._unit = console, description, total, unit
+        self._console, self._total, self._unit = console, total, unit
+        self._description = f"{console.name} {description}".lstrip()
         self._done = self._done_before = done
         self._start = time.monotonic()
         self._eta, self._metrics = NO_ETA, list[str]()
         self.task = console.progress.add_task(
-            visible(description),
+            visible(self._description),
             total=total,
             completed=done,
-            visible=not (console.brief and console.trackers),
+            visible=not (console.name and console.trackers),
             count=f"{done}/{total}",
             eta=NO_ETA,
             metrics=[],
@@ -67,7 +68,7 @@ class Tracker:
         rate = done / max(passed, 1e-9)
         # seconds per unit where that is the more readable
         shown = f"{1 / rate:.1f} s per {self._unit.removesuffix('s')}" if 0 < rate < 1 else f"{rate:.1f} {self._unit}/s"
-        self._metrics = [shown, *filter(None, visible(note).split("  "))]
+        self._metrics = [*[shown] * bool(rate), *filter(None, visible(note).split("  "))]
         if done >= ETA_UNITS and passed >= ETA_SECONDS:
             self._eta = duration((self._total - self._done) / rate)
         self._console.progress.update(
@@ -112,17 +113,18 @@ class _Column(ProgressColumn):
 
 
 class Console:
-    def __init__(self, rich: RichConsole | None = None, *, brief: bool = False) -> None:
+    def __init__(self, rich: RichConsole | None = None, *, name: str = "") -> None:
         """Of several processes only the main one says anything.
 
-        `brief`: of what is said only the outermost bar is shown, and all of it goes to the log file.
+        With a `name` it is the console of one run of many: the screen shows the outermost bar alone, with that name,
+        and everything else goes to the log file.
         """
         self._rich = rich or RichConsole(highlight=False, soft_wrap=True, quiet=not is_main())
         self._log_path: Path | None = None
         # a notebook draws bars with ipywidgets
         draws = find_spec("ipywidgets") is not None if self._rich.is_jupyter else self._rich.is_terminal
         self.is_terminal = draws and is_main()
-        self.brief = brief
+        self.name = name
         self.trackers: list[Tracker] = []
         """Of the work that is under way, the outermost first."""
         self._last_line = time.monotonic()
@@ -141,9 +143,9 @@ class Console:
         return self._rich.width
 
     def _name(self, task: Task) -> Text:
-        """What is worked on, in at most a quarter of a line."""
+        """What is worked on, in at most a third of a line."""
         text = Text(task.description)
-        text.truncate(self._rich.width // 4, overflow="ellipsis")
+        text.truncate(self._rich.width // 3, overflow="ellipsis")
         return text
 
     def log_to(self, path: Path) -> None:
@@ -151,14 +153,14 @@ class Console:
 
     def log(self, message: str) -> None:
         message = visible(redact(message))
-        if not self.brief:
+        if not self.name:
             shown = wrapped(message, self._rich.width) if self._rich.is_terminal else message
             self._rich.print(Text(shown), soft_wrap=True)
         self._append(message)
 
     def show(self, renderable: RenderableType) -> None:
         """Print a table or the like, and its plain text to the log."""
-        if not self.brief:
+        if not self.name:
             self._rich.print(renderable)
         with self._rich.capture() as capture:
             self._rich.print(renderable)

@@ -161,6 +161,14 @@ def change_in_words(summary: dict[str, Any]) -> str:
     return f"{said} {change['gained']} of {rows} answers became right, {change['lost']} became wrong."
 
 
+def change_in_short(summary: dict[str, Any]) -> str:
+    """The same in a few words."""
+    change, start = summary["change"], summary["start"]
+    gain = "no change" if _holds_zero(change["ci95"]) else f"{_points(change['accuracy'])} points"
+    low, high = map(_points, change["ci95"])
+    return f"{start['accuracy']:.1%} to {summary['final_accuracy']:.1%}, {gain} [{low}, {high}]"
+
+
 def _cost_in_words(summary: dict[str, Any]) -> str:
     sampled = f"{summary['completion_tokens']:,} tokens sampled in RL, " * (summary["start"]["stage"] == "rl")
     return f"{sampled}{summary['seconds_total']:.0f} s in all"

@@ -61,7 +61,7 @@ def paired_interval(gained: int, lost: int, correct_before: int, rows: int) -> t
     )
     after, before = correct_after / rows, correct_before / rows
     margins = correct_after * (rows - correct_after) * correct_before * (rows - correct_before)
-    product = both * neither - gained * lost
+    product = float(both * neither - gained * lost)
     if product > 0:
         product = max(0.0, product - rows / 2)
     correlation = product / math.sqrt(margins) if margins else 0.0

@@ -170,13 +170,13 @@ def test_off_a_terminal_there_is_one_line_every_half_minute(clock: Clock, tmp_pa
     assert [line.split("  ", 1)[1] for line in (tmp_path / "console.log").read_text().splitlines()] == lines
 
 
-def test_a_brief_console_shows_the_outermost_bar_and_keeps_the_log(tmp_path: Path) -> None:
+def test_the_console_of_one_run_of_many_shows_one_bar_and_keeps_the_log(tmp_path: Path) -> None:
     out = io.StringIO()
-    console = Console(RichConsole(file=out, width=80, force_terminal=True, color_system=None), brief=True)
+    console = Console(RichConsole(file=out, width=80, force_terminal=True, color_system=None), name="2/9 reft")
     console.log_to(tmp_path / "console.log")
     with console.track("rl", 3, "steps"), console.track("rollout", 64, "completions"):
         console.log("evaluated")
-        assert [line.split()[:2] for line in last_frame(console, out)] == [["rl", "0/3"]]
+        assert [line.split()[:4] for line in last_frame(console, out)] == [["2/9", "reft", "rl", "0/3"]]
     assert "evaluated" not in out.getvalue()
     assert (tmp_path / "console.log").read_text().endswith("evaluated\n")
 
