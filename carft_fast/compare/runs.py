@@ -139,7 +139,8 @@ class Comparison:
             raise InputError(f"--output-dir: {holder}")
         if resume and not folder.is_dir():
             raise InputError(f"--resume: {folder} does not exist")
-        self.base, self.seeds, self.folder, self._console = base, seeds, folder.resolve(), console
+        self.base, self.seeds, self._console = base, seeds, console
+        self.folder, self._given_folder = folder.resolve(), folder
         self.variants = expand(methods, varied, base)
         self._stop = StopRequest()
         self._begun = 0
@@ -216,7 +217,7 @@ class Comparison:
             except Stopped as stopped:
                 self._console.log(f"stopped by {stopped}: go on with --resume")
                 raise
-        self._console.show(screen(summarise(runs), self.folder, width=self._console.width))
+        self._console.show(screen(summarise(runs), self._given_folder, width=self._console.width))
         return runs
 
     def _run_seed(self, seed: int) -> list[Trajectory]:

@@ -166,7 +166,7 @@ def change_in_short(summary: dict[str, Any]) -> str:
     change, start = summary["change"], summary["start"]
     gain = "no change" if _holds_zero(change["ci95"]) else f"{_points(change['accuracy'])} points"
     low, high = map(_points, change["ci95"])
-    return f"{start['accuracy']:.1%} to {summary['final_accuracy']:.1%}, {gain} [{low}, {high}]"
+    return f"accuracy {start['accuracy']:.1%} to {summary['final_accuracy']:.1%}, {gain} [{low}, {high}]"
 
 
 def _cost_in_words(summary: dict[str, Any]) -> str:

@@ -16,10 +16,10 @@ from carft_fast.data import EncodedExample
 from carft_fast.models import ModelCost, StepShape, Work, fast_step, sft_step
 from carft_fast.training.loop import stage_total_steps
 
-MATMUL_SHARE = {"cpu": 0.25, "cuda": 0.5}
-"""Of the speed of one large product that a step's smaller ones are taken to reach."""
+MATMUL_SHARE, HALF_ON_CPU_SHARE = 0.5, 0.25
+"""Of the speed of one large product that a step's smaller ones are taken to reach; in half precision on a CPU less."""
 UNCERTAINTY = 3.0
-"""Times that a run may take longer than the arithmetic says; two runs on the CPU took 1.5 and 2.1 times as long."""
+"""Times that a run may take longer than the arithmetic says; two runs on the CPU took 1.4 and 2.1 times as long."""
 CALLS_PER_LAYER = 150
 """Small additions that take the host as long as one layer's forward (modules, hooks and views included)."""
 BACKWARD_CALLS = 3

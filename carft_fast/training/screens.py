@@ -30,7 +30,7 @@ def describe_schedule(config: Config, stage: str, rows: int) -> str:
     if stage == "rl":
         updates = config.rl.ppo_epochs * -(-batch // config.rl.mini_batch_size)
         text = f"{method_name(config)}: {text}, {per_prompt} per question, {updates} optimizer steps each"
-    return text + "; lr {:g} at the start, {:g} half-way, {:g} at the end".format(*rates)
+    return text + "; lr {:.3g} at the start, {:.3g} half-way, {:.3g} at the end".format(*rates)
 
 
 def first_screen(run: Run, stages: Sequence[str], *, resume: bool) -> Table:

@@ -36,7 +36,7 @@ def check_screen(folder: Path, shown: str) -> None:
     for number, (name, line) in enumerate(zip(names, runs, strict=True), 1):
         summary = json.loads((folder / f"{name}-seed0" / "summary.json").read_text())
         first, final = summary["start"]["accuracy"], summary["final_accuracy"]
-        assert line.startswith(f"{number}/4 {name}-seed0: {first:.1%} to {final:.1%}, ")
+        assert line.startswith(f"{number}/4 {name}-seed0: accuracy {first:.1%} to {final:.1%}, ")
     assert "trainer and sampler agree" not in shown
     assert "trainer and sampler agree" in (folder / "dr_grpo-seed0" / "console.log").read_text()
     assert max(map(len, lines)) <= max(80, len(f"Report: {folder}/compare.html"))
