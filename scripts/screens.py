@@ -33,9 +33,7 @@ def on_terminal(words: list[str], width: int, folder: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, "-m", "carft_fast", *words]
-    process = subprocess.Popen(
-        command, stdin=its_end, stdout=its_end, stderr=subprocess.DEVNULL, env=environment, cwd=folder
-    )
+    process = subprocess.Popen(command, stdin=its_end, stdout=its_end, env=environment, cwd=folder)
     os.close(its_end)
     parts = []
     while True:

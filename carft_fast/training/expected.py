@@ -48,11 +48,9 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     small = torch.ones(1, device=device)
     product = _seconds_of(lambda: left_MM @ left_MM, device)
     copy = _seconds_of(lambda: target_E.copy_(source_E), device)
-    return Speed(
-        MATMUL_SHARE[device.type] * 2 * size**3 / product,
-        2 * 4 * elements / copy,
-        _seconds_of(lambda: small + small, device),
-    )
+    share = HALF_ON_CPU_SHARE if device.type == "cpu" and dtype != torch.float32 else MATMUL_SHARE
+    flops = share * 2 * size**3 / product
+    return Speed(flops, 2 * 4 * elements / copy, _seconds_of(lambda: small + small, device))
 
 
 def _seconds_of(call: Callable[[], object], device: torch.device) -> float:
