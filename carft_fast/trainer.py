@@ -208,7 +208,6 @@ def compare(
         console.show(comparison.plan())
         return
     comparison.run()
-    console.log(f"report: {folder / 'compare.md'}")
 
 
 def estimate(

@@ -42,17 +42,17 @@ from carft_fast.models import (
     load_tokenizer,
     resolve_device,
 )
-from carft_fast.reports import result_rows, write_report
+from carft_fast.reports import write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.checkpoint import made_by, model_folder
-from carft_fast.training.evaluation import EvalResult, add_samples
-from carft_fast.training.loop import StageLoop, stage_total_steps
+from carft_fast.training.evaluation import EvalResult, add_samples, paired_interval
+from carft_fast.training.loop import StageLoop
 from carft_fast.training.memory import estimate_memory
-from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
 from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
+from carft_fast.training.screens import describe_schedule, first_screen, last_screen
 from carft_fast.training.sft import train_sft
 
 
@@ -218,19 +218,6 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     return table
 
 
-def describe_schedule(config: Config, stage: str, rows: int) -> str:
-    """Steps, epochs and learning rates of a stage over `rows` training rows."""
-    stage_config = config.sft if stage == "sft" else config.rl
-    steps, batch = stage_total_steps(config, stage, rows), stage_config.batch_size
-    per_prompt = 1 if stage == "sft" else config.rollout.samples_per_prompt
-    rates = [learning_rate(step, steps, stage_config) for step in (0, steps // 2, steps - 1)]
-    text = f"{steps} steps of {batch} sequences, {steps * batch / per_prompt / rows:.2f} epochs of {rows} rows"
-    if stage == "rl":
-        updates = config.rl.ppo_epochs * -(-batch // config.rl.mini_batch_size)
-        text = f"{method_name(config)}: {text}, {per_prompt} per question, {updates} optimizer steps each"
-    return text + "; lr {:g} at the start, {:g} half-way, {:g} at the end".format(*rates)
-
-
 def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
     summary_path = run.folder / SUMMARY_FILE
@@ -248,7 +235,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
 
     with run.stop.installed(), run.opened(stages, resume=resume):
         with closing(run):
-            run.log_reports()
+            run.console.show(first_screen(run, stages, resume=resume))
             for stage in stages:
                 final = model_folder(run.folder, stage)
                 if not run.store.has_model(final):  # else a resumed run that was past this stage
@@ -256,8 +243,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
                     gc.collect()  # the next stage needs the room
                 model_path = str(final)
         summary = on_main(finish)
-        run.console.show(summary_table(summary))
-        run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
+        run.console.show(last_screen(run, summary, Path(model_path), width=run.console.width))
         run.tell("on_end", summary)
     return summary
 
@@ -312,6 +298,8 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
     first, last = evals[0], evals[-1]
     sft_evals = [record for record in evals if record["stage"] == "sft"]
     after_sft = sft_evals[-1] if "sft" in stages else first
+    start = after_sft if "rl" in stages else first
+    example, change = _before_and_after(run, start, last)
     by_phase = run.metrics.seconds_by_phase()
     return {
         "method": method_name(run.config) if "rl" in stages else "sft",
@@ -322,6 +310,11 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         "eval_rows": last["rows"],
         "accuracy_ci95": last["accuracy_ci95"],
         "sft_accuracy_ci95": after_sft["accuracy_ci95"],
+        "start": {
+            "stage": "rl" if "rl" in stages else "sft",
+            **{name: start[name] for name in ("accuracy", "accuracy_ci95", "step_by_step", "completion_length")},
+        },
+        "change": change,
         "step_by_step": {"sft": after_sft["step_by_step"], "final": last["step_by_step"]},
         "completion_length": {"sft": after_sft["completion_length"], "final": last["completion_length"]},
         "completion_tokens": sum(
@@ -329,38 +322,32 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         ),
         "seconds_total": round(sum(by_phase.values()), 2),
         "seconds_by_phase": by_phase,
-        "example": _before_and_after(run, after_sft, last),
+        "example": example,
         "versions": versions(),
     }
 
 
-def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """One evaluation question with both answers: the first that went from wrong to right, else the first."""
+def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """From the answers of two evaluations: one question with both answers, the first that went from wrong to right,
+    else the first; and how many rows changed, with the interval of the difference."""
 
     def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
         return read_json_lines(run.folder / "samples" / f"{record['stage']}-eval-{record['step']:06d}.jsonl")
 
     pairs = list(zip(samples(before), samples(after), strict=True))
-    old, new = next((pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]), pairs[0])
-    return {
+    gains = [pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]]
+    lost = sum(old["correct"] and not new["correct"] for old, new in pairs)
+    old, new = gains[0] if gains else pairs[0]
+    example = {
         "question": new["question"],
         "target": new["target"],
         "before": old["completion"],
         "after": new["completion"],
     }
-
-
-def summary_table(summary: dict[str, Any]) -> Table:
-    title = f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows"
-    table = Table("", "before RL", "final", title=title)
-    for row in result_rows(summary):
-        table.add_row(*row)
-    table.add_row("tokens sampled in RL", "", f"{summary['completion_tokens']:,}")
-    for phase, seconds in summary["seconds_by_phase"].items():
-        table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
-    table.add_row("seconds: total", "", f"{summary['seconds_total']:.1f}")
-    example = summary["example"]
-    table.add_section()
-    table.add_row("question", example["question"].strip(), f"target {example['target']}")
-    table.add_row("answer", example["before"].strip(), example["after"].strip())
-    return table
+    change = {
+        "accuracy": after["accuracy"] - before["accuracy"],
+        "ci95": list(paired_interval(len(gains), lost, before["correct"], len(pairs))),
+        "gained": len(gains),
+        "lost": lost,
+    }
+    return example, change
