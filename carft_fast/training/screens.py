@@ -113,7 +113,7 @@ def last_screen(run: Run, summary: dict[str, Any], model: Path, *, width: int) -
 
 def next_commands(config: Config, folder: Path, model: Path) -> list[tuple[str, list[str]]]:
     """What for, and the words of the command. None for a run on rows of Python, which no command can read."""
-    if not (config.data.train and config.data.eval):
+    if not (config.data.trained_on and config.data.eval):
         return []
     on_model = ["--config", str(folder / CONFIG_FILE), "--set", f"model.path={model}"]
     evaluate = ["carft-fast", "eval", *on_model, "--set", "eval.samples=8"]
