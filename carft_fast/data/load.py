@@ -92,7 +92,7 @@ def load_set(
         format=data.format,
         fields=data.fields,
         split=data.train_split if train else data.eval_split,
-        answer_type=None if config.reward.fn else config.reward.answer_type,
+        answer_type=config.reward.answer_type if config.reward.reads_answers else None,
         calculator_marks=data.calculator_marks,
         merge_questions=train and data.merge_questions,
         require_cot=train and not all_rows,

@@ -10,7 +10,7 @@ from typing import Any
 from carft_fast.config import Config, load_config, method_name, to_toml
 from carft_fast.core import InputError, first_line, read_json_object, visible, write_text, writing
 from carft_fast.reports import page as page
-from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog
+from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog, meaning
 
 CURVES: dict[str, str] = {
     "reward": "reward",
@@ -170,7 +170,8 @@ def _html(
             sections["Seconds per phase"].append(page.table(("phase", "what", "seconds, the run's sum"), phases))
     if trainings := [r for r in records if r["kind"] == "train"]:
         last = trainings[-1]
-        values = [(name, last[name], meaning) for name, meaning in METRICS.items() if name in last]
+        names = [*METRICS, *(name for name in last if name not in METRICS)]
+        values = [(name, last[name], what) for name in names if name in last and (what := meaning(name))]
         sections["Every quantity"] = [
             page.paragraph(f"As of {last['stage'].upper()} step {last['step']}, and what it is, with its unit."),
             page.table(("name", "value", "what it is"), [row for row in values if isinstance(row[1], float | int)]),

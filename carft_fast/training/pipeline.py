@@ -58,7 +58,7 @@ def prepare(
     dry_run: bool = False,
     train: Source | None = None,
     eval: Source | None = None,
-    reward: RewardFunction | None = None,
+    reward: Sequence[RewardFunction | str] = (),
     engine: RolloutEngine | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Run:
@@ -95,6 +95,8 @@ def prepare(
         if source == "":
             raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
     loaded = {name: load_set(config, name, source) for name, source in sources.items()}
+    for name, (examples, _) in loaded.items():
+        grader.check_columns(name, examples)
     rows: dict[str, list[EncodedExample]] = {"train": []}
     for name, (examples, report) in loaded.items():
         longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
