@@ -143,6 +143,15 @@ class SftConfig(StageConfig):
     """Sequences per optimizer step. Source: paper, global batch 64."""
     first_step: int = Field(0, ge=0)
     """Steps that an earlier SFT of this model has done: the order of the rows goes on behind them."""
+    eval_loss: bool = False
+    """At every evaluation also the cross-entropy of data.eval's annotations: the sum over their completion tokens, over
+    the number of these tokens (nats per token). Of a row with several annotations the first counts."""
+    best_by: Literal["accuracy", "eval_loss"] = "accuracy"
+    """What makes an evaluated checkpoint the best one: the highest accuracy or the lowest validation loss."""
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.best_by == "eval_loss" and not self.eval_loss:
+            yield 'best_by = "eval_loss" needs eval_loss = true, this is false'
 
 
 class RlConfig(StageConfig):

@@ -57,6 +57,8 @@ METRICS: dict[str, str] = {
     "skipped_updates": "optimizer steps that were not applied because loss or gradient was not finite",
     "lr": "learning rate of the step",
     "accuracy": "greedy accuracy on the evaluation rows",
+    "eval_loss": "cross-entropy of the held-out annotations, over the number of their completion tokens"
+    " (nats per token; SFT with sft.eval_loss)",
     "correct": "evaluation rows answered correctly",
     "rows": "evaluation rows",
     "accuracy_ci95": "Wilson 95% interval of accuracy [low, high]",

@@ -22,6 +22,7 @@ CURVES: dict[str, str] = {
     "contrastive_loss": "contrastive loss",
     "cosine": "cosine of z_1 and z_2",
     "loss": "loss",
+    "eval_loss": "validation loss",
 }
 
 
@@ -128,12 +129,15 @@ def result_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     low, high = summary["accuracy_ci95"]
     sft_low, sft_high = summary["sft_accuracy_ci95"]
     steps, length = summary["step_by_step"], summary["completion_length"]
-    return [
+    rows = [
         ("greedy accuracy", f"{summary['sft_accuracy']:.1%}", f"{summary['final_accuracy']:.1%}"),
         ("95% interval (Wilson)", f"{sft_low:.1%} to {sft_high:.1%}", f"{low:.1%} to {high:.1%}"),
         ("answers with more than one equation", f"{steps['sft']:.1%}", f"{steps['final']:.1%}"),
         ("tokens per answer", f"{length['sft']:.1f}", f"{length['final']:.1f}"),
     ]
+    if (loss := summary.get("sft_eval_loss")) is not None:
+        rows.append(("validation loss after SFT (nats per token)", f"{loss:.4f}", ""))
+    return rows
 
 
 def _html(

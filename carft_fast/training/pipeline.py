@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from carft_fast.config import Config, method_name
 from carft_fast.core import (
     Console,
+    Example,
     InputError,
     StopRequest,
     Table,
@@ -23,7 +24,15 @@ from carft_fast.core import (
     write_folder,
     write_text,
 )
-from carft_fast.data import EncodedExample, PromptFormat, Source, check_tokenizer, encode_examples, load_set
+from carft_fast.data import (
+    EncodedExample,
+    LoadReport,
+    PromptFormat,
+    Source,
+    check_tokenizer,
+    encode_examples,
+    load_set,
+)
 from carft_fast.models import (
     ModelCost,
     check_heads,
@@ -110,7 +119,12 @@ def prepare(
                 require_cot=name == "train",
                 on_row=tracker.advance,
             )
-    _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"]])
+    reports = [report for _, report in loaded.values()]
+    held_out: list[EncodedExample] = []
+    if "sft" in stages and config.sft.eval_loss:
+        held_out, report = _encode_held_out(config, loaded["eval"][0], prompt_format)
+        reports.append(report)
+    _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"], *held_out])
     run = Run(
         config=config,
         folder=folder,
@@ -122,13 +136,32 @@ def prepare(
         grader=grader,
         train_rows=rows["train"],
         eval_rows=rows["eval"],
-        reports=[report for _, report in loaded.values()],
+        held_out_rows=held_out,
+        reports=reports,
         given_engine=engine,
         callbacks=callbacks,
         stop=StopRequest(several=world_size() > 1),
     )
     run.check_same_data(resume=resume)
     return run
+
+
+def _encode_held_out(
+    config: Config, examples: Sequence[Example], prompt_format: PromptFormat
+) -> tuple[list[EncodedExample], LoadReport]:
+    """The rows that `sft.eval_loss` is found on; rows whose annotation is too long are left out."""
+    annotated = [example for example in examples if example.cots]
+    if not annotated:
+        raise InputError(
+            f"sft.eval_loss = true: none of the {len(examples)} rows of data.eval has an annotated chain of thought; "
+            "allowed: false, or a data.eval with some"
+        )
+    longest = config.data.max_length
+    report = LoadReport("the annotations of data.eval, for sft.eval_loss", len(annotated))
+    rows = encode_examples(
+        annotated, prompt_format, max_length=longest, max_prompt_length=longest, report=report, require_cot=True
+    )
+    return rows, report
 
 
 def _check_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
@@ -293,6 +326,7 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         "completion_tokens": sum(
             r["completion_tokens"] for r in records if r["kind"] == "train" and r["stage"] == "rl"
         ),
+        **({"sft_eval_loss": after_sft["eval_loss"]} if "eval_loss" in after_sft else {}),
         "seconds_total": round(sum(by_phase.values()), 2),
         "seconds_by_phase": by_phase,
         "example": _before_and_after(run, after_sft, last),
