@@ -112,6 +112,9 @@ class StageConfig(Section):
     """Steps of this stage (SFT: optimizer steps; RL: rollout batches); from `epochs` when absent."""
     micro_batch_tokens: int = Field(16384, ge=2)
     """Most tokens per forward and backward, prompts included; changes memory and speed, not the result."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """"adamw_8bit" keeps AdamW's two moments in 8 bits, with a scale for every 256 values (torchao, extra `torchao`;
+    Dettmers et al. 2022). For one process, or several with distributed.strategy "ddp"."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
