@@ -246,12 +246,14 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
     serve(config, host, port)
 
 
-def export(checkpoint: "StrPath", folder: "StrPath") -> None:
-    """Write a checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it.
+def export(checkpoint: "StrPath", folder: "StrPath", *, push_to: str | None = None, public: bool = False) -> None:
+    """Write a checkpoint as a plain Hugging Face folder: LoRA merged and by itself, shards put together, heads beside.
 
-    Raises InputError for a damaged checkpoint, or a folder that is not empty.
+    `push_to` "owner/name" also uploads it to the Hub, with a model card; private unless `public`. The token is that of
+    HF_TOKEN or `hf auth login`. Raises InputError for a damaged checkpoint, a folder that is not empty, or a Hub that
+    cannot be pushed to, before anything is written; TrainingError where the upload fails.
     """
-    training.export_checkpoint(Path(checkpoint), Path(folder))
+    training.export_checkpoint(Path(checkpoint), Path(folder), push_to=push_to, public=public)
 
 
 def _text(name: str, value: Any, *, empty: bool = False) -> str:
