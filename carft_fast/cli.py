@@ -177,7 +177,7 @@ def export(
     push: Annotated[
         str | None, typer.Option(help="owner/name on the Hugging Face Hub: upload it, with a model card.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="A repository that --push makes is private without it.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="--push makes a private repository without it.")] = False,
 ) -> None:
     """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
     if public and push is None:

@@ -437,8 +437,8 @@ class RolloutConfig(Section):
             )
         if self.sequence_mask == "weighted" and self.correction != "none":
             yield (
-                f'sequence_mask = "weighted" needs correction = "none", this is "{self.correction}": both weigh a token '
-                'by its r; "plain" goes with either'
+                f'sequence_mask = "weighted" needs correction = "none", this is "{self.correction}": both weigh by '
+                'the ratios; "plain" goes with either'
             )
 
 

@@ -44,8 +44,8 @@ class Gathered(NamedTuple):
 
     lm: dict[str, Tensor]
     heads: dict[str, Tensor]
-    adapters: dict[str, Tensor] = {}
-    """LoRA's own, by the model's names; empty without LoRA."""
+    adapters: dict[str, Tensor] | None = None
+    """LoRA's own, by the model's names."""
 
 
 class ModelOutput(NamedTuple):
@@ -331,7 +331,7 @@ class CarftModel(nn.Module):
             names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
             plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})
-            if self.has_adapters:
+            if gathered.adapters:
                 self._save_adapter(folder / ADAPTER, gathered.adapters)
         self.write_generation_config(folder)
         if self.heads is not None:

@@ -157,7 +157,8 @@ def add_samples(
         metrics[f"pass@{k}"] = sum(values) / len(rows)
         metrics[f"pass@{k}_ci95"] = list(bootstrap_interval(values, derive_seed(config.seed, "bootstrap", k)))
     voted: list[dict[str, Any]] = [{} for _ in rows]
-    for k in (config.eval.maj_k or [n]) if config.reward.reads_answers else []:  # a score says nothing of which answers are one
+    voting = (config.eval.maj_k or [n]) if config.reward.reads_answers else []
+    for k in voting:  # a score says nothing of which answers are one
         for row, verdicts in zip(per_row, voted, strict=True):
             winner = majority([answer["extracted"] for answer in row[:k]], config.reward.tolerance, grader.same)
             chosen = {"extracted": None, "correct": False} if winner is None else row[winner]

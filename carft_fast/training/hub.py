@@ -1,5 +1,6 @@
 """An exported model to the Hugging Face Hub, with a card that says how it was made."""
 
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from carft_fast.core import InputError, TrainingError, first_line, redact
 from carft_fast.reports import markdown_table, read_records
 
 CARD = "README.md"
-_PRIVATE = ("model.path", "data.train", "data.eval", "rollout.servers", "rollout.server_devices", "rollout.transfer_dir")
-"""Settings that say something of the machine; so do the sections [output] and [distributed]."""
+_PRIVATE = re.compile(
+    r"model\.path|data\.(train|eval)|rollout\.(servers|server_devices|transfer_dir)|(output|distributed)\..*"
+)
+"""Settings that say something of the machine."""
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
 
 
@@ -48,7 +51,8 @@ def push(folder: Path, repo: str, *, public: bool) -> None:
     api = huggingface_hub.HfApi()
     try:
         api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Model of carft-fast {version('carft-fast')}")
+        made_by = f"Model of carft-fast {version('carft-fast')}"
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=made_by)
     except Exception as error:
         raise TrainingError(
             f"{folder} is whole, but was not pushed to {repo}: {redact(first_line(error))}. To try again: "
@@ -80,9 +84,7 @@ def model_card(config: Config, stage: str, step: int, run_folder: Path, repo: st
     chosen = [
         (key, repr(value))
         for key, field, value in iter_fields(config)
-        if value != field.get_default(call_default_factory=True)
-        and key not in _PRIVATE
-        and not key.startswith(("output.", "distributed."))
+        if value != field.get_default(call_default_factory=True) and not _PRIVATE.fullmatch(key)
     ]
     prompt = "Question:\\n{question}\\nAnswer reasoning:\\n" if config.data.template == "carft" else "the chat template"
     return f"""---

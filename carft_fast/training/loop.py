@@ -53,8 +53,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def evaluate_with(
         self, current_engine: Callable[[], RolloutEngine], more_figures: Callable[[], dict[str, float]] = dict
     ) -> None:
-        """`current_engine` returns the sampler with the present weights, `more_figures` what else an evaluation's record
-        shall have; they are called for every evaluation."""
+        """`current_engine` returns the sampler with the present weights, `more_figures` what an evaluation's record has
+        beside its own; they are called for every evaluation."""
         self._current_engine, self._more_figures = current_engine, more_figures
 
     def __iter__(self) -> Iterator[int]:

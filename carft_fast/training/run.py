@@ -217,7 +217,7 @@ class Run:
             )
 
     def evaluate(self, engine: RolloutEngine, stage: str, step: int, more: Mapping[str, float]) -> EvalResult:
-        """Evaluate, log the record with what is known `more`, write the completions to samples/<stage>-eval-<step>.jsonl."""
+        """Evaluate, log the record with `more`, write the completions to samples/<stage>-eval-<step>.jsonl."""
         result = self.answer(engine, f"evaluate {stage}")
         self.write_samples(f"{stage}-eval-{step:06d}", result.samples)
         self.metrics.log(stage, "eval", step, {**result.metrics, **more}, self.timer.flush())

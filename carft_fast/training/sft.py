@@ -54,9 +54,7 @@ def validation_figures(run: Run, model: CarftModel, passes: Passes) -> dict[str,
     if not run.held_out_rows:
         return {}
     with run.timer("evaluate"):
-        batch = Rows(
-            [row.prompt_ids for row in run.held_out_rows], [row.completions[0] for row in run.held_out_rows]
-        )
+        batch = Rows([row.prompt_ids for row in run.held_out_rows], [row.completions[0] for row in run.held_out_rows])
         total = torch.zeros((), dtype=torch.float64, device=run.device)
         for micro in own_turns(passes.micro_batches(batch, world_size())):
             # undivided: the sum over tokens

@@ -43,9 +43,7 @@ class Step:
         self._padded = config.model.impl == "padded"
         # a rollout without advantage trains nothing where there is no value loss, contrastive or KL term
         self._may_drop = not (self.needs.value or self.needs.contrastive or config.rl.kl_loss_coef)
-        self._keeps_first = learner.keeps_graphs and not (
-            self._padded or self._may_drop or config.rl.mask_truncated
-        )
+        self._keeps_first = learner.keeps_graphs and not (self._padded or self._may_drop or config.rl.mask_truncated)
         self._passes = build_passes(
             config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.shares_prompts
         )
@@ -183,7 +181,8 @@ class Step:
             computed = computed if self._padded else live
         if all(computed):
             return experience.plan, live
-        return [
-            [MiniBatch(mini.rows, self._micro_batches(rollouts, [i for i in mini.rows if computed[i]])) for mini in epoch]
-            for epoch in experience.plan
-        ], live
+
+        def without(mini: MiniBatch) -> MiniBatch:
+            return MiniBatch(mini.rows, self._micro_batches(rollouts, [i for i in mini.rows if computed[i]]))
+
+        return [[without(mini) for mini in epoch] for epoch in experience.plan], live

@@ -43,7 +43,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self.handle_one(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
 
-    do_PUT = do_POST  # noqa: N815
+    do_PUT = do_POST
 
     def handle_one(self, body: bytes) -> None:
         hub, path = self.server, self.path.partition("?")[0]
@@ -78,7 +78,9 @@ class Hub(BaseHTTPRequestHandler):
                     hub.files[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     hub.files[value["path"]] = hub.large[value["oid"]]
-            return self.answer({"commitUrl": f"{hub.address}/ada/model/commit/{0:040}", "commitOid": "0" * 40, "success": True})
+            return self.answer(
+                {"commitUrl": f"{hub.address}/ada/model/commit/{0:040}", "commitOid": "0" * 40, "success": True}
+            )
         return self.answer({"error": "no such thing here"}, 404 if not hub.full else 403)
 
     def answer(self, value: Any, status: int = 200) -> None:

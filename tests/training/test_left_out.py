@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from carft_fast.config.schema import Config
-from carft_fast.data.prompts import EncodedExample
 from carft_fast.core.example import Example
+from carft_fast.data.prompts import EncodedExample
 from carft_fast.rollout.base import Rollout
 from carft_fast.training.rl import as_samples
 

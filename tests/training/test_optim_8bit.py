@@ -26,7 +26,8 @@ def config(*overrides: str) -> Config:
 
 
 def learner(settings: Config, trained: Path | None = None) -> Learner:
-    made = build_learner(settings, load_model(settings, "synthetic", CPU, heads=True, trained=trained), settings.rl, CPU)
+    model = load_model(settings, "synthetic", CPU, heads=True, trained=trained)
+    made = build_learner(settings, model, settings.rl, CPU)
     if trained is not None:
         made.load(trained)
     return made

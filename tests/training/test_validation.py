@@ -58,7 +58,7 @@ def test_rows_without_annotations_are_refused(tmp_path: Path, tiny_run: list[str
     (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "eval.jsonl").write_text("\n".join(json.dumps(row | {"cot": None}) for row in rows))
     options = [*SHORT, f"data.train={tmp_path / 'train.jsonl'}", f"data.eval={tmp_path / 'eval.jsonl'}"]
-    with pytest.raises(InputError, match="none of the 8 rows of data.eval has an annotated"):
+    with pytest.raises(InputError, match=r"none of the 8 rows of data\.eval has an annotated"):
         prepare(tiny_config(tiny_run, *options), tmp_path / "run", Console(), stages=("sft",))
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match=r'sft\.best_by = "eval_loss" needs eval_loss = true'):
