@@ -261,7 +261,7 @@ class RewardConfig(Section):
             yield f'fn = {shown} needs partial = "constant": its scores are taken as they are, no cosine is added'
         if len(set(self.functions)) < len(self.functions):
             yield f"fn = {shown}: a function is there twice"
-        if self.fn_weights and (isinstance(self.fn, str) or len(self.fn_weights) != len(self.fn)):
+        if self.fn and self.fn_weights and (isinstance(self.fn, str) or len(self.fn_weights) != len(self.fn)):
             yield (
                 f"fn_weights = {self.fn_weights}: {len(self.fn_weights)} weights; expected one for each function of a "
                 f"list in fn, this is {shown}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 from carft_fast.config import ANSWER, RewardConfig
-from carft_fast.core import Example
+from carft_fast.core import Example, InputError
 from carft_fast.rewards.answers import (
     Answer,
     Grade,
@@ -34,6 +34,8 @@ class Grader(AbstractContextManager["Grader"]):
     def __init__(self, config: RewardConfig, given: Sequence[RewardFunction | str] = ()) -> None:
         self._config = config
         names = config.functions
+        if config.fn_weights and not names:  # a config may leave the functions to Python
+            raise InputError(f"reward.fn_weights = {config.fn_weights}: reward.fn names no function")
         self._functions = [
             None if name == ANSWER and config.reads_answers else UserFunction(name, source)
             for name, source in zip(names, given or names, strict=True)

@@ -152,5 +152,9 @@ def test_functions_given_from_python() -> None:
     trainer = Trainer(load_config(None, ["model.path=synthetic"]), reward=[first, "answer"])
     assert trainer.config.reward.functions[1] == "answer"
     assert trainer.config.reward.function_labels[1] == "answer"
+    weighed = load_config(None, ["model.path=synthetic", "reward.fn_weights=[1.0, 0.5]"])
+    assert Trainer(weighed, reward=[first, "answer"]).config.reward.fn_weights == [1.0, 0.5]
+    with pytest.raises(InputError, match="fn names no function"):
+        Grader(weighed.reward)
     with pytest.raises(InputError, match="an entry of reward is a int"):
         Trainer(load_config(None), reward=[first, 3])  # type: ignore[list-item]
