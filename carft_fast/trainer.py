@@ -85,7 +85,7 @@ class Trainer:
                     values.setdefault(f"data.{other}", "")  # the generated task has both or none
         if reward is not None:
             several = isinstance(reward, list | tuple)
-            self._given["reward"] = list(reward) if several else [reward]
+            self._given["reward"] = list(reward) if isinstance(reward, list | tuple) else [reward]
             names = [_reward_name(function, several) for function in self._given["reward"]]
             values["reward.fn"] = names if several else names[0]
             values["reward.partial"] = "constant"  # its scores are taken as they are

@@ -72,7 +72,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"] = lr
 
 
-def state_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """A parameter's state as plain tensors: a moment in 8 bits is its codes and its scales."""
     found: dict[str, Tensor] = {}
     for key, x in state.items():
