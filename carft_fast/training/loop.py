@@ -190,7 +190,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
             more = self._more_figures()
             run.evaluate(self._current_engine(), stage, step, more)
             self._tell("on_evaluate", run.metrics.records[-1])
-        (record,) = run.metrics.find(stage, "eval", step)
+        record = run.metrics.find(stage, "eval", step)[0]
         return step > 0 and self._merit(record) > max(earlier, default=-math.inf)
 
     def _merit(self, record: dict[str, Any]) -> float:
