@@ -174,10 +174,18 @@ def serve(
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Any checkpoint of a run: runs/<name>/checkpoints/<stage>-<step>.")],
     folder: Annotated[str, typer.Argument(help="New or empty folder.")],
+    push: Annotated[
+        str | None, typer.Option(help="owner/name on the Hugging Face Hub: upload it, with a model card.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="--push makes a private repository without it.")] = False,
 ) -> None:
     """A checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it. Needs no GPU."""
-    trainer.export(checkpoint, folder)
+    if public and push is None:
+        raise InputError("--public needs --push owner/name")
+    trainer.export(checkpoint, folder, push_to=push, public=public)
     typer.echo(core.visible(f"model: {folder}"))
+    if push is not None:
+        typer.echo(core.visible(f"pushed: {push}"))
 
 
 @app.command("config")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carft_fast import core, data, models, reports, training
-from carft_fast.config import SYNTHETIC, Config, Overrides, load_method_config, replaced
+from carft_fast.config import ANSWER, SYNTHETIC, Config, Overrides, load_method_config, replaced
 from carft_fast.core import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Trainer:
         *,
         train: "Rows | None" = None,
         eval: "Rows | None" = None,
-        reward: "RewardFunction | None" = None,
+        reward: "RewardFunction | Sequence[RewardFunction | str] | None" = None,
         engine: "RolloutEngine | None" = None,
         callbacks: Sequence[Any] = (),
         output_dir: "StrPath | None" = None,
@@ -63,8 +63,8 @@ class Trainer:
         config      what `load_config` returned
         train, eval in place of data.train, data.eval: a path or Hub id, a list of dicts or of `Example`s, or a
                     `datasets.Dataset`. data.fields maps the names of the columns
-        reward      in place of reward.fn: (completions, examples) -> one finite score each. Scores are taken as they
-                    are, so reward.partial becomes "constant"
+        reward      in place of reward.fn: (completions, examples) -> one finite score each, or a list of such
+                    functions. Scores are taken as they are, so reward.partial becomes "constant"
         engine      samples in place of rollout.engine; whoever made it closes it
         callbacks   objects with any of on_step(record), on_evaluate(record), on_checkpoint(path), on_end(summary).
                     They run on the main process; what they raise ends the run
@@ -72,7 +72,7 @@ class Trainer:
         """
         if not isinstance(config, Config):
             raise InputError(f"config is a {type(config).__name__}: expected what load_config returns")
-        self._given: dict[str, Any] = {"reward": reward, "engine": engine, "callbacks": _checked_callbacks(callbacks)}
+        self._given: dict[str, Any] = {"engine": engine, "callbacks": _checked_callbacks(callbacks)}
         values: dict[str, Any] = {}
         for name, other, source in (("train", "eval", train), ("eval", "train", eval)):
             if source is not None:
@@ -86,13 +86,10 @@ class Trainer:
                 if values[f"data.{name}"] != SYNTHETIC and getattr(config.data, other) == SYNTHETIC:
                     values.setdefault(f"data.{other}", "")  # the generated task has both or none
         if reward is not None:
-            if not callable(reward):
-                raise InputError(
-                    f"reward is a {type(reward).__name__}: expected a function (completions, examples) -> scores; the "
-                    "name of one goes into reward.fn"
-                )
-            named_as = reward if hasattr(reward, "__qualname__") else type(reward)
-            values["reward.fn"] = f"{named_as.__module__}:{named_as.__qualname__}"
+            several = isinstance(reward, list | tuple)
+            self._given["reward"] = list(reward) if isinstance(reward, list | tuple) else [reward]
+            names = [_reward_name(function, several) for function in self._given["reward"]]
+            values["reward.fn"] = names if several else names[0]
             values["reward.partial"] = "constant"  # its scores are taken as they are
         if engine is not None:
             _check_engine(engine)
@@ -250,12 +247,14 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
     serve(config, host, port)
 
 
-def export(checkpoint: "StrPath", folder: "StrPath") -> None:
-    """Write a checkpoint as a plain Hugging Face folder: LoRA merged, shards put together, heads beside it.
+def export(checkpoint: "StrPath", folder: "StrPath", *, push_to: str | None = None, public: bool = False) -> None:
+    """Write a checkpoint as a plain Hugging Face folder: LoRA merged and by itself, shards put together, heads beside.
 
-    Raises InputError for a damaged checkpoint, or a folder that is not empty.
+    `push_to` "owner/name" also uploads it to the Hub, with a model card; private unless `public`. The token is that of
+    HF_TOKEN or `hf auth login`. Raises InputError for a damaged checkpoint, a folder that is not empty, or a Hub that
+    cannot be pushed to, before anything is written; TrainingError where the upload fails.
     """
-    training.export_checkpoint(Path(checkpoint), Path(folder))
+    training.export_checkpoint(Path(checkpoint), Path(folder), push_to=push_to, public=public)
 
 
 def _text(name: str, value: Any, *, empty: bool = False) -> str:
@@ -280,6 +279,20 @@ def _checked_callbacks(callbacks: Any) -> tuple[Any, ...]:
         if isinstance(callback, type) or not any(callable(getattr(callback, event, None)) for event in EVENTS):
             raise InputError(f"callbacks: {callback!r} has none of the methods {', '.join(EVENTS)}")
     return tuple(callbacks)
+
+
+def _reward_name(function: Any, several: bool) -> str:
+    """What reward.fn says of a given function."""
+    if several and function == ANSWER:
+        return ANSWER
+    if not callable(function):
+        place = "an entry of reward" if several else "reward"
+        raise InputError(
+            f"{place} is a {type(function).__name__}: expected a function (completions, examples) -> scores; the "
+            "name of one goes into reward.fn"
+        )
+    named_as = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named_as.__module__}:{named_as.__qualname__}"
 
 
 def _check_engine(engine: Any) -> None:

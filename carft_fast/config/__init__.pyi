@@ -6,6 +6,7 @@ from .methods import method_name as method_name
 from .methods import preset as preset
 from .schema import ANSWER as ANSWER
 from .schema import ANSWER_PHRASE as ANSWER_PHRASE
+from .schema import ANSWER_SLOT as ANSWER_SLOT
 from .schema import SYNTHETIC as SYNTHETIC
 from .schema import AnswerType as AnswerType
 from .schema import CalculatorMarks as CalculatorMarks
@@ -24,6 +25,7 @@ from .schema import Strategy as Strategy
 from .toml import Overrides as Overrides
 from .toml import differences as differences
 from .toml import fingerprint as fingerprint
+from .toml import iter_fields as iter_fields
 from .toml import load_config as load_config
 from .toml import read_value as read_value
 from .toml import replaced as replaced

@@ -4,6 +4,7 @@ The text under a field is its documentation: `carft-fast config` prints it besid
 arXiv 2508.15868, "published code" the repository of its authors; where they differ, the field says which is used.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -12,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from carft_fast.core import masked
 
 SYNTHETIC = "synthetic"
-ANSWER = "{answer}"
-ANSWER_PHRASE = f"Therefore, the answer is: {ANSWER}"
+ANSWER = "answer"
+"""In a list of `reward.fn`: the rule of `reward.answer_type`."""
+ANSWER_SLOT = "{answer}"
+ANSWER_PHRASE = f"Therefore, the answer is: {ANSWER_SLOT}"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "csv", "parquet", "arrow", "disk", "hub"]
@@ -131,8 +134,8 @@ class DataConfig(Section):
 
     def _conflicts(self) -> Iterator[str]:
         phrase, variables = self.answer_phrase, self.chat_template_kwargs
-        if phrase and phrase.count(ANSWER) != 1:
-            yield f"answer_phrase = {phrase!r}: expected {ANSWER} in it once, or an empty text"
+        if phrase and phrase.count(ANSWER_SLOT) != 1:
+            yield f"answer_phrase = {phrase!r}: expected {ANSWER_SLOT} in it once, or an empty text"
         if "\b" in phrase or "\f" in phrase:
             yield f"answer_phrase = {phrase!r}: \\b and \\f in double quotes are control characters: use single ones"
         if self.mix and self.train:
@@ -158,6 +161,9 @@ class StageConfig(Section):
     """Steps of this stage (SFT: optimizer steps; RL: rollout batches); from `epochs` when absent."""
     micro_batch_tokens: int = Field(16384, ge=2)
     """Most tokens per forward and backward, prompts included; changes memory and speed, not the result."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """"adamw_8bit" keeps AdamW's two moments in 8 bits, with a scale for every 256 values (torchao, extra `torchao`;
+    Dettmers et al. 2022). For one process, or several with distributed.strategy "ddp"."""
     lr: float = Field(1e-5, gt=0)
     """Peak learning rate of AdamW."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -189,6 +195,15 @@ class SftConfig(StageConfig):
     """Sequences per optimizer step. Source: paper, global batch 64."""
     first_step: int = Field(0, ge=0)
     """Steps that an earlier SFT of this model has done: the order of the rows goes on behind them."""
+    eval_loss: bool = False
+    """At every evaluation also the cross-entropy of data.eval's annotations: the sum over their completion tokens, over
+    the number of these tokens (nats per token). Of a row with several annotations the first counts."""
+    best_by: Literal["accuracy", "eval_loss"] = "accuracy"
+    """What makes an evaluated checkpoint the best one: the highest accuracy or the lowest validation loss."""
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.best_by == "eval_loss" and not self.eval_loss:
+            yield 'best_by = "eval_loss" needs eval_loss = true, this is false'
 
 
 class RlConfig(StageConfig):
@@ -214,6 +229,9 @@ class RlConfig(StageConfig):
     """Weight of log-prob minus reference log-prob in the token reward; 0 needs no reference. Source: paper, 0.05."""
     kl_loss_coef: float = Field(0.0, ge=0)
     """Weight of the k3 estimate of KL(policy || reference) in the loss, GRPO's term; 0 is off."""
+    mask_truncated: bool = False
+    """Leave completions cut at max_new_tokens out of every term of the loss, and out of what it is divided by. Their
+    scores still count in advantages and whitening. Source: overlong filtering, DAPO (Yu et al. 2025)."""
     old_logprobs: Literal["recompute", "sampled"] = "recompute"
     """Log-probs the ratio is taken against: "recompute" the trainer's own, by a forward before the update (left out
     where there is one update per batch, and the ratio is 1); "sampled" those the sampler reports."""
@@ -242,9 +260,12 @@ class RewardConfig(Section):
     answer_type: AnswerType = "numeric"
     """"numeric": equal within tolerance; "choice": the same letter, case ignored; "latex": the same mathematics, by
     math-verify; "program": the completion is Python, and what its solution() returns is compared as "numeric"."""
-    fn: str = ""
-    """Own reward "package.module:function": (completions, examples) -> scores, in place of the answer type's; see
-    docs/rewards.md. Needs partial = "constant"."""
+    fn: str | list[str] = ""
+    """Own reward "package.module:function": (completions, examples) -> scores, in place of the answer type's, or a list
+    whose scores are added up; in it "answer" is the answer type's rule. See docs/rewards.md. Needs partial =
+    "constant"."""
+    fn_weights: list[float] = []
+    """Weight of each score of a list in `fn`; empty: 1 each."""
     correct_score: float = Field(1.0, gt=0)
     """Score of a right answer; a score of `fn` that is at least this counts as one. Source: paper, 1."""
     tolerance: float = Field(1e-2, ge=0)
@@ -267,16 +288,40 @@ class RewardConfig(Section):
     program_memory_mb: int = Field(256, ge=64, le=65536)
     """Memory a program may take (MiB)."""
 
+    @property
+    def functions(self) -> list[str]:
+        """What `fn` names."""
+        return [self.fn] if isinstance(self.fn, str) and self.fn else list(self.fn)
+
+    @property
+    def function_labels(self) -> list[str]:
+        """Short names for the functions of a list: what follows the colon, where that names one of them alone."""
+        short = [name.rpartition(":")[2] for name in self.functions]
+        return [part if short.count(part) == 1 else name for part, name in zip(short, self.functions, strict=True)]
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the rule of `answer_type` grades, alone or beside functions."""
+        return not self.fn or (isinstance(self.fn, list) and ANSWER in self.fn)
+
     def _conflicts(self) -> Iterator[str]:
+        shown = json.dumps(self.fn)
         if self.fn and self.partial != "constant":
-            yield f'fn = "{self.fn}" needs partial = "constant": its scores are taken as they are, no cosine is added'
+            yield f'fn = {shown} needs partial = "constant": its scores are taken as they are, no cosine is added'
+        if len(set(self.functions)) < len(self.functions):
+            yield f"fn = {shown}: a function is there twice"
+        if self.fn and self.fn_weights and (isinstance(self.fn, str) or len(self.fn_weights) != len(self.fn)):
+            yield (
+                f"fn_weights = {self.fn_weights}: {len(self.fn_weights)} weights; expected one for each function of a "
+                f"list in fn, this is {shown}"
+            )
         base, scale, most = self.partial_base, self.partial_scale, self.correct_score
         if self.partial == "embedding" and not scale <= base <= most - scale:
             yield (
                 f"partial_base = {base:g} and partial_scale = {scale:g} let a wrong answer score below 0 or above a "
                 f"right one: partial_base +- partial_scale must be within 0 to correct_score = {most:g}"
             )
-        if self.partial == "constant" and not self.fn and self.partial_constant > most:
+        if self.partial == "constant" and self.reads_answers and self.partial_constant > most:
             yield (
                 f"partial_constant = {self.partial_constant:g} lets a wrong answer score above a right one: at most "
                 f"correct_score = {most:g}"
@@ -382,6 +427,14 @@ class RolloutConfig(Section):
     """Largest r of `correction`. Source: truncated importance sampling (Yao et al. 2025), 2."""
     correction_floor: float = Field(0.0, ge=0, le=1)
     """Smallest r that "masked" keeps; 0 is off."""
+    sequence_mask: Literal["none", "plain", "weighted"] = "none"
+    """Leave completions out of the policy loss by the product R of their tokens' r (see `correction`): those with R
+    above cap or below floor. "plain" keeps the others' factors, "weighted" multiplies them by R (sequence-level masked
+    importance sampling, MIS). They still count in what the loss is divided by."""
+    sequence_mask_cap: float = Field(2.0, ge=1)
+    """Largest R that `sequence_mask` keeps."""
+    sequence_mask_floor: float = Field(0.0, ge=0, le=1)
+    """Smallest R that `sequence_mask` keeps; 0 is off."""
     probe_every: int | None = Field(None, ge=1)
     """Steps between checks that trainer and sampler agree on the log-probs of a probe batch; always before step 1."""
     probe_tolerance: float | None = Field(None, gt=0)
@@ -426,6 +479,16 @@ class RolloutConfig(Section):
                 yield f'servers: "{url}" is no address: expected http://host:port'
         if floor and self.correction != "masked":
             yield f'correction_floor = {floor:g} needs correction = "masked", this is "{self.correction}"'
+        if self.sequence_mask_floor and self.sequence_mask == "none":
+            yield (
+                f'sequence_mask_floor = {self.sequence_mask_floor:g} needs sequence_mask = "plain" or "weighted", this '
+                'is "none"'
+            )
+        if self.sequence_mask == "weighted" and self.correction != "none":
+            yield (
+                f'sequence_mask = "weighted" needs correction = "none", this is "{self.correction}": both weigh by '
+                'the ratios; "plain" goes with either'
+            )
 
 
 class GuardConfig(Section):
@@ -547,11 +610,12 @@ class Config(Section):
                     f'rl.old_logprobs = "sampled" {whole}: the sampler\'s log-probs are of the tokens it kept, the '
                     "policy's of all"
                 )
-        if rl.old_logprobs == "sampled" and rollout.correction != "none":
-            yield (
-                f'rollout.correction = "{rollout.correction}" needs rl.old_logprobs = "recompute": with "sampled" '
-                "the policy's ratio is against the sampler already"
-            )
+        for name, value in (("correction", rollout.correction), ("sequence_mask", rollout.sequence_mask)):
+            if rl.old_logprobs == "sampled" and value != "none":
+                yield (
+                    f'rollout.{name} = "{value}" needs rl.old_logprobs = "recompute": with "sampled" '
+                    "the policy's ratio is against the sampler already"
+                )
         for section, new_tokens in (("rollout", rollout.max_new_tokens), ("eval", self.eval_max_new_tokens)):
             if new_tokens >= longest:
                 yield (

@@ -41,6 +41,8 @@ class _Record(logging.LogRecord):
 def guard_library_output() -> None:
     """From now on this process's log records and warnings are redacted and visible: they quote models and data."""
     logging.setLogRecordFactory(_Record)
+    for name in ("torchao", "torch.utils._pytree"):  # at its import torchao tells of devices that are not there
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.formatwarning = _format_warning
 
 

@@ -101,7 +101,7 @@ def load_set(
         fields=data.fields if train or not data.eval_fields else data.eval_fields,
         setting="data.fields" if train else "data.eval_fields",
         split=data.train_split if train else data.eval_split,
-        answer_type=None if config.reward.fn else config.reward.answer_type,
+        answer_type=config.reward.answer_type if config.reward.reads_answers else None,
         answer_phrase=data.answer_phrase,
         calculator_marks=data.calculator_marks,
         merge_questions=train and data.merge_questions,

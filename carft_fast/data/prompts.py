@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from carft_fast.config import ANSWER, ANSWER_PHRASE, Config
+from carft_fast.config import ANSWER_PHRASE, ANSWER_SLOT, Config
 from carft_fast.core import Example, InputError
 from carft_fast.data.chat import Chat
 from carft_fast.data.load import LoadReport, load_few_shot
@@ -158,7 +158,7 @@ class PromptFormat:
         return ids[:-1] if special and ids[-1:] == [tokenizer.eos_token_id] else ids
 
     def completion_text(self, cot: str, answer: str) -> str:
-        return f"{cot}\n{self._phrase.replace(ANSWER, answer)}" if self._phrase else cot
+        return f"{cot}\n{self._phrase.replace(ANSWER_SLOT, answer)}" if self._phrase else cot
 
     def completion_ids(self, cot: str, answer: str) -> list[int]:
         text = self.completion_text(cot, answer)

@@ -6,6 +6,7 @@ ratio of PPO is meaningless with it.
 
 import contextlib
 import copy
+import json
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +21,13 @@ from carft_fast.core import InputError, TrainingError, first_line, is_main
 from carft_fast.models.attention import PACKED, soft_cap
 from carft_fast.models.heads import CarftHeads
 from carft_fast.models.packing import PackedBatch, pack
-from carft_fast.models.sampler_weights import SamplerWeights, base_lm
+from carft_fast.models.sampler_weights import SamplerWeights, base_lm, lora_tensors
 from carft_kernels import cpu_linear
 
 T = TypeVar("T")
+
+ADAPTER = "adapter"
+"""Folder of a saved model that has LoRA by itself."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ class Gathered(NamedTuple):
 
     lm: dict[str, Tensor]
     heads: dict[str, Tensor]
+    adapters: dict[str, Tensor] | None = None
+    """LoRA's own, by the model's names."""
 
 
 class ModelOutput(NamedTuple):
@@ -297,7 +303,8 @@ class CarftModel(nn.Module):
         def on_host(module: nn.Module) -> dict[str, Tensor]:
             return {name: x.to("cpu", copy=True) for name, x in SamplerWeights(module, torch.float32) if is_main()}
 
-        return Gathered(on_host(self.lm), {} if self.heads is None else on_host(self.heads))
+        adapters = lora_tensors(self.lm, keep=is_main())
+        return Gathered(on_host(self.lm), {} if self.heads is None else on_host(self.heads), adapters)
 
     def write_generation_config(self, folder: Path) -> None:
         """The one the model came with, as it was: transformers would refuse to write some that it reads."""
@@ -305,7 +312,8 @@ class CarftModel(nn.Module):
             self._generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
 
     def save(self, folder: Path, gathered: "Gathered | None" = None) -> None:
-        """Write a plain Hugging Face model folder, LoRA merged in, with the heads beside it."""
+        """Write a plain Hugging Face model folder, LoRA merged in, with the heads beside it; LoRA by itself goes into
+        its folder `adapter`, as peft reads it."""
         gathered = gathered or self.gather()
         if gathered is None:
             self.lm.save_pretrained(folder)
@@ -323,6 +331,18 @@ class CarftModel(nn.Module):
             names = {name for name, _ in plain.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in plain.named_parameters()}  # saved once, under their first name
             plain.save_pretrained(folder, state_dict={n: x for n, x in gathered.lm.items() if n not in tied})
+            if gathered.adapters:
+                self._save_adapter(folder / ADAPTER, gathered.adapters)
         self.write_generation_config(folder)
         if self.heads is not None:
             self.heads.save(folder, None if gathered is None else gathered.heads)
+
+    def _save_adapter(self, folder: Path, adapters: dict[str, Tensor]) -> None:
+        """As peft reads it. It names its base where that is a Hub id: models are given away, folders here stay."""
+        folder.mkdir()
+        self.lm.save_pretrained(folder, state_dict=adapters)
+        file = folder / "adapter_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        if (base := settings.get("base_model_name_or_path")) and Path(base).exists():
+            settings["base_model_name_or_path"] = None
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

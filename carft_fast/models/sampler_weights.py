@@ -136,6 +136,19 @@ def adapter_weights(lm: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return found
 
 
+def lora_tensors(lm: nn.Module, *, keep: bool) -> dict[str, Tensor]:
+    """What LoRA added to the model, by its own names, whole, in host memory; every rank has to call it. Those with
+    `keep` keep it."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in base_lm(lm).state_dict(keep_vars=True).items():
+        if _ADAPTER.search(name):
+            with gathered([tensor]):
+                whole = _whole(tensor.detach())
+                if keep:
+                    found[name] = whole.to("cpu", copy=True)
+    return found
+
+
 class _Part(NamedTuple):
     """A weight, and the LoRA layers whose products are added to it."""
 

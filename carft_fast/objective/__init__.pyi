@@ -11,6 +11,7 @@ from .losses import contrastive_loss as contrastive_loss
 from .losses import correction_weights as correction_weights
 from .losses import explained_variance as explained_variance
 from .losses import sampler_support_logprobs as sampler_support_logprobs
+from .losses import sequence_mask as sequence_mask
 from .losses import tokens_of as tokens_of
 from .passes import Forward as Forward
 from .passes import Loss as Loss

@@ -103,20 +103,41 @@ def sampler_support_logprobs(
     return result_C
 
 
-def correction_weights(logprob_C: Tensor, sampled_logprob_C: Tensor, config: RolloutConfig) -> Tensor | None:
-    """float32 [C] factors of the policy loss for tokens another policy sampled; None where `correction` is "none".
+def correction_weights(
+    logprob_C: Tensor, sampled_logprob_C: Tensor, completion_cu: Tensor, config: RolloutConfig
+) -> Tensor | None:
+    """float32 [C] factors of the policy loss for tokens another policy sampled; None where neither `correction` nor
+    `sequence_mask` is on. The two are multiplied; `completion_cu` [N + 1] has the completions' offsets.
 
     With r = exp(logprob - sampled log-prob), both on the sampler's support: "truncated" min(r, cap), "masked" r where
     floor <= r <= cap and 0 elsewhere. Carries no gradient. Source: truncated importance sampling, Yao et al. 2025
     ("Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"); masking as in IcePop, Ling team 2025.
     """
-    if config.correction == "none":
-        return None
-    ratio_C = (logprob_C - sampled_logprob_C).exp()
+    log_ratio_C = logprob_C - sampled_logprob_C
+    weight_C = None
     if config.correction == "truncated":
-        return ratio_C.clamp(max=config.correction_cap)
-    keep_C = (ratio_C >= config.correction_floor) & (ratio_C <= config.correction_cap)
-    return torch.where(keep_C, ratio_C, torch.zeros_like(ratio_C))
+        weight_C = log_ratio_C.exp().clamp(max=config.correction_cap)
+    elif config.correction == "masked":
+        ratio_C = log_ratio_C.exp()
+        keep_C = (ratio_C >= config.correction_floor) & (ratio_C <= config.correction_cap)
+        weight_C = torch.where(keep_C, ratio_C, torch.zeros_like(ratio_C))
+    if config.sequence_mask == "none":
+        return weight_C
+    weight_N = sequence_mask(log_ratio_C, completion_cu, config)
+    of_sequence_C = weight_N.repeat_interleave(completion_cu.diff(), output_size=len(log_ratio_C))
+    return of_sequence_C if weight_C is None else weight_C * of_sequence_C
+
+
+def sequence_mask(log_ratio_C: Tensor, completion_cu: Tensor, config: RolloutConfig) -> Tensor:
+    """float32 [N], one factor a completion, by the product R of its tokens' ratios r = exp(log ratio).
+
+    `config.sequence_mask` "plain": 1 where sequence_mask_floor <= R <= sequence_mask_cap, else 0. "weighted": R there,
+    else 0: sequence-level masked importance sampling (MIS), Liu, Li et al. 2025 ("When Speed Kills Stability"). Carries
+    no gradient, and changes no denominator of the loss.
+    """
+    ratio_N = torch.segment_reduce(log_ratio_C, "sum", offsets=completion_cu).exp()
+    keep_N = (ratio_N >= config.sequence_mask_floor) & (ratio_N <= config.sequence_mask_cap)
+    return keep_N.float() if config.sequence_mask == "plain" else torch.where(keep_N, ratio_N, 0.0)
 
 
 def sft_loss(model: CarftModel, output: ModelOutput, batch: PackedBatch, total_tokens: int) -> Tensor:

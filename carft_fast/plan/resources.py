@@ -125,6 +125,9 @@ def _checked(config: Config, gpus: int) -> Config:
             f'model.attention = "{model.attention}": what its kernels take is not known without a GPU; allowed in a '
             f"plan are {', '.join(PATHS)}"
         )
+    for name, stage in (("sft", config.sft), ("rl", config.rl)):
+        if stage.optimizer != "adamw":
+            raise InputError(f'{name}.optimizer = "{stage.optimizer}": a plan follows "adamw" alone')
     if gpus > 1 and how in ("zero2", "zero3"):
         raise InputError(
             f'distributed.strategy = "{how}": a plan does not run DeepSpeed; allowed are "ddp" and "fsdp2" '

@@ -27,6 +27,7 @@ METRICS: dict[str, str] = {
     "cosine_correct": "the same over correct rollouts only; absent when there is none",
     "reward": "mean terminal score of the rollouts (0 to reward.correct_score, but for reward.fn),"
     " the KL penalty not included",
+    "reward/<label>": "mean score of each function of a list in reward.fn, before its weight",
     "train_accuracy": "share of rollouts whose answer is correct",
     "extractable": "share of rollouts with an answer that can be read",
     "kl": "mean over completion tokens of old log-prob minus reference log-prob (nats per token)"
@@ -43,6 +44,7 @@ METRICS: dict[str, str] = {
     "sampler_diff_max": "its maximum",
     "sampler_diff_material": "share of tokens where it is beyond 1e-2"
     " (the three over the first mini-batch where old log-probs are not recomputed)",
+    "sequence_masked": "share of completions that rollout.sequence_mask leaves out (absent where it is off)",
     "staleness": "weight updates between sampling and training, of the oldest rollout (0 is on-policy)",
     "tokens_per_forward": "completion tokens over the sampler's forwards for their sequences: 1 without accepted drafts"
     " (this and the next two: vLLM engines with rollout.drafts)",
@@ -55,6 +57,8 @@ METRICS: dict[str, str] = {
     "skipped_updates": "optimizer steps that were not applied because loss or gradient was not finite",
     "lr": "learning rate of the step",
     "accuracy": "greedy accuracy on the evaluation rows",
+    "eval_loss": "cross-entropy of the held-out annotations, over the number of their completion tokens"
+    " (nats per token; SFT with sft.eval_loss)",
     "correct": "evaluation rows answered correctly",
     "rows": "evaluation rows",
     "accuracy_ci95": "Wilson 95% interval of accuracy [low, high]",
@@ -63,6 +67,7 @@ METRICS: dict[str, str] = {
     "to": "the checkpoint a rollback went on from",
     "step_by_step": "share of evaluation answers with more than one equation",
 }
+_OF_FUNCTION = "reward/"
 PHASES: dict[str, str] = {
     "load": "reading model, reference and data",
     "rollout": "sampling completions",
@@ -77,6 +82,11 @@ PHASES: dict[str, str] = {
 
 _REQUIRED = {"stage": str, "kind": str, "step": int, "seconds": dict}
 """What every record has."""
+
+
+def meaning(name: str) -> str | None:
+    """What a record's value is, with its unit; None for what no record has."""
+    return METRICS.get(f"{_OF_FUNCTION}<label>" if name.startswith(_OF_FUNCTION) else name)
 
 
 class PhaseTimer:
@@ -159,7 +169,7 @@ class MetricsLog:
     def log(
         self, stage: str, kind: str, step: int, values: Mapping[str, Any], seconds: Mapping[str, float]
     ) -> dict[str, Any]:
-        unknown = set(values) - set(METRICS)
+        unknown = {name for name in values if meaning(name) is None}
         assert not unknown, f"undocumented metrics: {sorted(unknown)}"
         record = {"stage": stage, "kind": kind, "step": step, **values}
         record["seconds"] = {phase: round(value, 4) for phase, value in seconds.items()}

@@ -10,7 +10,7 @@ from typing import Any
 from carft_fast.config import Config, load_config, method_name, to_toml
 from carft_fast.core import InputError, first_line, read_json_object, visible, write_text, writing
 from carft_fast.reports import page as page
-from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog
+from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog, meaning
 
 CURVES: dict[str, str] = {
     "reward": "reward",
@@ -22,6 +22,7 @@ CURVES: dict[str, str] = {
     "contrastive_loss": "contrastive loss",
     "cosine": "cosine of z_1 and z_2",
     "loss": "loss",
+    "eval_loss": "validation loss",
 }
 
 
@@ -129,7 +130,7 @@ def result_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
     lengths = start["completion_length"], summary["completion_length"]["final"]
     shares = start["step_by_step"], summary["step_by_step"]["final"]
     columns = ("figure", f"before {stage}", f"after {stage}", "change, points")
-    return columns, [
+    rows = [
         (
             "greedy accuracy",
             f"{start['accuracy']:.1%}",
@@ -145,6 +146,10 @@ def result_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[s
         ("answers with more than one equation", *(f"{share:.1%}" for share in shares), ""),
         ("tokens per answer", *(f"{length:.1f}" for length in lengths), ""),
     ]
+    if (loss := summary.get("sft_eval_loss")) is not None:
+        found = ("", f"{loss:.4f}") if stage == "SFT" else (f"{loss:.4f}", "")
+        rows.append(("validation loss (nats per token)", *found, ""))
+    return columns, rows
 
 
 def change_in_words(summary: dict[str, Any]) -> str:
@@ -221,7 +226,8 @@ def _html(
             sections["Seconds per phase"].append(page.table(("phase", "what", "seconds, the run's sum"), phases))
     if trainings := [r for r in records if r["kind"] == "train"]:
         last = trainings[-1]
-        values = [(name, last[name], meaning) for name, meaning in METRICS.items() if name in last]
+        names = [*METRICS, *(name for name in last if name not in METRICS)]
+        values = [(name, last[name], what) for name in names if name in last and (what := meaning(name))]
         sections["Every quantity"] = [
             page.paragraph(f"As of {last['stage'].upper()} step {last['step']}, and what it is, with its unit."),
             page.table(("name", "value", "what it is"), [row for row in values if isinstance(row[1], float | int)]),

@@ -7,6 +7,6 @@ from .answers import embedding_partial_score as embedding_partial_score
 from .answers import extract_answer as extract_answer
 from .answers import parse_target as parse_target
 from .answers import same_answer as same_answer
+from .functions import RewardFunction as RewardFunction
 from .grader import Grader as Grader
-from .grader import RewardFunction as RewardFunction
 from .programs import ProgramPool as ProgramPool

@@ -8,11 +8,12 @@ import itertools
 import re
 import textwrap
 import unicodedata
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from carft_fast.config import ANSWER, ANSWER_PHRASE, AnswerType
+from carft_fast.config import ANSWER, ANSWER_PHRASE, ANSWER_SLOT, AnswerType
 from carft_fast.rewards.numerals import (
     FRACTIONS,
     LATEX_ASIDE,
@@ -136,11 +137,14 @@ class Grade(NamedTuple):
     correct: bool
     extracted: Answer | None
     score: float | None = None
-    """A user function's own score; None where the score follows from the other two."""
+    """Of the user's functions; None where the score follows from the other two."""
+    parts: Mapping[str, float] | None = None
+    """The score of each of several functions by its label, before its weight."""
 
     @property
     def extractable(self) -> bool:
-        return self.extracted is not None if self.score is None else self.score > 0
+        reads_answer = self.score is None or ANSWER in (self.parts or {})
+        return self.extracted is not None if reads_answer else (self.score or 0.0) > 0
 
 
 def extract_answer(text: str, *, answer_type: AnswerType, phrase: str = ANSWER_PHRASE) -> Answer | None:
@@ -176,7 +180,7 @@ def _around_answer(phrase: str) -> tuple[re.Pattern[str] | None, str]:
     """What an answer stands after, None where that is a box alone; and what ends it, if that is more than a mark."""
     if phrase in ("", ANSWER_PHRASE):
         return _TRIGGER, ""
-    before, _, after = phrase.partition(ANSWER)
+    before, _, after = phrase.partition(ANSWER_SLOT)
     box = _BOX.search(before)
     words = (before[: box.start()].rstrip(" $*(") if box else before).split()
     trigger = r"\s+".join(map(re.escape, words))

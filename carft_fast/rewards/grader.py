@@ -1,30 +1,26 @@
 """Completions to grades, for every kind of reward: the processes and the user's function around answers.py."""
 
-import importlib
-import math
-import numbers
-import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from carft_fast.config import ANSWER, ANSWER_PHRASE, RewardConfig
-from carft_fast.core import Example, InputError, RewardError
+from carft_fast.config import ANSWER, ANSWER_PHRASE, ANSWER_SLOT, RewardConfig
+from carft_fast.core import Example, InputError
 from carft_fast.rewards.answers import (
     Answer,
     Grade,
+    base_score,
     compare,
     extract_answer,
     grade,
     parse_target,
     same_answer,
 )
+from carft_fast.rewards.functions import RewardFunction, UserFunction
 from carft_fast.rewards.latex import LatexChecker
 from carft_fast.rewards.numerals import LONGEST, read_number
 from carft_fast.rewards.programs import ProgramPool
 
-RewardFunction = Callable[[list[str], list[Example]], Sequence[float]]
 _PROGRAM_SECONDS = 10.0
 """What a program may take at least that waits, or whose machine is busy."""
 
@@ -32,19 +28,29 @@ _PROGRAM_SECONDS = 10.0
 class Grader(AbstractContextManager["Grader"]):
     """Grades completions as `reward` says; a run has one. Processes start when they are first needed.
 
-    `function` is called in place of `reward.fn`. Answers are those of `answer_phrase` (data.answer_phrase). Raises
-    InputError at once for a `reward.fn` that cannot be imported, and a phrase whose answers could not be read.
+    Raises InputError at once for a `reward.fn` that cannot be imported, and a phrase whose answers could not be read.
+    `given`: the functions that it names, or "answer"; they are not imported. Answers are those of `answer_phrase`
+    (data.answer_phrase).
     """
 
     def __init__(
-        self, config: RewardConfig, function: RewardFunction | None = None, answer_phrase: str = ANSWER_PHRASE
+        self,
+        config: RewardConfig,
+        given: Sequence[RewardFunction | str] = (),
+        answer_phrase: str = ANSWER_PHRASE,
     ) -> None:
         self._config = config
         self._phrase = answer_phrase
-        self._function = function or (load_function(config.fn) if config.fn else None)
+        names = config.functions
+        if config.fn_weights and not names:  # a config may leave the functions to Python
+            raise InputError(f"reward.fn_weights = {config.fn_weights}: reward.fn names no function")
+        self._functions = [
+            None if name == ANSWER and config.reads_answers else UserFunction(name, source)
+            for name, source in zip(names, given or names, strict=True)
+        ]
         self._latex = LatexChecker(config.latex_cpu_s)
         self._programs: ProgramPool | None = None
-        if self._function is None:
+        if config.reads_answers:
             self._check_phrase()
 
     def _check_phrase(self) -> None:
@@ -52,11 +58,11 @@ class Grader(AbstractContextManager["Grader"]):
         probes = {"numeric": "72", "choice": "c", "latex": "\\frac{1}{2}"}
         if not self._phrase or kind not in probes:
             return
-        text = "So.\n" + self._phrase.replace(ANSWER, probes[kind])
+        text = "So.\n" + self._phrase.replace(ANSWER_SLOT, probes[kind])
         if extract_answer(text, answer_type=kind, phrase=self._phrase) != parse_target(probes[kind], answer_type=kind):
             raise InputError(
                 f"data.answer_phrase = {self._phrase!r}: the answer of {text!r} cannot be read; allowed: words before "
-                f"{ANSWER}, such as {ANSWER_PHRASE!r}, or a box, '\\boxed{{{ANSWER}}}'"
+                f"{ANSWER_SLOT}, such as {ANSWER_PHRASE!r}, or a box, '\\boxed{{{ANSWER_SLOT}}}'"
             )
 
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
@@ -73,10 +79,38 @@ class Grader(AbstractContextManager["Grader"]):
     def grade_alone(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         """`grade` in this process, whatever others do."""
         rule = self._config
-        if self._function is not None:
-            found = self._function(list(completions), list(examples))
-            scores = check_scores(found, len(completions), rule.fn, examples)
-            return [Grade(score >= rule.correct_score, None, score) for score in scores]
+        answers = self._grade_answers(completions, examples) if rule.reads_answers else None
+        if not self._functions:
+            assert answers is not None
+            return answers
+        by_function = [
+            [base_score(found, rule.partial_constant, rule.correct_score) for found in answers or ()]
+            if function is None
+            else function.scores(completions, examples)
+            for function in self._functions
+        ]
+        weights = rule.fn_weights or [1.0] * len(by_function)
+        labels = rule.function_labels if isinstance(rule.fn, list) else None
+        grades = []
+        for row, scores in enumerate(zip(*by_function, strict=True)):
+            score = sum(weight * value for weight, value in zip(weights, scores, strict=True))
+            parts = None if labels is None else dict(zip(labels, scores, strict=True))
+            if answers is None:
+                grades.append(Grade(score >= rule.correct_score, None, score, parts))
+            else:
+                grades.append(answers[row]._replace(score=score, parts=parts))
+        return grades
+
+    def check_columns(self, name: str, examples: Sequence[Example]) -> None:
+        """Raises InputError where a function takes a column that no row of data.`name` has."""
+        columns = dict.fromkeys(key for example in examples for key in example.extra)
+        for function in self._functions:
+            if function is not None:
+                function.check_columns(name, columns)
+
+    def _grade_answers(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
+        """By the rule of `answer_type`."""
+        rule = self._config
         pairs = list(zip(completions, (example.answer for example in examples), strict=True))
         if rule.answer_type == "latex":
             return self._grade_latex(pairs)
@@ -115,7 +149,8 @@ class Grader(AbstractContextManager["Grader"]):
 
     def same(self, a: Answer | None, b: Answer | None, tolerance: float) -> bool:
         """Whether two extracted answers are one, by the rule that grades: LaTeX is compared as mathematics."""
-        if self._config.answer_type == "latex" and self._function is None and isinstance(a, str) and isinstance(b, str):
+        latex = self._config.answer_type == "latex" and self._config.reads_answers
+        if latex and isinstance(a, str) and isinstance(b, str):
             return a == b or self._latex.compare(a, b) == "same"
         return same_answer(a, b, tolerance)
 
@@ -135,47 +170,3 @@ def _as_number(value: float | str | bool | None) -> float | None:
     if isinstance(value, str):
         return read_number(value) if len(value) <= LONGEST else None
     return None if isinstance(value, bool) else value
-
-
-def load_function(name: str) -> RewardFunction:
-    """Import "pkg.mod:fn"; the working folder counts as a place for modules. Raises InputError."""
-    module_name, separator, attribute = name.partition(":")
-    if not (separator and module_name and attribute):
-        raise InputError(f'reward.fn = "{name}": expected "package.module:function"')
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name + ".").startswith(error.name + "."):
-            raise InputError(
-                f'reward.fn = "{name}": there is no module {error.name} (looked in the working folder and sys.path)'
-            ) from None
-        raise InputError(f'reward.fn = "{name}": importing {module_name} failed: {error}') from error
-    except Exception as error:  # whatever a user's module does when imported
-        raise InputError(f'reward.fn = "{name}": importing {module_name} failed: {error!r}') from error
-    for part in attribute.split("."):
-        if not hasattr(found, part):
-            raise InputError(f'reward.fn = "{name}": {module_name} has no {attribute}')
-        found = getattr(found, part)
-    if not callable(found):
-        raise InputError(f'reward.fn = "{name}": {attribute} is {type(found).__name__}, not a function')
-    return found
-
-
-def check_scores(scores: Any, expected: int, name: str, examples: Sequence[Example]) -> list[float]:
-    """The scores as floats. Raises RewardError naming function, row and value."""
-    if hasattr(scores, "tolist"):
-        scores = scores.tolist()  # numpy and torch
-    if not isinstance(scores, Sequence) or isinstance(scores, str):
-        raise RewardError(f'reward.fn = "{name}" returned {type(scores).__name__}, not a list of scores')
-    if len(scores) != expected:
-        raise RewardError(f'reward.fn = "{name}" returned {len(scores)} scores for {expected} completions')
-    checked = []
-    for row, (score, example) in enumerate(zip(scores, examples, strict=True)):
-        if not isinstance(score, numbers.Real) or not math.isfinite(score):
-            raise RewardError(
-                f'reward.fn = "{name}": score {row} (item {example.item_id}) is {score!r}, not a finite number'
-            )
-        checked.append(float(score))
-    return checked

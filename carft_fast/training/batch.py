@@ -21,6 +21,8 @@ class Samples:
     rollouts: Rows
     annotated: Rows
     sampled_logprob_C: Tensor
+    left_out: frozenset[int] = frozenset()
+    """Rollouts that no term of the loss reads: `rl.mask_truncated`."""
 
 
 class MiniBatch(NamedTuple):
@@ -54,7 +56,8 @@ class Needs:
         rl, rollout = config.rl, config.rollout
         contrastive = config.contrastive.mode != "none" and config.contrastive.coef > 0
         one_update = rl.ppo_epochs == 1 and rl.mini_batch_size == rl.batch_size
-        compared = rl.kl_coef > 0 or rollout.correction != "none" or rollout.top_p < 1 or rollout.top_k > 0
+        corrected = rollout.correction != "none" or rollout.sequence_mask != "none"
+        compared = rl.kl_coef > 0 or corrected or rollout.top_p < 1 or rollout.top_k > 0
         return cls(
             value=rl.estimator == "gae",
             embedding=contrastive or config.reward.partial == "embedding",

@@ -43,6 +43,7 @@ from carft_fast.core import (
     writing_folder,
 )
 from carft_fast.models import HEADS_CONFIG, CarftModel
+from carft_fast.training.optim import MOMENTS, state_from_tensors, state_tensors
 
 STATE_FILE = "trainer_state.json"
 RUN_CONFIG_FILE = "config.toml"
@@ -55,7 +56,6 @@ STAGES = ("sft", "rl")
 """In the order of a run."""
 
 _NAME = re.compile(rf"({'|'.join(STAGES)})-(\d+)")
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Tensors = dict[str, Tensor]
 T = TypeVar("T")
@@ -317,9 +317,9 @@ def load_optimizer(folder: Path, model: CarftModel, optimizer: torch.optim.Optim
     for name, parameter in model.named_parameters():
         if f"{name}/step" not in tensors:
             continue
-        # a copy in memory of torch's own allocator has the alignment of an uninterrupted run: kernels take the same
-        # path and the bits agree
-        state = {key: tensors[f"{name}/{key}"].to(parameter.device, copy=True) for key in ("step", *MOMENTS)}
+        prefix = f"{name}/"
+        saved = {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+        state = state_from_tensors(saved, parameter)
         if isinstance(parameter, DTensor):
             mesh, placements = parameter.device_mesh, parameter.placements
             state |= {key: distribute_tensor(state[key], mesh, placements, src_data_rank=None) for key in MOMENTS}
@@ -374,7 +374,8 @@ def _tensors(model: CarftModel, optimizer: torch.optim.Optimizer) -> Tensors:
     """Weights as "model.<name>", AdamW's state as "optimizer.<parameter>.<step or moment>"."""
     tensors = {f"model.{name}": tensor for name, tensor in trained_tensors(model).items()}
     for name, parameter in model.named_parameters():
-        tensors |= {f"optimizer.{name}.{key}": x.detach() for key, x in optimizer.state.get(parameter, {}).items()}
+        state = state_tensors(optimizer.state.get(parameter, {}))
+        tensors |= {f"optimizer.{name}.{key}": x for key, x in state.items()}
     return tensors
 
 

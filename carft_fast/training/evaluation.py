@@ -183,7 +183,8 @@ def add_samples(
         metrics[f"pass@{k}"] = sum(values) / len(rows)
         metrics[f"pass@{k}_ci95"] = list(bootstrap_interval(values, derive_seed(config.seed, "bootstrap", k)))
     voted: list[dict[str, Any]] = [{} for _ in rows]
-    for k in [] if config.reward.fn else config.eval.maj_k or [n]:  # a score says nothing of which answers are one
+    voting = (config.eval.maj_k or [n]) if config.reward.reads_answers else []
+    for k in voting:  # a score says nothing of which answers are one
         for row, verdicts in zip(per_row, voted, strict=True):
             winner = majority([answer["extracted"] for answer in row[:k]], config.reward.tolerance, grader.same)
             chosen = {"extracted": None, "correct": False} if winner is None else row[winner]
@@ -218,6 +219,7 @@ def _graded(
             "correct": result.correct,
             "tokens": len(rollout.completion_ids),
             "truncated": rollout.finish_reason == "length",
+            **({} if result.parts is None else {"rewards": dict(result.parts)}),
         }
         for text, result, rollout in zip(texts, grades, rollouts, strict=True)
     ]

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from carft_fast.config import Config, load_config
 from carft_fast.core import MANIFEST, InputError, find_damage, read_manifest, write_folder
 from carft_fast.models import HEADS_CONFIG, CarftHeads, CarftModel, load_model
+from carft_fast.training import hub
 from carft_fast.training.checkpoint import (
     RUN_CONFIG_FILE,
     RUN_FILES,
@@ -24,8 +25,12 @@ from carft_fast.training.checkpoint import (
 )
 
 
-def export_checkpoint(checkpoint: Path, folder: Path) -> None:
-    """Write `folder` all or nothing. Raises InputError for a damaged checkpoint, or a folder that is not empty."""
+def export_checkpoint(checkpoint: Path, folder: Path, *, push_to: str | None = None, public: bool = False) -> None:
+    """Write `folder` all or nothing. Raises InputError for a damaged checkpoint, or a folder that is not empty.
+
+    `push_to`: also upload it, with a model card, to this repository of the Hub; InputError before anything is written
+    where that cannot be, TrainingError where the upload fails.
+    """
     _check_new(folder)
     if not checkpoint.is_dir():
         raise InputError(f"{checkpoint}: no such folder")
@@ -38,6 +43,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
     if not (checkpoint / STATE_FILE).is_file():
         raise InputError(f"{checkpoint}: no checkpoint but a model that is exported already")
     state = read_state(checkpoint)
+    if push_to is not None:
+        hub.check_push(push_to)
     config = load_config(str(checkpoint / RUN_CONFIG_FILE))
 
     def write(target: Path) -> None:
@@ -46,9 +53,14 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
                 _copy(checkpoint, target, name)
         if config.lora.rank or has_sharded(checkpoint):
             _load_trained(config, state["model_path"], checkpoint).save(target)
+        if push_to is not None:
+            card = hub.model_card(config, state["stage"], state["step"], checkpoint.resolve().parents[1], push_to)
+            (target / hub.CARD).write_text(card, encoding="utf-8")
 
     disable_progress_bar()
     write_folder(folder, write, made_by(config, state["stage"]))
+    if push_to is not None:
+        hub.push(folder, push_to, public=public)
 
 
 def copy_model(model: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from carft_fast.objective import (
     Want,
     contrastive_loss,
     correction_weights,
+    sequence_mask,
     tokens_of,
 )
 from carft_fast.training.agreement import Mismatch
@@ -52,7 +53,9 @@ class Gradient:
         correction_C = None
         if experience.support_logprob_C is not None:
             sampled_logprob_C = experience.samples.sampled_logprob_C
-            correction_C = correction_weights(experience.support_logprob_C, sampled_logprob_C, config.rollout)
+            correction_C = correction_weights(
+                experience.support_logprob_C, sampled_logprob_C, experience.completion_cu, config.rollout
+            )
         self._targets = RolloutTargets(
             advantages.advantage_C,
             experience.old_logprob_C,
@@ -72,7 +75,10 @@ class Gradient:
         """
         config, lengths, coef = self._config, self._lengths, self._config.contrastive.coef
         rows = [i for micro in mini.micro for i in micro]
-        normaliser = Normaliser(len(mini.rows), sum(lengths[i] for i in mini.rows), config.rollout.max_new_tokens)
+        counted = [i for i in mini.rows if i not in self._experience.samples.left_out]
+        # at least 1: a process without rows computes one that counts for nothing
+        tokens = max(1, sum(lengths[i] for i in counted))
+        normaliser = Normaliser(max(1, len(counted)), tokens, config.rollout.max_new_tokens)
         own = own_turns(mini.micro)
         kept, forward = self._experience.first or (None, None)
         forward = forward if first and kept == mini else None
@@ -211,4 +217,7 @@ class Gradient:
                 "sampler_diff_max": found.max,
                 "sampler_diff_material": found.material,
             }
+        if self._config.rollout.sequence_mask != "none" and trainer_C is not None:
+            kept_N = sequence_mask(trainer_C - sampled_C, self._experience.completion_cu, self._config.rollout)
+            values["sequence_masked"] = float((kept_N == 0).float().mean())
         return values

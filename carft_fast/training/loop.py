@@ -1,12 +1,13 @@
 """The loop around the steps of a stage: what happens between them, how many there are, which rows they take."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from carft_fast.config import Config, StageConfig
+from carft_fast.config import Config, SftConfig, StageConfig
 from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows, on_main
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel, load_model
@@ -28,6 +29,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         self._run, self._stage, self._config, self.total_steps = run, stage, config, total_steps
         self._model_path = model_path
         self._current_engine: Callable[[], RolloutEngine] | None = None
+        self._more_figures: Callable[[], dict[str, float]] = dict
         checkpoint, self._step = run.store.latest(stage) or (None, 0)
         self._last_saved = checkpoint
         self._unannounced: list[Path] = []
@@ -48,9 +50,12 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         whole = None if trained is not None and has_sharded(trained) else trained
         return load_model(run.config, self._model_path, run.device, heads=True, trained=whole, divided=divided)
 
-    def evaluate_with(self, current_engine: Callable[[], RolloutEngine]) -> None:
-        """`current_engine` returns the sampler with the present weights; it is called for every evaluation."""
-        self._current_engine = current_engine
+    def evaluate_with(
+        self, current_engine: Callable[[], RolloutEngine], more_figures: Callable[[], dict[str, float]] = dict
+    ) -> None:
+        """`current_engine` returns the sampler with the present weights, `more_figures` what an evaluation's record has
+        beside its own; they are called for every evaluation."""
+        self._current_engine, self._more_figures = current_engine, more_figures
 
     def __iter__(self) -> Iterator[int]:
         run = self._run
@@ -179,14 +184,19 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         known_start = step == 0 and bool(run.metrics.find("sft", "eval"))  # the weights SFT ended with
         if not (step == 0 or self._due(self._config.eval_every)) or known_start:
             return False
-        earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if 0 < record["step"] < step]
-        if known := run.metrics.find(stage, "eval", step):  # a kill may have fallen between checkpoint and best link
-            accuracy = known[0]["accuracy"]
-        else:
+        earlier = [self._merit(record) for record in run.metrics.find(stage, "eval") if 0 < record["step"] < step]
+        if not run.metrics.find(stage, "eval", step):  # else a kill fell between checkpoint and best link
             assert self._current_engine is not None
-            accuracy = run.evaluate(self._current_engine(), stage, step).accuracy
+            more = self._more_figures()
+            run.evaluate(self._current_engine(), stage, step, more)
             self._tell("on_evaluate", run.metrics.records[-1])
-        return step > 0 and accuracy > max(earlier, default=-1.0)
+        record = run.metrics.find(stage, "eval", step)[0]
+        return step > 0 and self._merit(record) > max(earlier, default=-math.inf)
+
+    def _merit(self, record: dict[str, Any]) -> float:
+        """Of an evaluation; the best checkpoint has the highest."""
+        by_loss = isinstance(self._config, SftConfig) and self._config.best_by == "eval_loss"
+        return -float(record["eval_loss"]) if by_loss else float(record["accuracy"])
 
     def _save(self, *, best: bool = False) -> None:
         run = self._run

@@ -49,7 +49,10 @@ def estimate_memory(
     else:
         lasting["weights"] = share(trained * FLOAT32, "weights x 4 bytes", weight_shards)
     lasting["gradients"] = share(trained * FLOAT32, "trained weights x 4 bytes", update_shards)
-    lasting["optimizer"] = share(2 * trained * FLOAT32, "two moments x trained weights x 4 bytes", update_shards)
+    settings = config.sft if stage == "sft" else config.rl
+    moment, moment_text = (1 + FLOAT32 / 256, "(1 + 4 / 256)") if settings.optimizer == "adamw_8bit" else (FLOAT32, "4")
+    text = f"two moments x trained weights x {moment_text} bytes"
+    lasting["optimizer"] = share(2 * trained * moment, text, update_shards)
     if stage == "rl" and Needs.of(config).reference and not rank and not config.rl.reference_offload:
         lasting["reference"] = share(frozen, frozen_text, weight_shards)
     if devices > 1:

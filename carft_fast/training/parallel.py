@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from carft_fast.config import Config, StageConfig, Strategy
 from carft_fast.core import InputError, is_main, rank, world_size
 from carft_fast.models import CarftModel
-from carft_fast.training.checkpoint import MOMENTS, OPTIMIZER_FILE, has_sharded, load_trained, trained_tensors
-from carft_fast.training.optim import build_optimizer
+from carft_fast.training.checkpoint import OPTIMIZER_FILE, has_sharded, load_trained, trained_tensors
+from carft_fast.training.optim import MOMENTS, build_optimizer, check_optimizer, optimizer_step, set_learning_rate
 
 T = TypeVar("T")
 BUCKET = 2**27
@@ -65,21 +65,14 @@ class Learner:
         In that case weights, moments and the count of steps stay as they are. `loss` is that of all processes. Both
         results are tensors: the host does not wait for the device.
         """
-        self._set_learning_rate(lr)
+        set_learning_rate(self.optimizer, lr)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         skipped = (~(norm.isfinite() & loss.isfinite())).float()
-        if self.optimizer.defaults.get("fused"):
-            fused: Any = self.optimizer
-            fused.found_inf = skipped
-        self.optimizer.step()
+        optimizer_step(self.optimizer, skipped)
         self.optimizer.zero_grad(set_to_none=True)
         return norm, skipped
-
-    def _set_learning_rate(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
 
 
 def _sum_gradients(model: nn.Module) -> None:
@@ -241,7 +234,7 @@ class DeepSpeedLearner(Learner):
 
     def step(self, lr: float, max_grad_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
         """DeepSpeed clips to the stage's max_grad_norm itself, and leaves out a step whose gradient is not finite."""
-        self._set_learning_rate(lr)
+        set_learning_rate(self.optimizer, lr)
         self._engine.step()
         skipped = bool(self._engine.optimizer.overflow)
         norm = float("nan") if skipped else float(self._engine.get_global_grad_norm())
@@ -325,6 +318,8 @@ def strategy(config: Config) -> Strategy:
 def check_strategy(config: Config, stages: Sequence[str]) -> None:
     """Raises InputError where `strategy` does, and for a stage that it cannot run."""
     how = strategy(config)
+    for stage in stages:
+        check_optimizer(config, stage, how)
     if how in ("zero2", "zero3") and "rl" in stages and config.guard.action == "rollback":
         raise InputError(
             f'guard.action = "rollback" is not possible with distributed.strategy "{how}" (DeepSpeed): allowed are '

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from carft_fast.config import Config, method_name
 from carft_fast.core import (
     Console,
+    Example,
     InputError,
     StopRequest,
     Table,
@@ -67,7 +68,7 @@ def prepare(
     dry_run: bool = False,
     train: Source | None = None,
     eval: Source | None = None,
-    reward: RewardFunction | None = None,
+    reward: Sequence[RewardFunction | str] = (),
     engine: RolloutEngine | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Run:
@@ -97,8 +98,8 @@ def prepare(
                 'model.attention = "flex_attention": torch cannot train with it on a CPU; allowed: "packed", "sdpa" or '
                 '"eager"'
             )
-    train_rows, eval_rows, reports = _read_rows(config, prompt_format, console, stages, train, eval)
-    _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows])
+    train_rows, eval_rows, held_out, reports = _read_rows(config, prompt_format, grader, console, stages, train, eval)
+    _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows, *held_out])
     run = Run(
         config=config,
         folder=folder,
@@ -110,6 +111,7 @@ def prepare(
         grader=grader,
         train_rows=train_rows,
         eval_rows=eval_rows,
+        held_out_rows=held_out,
         reports=reports,
         given_engine=engine,
         callbacks=callbacks,
@@ -122,12 +124,14 @@ def prepare(
 def _read_rows(
     config: Config,
     prompt_format: PromptFormat,
+    grader: Grader,
     console: Console,
     stages: Sequence[str],
     train: Source | None,
     eval: Source | None,
-) -> tuple[list[EncodedExample], list[EncodedExample], list[LoadReport]]:
-    """Rows to train on (none without stages) and to evaluate on, and what became of those of each source."""
+) -> tuple[list[EncodedExample], list[EncodedExample], list[EncodedExample], list[LoadReport]]:
+    """Rows to train on (none without stages), to evaluate on, those of `sft.eval_loss`, and what became of the rows of
+    each source."""
     data = config.data
     sources: list[tuple[Literal["train", "eval"], Source]] = [("eval", data.eval if eval is None else eval)]
     if stages:
@@ -137,6 +141,8 @@ def _read_rows(
         if source == "":
             raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
     loaded = [(name, *load_set(config, name, source)) for name, source in sources]
+    for name, examples, _ in loaded:
+        grader.check_columns(name, examples)
     rows: list[list[EncodedExample]] = []
     for name, examples, report in loaded:
         longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
@@ -153,9 +159,33 @@ def _read_rows(
         rows.append(encoded)
     *train_rows, eval_rows = rows
     reports = [report for _, _, report in loaded]
+    held_out: list[EncodedExample] = []
+    if "sft" in stages and config.sft.eval_loss:
+        held_out, report = _encode_held_out(config, loaded[-1][1], prompt_format)
+        reports.append(report)
     if stages and data.mix:
-        return mix_rows(dict(zip(data.mix, train_rows, strict=True)), data.mix, data.train_rows), eval_rows, reports
-    return [row for part in train_rows for row in part], eval_rows, reports
+        mixed = mix_rows(dict(zip(data.mix, train_rows, strict=True)), data.mix, data.train_rows)
+    else:
+        mixed = [row for part in train_rows for row in part]
+    return mixed, eval_rows, held_out, reports
+
+
+def _encode_held_out(
+    config: Config, examples: Sequence[Example], prompt_format: PromptFormat
+) -> tuple[list[EncodedExample], LoadReport]:
+    """The rows that `sft.eval_loss` is found on; rows whose annotation is too long are left out."""
+    annotated = [example for example in examples if example.cots]
+    if not annotated:
+        raise InputError(
+            f"sft.eval_loss = true: none of the {len(examples)} rows of data.eval has an annotated chain of thought; "
+            "allowed: false, or a data.eval with some"
+        )
+    longest = config.data.max_length
+    report = LoadReport("the annotations of data.eval, for sft.eval_loss", len(annotated))
+    rows = encode_examples(
+        annotated, prompt_format, max_length=longest, max_prompt_length=longest, report=report, require_cot=True
+    )
+    return rows, report
 
 
 def _check_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
@@ -320,6 +350,7 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         "completion_tokens": sum(
             r["completion_tokens"] for r in records if r["kind"] == "train" and r["stage"] == "rl"
         ),
+        **({"sft_eval_loss": after_sft["eval_loss"]} if "eval_loss" in after_sft else {}),
         "seconds_total": round(sum(by_phase.values()), 2),
         "seconds_by_phase": by_phase,
         "example": example,

@@ -62,7 +62,7 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 with timer("reward"):
                     completions, grades = grade_rollouts(rollouts, rows, run.prompt_format, run.grader)
                 with timer("forward"):
-                    samples = as_samples(rows, rollouts, run.device)
+                    samples = as_samples(rows, rollouts, run.device, mask_truncated=config.mask_truncated)
                     experience = work.make_experience(samples, derive_seed(run.config.seed, "rl", step))
                     score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
                     advantages = estimate_advantages(score_N, experience, run.config)
@@ -100,11 +100,14 @@ def probe(run: Run, engine: RolloutEngine, policy: CarftModel) -> None:
     )
 
 
-def as_samples(rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device) -> Samples:
+def as_samples(
+    rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device, *, mask_truncated: bool = False
+) -> Samples:
+    left_out = (i for i, rollout in enumerate(rollouts) if mask_truncated and rollout.finish_reason == "length")
     prompts = [row.prompt_ids for row in rows]
     sampled = Rows(prompts, [rollout.completion_ids for rollout in rollouts])
     annotated = Rows(prompts, [row.completion_ids for row in rows])
-    return Samples(sampled, annotated, sampled_logprobs(rollouts, device))
+    return Samples(sampled, annotated, sampled_logprobs(rollouts, device), frozenset(left_out))
 
 
 def score_rollouts(
@@ -160,6 +163,8 @@ def rollout_metrics(
         "completion_tokens": experience.completion_tokens,
         "truncated": sum(r.finish_reason == "length" for r in rollouts) / n,
     }
+    if (parts := [g.parts for g in grades if g.parts]) and len(parts) == n:
+        values |= {f"reward/{label}": sum(part[label] for part in parts) / n for label in parts[0]}
     if experience.ref_logprob_C is not None and experience.old_logprob_C is not None:
         values["kl"] = float((experience.old_logprob_C - experience.ref_logprob_C).mean())
     if experience.old_value_C is not None and advantages.return_C is not None:
@@ -196,6 +201,7 @@ def describe_samples(
             "target": row.example.answer,
             "extracted": result.extracted,
             "reward": round(score, 4),
+            **({} if result.parts is None else {"rewards": dict(result.parts)}),
             "finish_reason": rollout.finish_reason,
             "weight_version": rollout.weight_version,
         }

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +61,8 @@ class Run:
     grader: Grader
     train_rows: list[EncodedExample]
     eval_rows: list[EncodedExample]
+    held_out_rows: list[EncodedExample]
+    """Those of data.eval with an annotation, for `sft.eval_loss`; empty without it."""
     reports: list[LoadReport]
     given_engine: RolloutEngine | None
     """The sampler that `Trainer` was given in place of rollout.engine; its maker closes it."""
@@ -76,6 +78,8 @@ class Run:
             "train": _fingerprint(self.train_rows, self.config),
             "eval": _fingerprint(self.eval_rows, self.config),
         }
+        if self.held_out_rows:
+            self.fingerprints["eval's annotations"] = _fingerprint(self.held_out_rows, self.config)
         self.metrics = MetricsLog(self.folder, write=is_main())
         self.store = CheckpointStore(self.folder / "checkpoints", self.config, self.console.log)
         self._engine: RolloutEngine | None = None
@@ -212,12 +216,13 @@ class Run:
                 engine, self.eval_rows, self.prompt_format, self.config, self.grader, self.on_progress(tracker)
             )
 
-    def evaluate(self, engine: RolloutEngine, stage: str, step: int) -> EvalResult:
-        """Evaluate, log the record, write the completions to samples/<stage>-eval-<step>.jsonl."""
+    def evaluate(self, engine: RolloutEngine, stage: str, step: int, more: Mapping[str, float]) -> EvalResult:
+        """Evaluate, log the record with `more`, write the completions to samples/<stage>-eval-<step>.jsonl."""
         result = self.answer(engine, f"evaluate {stage}")
         self.write_samples(f"{stage}-eval-{step:06d}", result.samples)
-        self.metrics.log(stage, "eval", step, result.metrics, self.timer.flush())
-        self.console.log(f"{stage} step {step}: {result.describe()}")
+        self.metrics.log(stage, "eval", step, {**result.metrics, **more}, self.timer.flush())
+        known = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in more.items()]
+        self.console.log(", ".join([f"{stage} step {step}: {result.describe()}", *known]))
         return result
 
 

@@ -3,7 +3,8 @@
 import torch
 
 from carft_fast.core import global_sum, own_turns, world_size
-from carft_fast.objective import Rows, build_passes
+from carft_fast.models import CarftModel
+from carft_fast.objective import Passes, Rows, build_passes
 from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.run import Run
@@ -16,7 +17,7 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
     with StageLoop(run, "sft", config, model_path, total_steps) as loop:
         learner, model = loop.learner, loop.learner.model
         passes = build_passes(run.config, model, config.micro_batch_tokens)
-        loop.evaluate_with(lambda: run.sampler(model))
+        loop.evaluate_with(lambda: run.sampler(model), lambda: validation_figures(run, model, passes))
         for step in loop:
             with run.timer("train"):
                 picked = picked_rows(run, "sft", config.batch_size, config.first_step + step)
@@ -45,3 +46,17 @@ def train_sft(run: Run, model_path: str) -> StageLoop:
                 examples = (row.example for row in picked)
                 loop.report_skipped([{"item_id": e.item_id, "question": e.question, "cots": e.cots} for e in examples])
     return loop
+
+
+@torch.no_grad()
+def validation_figures(run: Run, model: CarftModel, passes: Passes) -> dict[str, float]:
+    """With `sft.eval_loss` the cross-entropy of the held-out annotations, over the number of their tokens (nats)."""
+    if not run.held_out_rows:
+        return {}
+    with run.timer("evaluate"):
+        batch = Rows([row.prompt_ids for row in run.held_out_rows], [row.completions[0] for row in run.held_out_rows])
+        total = torch.zeros((), dtype=torch.float64, device=run.device)
+        for micro in own_turns(passes.micro_batches(batch, world_size())):
+            # undivided: the sum over tokens
+            total += float(bool(micro)) * model(passes.cross_entropy, batch.pick_or_shortest(micro), 1).double()
+        return {"eval_loss": float(global_sum(total)) / sum(batch.lengths)}

@@ -43,6 +43,7 @@ class Step:
         self._padded = config.model.impl == "padded"
         # a rollout without advantage trains nothing where there is no value loss, contrastive or KL term
         self._may_drop = not (self.needs.value or self.needs.contrastive or config.rl.kl_loss_coef)
+        self._keeps_first = learner.keeps_graphs and not (self._padded or self._may_drop or config.rl.mask_truncated)
         self._passes = build_passes(
             config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.shares_prompts
         )
@@ -69,8 +70,7 @@ class Step:
             with self._reference.model() as model:
                 reference = gathered(self._outputs(model, rollouts, micros, Want(logprob=True)), rollouts, micros)
         if any(want := Want(needs.old, needs.value, needs.embedding)):
-            keep = self._learner.keeps_graphs and not (self._padded or self._may_drop)
-            keep = keep and len(own_turns(plan[0][0].micro)) == 1
+            keep = self._keeps_first and len(own_turns(plan[0][0].micro)) == 1
             policy, z_1, common, first = self._policy_outputs(samples, micros, want, keep_first=keep)
         sampled = self._config.rl.old_logprobs == "sampled"
         return Experience(
@@ -167,17 +167,22 @@ class Step:
 
     def plan_update(self, experience: Experience, advantages: Advantages) -> tuple[Plan, list[bool]]:
         """The mini-batches, and which rollouts have a gradient. The others are in no micro-batch of the fast path, and
-        count in their mini-batch. Reads the advantages back, once, where some may have none.
+        count in their mini-batch. Those that are left out are in no micro-batch of any path, and do not count. Reads
+        the advantages back, once, where some may have none.
 
         In a group whose samples all scored the same nothing is learned from any.
         """
-        rollouts = experience.samples.rollouts
-        if not self._may_drop:
-            return experience.plan, [True] * len(rollouts.prompts)
-        live = [bool(a.any()) for a in advantages.advantage_C.cpu().split(rollouts.lengths)]
-        if self._padded or all(live):
+        rollouts, left_out = experience.samples.rollouts, experience.samples.left_out
+        live = [i not in left_out for i in range(len(rollouts.prompts))]
+        computed = live
+        if self._may_drop:
+            by_row = advantages.advantage_C.cpu().split(rollouts.lengths)
+            live = [bool(a.any()) and counted for a, counted in zip(by_row, live, strict=True)]
+            computed = computed if self._padded else live
+        if all(computed):
             return experience.plan, live
-        return [
-            [MiniBatch(mini.rows, self._micro_batches(rollouts, [i for i in mini.rows if live[i]])) for mini in epoch]
-            for epoch in experience.plan
-        ], live
+
+        def without(mini: MiniBatch) -> MiniBatch:
+            return MiniBatch(mini.rows, self._micro_batches(rollouts, [i for i in mini.rows if computed[i]]))
+
+        return [[without(mini) for mini in epoch] for epoch in experience.plan], live

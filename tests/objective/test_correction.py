@@ -59,7 +59,7 @@ def test_equal_weights_give_ratio_one_whatever_the_sampler_cut_off(
     assert found.tokens == len(sampled)
     for mode in ("truncated", "masked"):
         config = load_config(None, [f"rollout.correction={mode}"]).rollout
-        weights = correction_weights(support, sampled, config)
+        weights = correction_weights(support, sampled, batch.completion_cu, config)
         assert weights is not None
         torch.testing.assert_close(weights, torch.ones_like(weights), rtol=1e-4, atol=1e-4)
     if top_p < 1 or 0 < top_k < 50:  # over the full vocabulary the kept mass would look like a disagreement
@@ -86,7 +86,8 @@ def test_weights_by_hand() -> None:
     logprob = sampled + ratio.log()
 
     def weights(*overrides: str) -> torch.Tensor | None:
-        return correction_weights(logprob, sampled, load_config(None, [f"rollout.{o}" for o in overrides]).rollout)
+        cu = torch.tensor([0, 2, 4, 5])
+        return correction_weights(logprob, sampled, cu, load_config(None, [f"rollout.{o}" for o in overrides]).rollout)
 
     def expect(found: torch.Tensor | None, values: list[float]) -> None:
         assert found is not None
@@ -97,6 +98,11 @@ def test_weights_by_hand() -> None:
     expect(weights("correction=truncated", "correction_cap=3.0"), [0.1, 0.5, 1.0, 2.0, 3.0])
     expect(weights("correction=masked", "correction_cap=3.0"), [0.1, 0.5, 1.0, 2.0, 0.0])
     expect(weights("correction=masked", "correction_cap=5.0", "correction_floor=0.3"), [0.0, 0.5, 1.0, 2.0, 4.0])
+    # the completions' products are 0.05, 2 and 4
+    expect(weights("sequence_mask=plain"), [1.0, 1.0, 1.0, 1.0, 0.0])
+    expect(weights("sequence_mask=plain", "sequence_mask_floor=0.1"), [0.0, 0.0, 1.0, 1.0, 0.0])
+    expect(weights("sequence_mask=weighted", "sequence_mask_cap=5.0"), [0.05, 0.05, 2.0, 2.0, 4.0])
+    expect(weights("sequence_mask=plain", "correction=truncated"), [0.1, 0.5, 1.0, 2.0, 0.0])
 
 
 @pytest.mark.parametrize("plain_head", [True, False])
