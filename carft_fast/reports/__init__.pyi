@@ -1,3 +1,4 @@
+from .metrics import METRICS as METRICS
 from .metrics import PHASES as PHASES
 from .metrics import MetricsLog as MetricsLog
 from .metrics import PhaseTimer as PhaseTimer

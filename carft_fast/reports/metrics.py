@@ -75,6 +75,9 @@ PHASES: dict[str, str] = {
     "checkpoint": "writing checkpoints",
 }
 
+BETWEEN_STEPS = ("load", "evaluate", "checkpoint")
+"""Phases that are no part of a step, though the record of the step after them has their seconds."""
+
 _REQUIRED = {"stage": str, "kind": str, "step": int, "seconds": dict}
 """What every record has."""
 
@@ -120,6 +123,13 @@ class PhaseTimer:
         return dict(seconds)
 
 
+def shares_of_step(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each phase's share of a step's seconds, those of `BETWEEN_STEPS` not counted: they sum to 1."""
+    of_step = {phase: value for phase, value in seconds.items() if phase not in BETWEEN_STEPS}
+    total = sum(of_step.values())
+    return {phase: round(value / total, 4) for phase, value in of_step.items()} if total else {}
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that is incomplete is left out. Raises InputError, with the line."""
     records = read_json_lines(path)
@@ -163,6 +173,8 @@ class MetricsLog:
         assert not unknown, f"undocumented metrics: {sorted(unknown)}"
         record = {"stage": stage, "kind": kind, "step": step, **values}
         record["seconds"] = {phase: round(value, 4) for phase, value in seconds.items()}
+        if kind == "train":
+            record["shares"] = shares_of_step(seconds)
         self.records.append(record)
         if not self._write:
             return record

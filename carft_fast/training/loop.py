@@ -136,9 +136,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def _best_checkpoint(self) -> Path | None:
         """None where no evaluated step was better than the stage's start."""
         accuracy = {record["step"]: record["accuracy"] for record in self._run.metrics.find(self._stage, "eval")}
-        start = accuracy.pop(0, None)
-        if start is None:  # the stage began with the weights SFT ended with
-            start = max(self._run.metrics.find("sft", "eval"), key=lambda record: record["step"])["accuracy"]
+        start = accuracy.pop(0)
         return self._run.store.best(self._stage) if max(accuracy.values(), default=-1.0) > start else None
 
     def _due(self, every: int | None) -> bool:
@@ -176,15 +174,17 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def _evaluate_if_due(self) -> bool:
         """True when the step is evaluated and the stage's best so far."""
         run, stage, step = self._run, self._stage, self._step
-        known_start = step == 0 and bool(run.metrics.find("sft", "eval"))  # the weights SFT ended with
-        if not (step == 0 or self._due(self._config.eval_every)) or known_start:
+        if not (step == 0 or self._due(self._config.eval_every)):
             return False
         earlier = [record["accuracy"] for record in run.metrics.find(stage, "eval") if 0 < record["step"] < step]
         if known := run.metrics.find(stage, "eval", step):  # a kill may have fallen between checkpoint and best link
             accuracy = known[0]["accuracy"]
         else:
             assert self._current_engine is not None
-            accuracy = run.evaluate(self._current_engine(), stage, step).accuracy
+            if step == 0 and (of_sft := run.metrics.find("sft", "eval")):  # the weights SFT ended with
+                accuracy = run.repeat_evaluation(of_sft[-1], stage).accuracy
+            else:
+                accuracy = run.evaluate(self._current_engine(), stage, step).accuracy
             self._tell("on_evaluate", run.metrics.records[-1])
         return step > 0 and accuracy > max(earlier, default=-1.0)
 

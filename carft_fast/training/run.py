@@ -27,6 +27,7 @@ from carft_fast.core import (
     is_main,
     locked,
     on_main,
+    read_json_lines,
     read_json_object,
     redact,
     visible_json,
@@ -35,7 +36,7 @@ from carft_fast.core import (
 )
 from carft_fast.data import EncodedExample, LoadReport, PromptFormat
 from carft_fast.models import CarftModel
-from carft_fast.reports import MetricsLog, PhaseTimer
+from carft_fast.reports import METRICS, MetricsLog, PhaseTimer
 from carft_fast.rewards import Grader
 from carft_fast.rollout import CheckedEngine, RolloutEngine, SpreadEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore, check_same_run
@@ -214,11 +215,24 @@ class Run:
 
     def evaluate(self, engine: RolloutEngine, stage: str, step: int) -> EvalResult:
         """Evaluate, log the record, write the completions to samples/<stage>-eval-<step>.jsonl."""
-        result = self.answer(engine, f"evaluate {stage}")
-        self.write_samples(f"{stage}-eval-{step:06d}", result.samples)
+        return self._log_evaluation(self.answer(engine, f"evaluate {stage}"), stage, step)
+
+    def repeat_evaluation(self, record: dict[str, Any], stage: str) -> EvalResult:
+        """The evaluation of `record` as that of a stage's start, which has the weights that were evaluated."""
+        values = {name: value for name, value in record.items() if name in METRICS}
+        samples = on_main(lambda: read_json_lines(self.folder / "samples" / f"{_eval_name(record)}.jsonl"))
+        return self._log_evaluation(EvalResult(values, samples), stage, 0)
+
+    def _log_evaluation(self, result: EvalResult, stage: str, step: int) -> EvalResult:
+        self.write_samples(_eval_name({"stage": stage, "step": step}), result.samples)
         self.metrics.log(stage, "eval", step, result.metrics, self.timer.flush())
         self.console.log(f"{stage} step {step}: {result.describe()}")
         return result
+
+
+def _eval_name(record: dict[str, Any]) -> str:
+    """Of the samples file of an evaluation."""
+    return f"{record['stage']}-eval-{record['step']:06d}"
 
 
 def _fingerprint(rows: Sequence[EncodedExample], config: Config) -> dict[str, Any]:
