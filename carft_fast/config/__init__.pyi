@@ -22,6 +22,7 @@ from .schema import Strategy as Strategy
 from .toml import Overrides as Overrides
 from .toml import differences as differences
 from .toml import fingerprint as fingerprint
+from .toml import iter_fields as iter_fields
 from .toml import load_config as load_config
 from .toml import read_value as read_value
 from .toml import replaced as replaced

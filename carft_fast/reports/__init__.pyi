@@ -13,3 +13,5 @@ from .run_report import result_rows as result_rows
 from .run_report import rewrite_page as rewrite_page
 from .run_report import tidy as tidy
 from .run_report import write_report as write_report
+from .trackers import Trackers as Trackers
+from .trackers import check_trackers as check_trackers

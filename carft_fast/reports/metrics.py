@@ -1,4 +1,4 @@
-"""One record per step: phase timers, metrics.jsonl, TensorBoard.
+"""One record per step: phase timers, metrics.jsonl.
 
 A record holds only what `METRICS` names, so the documentation and the file on disk cannot drift apart.
 """
@@ -15,6 +15,8 @@ from carft_fast.core import InputError, read_json_lines, write_text, writing
 
 if TYPE_CHECKING:
     import torch
+
+    from carft_fast.reports.trackers import Trackers
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
@@ -141,14 +143,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run. Records: stage, kind (train, eval or guard), step (done), values."""
+    """metrics.jsonl of one run. Records: stage, kind (train, eval or guard), step (done), values."""
 
-    def __init__(self, folder: Path, *, write: bool = True) -> None:
-        """`write` False: keep `records` and write nothing."""
+    def __init__(self, folder: Path, *, write: bool = True, trackers: "Trackers | None" = None) -> None:
+        """`write` False: keep `records` and write nothing. `trackers` get every record that is written."""
         self._write = write
         self._path = folder / "metrics.jsonl"
-        self._tensorboard = folder / "tensorboard"
-        self._writers: dict[str, Any] = {}
+        self._trackers = trackers
         self.records: list[dict[str, Any]] = []
 
     def load(self) -> None:
@@ -180,17 +181,8 @@ class MetricsLog:
             return record
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        with writing(self._tensorboard):
-            if stage not in self._writers:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writers[stage] = SummaryWriter(str(self._tensorboard / stage), purge_step=step, max_queue=50)
-            writer = self._writers[stage]
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(f"{kind}/{name}", value, step)
-            for phase, value in seconds.items():
-                writer.add_scalar(f"{kind}_seconds/{phase}", value, step)
+        if self._trackers is not None:
+            self._trackers.log_record(record)
         return record
 
     def find(self, stage: str, kind: str, step: int | None = None) -> list[dict[str, Any]]:
@@ -201,8 +193,3 @@ class MetricsLog:
         for record in self.records:
             total.update(record["seconds"])
         return {phase: round(total[phase], 2) for phase in PHASES if phase in total}
-
-    def close(self) -> None:
-        with writing(self._tensorboard):
-            for writer in self._writers.values():
-                writer.close()

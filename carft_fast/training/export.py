@@ -48,7 +48,7 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> None:
             _load_trained(config, state["model_path"], checkpoint).save(target)
 
     disable_progress_bar()
-    write_folder(folder, write, made_by(config, state["stage"]))
+    write_folder(folder, write, made_by(config, state["stage"], state["step"]))
 
 
 def copy_model(model: Path, folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from carft_fast.config import Config, StageConfig
+from carft_fast.config import StageConfig
 from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows, on_main
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel, load_model
@@ -93,7 +93,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     @property
     def _is_last(self) -> bool:
         """Whether the stage ends with the present step."""
-        return self._step in (self.total_steps, self._ends_at)
+        return self._step >= self.total_steps or self._step == self._ends_at
 
     def _tell(self, event: str, value: Any) -> bool:
         """Call the callbacks; True if one asked to end the stage, which then ends with this step."""
@@ -210,14 +210,6 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         record = self._run.metrics.records[-1]
         shown = ("loss", "reward", "train_accuracy")
         return "  ".join(f"{name} {record[name]:.3f}" for name in shown if name in record)
-
-
-def stage_total_steps(config: Config, stage: str, rows: int) -> int:
-    """Steps of a stage over `rows` training rows."""
-    stage_config: StageConfig = config.sft if stage == "sft" else config.rl
-    prompts_per_step = config.rl.batch_size // config.rollout.samples_per_prompt
-    rows_per_step = config.sft.batch_size if stage == "sft" else prompts_per_step
-    return stage_config.max_steps or -(-stage_config.epochs * rows // rows_per_step)
 
 
 def picked_rows(run: Run, stage: str, count: int, step: int) -> list[EncodedExample]:

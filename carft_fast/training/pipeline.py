@@ -33,17 +33,18 @@ from carft_fast.models import (
     load_tokenizer,
     resolve_device,
 )
-from carft_fast.reports import result_rows, write_report
+from carft_fast.reports import check_trackers, result_rows, write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.checkpoint import made_by, model_folder
 from carft_fast.training.evaluation import EvalResult, add_samples
-from carft_fast.training.loop import StageLoop, stage_total_steps
+from carft_fast.training.extension import SUMMARY_FILE, find_extensions, stage_total_steps
+from carft_fast.training.loop import StageLoop
 from carft_fast.training.memory import estimate_memory
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
-from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
+from carft_fast.training.run import Run, check_run_folder, versions
 from carft_fast.training.sft import train_sft
 
 
@@ -68,6 +69,8 @@ def prepare(
     """
     if write:
         on_main(lambda: _check_folder(folder, config, stages, resume=resume))
+    if stages:
+        on_main(lambda: check_trackers(config))
     grader = Grader(config.reward, reward)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
@@ -198,7 +201,7 @@ def describe_schedule(config: Config, stage: str, rows: int) -> str:
 def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
     summary_path = run.folder / SUMMARY_FILE
-    if resume and on_main(summary_path.is_file):
+    if resume and on_main(lambda: summary_path.is_file() and not find_extensions(run.folder, run.config, stages)):
         run.console.log(f"{run.folder}: this run is finished")
         return on_main(lambda: read_json_object(summary_path))
     model_path = run.config.model.path
@@ -207,6 +210,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
         summary = summarise(run, stages)
         write_report(run.folder, run.config, run.metrics.records, summary)
+        run.trackers.log_report()
         write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
         return summary
 
@@ -234,7 +238,7 @@ def _export(run: Run, loop: StageLoop, final: Path, stage: str) -> None:
         model.save(folder, gathered)
         run.tokenizer.save_pretrained(folder)
 
-    on_main(lambda: write_folder(final, write, made_by(run.config, stage)))
+    on_main(lambda: write_folder(final, write, made_by(run.config, stage, loop.total_steps)))
     loop.learner.close()
 
 
