@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import queue
+import textwrap
 import threading
 import urllib.error
 import urllib.request
@@ -224,6 +225,10 @@ class _MLflow(_Backend):
         self.id = self.tracker.tracker.info.run_id
         return f"run {self.id} in {mlflow.get_tracking_uri()}"
 
+    def log_config(self) -> None:
+        if self.fresh:  # what mlflow has as a parameter cannot change, and max_steps may
+            super().log_config()
+
     def log_samples(self, name: str, rows: Rows) -> None:
         import mlflow
 
@@ -248,14 +253,15 @@ BACKENDS: dict[str, type[_Backend]] = {
 def check_trackers(config: Config) -> None:
     """Raises InputError for one of output.trackers that is not installed, or does not answer. Starts no run."""
     for name in config.output.trackers:
-        allowed = f"allowed is output.trackers without it: {list(BACKENDS)} or none"
+        seen = f"output.trackers = {visible_json(config.output.trackers)}: {name}"
         if find_spec(name) is None:
-            raise InputError(f'output.trackers: {name} is not installed: pip install "carft-fast[{name}]"; {allowed}')
+            raise InputError(f'{seen} is not installed: leave it out, or pip install "carft-fast[{name}]"')
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 BACKENDS[name].check()
         except Exception as error:
-            raise InputError(f"output.trackers: {name} cannot be reached: {first_line(error)}; {allowed}") from None
+            reason = textwrap.shorten(first_line(error), 400, placeholder=" ...")
+            raise InputError(f"{seen} cannot be reached: leave it out, or mend this: {reason}") from None
 
 
 class Trackers:
@@ -280,10 +286,8 @@ class Trackers:
         self._backends = {name: BACKENDS[name](self._config, self._folder, ids.get(name)) for name in names}
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         self._thread.start()
-        started = threading.Event()
         self._each(lambda name: self._start(name, earlier))
-        self._tasks.put(started.set)
-        started.wait()
+        self._tasks.join()
         ids |= {name: backend.id for name, backend in self._backends.items() if backend.id}
         if ids:
             write_text(file, visible_json(ids, indent=2) + "\n")
@@ -292,10 +296,9 @@ class Trackers:
         backend = self._backends[name]
         with contextlib.redirect_stdout(io.StringIO()):  # the main thread waits, and prints nothing
             where = backend.start()
-        if backend.fresh:
-            backend.log_config()
-            for record in earlier:
-                backend.log_record(record)
+        backend.log_config()
+        for record in earlier if backend.fresh else ():
+            backend.log_record(record)
         if where:
             self._log(f"tracker {name}: {where}")
 
@@ -342,6 +345,7 @@ class Trackers:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task()
+            self._tasks.task_done()
 
 
 def _figures(record: Record, prefix: str = "") -> dict[str, float]:

@@ -1,9 +1,11 @@
 """A finished run gets more steps: it ends as one that had them from the start, and nothing else of it may change."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+from trackio.sqlite_storage import SQLiteStorage
 
 from carft_fast import InputError, Trainer, load_config
 from carft_fast.cli import QUICKSTART_CONFIG
@@ -30,11 +32,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_extended_run_has_the_bits_of_a_long_one(finished: Path, tmp_path: Path) -> None:
-    """Also saved less often than before, which is no other run either."""
+def test_an_extended_run_has_the_bits_of_a_long_one(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also saved less often and followed elsewhere, which is no other run either: what was before is told there."""
     extended, straight = tmp_path / "extended", tmp_path / "straight"
     shutil.copytree(finished, extended, symlinks=True)
-    long = short("rl.max_steps=4", "rl.save_every=3")
+    long = short("rl.max_steps=4", "rl.save_every=3", 'output.trackers=["tensorboard", "trackio"]')
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.utils.TRACKIO_DIR", tmp_path / "trackio")
     summary = Trainer(long, output_dir=extended).train(STAGES, resume=True)
     undisturbed = Trainer(long, output_dir=straight).train(STAGES)
     assert digests(extended) == digests(straight)
@@ -44,6 +50,13 @@ def test_an_extended_run_has_the_bits_of_a_long_one(finished: Path, tmp_path: Pa
     assert load_config(extended / "config.toml") == long
     assert "rl: 4 steps in place of 2" in (extended / "console.log").read_text()
     assert Trainer(long, output_dir=extended).train(STAGES, resume=True) == summary, "it is finished again"
+
+    (name,) = json.loads((extended / "trackers.json").read_text()).values()
+    logs = SQLiteStorage.get_logs("carft-fast", name)
+    for stage, kind, figure in (("sft", "train", "loss"), ("rl", "train", "reward"), ("rl", "eval", "accuracy")):
+        told = [(log["step"], log[key]) for log in logs if (key := f"{stage}/{kind}/{figure}") in log]
+        assert told == [(r["step"], r[figure]) for r in records(extended, kind) if r["stage"] == stage]
+    assert {"samples/rl", "samples/rl-eval", "report"} <= {key for log in logs for key in log}
 
 
 def test_a_schedule_that_ends_says_what_more_steps_do_to_it(tmp_path: Path) -> None:
