@@ -102,7 +102,8 @@ class Trainer:
     def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
         """Run the stages; returns the figures of summary.json (docs/runs.md). A finished run returns them at once.
 
-        `resume` goes on from the folder's last checkpoint. Raises InputError before anything is written; Stopped after
+        `resume` goes on from the folder's last checkpoint; where the config has more steps than before, a finished run
+        goes on too. Raises InputError before anything is written; Stopped after
         Ctrl-C or SIGTERM, with everything saved; EngineError, RewardError and TrainingError where a run cannot go on.
         """
         stages = _checked_stages(stages)
