@@ -244,7 +244,7 @@ def check_data(source: str, config: Config, *, against: str | None = None) -> "C
 
 
 def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Become a vLLM server for runs with this config; does not return. Raises InputError."""
+    """Run a vLLM server for runs with this config; ends the process when it ends. Raises InputError."""
     from carft_fast.rollout.vllm.launch import serve
 
     serve(config, host, port)
