@@ -85,18 +85,15 @@ class _TensorBoard(_Backend):
         if stage not in self._of_stage:
             tracker = TensorBoardTracker(stage, self.folder / "tensorboard", purge_step=step)
             tracker.start()
+            tracker.log({"config": f"```toml\n{redact(to_toml(self.config))}```"}, step=step)
             self._of_stage[stage] = tracker
         return self._of_stage[stage]
 
     def log_config(self) -> None:
-        """With the first record: a writer makes a file."""
+        """Every new writer does."""
 
     def log_record(self, record: Record) -> None:
-        new = record["stage"] not in self._of_stage
-        writer = self._writer(record["stage"], record["step"])
-        if new:
-            writer.log({"config": f"```toml\n{redact(to_toml(self.config))}```"}, step=record["step"])
-        writer.log(_figures(record), step=record["step"])
+        self._writer(record["stage"], record["step"]).log(_figures(record), step=record["step"])
 
     def log_samples(self, name: str, rows: Rows) -> None:
         kind, _, step = name.rpartition("-")

@@ -58,9 +58,9 @@ def folder(places: Path) -> Path:
     for step, reward in REWARDS.items():
         trackers = Trackers(config, folder, said.append)
         trackers.start([])
-        trackers.log_record(record(step, reward=reward))
         rows = [{"question": f"who is {SECRET}?", "reward": reward, "extracted": None, "n": i} for i in range(20)]
         trackers.log_samples(f"rl-{step:06d}", rows)
+        trackers.log_record(record(step, reward=reward))
         if step == 2:
             (folder / "report.md").write_text(REPORT)
             (folder / "report.html").write_text(REPORT)
