@@ -32,7 +32,9 @@ Method = Annotated[
     str | None, typer.Option("--method", help=f"Sets what defines a method, before --set: {', '.join(METHODS)}.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the run's last checkpoint; with more steps, a finished run too.")
+]
 OutputDir = Annotated[str | None, typer.Option("--output-dir", help="Run folder; runs/<output.name> if not given.")]
 
 

@@ -101,7 +101,8 @@ class Trainer:
     def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
         """Run the stages; returns the figures of summary.json (docs/runs.md). A finished run returns them at once.
 
-        `resume` goes on from the folder's last checkpoint. Raises InputError before anything is written; Stopped after
+        `resume` goes on from the folder's last checkpoint; where the config has more steps than before, a finished run
+        goes on too. Raises InputError before anything is written; Stopped after
         Ctrl-C or SIGTERM, with everything saved; EngineError, RewardError and TrainingError where a run cannot go on.
         """
         stages = _checked_stages(stages)
@@ -241,7 +242,7 @@ def check_data(source: str, config: Config, *, against: str | None = None) -> "C
 
 
 def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Become a vLLM server for runs with this config; does not return. Raises InputError."""
+    """Run a vLLM server for runs with this config; ends the process when it ends. Raises InputError."""
     from carft_fast.rollout.vllm.launch import serve
 
     serve(config, host, port)

@@ -45,3 +45,21 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
         "print(sorted({'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )
     assert run_from_root(code) == "[]"
+
+
+def test_models_are_loaded_and_saved_without_deepspeed(tmp_path: Path) -> None:
+    """Also with adapters; it is installed here, and half a second of a start."""
+    code = (
+        "import sys, importlib.util, torch\n"
+        "from pathlib import Path\n"
+        "from carft_fast.config import load_config\n"
+        "from carft_fast.models import load_model\n"
+        "assert importlib.util.find_spec('deepspeed')\n"
+        "for rank in (0, 2):\n"
+        "    config = load_config(None, [f'lora.rank={rank}'])\n"
+        "    model = load_model(config, 'synthetic', torch.device('cpu'), heads=True)\n"
+        f"    model.save(Path({str(tmp_path)!r}) / str(rank))\n"
+        f"    model.lm.save_pretrained(Path({str(tmp_path)!r}) / f'checkpoint-{{rank}}')\n"
+        "print('deepspeed' in sys.modules)"
+    )
+    assert run_from_root(code) == "False"

@@ -20,6 +20,7 @@ ANSWER_PHRASE = f"Therefore, the answer is: {ANSWER_SLOT}"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
 DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "csv", "parquet", "arrow", "disk", "hub"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
 
 _TEMPLATE_VARIABLES = frozenset(
@@ -530,8 +531,17 @@ class OutputConfig(Section):
     """Checkpoints kept, newest first; the best one is kept as well."""
     samples_per_step: int = Field(8, ge=0)
     """Sample completions with rewards written per RL step."""
+    trackers: list[TrackerName] = ["tensorboard"]
+    """Where config, metrics, samples and report go as well, any of "tensorboard" (in the run's folder), "wandb",
+    "trackio", "mlflow" (extras of these names). Servers and keys are set by their own environment variables."""
+    project: str = Field("carft-fast", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Project of Weights & Biases and Trackio, experiment of MLflow, that the run belongs to."""
     async_save: bool = False
     """Checkpoints are written while training goes on, from a copy of weights and optimizer in host memory."""
+
+    def _conflicts(self) -> Iterator[str]:
+        if len(set(self.trackers)) < len(self.trackers):
+            yield f"trackers = {self.trackers}: one is there twice"
 
 
 class Config(Section):

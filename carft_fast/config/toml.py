@@ -187,17 +187,27 @@ def _toml_value(value: Any) -> str:
     return visible_json(value)
 
 
+CHANGEABLE = frozenset(
+    f"{stage}.{name}" for stage in ("sft", "rl") for name in ("max_steps", "epochs", "eval_every", "save_every")
+) | {"output.trackers"}
+"""What may change when a run goes on, besides [distributed]: how long it is, and what is written of it."""
+
+
 def fingerprint(config: Config) -> str:
     """SHA-256 of what `differences` compares; a field at its default has no part in it."""
     chosen = config.model_dump(exclude_defaults=True, exclude={"distributed"})
+    for key in CHANGEABLE:
+        section, _, name = key.partition(".")
+        chosen.get(section, {}).pop(name, None)
+    chosen = {name: value for name, value in chosen.items() if value != {}}  # a section that has nothing else
     return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Keys whose values differ, as `key: theirs -> ours`; [distributed] is not compared."""
+    """Keys whose values differ, as `key: theirs -> ours`; [distributed] and `CHANGEABLE` are not compared."""
     old, new = ({key: value for key, _, value in iter_fields(config)} for config in (theirs, ours))
     return [
         f"{key}: {old[key]!r} -> {value!r}"
         for key, value in new.items()
-        if old[key] != value and not key.startswith("distributed.")
+        if old[key] != value and key not in CHANGEABLE and not key.startswith("distributed.")
     ]

@@ -26,6 +26,7 @@ from .errors import RewardError as RewardError
 from .errors import TrainingError as TrainingError
 from .errors import first_line as first_line
 from .example import Example as Example
+from .library_log import keep_off_screen as keep_off_screen
 from .processes import each_rank as each_rank
 from .processes import gather_by_row as gather_by_row
 from .processes import gather_rows as gather_rows

@@ -19,6 +19,7 @@ from rich.table import Column
 from rich.text import Text
 
 from carft_fast.core.durable import writing
+from carft_fast.core.library_log import log_libraries_to
 from carft_fast.core.processes import is_main
 from carft_fast.core.redact import redact
 from carft_fast.core.text import visible
@@ -150,6 +151,8 @@ class Console:
 
     def log_to(self, path: Path) -> None:
         self._log_path = path
+        if is_main():
+            log_libraries_to(path)
 
     def log(self, message: str) -> None:
         message = visible(redact(message))

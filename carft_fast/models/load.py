@@ -1,6 +1,7 @@
 """From a folder or a Hub id to tokenizer, config and model, or to a sentence that says what is wrong with it."""
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def load_lm_config(config: ModelConfig) -> Any:
     return lm_config
 
 
+def _leave_deepspeed_alone() -> None:
+    """transformers asks accelerate, at every save, whether DeepSpeed has wrapped the model, and accelerate imports
+    DeepSpeed to see. What nobody has imported has wrapped nothing."""
+    from accelerate.utils import other
+
+    other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
+
+
 def load_model(
     config: Config, path: str, device: torch.device, *, heads: bool, trained: Path | None = None, divided: bool = False
 ) -> CarftModel:
@@ -71,6 +80,7 @@ def load_model(
     `divided`: for `training.parallel` to divide over the processes, which call this together. It is in host memory and
     unchecked (see `CarftModel`). The main process reads its weights; the others' are on the meta device, without data.
     """
+    _leave_deepspeed_alone()
     lora = config.lora if heads and config.lora.rank else None
     if trained is not None and lora is None:
         path = str(trained)

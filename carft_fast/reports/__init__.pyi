@@ -1,3 +1,4 @@
+from .metrics import METRICS as METRICS
 from .metrics import PHASES as PHASES
 from .metrics import MetricsLog as MetricsLog
 from .metrics import PhaseTimer as PhaseTimer
@@ -14,3 +15,5 @@ from .run_report import result_table as result_table
 from .run_report import rewrite_page as rewrite_page
 from .run_report import tidy as tidy
 from .run_report import write_report as write_report
+from .trackers import Trackers as Trackers
+from .trackers import check_trackers as check_trackers

@@ -1,4 +1,4 @@
-"""One record per step: phase timers, metrics.jsonl, TensorBoard.
+"""One record per step: phase timers, metrics.jsonl.
 
 A record holds only what `METRICS` names, so the documentation and the file on disk cannot drift apart.
 """
@@ -15,6 +15,8 @@ from carft_fast.core import InputError, read_json_lines, write_text, writing
 
 if TYPE_CHECKING:
     import torch
+
+    from carft_fast.reports.trackers import Trackers
 
 METRICS: dict[str, str] = {
     "loss": "total loss of the optimizer steps, mean (nats)",
@@ -80,6 +82,9 @@ PHASES: dict[str, str] = {
     "checkpoint": "writing checkpoints",
 }
 
+BETWEEN_STEPS = ("load", "evaluate", "checkpoint")
+"""Phases that are no part of a step, though the record of the step after them has their seconds."""
+
 _REQUIRED = {"stage": str, "kind": str, "step": int, "seconds": dict}
 """What every record has."""
 
@@ -130,6 +135,13 @@ class PhaseTimer:
         return dict(seconds)
 
 
+def shares_of_step(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Each phase's share of a step's seconds, those of `BETWEEN_STEPS` not counted: they sum to 1."""
+    of_step = {phase: value for phase, value in seconds.items() if phase not in BETWEEN_STEPS}
+    total = sum(of_step.values())
+    return {phase: round(value / total, 4) for phase, value in of_step.items()} if total else {}
+
+
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that is incomplete is left out. Raises InputError, with the line."""
     records = read_json_lines(path)
@@ -141,14 +153,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricsLog:
-    """metrics.jsonl and TensorBoard of one run. Records: stage, kind (train, eval or guard), step (done), values."""
+    """metrics.jsonl of one run. Records: stage, kind (train, eval or guard), step (done), values."""
 
-    def __init__(self, folder: Path, *, write: bool = True) -> None:
-        """`write` False: keep `records` and write nothing."""
+    def __init__(self, folder: Path, *, write: bool = True, trackers: "Trackers | None" = None) -> None:
+        """`write` False: keep `records` and write nothing. `trackers` get every record that is written."""
         self._write = write
         self._path = folder / "metrics.jsonl"
-        self._tensorboard = folder / "tensorboard"
-        self._writers: dict[str, Any] = {}
+        self._trackers = trackers
         self.records: list[dict[str, Any]] = []
 
     def load(self) -> None:
@@ -173,22 +184,15 @@ class MetricsLog:
         assert not unknown, f"undocumented metrics: {sorted(unknown)}"
         record = {"stage": stage, "kind": kind, "step": step, **values}
         record["seconds"] = {phase: round(value, 4) for phase, value in seconds.items()}
+        if kind == "train":
+            record["shares"] = shares_of_step(seconds)
         self.records.append(record)
         if not self._write:
             return record
         with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        with writing(self._tensorboard):
-            if stage not in self._writers:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writers[stage] = SummaryWriter(str(self._tensorboard / stage), purge_step=step, max_queue=50)
-            writer = self._writers[stage]
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(f"{kind}/{name}", value, step)
-            for phase, value in seconds.items():
-                writer.add_scalar(f"{kind}_seconds/{phase}", value, step)
+        if self._trackers is not None:
+            self._trackers.log_record(record)
         return record
 
     def find(self, stage: str, kind: str, step: int | None = None) -> list[dict[str, Any]]:
@@ -199,8 +203,3 @@ class MetricsLog:
         for record in self.records:
             total.update(record["seconds"])
         return {phase: round(total[phase], 2) for phase in PHASES if phase in total}
-
-    def close(self) -> None:
-        with writing(self._tensorboard):
-            for writer in self._writers.values():
-                writer.close()

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from carft_fast.config import Config, load_config, method_name, to_toml
 from carft_fast.core import InputError, first_line, read_json_object, visible, write_text, writing
 from carft_fast.reports import page as page
-from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog, meaning
+from carft_fast.reports.metrics import METRICS, PHASES, MetricsLog, meaning, shares_of_step
 
 CURVES: dict[str, str] = {
     "reward": "reward",
@@ -26,13 +27,17 @@ CURVES: dict[str, str] = {
 }
 
 
+TRAINING_COLOR, HELD_OUT_COLOR = "C0", "C1"
+"""Of the curves, the same in every chart: matplotlib's names for the first two of its cycle."""
+
+
 def write_report(folder: Path, config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Write plots/*.png, report.md and report.html."""
     plots = folder / "plots"
     with writing(folder):
         plots.mkdir(exist_ok=True)
         written = _draw_plots(plots, records)
-        (folder / "report.md").write_text(_markdown(config, summary, written), encoding="utf-8")
+        (folder / "report.md").write_text(_markdown(config, records, summary, written), encoding="utf-8")
     _write_page(folder, config, records, summary)
 
 
@@ -91,10 +96,10 @@ def _draw_curve(axes: Any, name: str, stage: str, records: Sequence[dict[str, An
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2, **style)
 
-    plot("train", name, "training")
-    plot("eval", name, "held-out", marker="o")
+    plot("train", name, "training", color=TRAINING_COLOR)
+    plot("eval", name, "held-out", marker="o", color=HELD_OUT_COLOR)
     if name == "accuracy":
-        plot("train", "train_accuracy", "rollouts", alpha=0.5)
+        plot("train", "train_accuracy", "rollouts", alpha=0.5, color=TRAINING_COLOR)
         axes.set_ylim(0, 1)
     if len(axes.lines) > 1:
         axes.legend(frameon=False, fontsize=8)
@@ -122,6 +127,15 @@ def _draw_phases(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.set_ylabel("seconds per step")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def share_rows(records: Sequence[dict[str, Any]]) -> list[tuple[str, str, tuple[float, str]]]:
+    """Phase, what it is, and its share of the seconds of all RL steps (to sort by, and as text); largest first."""
+    seconds = Counter[str]()
+    for record in _rl_steps(records):
+        seconds.update(record["seconds"])
+    shares = sorted(shares_of_step(seconds).items(), key=lambda share: -share[1])
+    return [(phase, PHASES[phase], (share, f"{share:.1%}")) for phase, share in shares]
 
 
 def result_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -220,7 +234,8 @@ def _html(
     sections["Learning curves"] = [page.charts(*curves)]
     if _rl_steps(records):
         seconds = page.chart("Seconds per phase of each RL step", partial(_draw_phases, records=records))
-        sections["Seconds per phase"] = [page.charts(seconds)]
+        shares = page.table(("phase", "what", "share of the RL steps' time"), share_rows(records))
+        sections["Seconds per phase"] = [shares, page.charts(seconds)]
         if summary is not None:
             phases = [(phase, PHASES[phase], value) for phase, value in summary["seconds_by_phase"].items()]
             sections["Seconds per phase"].append(page.table(("phase", "what", "seconds, the run's sum"), phases))
@@ -270,14 +285,18 @@ def _longest_quotes(text: str) -> int:
     return max(map(len, re.findall("`+", text)), default=0)
 
 
-def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> str:
+def _markdown(config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any], plots: Sequence[str]) -> str:
     lead = (
         f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {summary['eval_rows']} "
         f"held-out rows of {code(config.data.eval)}. {_cost_in_words(summary)}."
     )
     example = summary["example"]
     stage = summary["start"]["stage"].upper()
-    phases = [(phase, PHASES[phase], f"{seconds:.1f}") for phase, seconds in summary["seconds_by_phase"].items()]
+    shares = {phase: text for phase, _, (_, text) in share_rows(records)}
+    phases = [
+        (phase, PHASES[phase], f"{seconds:.1f}", shares.get(phase, ""))
+        for phase, seconds in summary["seconds_by_phase"].items()
+    ]
     pictures = "\n".join(f"![{name.removesuffix('.png')}](plots/{name})" for name in plots)
     return f"""# {config.output.name}: {summary["method"]}, seed {summary["seed"]}
 
@@ -303,7 +322,7 @@ After {stage}:
 
 ## Seconds per phase
 
-{markdown_table(("phase", "what", "seconds"), phases)}
+{markdown_table(("phase", "what", "seconds", "share of the RL steps' time"), phases)}
 
 ## Learning curves
 

@@ -6,7 +6,9 @@ from .evaluation import grade_rollouts as grade_rollouts
 from .evaluation import wilson_interval as wilson_interval
 from .export import copy_model as copy_model
 from .export import export_checkpoint as export_checkpoint
-from .loop import stage_total_steps as stage_total_steps
+from .extension import CONFIG_FILE as CONFIG_FILE
+from .extension import SUMMARY_FILE as SUMMARY_FILE
+from .extension import stage_total_steps as stage_total_steps
 from .memory import estimate_memory as estimate_memory
 from .optim import build_optimizer as build_optimizer
 from .parallel import Learner as Learner
@@ -20,8 +22,6 @@ from .reference import Reference as Reference
 from .rl import as_samples as as_samples
 from .rl import estimate_advantages as estimate_advantages
 from .rl import score_rollouts as score_rollouts
-from .run import CONFIG_FILE as CONFIG_FILE
-from .run import SUMMARY_FILE as SUMMARY_FILE
 from .run import Run as Run
 from .run import versions as versions
 from .screens import describe_schedule as describe_schedule

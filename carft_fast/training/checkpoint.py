@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -238,19 +238,21 @@ def _checkpoints(store: Path) -> list[Path]:
     return sorted((path for path in folders if _NAME.fullmatch(path.name)), key=_order)
 
 
-def check_same_run(folder: Path, config: Config, stages: Sequence[str]) -> None:
+def check_same_run(folder: Path, config: Config, stages: Sequence[str], steps: Mapping[str, int]) -> None:
     """Raises InputError where a run's folder holds a whole checkpoint or model that is not this run's, or not what its
-    name says. Damaged ones are left to `CheckpointStore`."""
-    found = {path: _foreign(path, config) for path in _checkpoints(folder / "checkpoints")}
+    name says. Damaged ones are left to `CheckpointStore`. `steps` are the stages' when the run was last started."""
+    found = {path: _foreign(path, config, steps) for path in _checkpoints(folder / "checkpoints")}
     found |= {
-        path: _foreign_model(path, config, stage) for stage in stages if (path := model_folder(folder, stage)).is_dir()
+        path: _foreign_model(path, config, stage, steps.get(stage))
+        for stage in stages
+        if (path := model_folder(folder, stage)).is_dir()
     }
     for path, what in found.items():
         if what and find_damage(path) is None:
             raise InputError(f"--resume: {path} is whole but not this run's: {what}. Move it elsewhere")
 
 
-def _foreign(checkpoint: Path, config: Config) -> str | None:
+def _foreign(checkpoint: Path, config: Config, steps: Mapping[str, int]) -> str | None:
     """How a checkpoint differs from its name or from those that a run with `config` writes."""
     try:
         state = read_state(checkpoint)
@@ -261,6 +263,8 @@ def _foreign(checkpoint: Path, config: Config) -> str | None:
         return f"it was written as {name}"
     if state["seed"] != config.seed:
         return f"seed: {state['seed']} -> {config.seed}"
+    if state["step"] > (most := steps.get(state["stage"], state["step"])):
+        return f"it has {state['step']} steps, the run's {state['stage']} {most}"
     return ", ".join(differences(config, theirs)) or None
 
 
@@ -269,18 +273,21 @@ def model_folder(folder: Path, stage: str) -> Path:
     return folder / ("sft" if stage == "sft" else "model")
 
 
-def made_by(config: Config, stage: str) -> dict[str, Any]:
-    """What the manifest of such a model says besides its files: no path, for models are given away."""
-    return {"made_by": {"stage": stage, "config_sha256": fingerprint(config)}}
+def made_by(config: Config, stage: str, steps: int | None) -> dict[str, Any]:
+    """What the manifest of such a model says besides its files: no path, for models are given away. `steps` are those
+    the stage was to have."""
+    return {"made_by": {"stage": stage, "steps": steps, "config_sha256": fingerprint(config)}}
 
 
-def _foreign_model(model: Path, config: Config, stage: str) -> str | None:
+def _foreign_model(model: Path, config: Config, stage: str, steps: int | None) -> str | None:
     try:
         found = read_manifest(model).get("made_by")
     except InputError as error:
         return str(error)
-    wanted = made_by(config, stage)["made_by"]
-    return None if found == wanted else f"its {MANIFEST} says made_by {found}, this run's {stage} has {wanted}"
+    wanted = made_by(config, stage, steps)["made_by"]
+    if steps is None and isinstance(found, dict):
+        wanted["steps"] = found.get("steps")
+    return None if found == wanted else f"its {MANIFEST} says made_by {found}, this run's has {wanted}"
 
 
 def has_sharded(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from carft_fast.config import Config
 from carft_fast.core import world_size
 from carft_fast.data import EncodedExample
 from carft_fast.models import ModelCost, StepShape, Work, fast_step, sft_step
-from carft_fast.training.loop import stage_total_steps
+from carft_fast.training.extension import stage_total_steps
 
 MATMUL_SHARE, HALF_ON_CPU_SHARE = 0.5, 0.25
 """Of the speed of one large product that a step's smaller ones are taken to reach; in half precision on a CPU less."""

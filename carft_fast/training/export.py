@@ -58,7 +58,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, push_to: str | None = N
             (target / hub.CARD).write_text(card, encoding="utf-8")
 
     disable_progress_bar()
-    write_folder(folder, write, made_by(config, state["stage"]))
+    write_folder(folder, write, made_by(config, state["stage"], state["step"]))
     if push_to is not None:
         hub.push(folder, push_to, public=public)
 

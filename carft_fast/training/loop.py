@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from carft_fast.config import Config, SftConfig, StageConfig
+from carft_fast.config import SftConfig, StageConfig
 from carft_fast.core import Stopped, TrainingError, derive_seed, epoch_rows, on_main
 from carft_fast.data import EncodedExample
 from carft_fast.models import CarftModel, load_model
@@ -98,7 +98,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     @property
     def _is_last(self) -> bool:
         """Whether the stage ends with the present step."""
-        return self._step in (self.total_steps, self._ends_at)
+        return self._step >= self.total_steps or self._step == self._ends_at
 
     def _tell(self, event: str, value: Any) -> bool:
         """Call the callbacks; True if one asked to end the stage, which then ends with this step."""
@@ -141,9 +141,7 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def _best_checkpoint(self) -> Path | None:
         """None where no evaluated step was better than the stage's start."""
         accuracy = {record["step"]: record["accuracy"] for record in self._run.metrics.find(self._stage, "eval")}
-        start = accuracy.pop(0, None)
-        if start is None:  # the stage began with the weights SFT ended with
-            start = max(self._run.metrics.find("sft", "eval"), key=lambda record: record["step"])["accuracy"]
+        start = accuracy.pop(0)
         return self._run.store.best(self._stage) if max(accuracy.values(), default=-1.0) > start else None
 
     def _due(self, every: int | None) -> bool:
@@ -181,14 +179,15 @@ class StageLoop(AbstractContextManager["StageLoop"]):
     def _evaluate_if_due(self) -> bool:
         """True when the step is evaluated and the stage's best so far."""
         run, stage, step = self._run, self._stage, self._step
-        known_start = step == 0 and bool(run.metrics.find("sft", "eval"))  # the weights SFT ended with
-        if not (step == 0 or self._due(self._config.eval_every)) or known_start:
+        if not (step == 0 or self._due(self._config.eval_every)):
             return False
         earlier = [self._merit(record) for record in run.metrics.find(stage, "eval") if 0 < record["step"] < step]
         if not run.metrics.find(stage, "eval", step):  # else a kill fell between checkpoint and best link
             assert self._current_engine is not None
-            more = self._more_figures()
-            run.evaluate(self._current_engine(), stage, step, more)
+            if step == 0 and (of_sft := run.metrics.find("sft", "eval")):  # the weights SFT ended with
+                run.repeat_evaluation(of_sft[-1], stage)
+            else:
+                run.evaluate(self._current_engine(), stage, step, self._more_figures())
             self._tell("on_evaluate", run.metrics.records[-1])
         record = run.metrics.find(stage, "eval", step)[0]
         return step > 0 and self._merit(record) > max(earlier, default=-math.inf)
@@ -220,14 +219,6 @@ class StageLoop(AbstractContextManager["StageLoop"]):
         record = self._run.metrics.records[-1]
         shown = ("loss", "reward", "train_accuracy")
         return "  ".join(f"{name} {record[name]:.3f}" for name in shown if name in record)
-
-
-def stage_total_steps(config: Config, stage: str, rows: int) -> int:
-    """Steps of a stage over `rows` training rows."""
-    stage_config: StageConfig = config.sft if stage == "sft" else config.rl
-    prompts_per_step = config.rl.batch_size // config.rollout.samples_per_prompt
-    rows_per_step = config.sft.batch_size if stage == "sft" else prompts_per_step
-    return stage_config.max_steps or -(-stage_config.epochs * rows // rows_per_step)
 
 
 def picked_rows(run: Run, stage: str, count: int, step: int) -> list[EncodedExample]:

@@ -43,16 +43,17 @@ from carft_fast.models import (
     load_tokenizer,
     resolve_device,
 )
-from carft_fast.reports import write_report
+from carft_fast.reports import check_trackers, write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.checkpoint import made_by, model_folder
 from carft_fast.training.evaluation import EvalResult, add_samples, paired_interval
+from carft_fast.training.extension import SUMMARY_FILE, find_extensions
 from carft_fast.training.loop import StageLoop
 from carft_fast.training.memory import estimate_memory
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
-from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
+from carft_fast.training.run import Run, check_run_folder, versions
 from carft_fast.training.screens import describe_schedule, first_screen, last_screen
 from carft_fast.training.sft import train_sft
 
@@ -78,6 +79,8 @@ def prepare(
     """
     if write:
         on_main(lambda: _check_folder(folder, config, stages, resume=resume))
+    if stages:
+        on_main(lambda: check_trackers(config))
     grader = Grader(config.reward, reward, config.data.answer_phrase)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
@@ -251,7 +254,7 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
 def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     """Run the stages; returns the summary, which is also in summary.json. A finished run returns it at once."""
     summary_path = run.folder / SUMMARY_FILE
-    if resume and on_main(summary_path.is_file):
+    if resume and on_main(lambda: summary_path.is_file() and not find_extensions(run.folder, run.config, stages)):
         run.console.log(f"{run.folder}: this run is finished")
         return on_main(lambda: read_json_object(summary_path))
     model_path = run.config.model.path
@@ -260,6 +263,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
     def finish() -> dict[str, Any]:
         summary = summarise(run, stages)
         write_report(run.folder, run.config, run.metrics.records, summary)
+        run.trackers.log_report()
         write_text(summary_path, json.dumps(summary, indent=2) + "\n")  # last: its presence says the run is finished
         return summary
 
@@ -286,7 +290,7 @@ def _export(run: Run, loop: StageLoop, final: Path, stage: str) -> None:
         model.save(folder, gathered)
         run.tokenizer.save_pretrained(folder)
 
-    on_main(lambda: write_folder(final, write, made_by(run.config, stage)))
+    on_main(lambda: write_folder(final, write, made_by(run.config, stage, loop.total_steps)))
     loop.learner.close()
 
 

@@ -21,7 +21,8 @@ from carft_fast.rollout import Rollout, RolloutEngine, RolloutStream, SamplingPa
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
 from carft_fast.training.batch import Experience, Needs, Samples
 from carft_fast.training.evaluation import grade_rollouts
-from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
+from carft_fast.training.extension import stage_total_steps
+from carft_fast.training.loop import StageLoop, picked_rows
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.reference import Reference
 from carft_fast.training.run import Run

@@ -27,6 +27,7 @@ from carft_fast.core import (
     is_main,
     locked,
     on_main,
+    read_json_lines,
     read_json_object,
     redact,
     visible_json,
@@ -35,16 +36,21 @@ from carft_fast.core import (
 )
 from carft_fast.data import EncodedExample, LoadReport, PromptFormat
 from carft_fast.models import CarftModel
-from carft_fast.reports import MetricsLog, PhaseTimer
+from carft_fast.reports import METRICS, MetricsLog, PhaseTimer, Trackers
 from carft_fast.rewards import Grader
 from carft_fast.rollout import CheckedEngine, RolloutEngine, SpreadEngine, build_engine
 from carft_fast.training.checkpoint import CheckpointStore, check_same_run
 from carft_fast.training.evaluation import EvalResult, evaluate
+from carft_fast.training.extension import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    SUMMARY_FILE,
+    Extension,
+    find_extensions,
+    planned_steps,
+    reopen,
+)
 from carft_fast.training.parallel import strategy
-
-CONFIG_FILE = "config.toml"
-ENVIRONMENT_FILE = "run.json"
-SUMMARY_FILE = "summary.json"
 
 
 @dataclass(kw_only=True)
@@ -80,7 +86,8 @@ class Run:
         }
         if self.held_out_rows:
             self.fingerprints["eval's annotations"] = _fingerprint(self.held_out_rows, self.config)
-        self.metrics = MetricsLog(self.folder, write=is_main())
+        self.trackers = Trackers(self.config, self.folder, self.console.log)
+        self.metrics = MetricsLog(self.folder, write=is_main(), trackers=self.trackers)
         self.store = CheckpointStore(self.folder / "checkpoints", self.config, self.console.log)
         self._engine: RolloutEngine | None = None
 
@@ -99,11 +106,15 @@ class Run:
             held.enter_context(locked(self.folder, self.console.log))
         except OSError as error:
             raise InputError(f"--output-dir {self.folder}: cannot be written: {error.strerror}") from None
-        check_run_folder(self.folder, self.config, stages, resume=resume)  # another may have written to it since
+        # another may have written to it since
+        extensions = check_run_folder(self.folder, self.config, stages, resume=resume)
         self.console.log_to(self.folder / "console.log")
         if resume:
             self.store.clean()
             self.metrics.load()
+            reopen(self.folder, extensions)
+            for extension in extensions:
+                self.console.log(extension.describe())
         write_text(self.folder / CONFIG_FILE, to_toml(self.config))
         (self.folder / "samples").mkdir(exist_ok=True)
         environment = {
@@ -122,6 +133,9 @@ class Run:
             },
         }
         write_text(self.folder / ENVIRONMENT_FILE, json.dumps(environment, indent=2) + "\n")
+        if stages:
+            held.callback(self.trackers.close)
+            self.trackers.start(self.metrics.records)
         return self.metrics.records
 
     def check_same_data(self, *, resume: bool) -> None:
@@ -152,6 +166,7 @@ class Run:
             return
         text = "".join(visible_json(sample) + "\n" for sample in samples)
         write_text(self.folder / "samples" / f"{name}.jsonl", text)
+        self.trackers.log_samples(name, samples)
 
     def on_progress(self, tracker: Tracker) -> Callable[[int], None]:
         """For a sampler: moves the bar, and lets a stop request end the generation."""
@@ -201,9 +216,9 @@ class Run:
         return self._engine
 
     def close(self) -> None:
-        """Close the sampler unless it was given, the grader's processes and the metrics files."""
+        """Close the sampler unless it was given, the checkpoints' writer and the grader's processes."""
         with ExitStack() as ends:  # each is called whatever those before it raise
-            for part in (self.store, self.metrics, self.grader):
+            for part in (self.store, self.grader):
                 ends.callback(part.close)
             if self._engine is not None and self.given_engine is None:
                 ends.callback(self._engine.close)
@@ -218,12 +233,25 @@ class Run:
 
     def evaluate(self, engine: RolloutEngine, stage: str, step: int, more: Mapping[str, float]) -> EvalResult:
         """Evaluate, log the record with `more`, write the completions to samples/<stage>-eval-<step>.jsonl."""
-        result = self.answer(engine, f"evaluate {stage}")
-        self.write_samples(f"{stage}-eval-{step:06d}", result.samples)
+        return self._log_evaluation(self.answer(engine, f"evaluate {stage}"), stage, step, more)
+
+    def repeat_evaluation(self, record: dict[str, Any], stage: str) -> EvalResult:
+        """The evaluation of `record` as that of a stage's start, which has the weights that were evaluated."""
+        values = {name: value for name, value in record.items() if name in METRICS}
+        samples = on_main(lambda: read_json_lines(self.folder / "samples" / f"{_eval_name(record)}.jsonl"))
+        return self._log_evaluation(EvalResult(values, samples), stage, 0, {})
+
+    def _log_evaluation(self, result: EvalResult, stage: str, step: int, more: Mapping[str, float]) -> EvalResult:
+        self.write_samples(_eval_name({"stage": stage, "step": step}), result.samples)
         self.metrics.log(stage, "eval", step, {**result.metrics, **more}, self.timer.flush())
         known = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in more.items()]
         self.console.log(", ".join([f"{stage} step {step}: {result.describe()}", *known]))
         return result
+
+
+def _eval_name(record: dict[str, Any]) -> str:
+    """Of the samples file of an evaluation."""
+    return f"{record['stage']}-eval-{record['step']:06d}"
 
 
 def _fingerprint(rows: Sequence[EncodedExample], config: Config) -> dict[str, Any]:
@@ -255,8 +283,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
-    """Refuse, before anything is written, a folder this run must not write to, or cannot go on from."""
+def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> list[Extension]:
+    """Refuse, before anything is written, a folder this run must not write to, or cannot go on from. Returns the
+    stages that are to have more steps than before."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir():
         raise InputError(f"--output-dir {folder}: {parent} is a file, not a folder")
@@ -277,7 +306,9 @@ def check_run_folder(folder: Path, config: Config, stages: Sequence[str], *, res
         summary = folder / SUMMARY_FILE
         if summary.is_file() and (seed := read_json_object(summary).get("seed")) != config.seed:
             raise InputError(f"--resume: {summary} is not this run's: seed: {seed} -> {config.seed}")
-        check_same_run(folder, config, stages)
+        check_same_run(folder, config, stages, planned_steps(folder, stages))
         MetricsLog(folder, write=False).load()
-    elif not is_empty(folder):
+        return find_extensions(folder, config, stages)
+    if not is_empty(folder):
         raise InputError(f"--output-dir {folder}: not empty; add --resume to go on with that run, or name another")
+    return []

@@ -14,7 +14,7 @@ from carft_fast.core import Table, duration, visible, world_size, wrapped
 from carft_fast.models import ModelCost
 from carft_fast.reports import change_in_words, result_table
 from carft_fast.training.expected import UNCERTAINTY, expected_seconds, measure_speed
-from carft_fast.training.loop import stage_total_steps
+from carft_fast.training.extension import stage_total_steps
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import strategy
 from carft_fast.training.run import CONFIG_FILE, Run

@@ -5,7 +5,8 @@ import torch
 from carft_fast.core import global_sum, own_turns, world_size
 from carft_fast.models import CarftModel
 from carft_fast.objective import Passes, Rows, build_passes
-from carft_fast.training.loop import StageLoop, picked_rows, stage_total_steps
+from carft_fast.training.extension import stage_total_steps
+from carft_fast.training.loop import StageLoop, picked_rows
 from carft_fast.training.optim import learning_rate
 from carft_fast.training.run import Run
 

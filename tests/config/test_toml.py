@@ -101,6 +101,9 @@ def test_overrides_of_several_lines_or_without_bounds_are_refused(override: str)
 def test_a_fingerprint_is_of_what_resume_compares() -> None:
     base = load_config(str(QUICKSTART_CONFIG))
     assert fingerprint(base) == fingerprint(load_config(str(QUICKSTART_CONFIG), ["distributed.timeout_s=77"]))
+    longer = load_config(str(QUICKSTART_CONFIG), ["rl.max_steps=999", "sft.epochs=7", "rl.save_every=3"])
+    assert not differences(longer, base)
+    assert fingerprint(longer) == fingerprint(base)
     for change in ("seed=1", "rl.lr=1e-3", "data.fields={question='q'}", "output.keep_last=3"):
         changed = load_config(str(QUICKSTART_CONFIG), [change])
         assert differences(changed, base)

@@ -184,7 +184,9 @@ def go_back(strategy: str) -> dict[str, Any]:
     ):
         prepared = prepare(config, folder, Console(), stages=("rl",))
         train_run(prepared, ("rl",), resume=False)
-    records = [{key: value for key, value in r.items() if key != "seconds"} for r in prepared.metrics.records]
+    records = [
+        {key: value for key, value in r.items() if key not in ("seconds", "shares")} for r in prepared.metrics.records
+    ]
     saved = on_main(lambda: saved_whole(folder / "checkpoints" / "rl-000003"))  # who removes the folder has read it
     on_main(lambda: shutil.rmtree(folder))
     return {"records": records, "after": after, "saved": saved}

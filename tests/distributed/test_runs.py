@@ -58,7 +58,13 @@ def run(launcher: list[str], folder: Path, options: list[str]) -> Path:
 
 def records(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    unlike = {"seconds", "tokens_per_forward", "draft_accepted", "draft_wasted"}  # drafts depend on the batch's size
+    unlike = {
+        "seconds",
+        "shares",
+        "tokens_per_forward",
+        "draft_accepted",
+        "draft_wasted",
+    }  # drafts depend on the batch's size
     return [{k: v for k, v in json.loads(line).items() if k not in unlike} for line in lines]
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import accelerate.tracking  # noqa: F401
 import peft  # noqa: F401 - imported before the forks
 import torch
 import torch.utils.tensorboard

@@ -52,9 +52,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def records(folder: Path) -> list[dict[str, object]]:
-    """The metrics without their wall-clock seconds."""
+    """The metrics without their wall-clock seconds and their shares."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "shares")} for line in lines]
 
 
 def wait_for(process: subprocess.Popen[str], folder: Path, name: str) -> None:

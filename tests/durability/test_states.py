@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from carft_fast.config.toml import load_config, replaced
 from carft_fast.core.console import Console
 from carft_fast.core.durable import find_damage, lock_holder, write_folder, write_text
 from carft_fast.models.causal_lm import CarftModel
@@ -23,12 +24,13 @@ from carft_fast.training.run import Run, check_run_folder
 from ..training.runs import tiny_config
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "durability.md"
+EXTENDED = "| killed while | unfinished | checkpoints | `best` | `model/` | `summary.json` | steps by `config.toml` |"
 HEADER = "| killed while | unfinished | checkpoints | `best` | `model/` | `summary.json` | what goes on |"
 CHANGES = ("os.rename", "os.symlink", "os.mkdir", "os.rmdir", "os.remove")
 FILES = ("manifest.json", "trainer_state.json", "run.lock", "metrics.jsonl", ".writing-summary.json")
 """Of those that are opened to write, the moments to die at; others within an unfinished folder look alike."""
 STAGES = ("rl",)
-FIGURES = '{"method": "carft"}\n'
+FIGURES = '{"method": "carft", "seed": 0}\n'
 
 
 @pytest.fixture(scope="module")
@@ -41,39 +43,46 @@ class Scene:
 
     def __init__(self, folder: Path, tiny_run: list[str]) -> None:
         self.folder = folder
-        self.config = tiny_config(tiny_run)
+        self.config = tiny_config(tiny_run, "rl.max_steps=3")
         self.run: Run = prepare(self.config, folder, Console(), stages=STAGES)
         self.model: CarftModel = load_model(self.config, "synthetic", torch.device("cpu"), heads=True)
         self.optimizer = build_optimizer(self.model, self.config.rl)
         self.model.save(folder.parent / "imported")  # what a first save imports, the forks have
 
-    def act(self, *, resume: bool) -> None:
-        """What the loop of a stage does to the folder: three steps, then the model, then the figures."""
+    def act(self, *, resume: bool, steps: int = 3) -> None:
+        """What the loop of a stage does to the folder: `steps` steps, then the model, then the figures."""
         run, store = self.run, self.run.store
         with run.opened(STAGES, resume=resume):
             _, done = store.latest("rl") or (None, 0)
             run.metrics.rewind("rl", done)
-            for step in range(done, 3):
+            for step in range(done, steps):
                 run.metrics.log("rl", "train", step + 1, {"loss": 1.0}, {})
                 self.save(step + 1)
-            if done == 3:
-                self.save(3)  # the loop settles what it finds at its first step
+            if done == steps:
+                self.save(steps)  # the loop settles what it finds at its first step
             if not store.has_model(self.folder / "model"):
-                write_folder(self.folder / "model", self.model.save, made_by(self.config, "rl"))
+                write_folder(self.folder / "model", self.model.save, made_by(self.config, "rl", steps))
             write_text(self.folder / "summary.json", FIGURES)
+
+    def plan(self, steps: int) -> "Scene":
+        """The same run, to have so many steps."""
+        self.config = replaced(self.config, {"rl.max_steps": steps})
+        self.run.config, self.run.store._config = self.config, self.config
+        self.run.metrics.records = []
+        return self
 
     def save(self, step: int) -> None:
         best, rest = step != 2, {"model_path": "synthetic", "seed": self.config.seed}
         self.run.store.save("rl", step, self.model, self.run.tokenizer, self.optimizer, best=best, **rest)
 
-    def live(self, *, resume: bool, dies_at: int | None) -> bool:
+    def live(self, *, resume: bool, dies_at: int | None, steps: int = 3) -> bool:
         """Act in a fork, which is killed at that change; whether it was."""
         child = os.fork()
         if child == 0:
             try:
                 if dies_at is not None:
                     die_at(dies_at, str(self.folder))
-                self.act(resume=resume)
+                self.act(resume=resume, steps=steps)
                 os._exit(0)
             except BaseException:
                 import traceback
@@ -103,9 +112,9 @@ def die_at(number: int, folder: str) -> None:
     sys.addaudithook(hook)
 
 
-def documented() -> list[tuple[str, ...]]:
+def documented(header: str = HEADER) -> list[tuple[str, ...]]:
     """The rows of the table without their first cells, in order."""
-    lines = DOCUMENT.read_text(encoding="utf-8").split(HEADER)[1].splitlines()[2:]
+    lines = DOCUMENT.read_text(encoding="utf-8").split(header)[1].splitlines()[2:]
     rows = [re.split(r"\s*\|\s*", line.strip("| ")) for line in lines[: lines.index("")]]
     return [tuple(cell.strip("`") for cell in row[1:]) for row in rows]
 
@@ -168,3 +177,34 @@ def test_every_state_is_in_the_table_and_goes_on_as_it_says(scene: Scene) -> Non
             assert not scene.live(resume=resume, dies_at=None)
         assert outcome(folder) == undisturbed
     assert {*seen, found(folder)} == set(rows), "the table has a state that no kill leaves"
+
+
+def test_a_finished_run_that_gets_more_steps_is_never_without_a_way_on(scene: Scene) -> None:
+    """Killed at every change of a name while it is opened again, it goes on with the steps it had, and with more."""
+    folder, rows = scene.folder, documented(EXTENDED)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert not scene.plan(3).live(resume=False, dies_at=None)
+    finished = folder.with_name("finished")
+    shutil.copytree(folder, finished, symlinks=True)
+    short = outcome(folder)
+    assert not scene.plan(4).live(resume=True, dies_at=None, steps=4)
+    long, seen = outcome(folder), list[tuple[str, ...]]()
+    for number in range(1, 1000):
+        shutil.rmtree(folder)
+        shutil.copytree(finished, folder, symlinks=True)
+        assert scene.plan(4).live(resume=True, dies_at=number, steps=4)
+        steps = load_config(str(folder / "config.toml")).rl.max_steps
+        state = (*found(folder)[:-1], str(steps))
+        assert state in rows, f"after kill {number}: {state}"
+        seen.append(state)
+        killed = folder.with_name("killed")
+        shutil.copytree(folder, killed, symlinks=True)
+        assert not scene.plan(4).live(resume=True, dies_at=None, steps=4)
+        assert outcome(folder) == long
+        shutil.rmtree(folder)
+        killed.rename(folder)
+        if steps == 4:  # from here on it is an ordinary run of four steps
+            break
+        assert not scene.plan(3).live(resume=True, dies_at=None)
+        assert outcome(folder) == short
+    assert set(seen) == set(rows), "the table has a state that no kill leaves"

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from markdown_it import MarkdownIt
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
 from carft_fast.reports.run_report import (
+    _draw_curve,
     _markdown,
     change_in_words,
     code,
@@ -95,13 +98,36 @@ def test_a_finished_run_shows_its_result(folder: Path) -> None:
     assert "Not finished" not in page
 
 
+def test_the_pages_curves_have_one_colour_for_what_is_held_out() -> None:
+    """Accuracy alone, beside the rollouts' and beside training: as matplotlib draws them."""
+    colors = dict[str, set[str]]()
+    for name, stage in (("accuracy", "sft"), ("accuracy", "rl"), ("completion_length", "rl")):
+        axes = Figure().subplots()
+        rows = [*RECORDS, record("rl", "train", 3, completion_length=22.0)]
+        _draw_curve(axes, name, stage, rows)
+        for line in axes.lines:
+            colors.setdefault(str(line.get_label()), set()).add(to_hex(line.get_color()))
+    assert colors.keys() == {"training", "rollouts", "held-out"}
+    assert len(colors["held-out"]) == 1
+    assert colors["training"] == colors["rollouts"]
+    assert not colors["held-out"] & colors["training"]
+
+
+def test_the_page_says_what_rl_steps_take_their_time_for(folder: Path) -> None:
+    """By hand: two steps of half a second of rollouts and one and a half of updates."""
+    page = rewrite_page(folder).read_text(encoding="utf-8")
+    row = r"<tr><td>(\w+)</td><td>[^<]*</td><td class=\"number\" data-sort=\"[^\"]*\">([^<]*)</td></tr>"
+    rows = re.findall(row, page)
+    assert rows[:2] == [("update", "75.0%"), ("rollout", "25.0%")]
+
+
 ATTACK = "3\x1b[2J\n```\n![](http://tracker/x.png)<script>alert(1)</script>\n# Heading\n````\n| a | b |\u202e"
 
 
 def test_a_model_that_writes_markdown_shows_it(folder: Path) -> None:
     """Read by a parser of Markdown: all of an answer is text."""
     summary = SUMMARY | {"example": dict.fromkeys(("question", "target", "before", "after"), ATTACK)}
-    text = _markdown(load_config(str(folder / "config.toml")), {**summary, "versions": {}}, [])
+    text = _markdown(load_config(str(folder / "config.toml")), RECORDS, {**summary, "versions": {}}, [])
     assert "\x1b" not in text
     assert "\u202e" not in text
     tokens = MarkdownIt("commonmark").enable("table").parse(text)

@@ -163,3 +163,36 @@ def test_a_scratch_folder_is_its_users_alone_and_closes(tmp_path: Path, monkeypa
     assert stat.S_IMODE(scratch.path.stat().st_mode) == 0o700
     scratch.close()
     assert list(tmp_path.iterdir()) == []
+
+
+TALKS = """
+import os, signal, sys, time
+def farewell(signum, frame):
+    print("shutting down" * 1000, flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, farewell)
+print("up", flush=True)
+os.fork()  # a worker, which says as much at its end
+time.sleep({seconds})
+sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "signum", "code"), [(60, 2, 130), (60, 15, 143), (0, None, 3)])
+def test_serve_prints_what_its_server_says_until_it_is_told_to_end(seconds: int, signum: int | None, code: int) -> None:
+    """A server of two processes that talk much when they end, and one that fails by itself."""
+    relay = (
+        "import os, sys; from carft_fast.rollout.vllm.launch import _relay;"
+        f"sys.exit(_relay([sys.executable, '-c', {TALKS.format(seconds=seconds)!r}], os.environ))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", relay], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    said = [process.stdout.readline()]
+    if signum is not None:
+        process.send_signal(signum)
+        said += process.stdout.readlines()
+    assert process.wait(30) == code
+    end = [] if signum is None else [f"stopped by {signal.Signals(signum).name}\n"]
+    assert said == ["up\n", *end]

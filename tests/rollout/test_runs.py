@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-UNLIKE = {"seconds", "tokens_per_forward", "draft_accepted", "draft_wasted"}
+UNLIKE = {"seconds", "shares", "tokens_per_forward", "draft_accepted", "draft_wasted"}
 VLLM = ["--set", "rollout.engine=vllm", "--set", "rollout.kv_cache_gib=0.25"]
 
 

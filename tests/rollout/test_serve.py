@@ -163,11 +163,13 @@ def leftovers(server: Served) -> list[str]:
     return found
 
 
-def test_a_server_that_is_told_to_end_leaves_nothing(server: Served) -> None:
-    """The last test of this server."""
+def test_a_server_that_is_told_to_end_says_one_line_and_leaves_nothing(server: Served) -> None:
+    """The last test of this server. Its processes are in another session: a terminal's Ctrl-C does not reach them."""
     assert len(list(server.folder.glob("carft-model-*"))) == 1
-    server.process.send_signal(signal.SIGTERM)
-    server.process.wait(60)
+    said = server.log.read_text()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(60) == 130
+    assert server.log.read_text().removeprefix(said) == "stopped by SIGINT\n"
     assert leftovers(server) == []
 
 

@@ -14,9 +14,9 @@ Records = list[dict[str, Any]]
 
 
 def records(folder: Path, kind: str = "") -> Records:
-    """The metrics without their wall-clock seconds."""
+    """The metrics without their wall-clock seconds and their shares."""
     found = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in found if kind in ("", r["kind"])]
+    return [{k: v for k, v in r.items() if k not in ("seconds", "shares")} for r in found if kind in ("", r["kind"])]
 
 
 def digests(folder: Path) -> dict[str, str]:

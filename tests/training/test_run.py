@@ -13,7 +13,9 @@ import torch
 import transformers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from carft_fast.config.toml import load_config
+from carft_fast.config.toml import load_config, replaced
+from carft_fast.core.console import Console
+from carft_fast.training.pipeline import evaluate_only, prepare
 
 from .runs import records, run_pipeline, tiny_config
 
@@ -37,7 +39,7 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], tiny_run: list
     assert [r["step"] for r in records(folder, "sft", "train")] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in records(folder, "rl", "train")] == [1, 2, 3, 4]
     assert [r["step"] for r in records(folder, "sft", "eval")] == [0, 6]
-    assert [r["step"] for r in records(folder, "rl", "eval")] == [2, 4]
+    assert [r["step"] for r in records(folder, "rl", "eval")] == [0, 2, 4]
     assert sum(r["completion_tokens"] for r in records(folder, "rl", "train")) == summary["completion_tokens"]
     for path in (folder / "console.log", folder / "report.md", *folder.glob("plots/*.png")):
         assert path.stat().st_size > 100
@@ -60,6 +62,35 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], tiny_run: list
     sample = json.loads(samples[0])
     assert {"question", "completion", "target", "reward"} <= set(sample)
     assert sample["prompt"] == f"Question:\n{sample['question']}\nAnswer reasoning:\n"
+
+
+def test_rl_begins_with_the_accuracy_of_the_weights_it_begins_with(finished: tuple[Path, dict[str, Any]]) -> None:
+    """Held against another evaluation of those weights, in float32 with the same sampler."""
+    folder, summary = finished
+    start = records(folder, "rl", "eval")[0]
+    config = replaced(load_config(str(folder / "config.toml")), {"model.path": str(folder / "sft")})
+    again = evaluate_only(prepare(config, folder.parent / "unused", Console(), stages=(), write=False))
+    assert {name: start[name] for name in again.metrics} == again.metrics
+    assert start["accuracy"] == summary["sft_accuracy"]
+    lines = (folder / "samples" / "rl-eval-000000.jsonl").read_text().splitlines()
+    assert [json.loads(line)["completion"] for line in lines] == [row["completion"] for row in again.samples]
+
+
+def test_a_step_says_what_its_time_went_to(finished: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished
+    steps = [*records(folder, "sft", "train"), *records(folder, "rl", "train")]
+    for r in steps:
+        seconds = {k: v for k, v in r["seconds"].items() if k not in ("load", "evaluate", "checkpoint")}
+        total = sum(seconds.values())
+        assert r["shares"] == pytest.approx({k: v / total for k, v in seconds.items()}, abs=2e-3)
+    assert {"rollout", "sync", "update"} <= set(steps[-1]["shares"])
+    report = (folder / "report.md").read_text()
+    update, whole = (
+        sum(r["seconds"].get(phase, 0) for r in records(folder, "rl", "train") for phase in phases)
+        for phases in (["update"], ["rollout", "reward", "forward", "update", "sync"])
+    )
+    row = next(line for line in report.splitlines() if line.startswith("| update |"))
+    assert float(row.split("|")[-2].strip(" %")) == pytest.approx(100 * update / whole, abs=0.1)
 
 
 def test_tensorboard_holds_the_records(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from carft_fast.config import Config, RolloutConfig
-from carft_fast.core import EngineError, InputError, first_line, world_size
+from carft_fast.core import EngineError, InputError, first_line, keep_off_screen, world_size
 from carft_fast.models import HeldWeights, SamplerWeights
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, request_seed
 from carft_fast.rollout.drafts import LONGEST
@@ -93,7 +93,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 IN_PROCESS_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: weights without a copy
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the trainer's threads stay as they are
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its lines would break the progress bars
+    "VLLM_CONFIGURE_LOGGING": "0",  # see prepare_environment
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # worker.py replaces a method of the first
     "VLLM_HOST_IP": LOOPBACK,  # what it listens on between its own processes
 }
@@ -103,6 +103,9 @@ def prepare_environment() -> None:
     """vLLM reads these when it is first imported. What the user has set stays."""
     for name, value in IN_PROCESS_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.environ["VLLM_CONFIGURE_LOGGING"] == "0":  # else it prints its lines itself
+        for library in ("vllm", "triton"):
+            keep_off_screen(library, os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
 
 

@@ -1,7 +1,7 @@
 """vLLM server processes: the launcher that runs in them, and the handle that starts, watches and ends one.
 
 `python -P -m carft_fast.rollout.vllm.launch PARENT_PID ARGUMENTS` runs vLLM's own API server, and ends it when the
-process that started it is gone, even after a SIGKILL (PARENT_PID 0: no process is watched).
+process that started it is gone, even after a SIGKILL.
 """
 
 import contextlib
@@ -172,7 +172,7 @@ def _end_with(parent: int) -> None:
 
 
 def serve(config: Config, host: str, port: int) -> NoReturn:
-    """Replace this process by a server for runs with this config; it waits for a trainer's weights."""
+    """Run a server for runs with this config until it or this process ends; it waits for a trainer's weights."""
     from carft_fast.models import load_lm_config, resolve_device
 
     given = read_token() or read_token("VLLM_API_KEY")
@@ -186,17 +186,58 @@ def serve(config: Config, host: str, port: int) -> NoReturn:
     adapter.write_model_folder(lm_config, folder)
     transfer = adapter.transfer_backend(config, device_type)
     arguments = adapter.server_arguments(adapter.engine_options(config, device_type, dedicated=True), folder, transfer)
-    command = [sys.executable, "-P", "-m", __name__, "0", *arguments, "--host", host, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", __name__, str(os.getpid()), *arguments]
+    command += ["--host", host, "--port", str(port)]
     if not given:
         print(f"{TOKEN}={token}\nmade for this server, because none was set: set it where the trainer runs", flush=True)
-    os.umask(0o077)
-    os.execve(command[0], command, server_environment(None, host, token, transfer, scratch.path))
+    sys.exit(_relay(command, server_environment(None, host, token, transfer, scratch.path)))
+
+
+def _relay(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a server in a session of its own and print what it prints. SIGINT or SIGTERM ends it, with one line in place
+    of what its processes say of that. Returns the exit status."""
+    process: subprocess.Popen[bytes] | None = None
+    ended_by: list[int] = []
+
+    def kill(signum: int) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the whole group has ended
+            if process is not None:
+                os.killpg(process.pid, signum)
+
+    def end(signum: int, _frame: object) -> None:
+        kill(signal.SIGKILL if ended_by else signal.SIGTERM)
+        ended_by.append(signum)
+        impatient = threading.Timer(5, kill, [signal.SIGKILL])
+        impatient.daemon = True
+        impatient.start()
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, end)
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+        umask=0o077,
+    )
+    if ended_by:
+        kill(signal.SIGTERM)
+    assert process.stdout is not None
+    for line in process.stdout:  # until the last of its processes has ended
+        if not ended_by:
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
+    status = process.wait()
+    if not ended_by:
+        return status if status >= 0 else 128 - status
+    print(f"stopped by {signal.Signals(ended_by[0]).name}", flush=True)
+    return 128 + ended_by[0]
 
 
 def main(arguments: Sequence[str]) -> None:
-    parent = int(arguments[0])
-    if parent:
-        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(arguments[0]),), daemon=True).start()
     sys.argv = [MODULE, *arguments[1:]]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
 
