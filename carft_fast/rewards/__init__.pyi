@@ -1,5 +1,6 @@
 from .answers import ANSWER_TRIGGER as ANSWER_TRIGGER
 from .answers import REASONING_TRIGGER as REASONING_TRIGGER
+from .answers import THINK as THINK
 from .answers import Answer as Answer
 from .answers import Grade as Grade
 from .answers import base_score as base_score

@@ -17,6 +17,7 @@ from carft_fast.rewards.answers import (
     compare,
     extract_answer,
     grade,
+    outside_think,
     parse_target,
     same_answer,
 )
@@ -41,6 +42,10 @@ class Grader(AbstractContextManager["Grader"]):
         self._latex = LatexChecker(config.latex_cpu_s)
         self._programs: ProgramPool | None = None
 
+    @property
+    def ignores_think(self) -> bool:
+        return self._config.ignore_think
+
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         """One grade for each completion. Raises RewardError for a user function that does not return scores.
 
@@ -59,6 +64,8 @@ class Grader(AbstractContextManager["Grader"]):
             found = self._function(list(completions), list(examples))
             scores = check_scores(found, len(completions), rule.fn, examples)
             return [Grade(score >= rule.correct_score, None, score) for score in scores]
+        if rule.ignore_think:
+            completions = [outside_think(text) for text in completions]
         pairs = list(zip(completions, (example.answer for example in examples), strict=True))
         if rule.answer_type == "latex":
             return self._grade_latex(pairs)

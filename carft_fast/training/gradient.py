@@ -22,7 +22,7 @@ from carft_fast.objective import (
     correction_weights,
     tokens_of,
 )
-from carft_fast.training.agreement import Mismatch
+from carft_fast.training.agreement import Mismatch, effective_sample_share
 from carft_fast.training.batch import Experience, MiniBatch, Needs
 from carft_fast.training.parallel import Learner
 
@@ -210,5 +210,6 @@ class Gradient:
                 "sampler_diff_mean": found.mean,
                 "sampler_diff_max": found.max,
                 "sampler_diff_material": found.material,
+                "sampler_ess": effective_sample_share(trainer_C, sampled_C),
             }
         return values
