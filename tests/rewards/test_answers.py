@@ -16,8 +16,8 @@ from carft_fast.rewards.answers import (
     compare_latex,
     embedding_partial_score,
     extract_answer,
-    outside_think,
     grade,
+    outside_think,
     parse_target,
 )
 
