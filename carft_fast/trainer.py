@@ -81,6 +81,8 @@ class Trainer:
                     values[f"data.{name}"] = os.fspath(source)
                 else:
                     values[f"data.{name}"], self._given[name] = "", source
+                if name == "train":
+                    values["data.mix"] = {}  # the rows given are in its place, too
                 if values[f"data.{name}"] != SYNTHETIC and getattr(config.data, other) == SYNTHETIC:
                     values.setdefault(f"data.{other}", "")  # the generated task has both or none
         if reward is not None:
@@ -206,7 +208,6 @@ def compare(
         console.show(comparison.plan())
         return
     comparison.run()
-    console.log(f"report: {folder / 'compare.md'}")
 
 
 def estimate(

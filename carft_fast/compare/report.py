@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.console import Group
+from rich.text import Text
 
+from carft_fast import core
 from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Spread, Trajectory, summarise, verdict
 from carft_fast.config import Config
-from carft_fast.core import write_text
 from carft_fast.reports import code, markdown_table, tidy
 from carft_fast.reports import page as page
 from carft_fast.training import versions
@@ -42,12 +44,12 @@ def write_comparison(
 ) -> None:
     """`ran` has a line for each run of a seed: what was run."""
     summaries = summarise(runs)
-    write_text(folder / "compare.csv", evaluations_csv(runs))
-    write_text(folder / "summary.csv", summary_csv(summaries))
+    core.write_text(folder / "compare.csv", evaluations_csv(runs))
+    core.write_text(folder / "summary.csv", summary_csv(summaries))
     plots = draw_curves(folder, runs)
     facts = [*describe(config, runs, device), *ran]
-    write_text(folder / "compare.md", markdown(runs, summaries, plots, facts))
-    write_text(folder / "compare.html", html(runs, summaries, facts))
+    core.write_text(folder / "compare.md", markdown(runs, summaries, plots, facts))
+    core.write_text(folder / "compare.html", html(runs, summaries, facts))
 
 
 def evaluations_csv(runs: Sequence[Trajectory]) -> str:
@@ -150,8 +152,8 @@ def describe(config: Config, runs: Sequence[Trajectory], device: torch.device) -
     seeds = ", ".join(map(str, sorted({run.seed for run in runs})))
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return [
-        f"Model {code(config.model.path)}, training data {code(config.data.train)}, {runs[0].final.rows} held-out rows "
-        f"of {code(config.data.eval)}, seeds {seeds}",
+        f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {runs[0].final.rows} "
+        f"held-out rows of {code(config.data.eval)}, seeds {seeds}",
         f"Machine: {machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
         f"{config.model.compute_dtype}; sampling by {config.rollout.engine}",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()),
@@ -204,6 +206,24 @@ def html(runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], facts: 
     parts["Curves"] = [page.paragraph(ABOUT_CURVES), page.charts(*drawn)]
     parts["Environment"] = [page.paragraph(fact) for fact in facts]
     return page.page(heading(summaries), page.paragraph(INTRODUCTION), parts)
+
+
+def screen(summaries: Sequence[MethodSummary], folder: Path, *, width: int) -> Group:
+    """What a terminal shows at the end, prose in lines of at most `width`."""
+
+    def cell(found: Accuracy) -> str:
+        spread, (low, high) = found
+        seeds = f" ± {spread.sd:.1%}" if spread.sd is not None else ""
+        return f"{spread.mean:.1%}{seeds} [{100 * low:.1f}, {100 * high:.1f}]"
+
+    seeds = "one seed" if summaries[0].seeds == 1 else f"{summaries[0].seeds} seeds, mean ± standard deviation"
+    columns = ("method", "at equal samples", "at equal time", "final", "seconds")
+    table = core.Table(*columns, title=f"greedy accuracy with its 95% interval, {seeds}")
+    for s in summaries:
+        table.add_row(s.label, *map(cell, (s.equal_samples, s.equal_time, s.final)), f"{s.seconds.mean:.1f}")
+    _, _, *verdicts = sections(summaries)["Accuracy"]
+    said = [core.wrapped(core.visible(str(text)), width) for text in verdicts]
+    return Group(table, Text("\n".join([*said, f"Report: {core.visible(str(folder / 'compare.html'))}"]), no_wrap=True))
 
 
 def heading(summaries: Sequence[MethodSummary]) -> str:

@@ -16,11 +16,22 @@ from typing import Any
 
 import torch
 
-from carft_fast.compare.report import write_comparison
-from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, trajectory
+from carft_fast.compare.report import screen, write_comparison
+from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, summarise, trajectory
 from carft_fast.config import METHODS, Config, check_method, continued_sft, preset, read_value, replaced
-from carft_fast.core import Console, InputError, StopRequest, Table, first_line, is_empty, lock_holder, locked
-from carft_fast.reports import read_records
+from carft_fast.core import (
+    Console,
+    InputError,
+    Stopped,
+    StopRequest,
+    Table,
+    duration,
+    first_line,
+    is_empty,
+    lock_holder,
+    locked,
+)
+from carft_fast.reports import change_in_short, read_records
 from carft_fast.training import CONFIG_FILE, describe_schedule, prepare, stage_total_steps, train
 
 COMPARED = (*METHODS, SFT_TIME)
@@ -128,9 +139,12 @@ class Comparison:
             raise InputError(f"--output-dir: {holder}")
         if resume and not folder.is_dir():
             raise InputError(f"--resume: {folder} does not exist")
-        self.base, self.seeds, self.folder, self._console = base, seeds, folder.resolve(), console
+        self.base, self.seeds, self._console = base, seeds, console
+        self.folder, self._given_folder = folder.resolve(), folder
         self.variants = expand(methods, varied, base)
         self._stop = StopRequest()
+        self._begun = 0
+        """Runs so far, finished ones that are not repeated included."""
         checked = prepare(
             self._start_config(seeds[0]),
             self._start_folder(seeds[0]),
@@ -196,9 +210,14 @@ class Comparison:
         runs: list[Trajectory] = []
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, self._console.log), self._stop.installed():
-            for seed in self.seeds:
-                runs += self._run_seed(seed)
-                write_comparison(self.folder, runs, self.base, described, self._device)
+            try:
+                for seed in self.seeds:
+                    runs += self._run_seed(seed)
+                    write_comparison(self.folder, runs, self.base, described, self._device)
+            except Stopped as stopped:
+                self._console.log(f"stopped by {stopped}: go on with --resume")
+                raise
+        self._console.show(screen(summarise(runs), self._given_folder, width=self._console.width))
         return runs
 
     def _run_seed(self, seed: int) -> list[Trajectory]:
@@ -225,11 +244,13 @@ class Comparison:
         resumed = (folder / CONFIG_FILE).is_file()
         if not resumed:  # a kill may have fallen before the run's first file
             shutil.rmtree(folder, ignore_errors=True)
-        self._console.log(f"{folder.name}: {'going on' if resumed else 'begins'}")
-        run = prepare(config, folder, Console(), stages=(stage,), resume=resumed)
+        self._begun += 1
+        name = f"{self._begun}/{len(self.seeds) * (1 + len(self.variants))} {folder.name}"
+        run = prepare(config, folder, Console(name=name), stages=(stage,), resume=resumed)
         run.stop = self._stop  # also for what is asked between two runs
         self._stop.check()
-        train(run, (stage,), resume=resumed)
+        summary = train(run, (stage,), resume=resumed)
+        self._console.log(f"{name}: {change_in_short(summary)}, {duration(summary['seconds_total'])}")
         self._stop.check()
         del run
         gc.collect()

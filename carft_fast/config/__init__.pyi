@@ -4,6 +4,8 @@ from .methods import continued_sft as continued_sft
 from .methods import load_method_config as load_method_config
 from .methods import method_name as method_name
 from .methods import preset as preset
+from .schema import ANSWER as ANSWER
+from .schema import ANSWER_PHRASE as ANSWER_PHRASE
 from .schema import SYNTHETIC as SYNTHETIC
 from .schema import AnswerType as AnswerType
 from .schema import CalculatorMarks as CalculatorMarks

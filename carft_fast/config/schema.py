@@ -5,17 +5,23 @@ arXiv 2508.15868, "published code" the repository of its authors; where they dif
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from carft_fast.core import masked
 
 SYNTHETIC = "synthetic"
+ANSWER = "{answer}"
+ANSWER_PHRASE = f"Therefore, the answer is: {ANSWER}"
 AnswerType = Literal["numeric", "choice", "latex", "program"]
 CalculatorMarks = Literal["strip", "keep"]
-DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "hub"]
+DataFormat = Literal["auto", "reft", "gsm8k", "jsonl", "csv", "parquet", "arrow", "disk", "hub"]
 Strategy = Literal["ddp", "fsdp2", "zero2", "zero3"]
+
+_TEMPLATE_VARIABLES = frozenset(
+    ("messages", "question", "conversations", "chat_template", "add_generation_prompt", "continue_final_message")
+) | {"return_assistant_tokens_mask"}
 
 
 class Section(BaseModel):
@@ -77,9 +83,16 @@ class DataConfig(Section):
     eval: str = ""
     """File or Hub id with question and answer, or "synthetic"."""
     format: DataFormat = "auto"
-    """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "hub": through `datasets`."""
+    """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "csv", "parquet", "arrow": one file;
+    "disk": a folder of `save_to_disk`; "hub": through `datasets`. "auto" tells them by content and name."""
     fields: dict[str, str] = {}
-    """Own field names: question, cot, answer, item_id -> the file's. A cot may be a list of texts, one an epoch."""
+    """Own field names: question, cot, answer, item_id -> the file's; or messages, a conversation whose last assistant
+    turn is the annotation. A cot may be a list of texts, one an epoch."""
+    eval_fields: dict[str, str] = {}
+    """The same of evaluation data; `fields` when empty."""
+    mix: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Several training files in place of `train`, each with its share of the rows (of their sum): as many rows as can
+    be without one twice, from the top of each file."""
     calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
     there is none here, so they are taken out of its annotations; "keep" teaches them."""
@@ -94,10 +107,46 @@ class DataConfig(Section):
     """Use at most this many usable training rows, from the top of the file; all when absent."""
     eval_rows: int | None = Field(None, ge=1)
     """Use at most this many usable evaluation rows, from the top of the file; all when absent."""
-    template: Literal["carft", "chat"] = "carft"
-    """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template."""
+    template: str = Field("carft", min_length=1)
+    """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template; else a
+    Jinja template, as text or in a file, which reads `question`, or `messages` as chat templates do."""
+    system_prompt: str = ""
+    """System message of rows that have none of their own; with "carft" a paragraph before everything else."""
+    few_shot: str = ""
+    """File of solved questions, read with `fields`: all of them go before every question, as earlier turns."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables of "chat" or of a Jinja template, such as {enable_thinking=false}: booleans, numbers, texts or
+    lists of these."""
+    answer_phrase: str = ANSWER_PHRASE
+    """Line that follows an annotation, with `{answer}` once, such as '\\boxed{{answer}}'; answers are read by it. "":
+    annotations state their answers, which are read as with the default. Programs need none."""
     max_length: int = Field(1024, ge=2)
     """Longest prompt + completion, in tokens; longer annotated rows are reported and left out. Source: paper, 1024."""
+
+    @property
+    def trained_on(self) -> str:
+        """Name of the training data, for people."""
+        total = sum(self.mix.values())
+        return ", ".join(f"{path} ({share / total:.3g})" for path, share in self.mix.items()) or self.train
+
+    def _conflicts(self) -> Iterator[str]:
+        phrase, variables = self.answer_phrase, self.chat_template_kwargs
+        if phrase and phrase.count(ANSWER) != 1:
+            yield f"answer_phrase = {phrase!r}: expected {ANSWER} in it once, or an empty text"
+        if "\b" in phrase or "\f" in phrase:
+            yield f"answer_phrase = {phrase!r}: \\b and \\f in double quotes are control characters: use single ones"
+        if self.mix and self.train:
+            yield f"mix and train = {self.train!r}: give one of the two"
+        if SYNTHETIC in self.mix:
+            yield 'mix: "synthetic" cannot be mixed'
+        if variables and self.template == "carft":
+            yield 'chat_template_kwargs need template = "chat" or a Jinja template, this is "carft"'
+        for name, value in variables.items():
+            parts = value if isinstance(value, list) else [value]
+            if not all(isinstance(part, bool | int | float | str) for part in parts):
+                yield f"chat_template_kwargs.{name} = {value!r}: expected a boolean, number, text or list of these"
+        if given := sorted(_TEMPLATE_VARIABLES & set(variables)):
+            yield f"chat_template_kwargs: {given[0]!r} is given by the trainer, and cannot be set"
 
 
 class StageConfig(Section):
@@ -546,5 +595,10 @@ class Config(Section):
             yield 'guard.action = "rollback" needs rollout.async_depth = 0: samples in flight are collapsed ones'
         if rollout.engine != "hf" and not 0.01 <= self.eval.temperature <= 2:
             yield f'eval.temperature = {self.eval.temperature:g} needs rollout.engine = "hf": vLLM takes 0.01 to 2'
+        if self.reward.answer_type == "program" and data.answer_phrase not in ("", ANSWER_PHRASE):
+            yield (
+                f'data.answer_phrase = {data.answer_phrase!r} needs another reward.answer_type than "program", whose '
+                "answer is what it returns"
+            )
         if (SYNTHETIC in (data.train, data.eval)) != (data.train == data.eval == SYNTHETIC):
             yield 'data.train and data.eval must both be "synthetic" or neither'

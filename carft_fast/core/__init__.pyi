@@ -1,5 +1,7 @@
 from .console import Console as Console
 from .console import Tracker as Tracker
+from .console import duration as duration
+from .console import wrapped as wrapped
 from .devices import to_device as to_device
 from .durable import LOCK as LOCK
 from .durable import MANIFEST as MANIFEST

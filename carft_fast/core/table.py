@@ -11,8 +11,9 @@ from carft_fast.core.text import visible
 class Table(rich.table.Table):
     """Shows its texts as they are, on any console: in those of data and models `[/INST]` and `:b:` are no markup."""
 
-    def __init__(self, *headers: str, title: str) -> None:
-        super().__init__(*headers, title=Text(visible(title), style="table.title"))
+    def __init__(self, *headers: str, title: str | None = None) -> None:
+        shown = title and Text(visible(title), style="table.title")
+        super().__init__(*(rich.table.Column(Text(visible(header))) for header in headers), title=shown)
 
     def add_row(self, *cells: Any, **options: Any) -> None:
         super().add_row(*(Text(visible(cell)) if isinstance(cell, str) else cell for cell in cells), **options)

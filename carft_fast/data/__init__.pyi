@@ -5,6 +5,7 @@ from .load import Source as Source
 from .load import check_source as check_source
 from .load import load_examples as load_examples
 from .load import load_set as load_set
+from .mix import mix_rows as mix_rows
 from .prompts import EncodedExample as EncodedExample
 from .prompts import PromptFormat as PromptFormat
 from .prompts import check_tokenizer as check_tokenizer

@@ -44,8 +44,8 @@ class ChatRenderer:
         self._owner = 0
 
     def render(self, template: str, chats: Sequence[Chat], variables: dict[str, Any]) -> list[str]:
-        """A text for each of at most TOGETHER chats. `variables`: what the template may read besides `messages`. Raises
-        ValueError, which says why it failed."""
+        """A text for each of at most TOGETHER chats. `variables`: what the template may read besides `messages` and
+        `question`, the last user message. Raises ValueError, which says why it failed."""
         with self._turn:
             process = self._started()
             assert process.stdin is not None
@@ -120,7 +120,10 @@ def main() -> None:
         template, chats, variables = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # SIGPROF, not handled: ends the process even inside C code
         try:
-            texts = render_jinja_template(chats, chat_template=template, **variables)[0]
+            texts: list[str] = []
+            for chat in chats:
+                question = next(message["content"] for message in reversed(chat) if message["role"] == "user")
+                texts += render_jinja_template([chat], chat_template=template, question=question, **variables)[0]
             longest = max(map(len, texts))
             over = f"its text has {longest:,} characters, over {LONGEST:,}"
             reply = json.dumps(texts if longest <= LONGEST else over)

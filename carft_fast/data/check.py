@@ -65,6 +65,10 @@ class Check:
     repeated_with_the_same_answer: Finding = field(default_factory=Finding)
     repeated_with_another_answer: Finding = field(default_factory=Finding)
     in_test_set: Finding | None = None
+    prompt: str = ""
+    """Of the first usable row; with a tokenizer as its tokens, special ones shown."""
+    completion: str | None = None
+    """Its first annotated completion; None where it has none."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,6 +106,10 @@ class Check:
         add("question again, same answer", self.repeated_with_the_same_answer)
         add("question again, another answer", self.repeated_with_another_answer)
         add(f"question also in {self.against or 'a test set (--against)'}", self.in_test_set)
+        table.add_section()
+        table.add_row("prompt of the first row", "", self.prompt)
+        if self.completion is not None:
+            table.add_row("its annotated completion", "", self.completion)
         return table
 
 
@@ -115,14 +123,21 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     examples, report = load_set(config, "train", path, all_rows=True)
     tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
-    template = data.template if tokenizer is not None else "carft"
-    form = PromptFormat(tokenizer, template, program=config.reward.answer_type == "program")
+    form = PromptFormat.of(config, tokenizer, "carft" if tokenizer is None and data.template == "chat" else None)
+    first = examples[0]
+    completion: str | None = None
     if tokenizer is None:
-        prompts = [len(text) for text in form.prompt_texts(e.question for e in examples)]
+        prompts = [len(text) for text in form.prompt_texts(examples)]
         completions = [[len(form.completion_text(cot, e.answer)) for cot in e.cots] for e in examples]
+        shown = form.prompt_text(first)
+        if first.cots:
+            completion = form.completion_text(first.cots[0], first.answer)
     else:
-        prompts = [len(form.text_ids(text)) for text in form.prompt_texts(e.question for e in examples)]
+        prompts = [len(form.text_ids(text)) for text in form.prompt_texts(examples)]
         completions = [[len(form.completion_ids(cot, e.answer)) for cot in e.cots] for e in examples]
+        shown = form.shown(form.prompt_ids(first))
+        if first.cots:
+            completion = form.shown(form.completion_ids(first.cots[0], first.answer))
     totals = [n + m for n, row in zip(prompts, completions, strict=True) for m in row]
     check = Check(
         source=path,
@@ -141,20 +156,23 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
         limits={"max_length": data.max_length, "max_new_tokens": config.rollout.max_new_tokens},
         annotations_over_max_new_tokens=Finding() if tokenizer is not None else None,
         in_test_set=Finding() if against else None,
+        prompt=shown,
+        completion=completion,
     )
     known = {normalised(example.question) for example in tested}
-    answers: dict[str, list[Answer]] = {}
-    with Grader(config.reward) as grader:
+    answers: dict[tuple[Any, str], list[Answer]] = {}
+    with Grader(config.reward, answer_phrase=data.answer_phrase) as grader:
         for example, prompt, row in zip(examples, prompts, completions, strict=True):
             question = normalised(example.question)
             if not example.cots:
                 check.not_annotated.add(example, example.question)
             if check.in_test_set is not None and question in known:
                 check.in_test_set.add(example, example.question)
-            if tokenizer is not None and (reason := form.control(example.question)):
+            if reason := form.refused(example):
                 check.left_out.setdefault(reason, Finding()).add(example, example.question)
             _check_limits(check, example, prompt, row)
-            _check_repetition(check, example, answers.setdefault(question, []), config.reward, grader)
+            earlier = answers.setdefault((example.history, question), [])
+            _check_repetition(check, example, earlier, config.reward, grader)
         if not config.reward.fn:  # a function alone knows what an annotation answers
             _check_annotations(check, examples, config.reward, grader)
     return check

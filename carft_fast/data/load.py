@@ -1,6 +1,5 @@
 """Questions with annotated reasoning, from files or the Hub. Rows that cannot be used are counted and shown."""
 
-import json
 import math
 import re
 import sys
@@ -10,19 +9,28 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from carft_fast.config import SYNTHETIC, AnswerType, CalculatorMarks, Config, DataFormat
-from carft_fast.core import Example, InputError, first_line
+from carft_fast.config import ANSWER_PHRASE, SYNTHETIC, AnswerType, CalculatorMarks, Config, DataFormat
+from carft_fast.core import Example, InputError
+from carft_fast.data.files import read_rows
 from carft_fast.data.synthetic import make_task
-from carft_fast.rewards import Answer, parse_target
+from carft_fast.rewards import Answer, answer_text, extract_answer, parse_target
 
 Source = str | Iterable[Any]
 """A file, a folder, a Hub id, or rows: dicts, `Example`s, or a `datasets.Dataset`."""
-FIELDS = ("question", "cot", "answer", "item_id")
+FIELDS = ("question", "cot", "answer", "item_id", "messages")
+CONVERSATIONS = ("messages", "conversations")
+"""Columns that are read as conversations where there is no question."""
 REFT_FIELDS = {"question": "question", "cot": "answer_cot", "answer": "answer_value", "item_id": "item_id"}
 FORMAT_FIELDS = {"reft": REFT_FIELDS, "gsm8k": {"question": "question", "cot": "answer", "answer": "answer"}}
 
+_LIKELY = {
+    "question": ("problem", "prompt", "instruction", "query", "input"),
+    "cot": ("solution", "reasoning", "rationale", "explanation", "response", "output", "completion"),
+    "answer": ("final_answer", "expected_answer", "ground_truth", "target", "label", "gold"),
+}
+"""What others call a column, for the error that one is missing."""
+_ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 _CALCULATOR_MARK = re.compile(r"<<[^<>\n]*>>")
-_NO_SPACE = re.compile(r"[^ \t\r\n]")
 _LONGEST_INTEGER = 4000
 """Digits; Python makes no text of more than 4,300."""
 _SHOWN = 3
@@ -90,14 +98,36 @@ def load_set(
         source,
         label=source if isinstance(source, str) else f"the rows given as {name}",
         format=data.format,
-        fields=data.fields,
+        fields=data.fields if train or not data.eval_fields else data.eval_fields,
+        setting="data.fields" if train else "data.eval_fields",
         split=data.train_split if train else data.eval_split,
         answer_type=None if config.reward.fn else config.reward.answer_type,
+        answer_phrase=data.answer_phrase,
         calculator_marks=data.calculator_marks,
         merge_questions=train and data.merge_questions,
         require_cot=train and not all_rows,
         limit=None if all_rows else limit,
     )
+
+
+def load_few_shot(config: Config) -> list[Example]:
+    """The rows of data.few_shot. Raises InputError where one of them cannot be shown as a solved question."""
+    data = config.data
+    if not data.few_shot:
+        return []
+    examples, report = load_examples(
+        data.few_shot,
+        label=f"data.few_shot = {data.few_shot}",
+        fields=data.fields,
+        split=data.train_split,
+        answer_type=None if config.reward.fn else config.reward.answer_type,
+        answer_phrase=data.answer_phrase,
+        calculator_marks=data.calculator_marks,
+        require_cot=True,
+    )
+    if report.rejected:
+        raise InputError(f"every row has to be usable: {report.summary()}")
+    return examples
 
 
 def load_examples(
@@ -106,8 +136,10 @@ def load_examples(
     label: str = "",
     format: DataFormat = "auto",
     fields: Mapping[str, str] | None = None,
+    setting: str = "data.fields",
     split: str = "train",
     answer_type: AnswerType | None = "numeric",
+    answer_phrase: str = ANSWER_PHRASE,
     calculator_marks: CalculatorMarks = "strip",
     merge_questions: bool = False,
     require_cot: bool,
@@ -115,18 +147,22 @@ def load_examples(
 ) -> tuple[list[Example], LoadReport]:
     """Read a source and keep the rows that can be used.
 
-    Files hold a JSON list, or JSON objects one after the other (JSON Lines); which of the two is seen by their content.
+    JSON files hold a list, or objects one after the other (JSON Lines); which of the two is seen by their content.
     Formats: "reft" (item_id, question, answer_cot, answer_value), "gsm8k" (the answer is the reasoning, then `#### 72`;
-    `calculator_marks` `<<...>>` are stripped or kept), "jsonl" and "hub" (`datasets`) with own `fields` or recognised
-    ones, "auto" (a file like "jsonl", else "hub"). Rows given in Python are read like "jsonl". An
-    annotation may be a list of texts. Columns that are no field become `Example.extra`. `merge_questions` makes one
-    example of rows with the same question and answer, with the first one's extra. `limit` keeps that many usable
-    examples from the top. `label` names the source. Answers must be targets of `answer_type`; None takes any text.
+    `calculator_marks` `<<...>>` are stripped or kept); with own `fields` or recognised ones "jsonl", "csv", "parquet",
+    "arrow", "disk" (`save_to_disk`), "hub" (`datasets`); "auto" tells them by name and content. Rows given in Python
+    are read like "jsonl". An annotation may be a list of texts. Of `messages` the last assistant turn is the
+    annotation, the user's turn before it the question; without an answer's column the annotation's own answer is the
+    target. Columns that are no field become `Example.extra`. `merge_questions` makes one example of rows with the same
+    question and answer, with the first one's extra. `limit` keeps that many usable examples from the top. `label` names
+    the source, `setting` what holds its `fields`. Answers must be targets of `answer_type`; None takes any text.
+    `answer_phrase` is data.answer_phrase: where it is "" annotations have to state an answer.
 
     Raises InputError for a source that cannot be read, or without one usable row.
     """
     label = label or str(source)
-    rows, names = _open(source, label, format, dict(fields or {}), split, require_cot)
+    rows, names = _open(source, label, format, dict(fields or {}), split, require_cot, setting)
+    rule = _Rule(answer_type, answer_phrase, calculator_marks, require_cot)
     report = LoadReport(label)
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
@@ -134,7 +170,7 @@ def load_examples(
             break
         report.rows_read += 1
         try:
-            examples.append(_to_example(row, number, names, answer_type, calculator_marks, require_cot))
+            examples.append(_to_example(row, number, names, rule))
         except _RowError as error:
             report.reject(*error.args)
     if merge_questions:
@@ -149,10 +185,10 @@ def load_examples(
 
 def _merge(examples: Iterable[Example], answer_type: AnswerType | None) -> list[Example]:
     """One example a question and answer, where its first row was, with the distinct annotations of all."""
-    groups: dict[tuple[str, Answer], list[Example]] = {}
+    groups: dict[tuple[Any, str, Answer], list[Example]] = {}
     for example in examples:
         answer = example.answer if answer_type is None else parse_target(example.answer, answer_type=answer_type)
-        groups.setdefault((example.question, answer), []).append(example)
+        groups.setdefault((example.history, example.question, answer), []).append(example)
     return [
         replace(group[0], cots=tuple(dict.fromkeys(cot for example in group for cot in example.cots)))
         for group in groups.values()
@@ -163,21 +199,47 @@ class _RowError(Exception):
     """Its arguments are those of `LoadReport.reject`."""
 
 
-def _to_example(
-    row: Any,
-    number: int,
-    names: Mapping[str, str],
-    answer_type: AnswerType | None,
-    calculator_marks: CalculatorMarks,
-    require_cot: bool,
-) -> Example:
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What rows have to fulfil: arguments of `load_examples`."""
+
+    answer_type: AnswerType | None
+    answer_phrase: str
+    calculator_marks: CalculatorMarks
+    require_cot: bool
+
+    def is_marked(self, text: str) -> bool:
+        """Whether it ends like GSM8K's annotations, with `#### 72`; a heading of Markdown looks the same."""
+        _, mark, answer = text.rpartition("####")
+        if not mark or not answer.strip() or "\n" in answer.strip():
+            return False
+        try:
+            return self.answer_type is None or parse_target(answer, answer_type=self.answer_type) is not None
+        except ValueError:
+            return False
+
+    def stated_answer(self, cot: str) -> str | None:
+        """The answer that an annotation states itself, where one can be read without running it."""
+        if self.answer_type in (None, "program"):
+            return None
+        found = extract_answer(cot, answer_type=self.answer_type, phrase=self.answer_phrase)
+        return None if found is None else answer_text(found)
+
+
+def _to_example(row: Any, number: int, names: Mapping[str, str], rule: _Rule) -> Example:
     where = f"row {number}"
+    history: tuple[tuple[str, str], ...] = ()
     if isinstance(row, Example):
         extra, names = row.extra, {name: name for name in FIELDS}
+        turns = [{"role": m[0], "content": m[1]} if isinstance(m, tuple) and len(m) == 2 else m for m in row.history]
+        history = _conversation([*turns, {"role": "user", "content": ""}], "history", where)[0]
         found = {"question": row.question, "cot": row.cots, "answer": row.answer, "item_id": row.item_id or None}
     elif isinstance(row, dict):
         extra = {key: value for key, value in row.items() if key not in names.values()}
         found = {name: row.get(key) for name, key in names.items()}
+        if "messages" in names:
+            history, found["question"], found["cot"] = _conversation(found.pop("messages"), names["messages"], where)
+            names = {"question": names["messages"], "cot": names["messages"], "answer": "answer", **names}
     else:
         raise _RowError("not an object", where, _shown(row))
     values = {name: value for name, value in found.items() if value is not None}
@@ -192,21 +254,50 @@ def _to_example(
             raise _RowError(f'{name} is no Unicode text (field "{names[name]}")', where, ascii(value))
     question, answer = ("".join(texts[name]) for name in ("question", "answer"))
     cots = texts["cot"]
+    from_annotation = isinstance(row, dict) and "messages" in names and not answer and cots
+    if from_annotation and rule.is_marked(cots[0]):
+        answer, cots = cots[0], []
     if names.get("cot") == names["answer"] or (not cots and "####" in answer):
         cot, _, answer = (part.strip() for part in answer.rpartition("####"))
-        cots = [_CALCULATOR_MARK.sub("", cot) if calculator_marks == "strip" else cot] if cot else []
+        cots = [_CALCULATOR_MARK.sub("", cot) if rule.calculator_marks == "strip" else cot] if cot else []
     if not question:
         raise _RowError(f'no question (field "{names["question"]}")', where)
+    if from_annotation and not answer:
+        answer = rule.stated_answer(cots[0]) or ""
     if not answer:
         raise _RowError(f'no answer (field "{names["answer"]}")', where, question)
-    if require_cot and not cots:
+    if rule.require_cot and not cots:
         raise _RowError("no annotated reasoning", where, question)
     try:
-        if answer_type is not None:
-            parse_target(answer, answer_type=answer_type)
+        if rule.answer_type is not None:
+            parse_target(answer, answer_type=rule.answer_type)
     except ValueError as error:
         raise _RowError("unparsable answer", where, str(error)) from None
-    return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra)
+    if rule.require_cot and not rule.answer_phrase and rule.answer_type not in (None, "program"):
+        cots = [cot for cot in cots if rule.stated_answer(cot) is not None]
+        if not cots:
+            raise _RowError(
+                'annotated reasoning without an answer (data.answer_phrase = "" adds none)', where, question
+            )
+    return Example(str(values.get("item_id", number)), question, tuple(dict.fromkeys(cots)), answer, extra, history)
+
+
+def _conversation(messages: Any, key: str, where: str) -> tuple[tuple[tuple[str, str], ...], str | None, str | None]:
+    """What comes before the last question, that question, and the assistant's answer to it if there is one."""
+    turns = list[tuple[str, str]]()
+    for message in messages if isinstance(messages, list | tuple) else [messages]:
+        if not isinstance(message, dict):
+            raise _RowError(f'messages are no list of objects (field "{key}")', where, _shown(messages))
+        role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
+        if not isinstance(role, str) or role not in _ROLES:
+            raise _RowError(f'a message of another role than {", ".join(_ROLES)} (field "{key}")', where, _shown(role))
+        if not isinstance(content, str) or not _is_text(content):
+            raise _RowError(f'a message whose content is no text (field "{key}")', where, _shown(content))
+        turns.append((_ROLES[role], content.strip()))
+    cot = turns.pop()[1] if turns and turns[-1][0] == "assistant" else None
+    if not turns or turns[-1][0] != "user":
+        raise _RowError(f'messages without a question at their end (field "{key}")', where, _shown(messages))
+    return tuple(turns[:-1]), turns[-1][1], cot
 
 
 def _is_text_or_number(value: Any) -> bool:
@@ -229,96 +320,54 @@ def _is_text(text: str) -> bool:
 
 
 def _open(
-    source: Source, label: str, format: str, fields: dict[str, str], split: str, require_cot: bool
+    source: Source, label: str, format: str, fields: dict[str, str], split: str, require_cot: bool, setting: str
 ) -> tuple[Iterable[Any], dict[str, str]]:
     """Rows of a source and the names of their fields."""
     if unknown := sorted(set(fields) - set(FIELDS)):
-        raise InputError(f"data.fields: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
+        raise InputError(f"{setting}: {unknown[0]!r} is not a field; allowed: {', '.join(FIELDS)}")
+    if other := sorted({"question", "cot"} & set(fields)) if "messages" in fields else []:
+        raise InputError(f"{setting}: messages hold the {other[0]}; give one of the two")
     if not isinstance(source, str):
-        return _with_fields(source, label, fields, require_cot)
-    if format == "auto":
-        format = _guess(source)
-    if format == "hub":
-        return _with_fields(_read_hub(source, split), source, fields, require_cot)
-    if not Path(source).is_file():
-        raise InputError(f"{source}: no such file")
-    rows = _read_json(source)
+        return _with_fields(source, label, fields, require_cot, setting)
+    rows = read_rows(source, "json" if format in ("jsonl", *FORMAT_FIELDS) else format, split)
     if format in FORMAT_FIELDS:
         return rows, FORMAT_FIELDS[format] | fields
-    return _with_fields(rows, source, fields, require_cot)
-
-
-def _guess(path: str) -> str:
-    file = Path(path)
-    if file.is_dir() or not file.exists():
-        looks_like_id = path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not file.suffix
-        if file.is_dir() or looks_like_id:
-            return "hub"
-        raise InputError(f"{path}: no such file (nor does it look like a Hub id)")
-    return "jsonl"
-
-
-def _read_json(path: str) -> list[Any]:
-    """The rows of a JSON list, or of JSON values one after the other, whatever their lines."""
-    text, decoder = _read_text(path), json.JSONDecoder()
-    values, at = [], _NO_SPACE.search(text)
-    while at is not None:
-        try:
-            value, end = decoder.raw_decode(text, at.start())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:  # integers of thousands of digits, thousands of brackets
-            line = text.count("\n", 0, at.start()) + 1
-            raise InputError(f"{path}, line {line}: JSON that cannot be read: {first_line(error)}") from None
-        values.append(value)
-        at = _NO_SPACE.search(text, end)
-    if len(values) != 1 or isinstance(values[0], dict):
-        return values
-    if not isinstance(values[0], list):
-        raise InputError(
-            f"{path}: a JSON list of rows, or rows one after another, are expected, this is {type(values[0]).__name__}"
-        )
-    return values[0]
-
-
-def _read_text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return _with_fields(rows, label, fields, require_cot, setting)
 
 
 def _with_fields(
-    rows: Iterable[Any], source: str, fields: dict[str, str], require_cot: bool
+    rows: Iterable[Any], source: str, fields: dict[str, str], require_cot: bool, setting: str
 ) -> tuple[list[Any], dict[str, str]]:
-    """Complete a field mapping from the keys of all rows: own names, else ReFT's, else plain ones.
+    """Complete a field mapping from the keys of all rows: own names, else ReFT's, else plain ones; without a question
+    those of conversations.
 
     Raises InputError for a needed or named field that no row has. A `cot` mapping is held against a source only
     where reasoning is required, since one mapping serves the training set and a test set without any.
     """
     rows = list(rows)
     keys = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-    found = {name: key for name in FIELDS for key in (name, REFT_FIELDS[name]) if key in keys and name not in fields}
-    names = fields | found
-    needed = {"question", "answer"} | (set(fields) if require_cot else set(fields) - {"cot"})
+    candidates = {name: (name, REFT_FIELDS[name]) for name in ("question", "cot", "answer", "item_id")}
+    found = {name: key for name in candidates for key in candidates[name] if key in keys and name not in fields}
+    if "question" not in fields | found and (key := next((key for key in CONVERSATIONS if key in keys), None)):
+        found.setdefault("messages", key)
+    names = found | fields
+    if "messages" in names:
+        names = {name: key for name, key in names.items() if name not in ("question", "cot")}
+        needed = set(fields)
+    else:
+        needed = {"question", "answer"} | (set(fields) if require_cot else set(fields) - {"cot"})
     for name in FIELDS:
         if keys and name in needed and names.get(name) not in keys:
+            free = [key for key in keys if key not in names.values()]
+            likely = {
+                other: next((key for key in free if str(key).lower() in _LIKELY.get(other, ())), None)
+                for other in FIELDS
+                if names.get(other) not in keys and (other != "cot" or require_cot)
+            }
+            likely[name] = likely.get(name) or next(iter(free), "...")
+            example = ", ".join(f'{other} = "{key}"' for other, key in likely.items() if key)
             raise InputError(
                 f"{source}: field {names.get(name, name)!r} for the {name} is missing; the rows have "
-                f"{', '.join(keys)} (name yours with data.fields)"
+                f"{', '.join(map(str, keys))}: name yours with {setting}, such as {setting} = {{{example}}}"
             )
-    return rows, {"question": "question", "answer": "answer"} | names
-
-
-def _read_hub(path: str, split: str) -> list[Any]:
-    import datasets
-
-    try:
-        name = "main" if path == "openai/gsm8k" else None  # the one set among the defaults that has no default config
-        rows = datasets.load_dataset(path, name, split=split)
-    except Exception as error:  # datasets raises many kinds; all mean the same to the user
-        message = str(error).strip().splitlines()
-        raise InputError(f"{path}: the dataset could not be loaded: {message[0] if message else error!r}") from None
-    return list(rows)
+    return rows, names if "messages" in names else {"question": "question", "answer": "answer"} | names

@@ -1,23 +1,27 @@
 """From questions to token ids: the prompt, and the completion a model is taught."""
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from carft_fast.core import Example, InputError, first_line
-from carft_fast.data.chat import RENDERER, TOGETHER, Chat
-from carft_fast.data.load import LoadReport
-from carft_fast.rewards import ANSWER_TRIGGER, REASONING_TRIGGER
+from carft_fast.config import ANSWER, ANSWER_PHRASE, Config
+from carft_fast.core import Example, InputError
+from carft_fast.data.chat import Chat
+from carft_fast.data.load import LoadReport, load_few_shot
+from carft_fast.data.template import Template
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedExample:
-    """An example with its token ids: the prompt's, and a completion for each annotated CoT, ending with EOS."""
+    """An example with its token ids: the prompt's, and a completion for each annotated CoT, ending with EOS.
+
+    `prompt` is the prompt's text, for people to read.
+    """
 
     example: Example
     prompt_ids: list[int]
     completions: tuple[list[int], ...]
+    prompt: str = ""
 
     @property
     def completion_ids(self) -> list[int]:
@@ -42,87 +46,119 @@ def check_tokenizer(tokenizer: Any) -> None:
 class PromptFormat:
     """Text around questions and answers.
 
-    "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published template; "chat": the tokenizer's chat
-    template with the question as the user's message. The completion is `{CoT}\\nTherefore, the answer is: {answer}`
-    and what ends it: EOS, or the token with which the chat template ends an assistant's turn. Where the CoT is a
-    `program`, it is all of the completion, for its answer is what it returns. Prompt and completion are tokenised
-    apart, so that training sees the boundary sampling sees. A special token that data spells out ("</s>") is a text
-    like any other; in a question for a chat template, which is one text with it, it cannot be (`control`).
+    A prompt is the conversation that ends with the question, by the template: a system message, the solved questions of
+    `few_shot`, the row's own earlier turns. "carft": `Question:\\n{question}\\nAnswer reasoning:\\n`, the published
+    template; "chat": the tokenizer's chat template; else a Jinja template or its file. The completion is
+    `{CoT}\\n{answer_phrase}` and what ends it: EOS, or the token with which the template ends an assistant's turn.
+    Where the CoT is a `program`, it is all of the completion, for its answer is what it returns. Prompt and completion
+    are tokenised apart, so that training sees the boundary sampling sees. A special token that data spells out ("</s>")
+    is a text like any other; in a question for a Jinja template, which is one text with it, it cannot be (`refused`).
+
+    Raises InputError for a template that cannot be used (`Template`), or does not show all that is said above.
     """
 
-    def __init__(self, tokenizer: Any, template: str = "carft", *, program: bool = False) -> None:
-        if template == "chat" and not tokenizer.chat_template:
-            raise InputError('data.template = "chat": the tokenizer has no chat template; allowed here: "carft"')
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str = "carft",
+        *,
+        program: bool = False,
+        system_prompt: str = "",
+        few_shot: Sequence[Example] = (),
+        variables: Mapping[str, Any] | None = None,
+        answer_phrase: str = ANSWER_PHRASE,
+    ) -> None:
         self._tokenizer = tokenizer
-        self._template = template
-        self._program = program
-        added = tokenizer.added_tokens_decoder.items() if tokenizer is not None else ()
-        self._special = {token_id: str(token) for token_id, token in added if token.special}
+        self._phrase = "" if program else answer_phrase
+        self._system = [("system", system_prompt)] if system_prompt else []
+        self._shots: list[tuple[str, str]] = []
+        for shot in few_shot:
+            self._shots += [message for message in shot.history if message[0] != "system"]
+            self._shots += [("user", shot.question), ("assistant", self.completion_text(shot.cots[0], shot.answer))]
+        self._few_shot = frozenset((shot.history, shot.question) for shot in few_shot)
+        self._template = Template(tokenizer, template, variables or {})
+        self._check_settings()
         if tokenizer is not None:
-            self.end_id: int = self._turn_end() if template == "chat" else tokenizer.eos_token_id
+            end_id = self._template.end_id
+            self.end_id: int = tokenizer.eos_token_id if end_id is None else end_id
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Any | None, template: str | None = None) -> "PromptFormat":
+        """As the config says; `template` in place of its own. Reads data.few_shot."""
+        data = config.data
+        return cls(
+            tokenizer,
+            template or data.template,
+            program=config.reward.answer_type == "program",
+            system_prompt=data.system_prompt,
+            few_shot=load_few_shot(config),
+            variables=data.chat_template_kwargs,
+            answer_phrase=data.answer_phrase,
+        )
+
+    def _check_settings(self) -> None:
+        """The template shows what every prompt is to have, and takes none of it for its own tokens."""
+        if self._template.published:
+            return
+        settings = [("data.system_prompt", text) for _, text in self._system]
+        settings += [("data.few_shot", text) for _, text in self._shots]
+        prompt = self.prompt_text("Three and four?") if settings else ""
+        for name, text in settings:
+            if (text.strip().splitlines() or [""])[-1] not in prompt:  # a template may trim, or leave out reasoning
+                raise self._template.refuse(f"does not show {name}: {text[:80]!r}")
+            if token := self._spelled(text):
+                raise InputError(f"{name} has {token} in {text[:80]!r}, which the template would take for its own")
 
     def end_ids(self, model_eos: Sequence[int]) -> tuple[int, ...]:
         """Ids that end a completion, the one that is taught first. `model_eos`: those of the model's generation config,
         which count where the tokenizer has them as special tokens."""
-        others = (i for i in model_eos if i in self._special)
+        others = (i for i in model_eos if i in self._template.special)
         return tuple(dict.fromkeys([self.end_id, self._tokenizer.eos_token_id, *others]))
 
-    def _turn_end(self) -> int:
-        question, answer = "Three and four?", "Seven."
-        [text] = self._render([[{"role": "user", "content": question}, {"role": "assistant", "content": answer}]])
-        if question not in text:
-            raise InputError(
-                f'data.template = "chat": the tokenizer\'s chat template does not show the question: of {question!r} '
-                f'it makes {text[:80]!r}; allowed: "carft"'
-            )
-        _, shown, after_answer = text.rpartition(answer)  # a template may know no assistant
-        after = self._tokenizer(after_answer if shown else "", add_special_tokens=False)["input_ids"]
-        return next((i for i in after if i in self._special), self._tokenizer.eos_token_id)
-
-    def prompt_text(self, question: str) -> str:
-        [text] = self.prompt_texts([question])
+    def prompt_text(self, asked: Example | str) -> str:
+        """The text of an example's prompt; a text is a question without history."""
+        [text] = self.prompt_texts([asked])
         return text
 
-    def prompt_texts(self, questions: Iterable[str]) -> Iterator[str]:
-        """In their order; a chat template renders them some at a time."""
-        if self._template == "carft":
-            yield from (f"Question:\n{question}{REASONING_TRIGGER}" for question in questions)
-            return
-        waiting = iter(questions)
-        while some := list(itertools.islice(waiting, TOGETHER)):
-            yield from self._render([[{"role": "user", "content": q}] for q in some], add_generation_prompt=True)
+    def prompt_texts(self, asked: Iterable[Example | str]) -> Iterator[str]:
+        """In their order; a Jinja template renders them some at a time."""
+        return self._template.prompts(map(self._chat, asked))
 
-    def _render(self, chats: Sequence[Chat], *, add_generation_prompt: bool = False) -> list[str]:
-        tokenizer = self._tokenizer
-        variables = {**tokenizer.special_tokens_map, "add_generation_prompt": add_generation_prompt}
-        try:  # as tokenizer.apply_chat_template does
-            return RENDERER.render(tokenizer.get_chat_template(), chats, variables)
-        except ValueError as error:
-            raise InputError(
-                f'data.template = "chat": the tokenizer\'s chat template fails: {first_line(error)}; allowed: "carft"'
-            ) from None
+    def _chat(self, asked: Example | str) -> Chat:
+        question, history = (asked, ()) if isinstance(asked, str) else (asked.question, asked.history)
+        own_system = [message for message in history[:1] if message[0] == "system"]
+        messages = [*(own_system or self._system), *self._shots, *history[len(own_system) :], ("user", question)]
+        return [{"role": role, "content": content} for role, content in messages]
 
-    def control(self, question: str) -> str | None:
-        """Why a question cannot be asked: it spells out a token that would end its turn, or begin another."""
-        if self._template == "carft":
+    def refused(self, example: Example) -> str | None:
+        """Why a row cannot be asked: it spells out a token that would end its turn, or begin another; or it is one of
+        data.few_shot, which shows its answer."""
+        if (example.history, example.question) in self._few_shot:
+            return "question that data.few_shot answers"
+        if self._template.published:
             return None
-        spelled = next((token for token in self._special.values() if token in question), None)
-        return spelled and f"question with {spelled}, which the chat template would take for its own"
+        texts = [example.question, *(content for _, content in example.history)]
+        token = next(filter(None, map(self._spelled, texts)), None)
+        return token and f"question with {token}, which the chat template would take for its own"
 
-    def prompt_ids(self, question: str) -> list[int]:
+    def _spelled(self, text: str) -> str | None:
+        return next((token for token in self._template.special.values() if token in text), None)
+
+    def prompt_ids(self, asked: Example | str) -> list[int]:
         """Ids with the tokenizer's own special tokens (BOS), without an EOS it may append."""
-        return self.text_ids(self.prompt_text(question))
+        return self.text_ids(self.prompt_text(asked))
 
     def text_ids(self, prompt_text: str) -> list[int]:
         """The same of one of `prompt_texts`."""
-        # a chat template writes its special tokens itself
-        special = self._template == "carft"
-        ids = self._tokenizer(prompt_text, add_special_tokens=special, split_special_tokens=special)
-        ids = list(ids["input_ids"])
-        return ids[:-1] if special and ids[-1:] == [self._tokenizer.eos_token_id] else ids
+        tokenizer = self._tokenizer
+        published, chat = self._template.published, self._template.is_chat
+        written = bool(tokenizer.bos_token) and prompt_text.startswith(tokenizer.bos_token)
+        special = published or not (chat or written)  # a chat template writes its special tokens itself
+        ids = list(tokenizer(prompt_text, add_special_tokens=special, split_special_tokens=published)["input_ids"])
+        return ids[:-1] if special and ids[-1:] == [tokenizer.eos_token_id] else ids
 
     def completion_text(self, cot: str, answer: str) -> str:
-        return cot if self._program else f"{cot}{ANSWER_TRIGGER}{answer}"
+        return f"{cot}\n{self._phrase.replace(ANSWER, answer)}" if self._phrase else cot
 
     def completion_ids(self, cot: str, answer: str) -> list[int]:
         text = self.completion_text(cot, answer)
@@ -131,6 +167,10 @@ class PromptFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def shown(self, ids: Sequence[int]) -> str:
+        """The text that a model sees, with its special tokens."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def encode_examples(
@@ -148,7 +188,7 @@ def encode_examples(
     left."""
     encoded: list[EncodedExample] = []
     totals: list[int] = []
-    prompts = prompt_format.prompt_texts(example.question for example in examples)
+    prompts = prompt_format.prompt_texts(examples)
     for example, prompt in zip(examples, prompts, strict=True):
         prompt_ids = prompt_format.text_ids(prompt)
         cots = example.cots if require_cot else ()
@@ -158,7 +198,7 @@ def encode_examples(
         limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
         shortest = min(map(len, completions), default=0)
         totals.append(len(prompt_ids) + shortest)
-        if reason := prompt_format.control(example.question):
+        if reason := prompt_format.refused(example):
             report.reject(reason, example.item_id, example.question)
             continue
         if reason := too_long(len(prompt_ids), shortest, **limits):
@@ -166,7 +206,7 @@ def encode_examples(
             continue
         fitting = tuple(ids for ids in completions if not too_long(len(prompt_ids), len(ids), **limits))
         report.annotations_left_out += len(completions) - len(fitting)
-        encoded.append(EncodedExample(example, prompt_ids, fitting))
+        encoded.append(EncodedExample(example, prompt_ids, fitting, prompt))
     report.rows_used = len(encoded)
     if not encoded:
         tokens = f"rows have {min(totals)} to {max(totals)} tokens"

@@ -6,9 +6,11 @@ from .page import NOT_MEASURED as NOT_MEASURED
 from .page import SERIES as SERIES
 from .page import Cell as Cell
 from .page import number as number
+from .run_report import change_in_short as change_in_short
+from .run_report import change_in_words as change_in_words
 from .run_report import code as code
 from .run_report import markdown_table as markdown_table
-from .run_report import result_rows as result_rows
+from .run_report import result_table as result_table
 from .run_report import rewrite_page as rewrite_page
 from .run_report import tidy as tidy
 from .run_report import write_report as write_report

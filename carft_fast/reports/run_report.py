@@ -123,38 +123,89 @@ def _draw_phases(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def result_rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Figure, before RL, at the end."""
-    low, high = summary["accuracy_ci95"]
-    sft_low, sft_high = summary["sft_accuracy_ci95"]
-    steps, length = summary["step_by_step"], summary["completion_length"]
-    return [
-        ("greedy accuracy", f"{summary['sft_accuracy']:.1%}", f"{summary['final_accuracy']:.1%}"),
-        ("95% interval (Wilson)", f"{sft_low:.1%} to {sft_high:.1%}", f"{low:.1%} to {high:.1%}"),
-        ("answers with more than one equation", f"{steps['sft']:.1%}", f"{steps['final']:.1%}"),
-        ("tokens per answer", f"{length['sft']:.1f}", f"{length['final']:.1f}"),
+def result_table(summary: dict[str, Any]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns and rows: a figure before the run's last stage, after it, and what changed."""
+    start, change, stage = summary["start"], summary["change"], summary["start"]["stage"].upper()
+    lengths = start["completion_length"], summary["completion_length"]["final"]
+    shares = start["step_by_step"], summary["step_by_step"]["final"]
+    columns = ("figure", f"before {stage}", f"after {stage}", "change, points")
+    return columns, [
+        (
+            "greedy accuracy",
+            f"{start['accuracy']:.1%}",
+            f"{summary['final_accuracy']:.1%}",
+            "no change" if _holds_zero(change["ci95"]) else _points(change["accuracy"]),
+        ),
+        (
+            "95% interval",
+            _interval(start["accuracy_ci95"]),
+            _interval(summary["accuracy_ci95"]),
+            "{} to {}".format(*map(_points, change["ci95"])),
+        ),
+        ("answers with more than one equation", *(f"{share:.1%}" for share in shares), ""),
+        ("tokens per answer", *(f"{length:.1f}" for length in lengths), ""),
     ]
+
+
+def change_in_words(summary: dict[str, Any]) -> str:
+    """What the run's last stage did to the accuracy; "no change" where the interval of the difference holds zero."""
+    start, change, stage = summary["start"], summary["change"], summary["start"]["stage"].upper()
+    figures = f"{start['accuracy']:.1%} before {stage}, {summary['final_accuracy']:.1%} after"
+    interval = "{} to {} points".format(*map(_points, change["ci95"]))
+    if _holds_zero(change["ci95"]):
+        said = f"No change in greedy accuracy: {figures}. The 95% interval of the difference, {interval}, holds zero."
+    else:
+        gain = _points(change["accuracy"])
+        said = f"Greedy accuracy: {figures}, a change of {gain} points (95% interval {interval})."
+    rows = summary["eval_rows"]
+    return f"{said} {change['gained']} of {rows} answers became right, {change['lost']} became wrong."
+
+
+def change_in_short(summary: dict[str, Any]) -> str:
+    """The same in a few words."""
+    change, start = summary["change"], summary["start"]
+    gain = "no change" if _holds_zero(change["ci95"]) else f"{_points(change['accuracy'])} points"
+    low, high = map(_points, change["ci95"])
+    return f"accuracy {start['accuracy']:.1%} to {summary['final_accuracy']:.1%}, {gain} [{low}, {high}]"
+
+
+def _cost_in_words(summary: dict[str, Any]) -> str:
+    sampled = f"{summary['completion_tokens']:,} tokens sampled in RL, " * (summary["start"]["stage"] == "rl")
+    return f"{sampled}{summary['seconds_total']:.0f} s in all"
+
+
+def _holds_zero(interval: Sequence[float]) -> bool:
+    return interval[0] <= 0 <= interval[1]
+
+
+def _points(share: float) -> str:
+    """A difference of accuracies in percentage points."""
+    return f"{100 * share:+.1f}"
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.1%} to {interval[1]:.1%}"
 
 
 def _html(
     config: Config, records: Sequence[dict[str, Any]], summary: dict[str, Any] | None, environment: dict[str, Any]
 ) -> str:
     """The page of a run; `summary` is None while it goes on."""
-    trained = f"Model {config.model.path}, training data {config.data.train}"
+    trained = f"Model {config.model.path}, training data {config.data.trained_on}"
     sections: dict[str, list[str]] = {}
     if summary is None:
         lead = page.paragraph(f"{trained}. Not finished: {len(records)} records so far.")
     else:
         lead = page.paragraph(
-            f"{trained}, {summary['eval_rows']} held-out rows of {config.data.eval}. "
-            f"{summary['completion_tokens']:,} tokens sampled in RL, {summary['seconds_total']:.0f} s in all."
+            f"{trained}, {summary['eval_rows']} held-out rows of {config.data.eval}. {_cost_in_words(summary)}."
         )
         example = summary["example"]
-        sections["Result"] = [page.table(("figure", "before RL", "final"), result_rows(summary))]
+        stage = summary["start"]["stage"].upper()
+        sections["Result"] = [page.table(*result_table(summary)), page.paragraph(change_in_words(summary))]
         sections["One question, before and after"] = [
             page.paragraph(f"{example['question'].strip()} (target {example['target']})"),
-            f"<h3>Before RL</h3>{page.quote(example['before'])}",
-            f"<h3>Final</h3>{page.quote(example['after'])}",
+            f"<h3>Before {stage}</h3>{page.quote(example['before'])}",
+            f"<h3>After {stage}</h3>{page.quote(example['after'])}",
         ]
     curves = [
         page.chart(f"{title}, {stage.upper()}", partial(_draw_curve, name=name, stage=stage, records=records))
@@ -215,18 +266,20 @@ def _longest_quotes(text: str) -> int:
 
 def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> str:
     lead = (
-        f"Model {code(config.model.path)}, training data {code(config.data.train)}, {summary['eval_rows']} held-out "
-        f"rows of {code(config.data.eval)}. {summary['completion_tokens']:,} tokens sampled in RL, "
-        f"{summary['seconds_total']:.0f} s in all."
+        f"Model {code(config.model.path)}, training data {code(config.data.trained_on)}, {summary['eval_rows']} "
+        f"held-out rows of {code(config.data.eval)}. {_cost_in_words(summary)}."
     )
     example = summary["example"]
+    stage = summary["start"]["stage"].upper()
     phases = [(phase, PHASES[phase], f"{seconds:.1f}") for phase, seconds in summary["seconds_by_phase"].items()]
     pictures = "\n".join(f"![{name.removesuffix('.png')}](plots/{name})" for name in plots)
     return f"""# {config.output.name}: {summary["method"]}, seed {summary["seed"]}
 
 {lead}
 
-{markdown_table(("", "before RL", "final"), result_rows(summary))}
+{markdown_table(*result_table(summary))}
+
+{change_in_words(summary)}
 
 ## One question, before and after
 
@@ -234,11 +287,11 @@ def _markdown(config: Config, summary: dict[str, Any], plots: Sequence[str]) -> 
 
 Target: {code(example["target"])}
 
-Before RL:
+Before {stage}:
 
 {fenced(example["before"])}
 
-Final:
+After {stage}:
 
 {fenced(example["after"])}
 

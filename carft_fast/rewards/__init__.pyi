@@ -1,8 +1,8 @@
-from .answers import ANSWER_TRIGGER as ANSWER_TRIGGER
 from .answers import REASONING_TRIGGER as REASONING_TRIGGER
 from .answers import THINK as THINK
 from .answers import Answer as Answer
 from .answers import Grade as Grade
+from .answers import answer_text as answer_text
 from .answers import base_score as base_score
 from .answers import embedding_partial_score as embedding_partial_score
 from .answers import extract_answer as extract_answer

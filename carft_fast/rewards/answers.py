@@ -9,9 +9,10 @@ import re
 import textwrap
 import unicodedata
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
-from carft_fast.config import AnswerType
+from carft_fast.config import ANSWER, ANSWER_PHRASE, AnswerType
 from carft_fast.rewards.numerals import (
     FRACTIONS,
     LATEX_ASIDE,
@@ -29,7 +30,6 @@ Answer = float | str
 LatexVerdict = Literal["same", "different", "unreadable"]
 
 REASONING_TRIGGER = "\nAnswer reasoning:\n"
-ANSWER_TRIGGER = "\nTherefore, the answer is: "
 
 THINK, _THINK_END = "<think>", "</think>"
 
@@ -163,10 +163,11 @@ def outside_think(text: str) -> str:
     return "\n".join([*kept, last])
 
 
-def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
-    """The answer of a completion: what follows its last "Therefore, the answer is", else the last \\boxed, else the
-    text itself if it is nothing but an answer. None when there is nothing to extract, or more than one answer.
+def extract_answer(text: str, *, answer_type: AnswerType, phrase: str = ANSWER_PHRASE) -> Answer | None:
+    """The answer of a completion: what stands in its last `phrase` in place of {answer}, else in the last \\boxed, else
+    the text itself if it is nothing but an answer. None when there is nothing to extract, or more than one answer.
 
+    Case does not count in a phrase, nor does the colon in "Therefore, the answer is:", which is also read for "".
     `text` may hold the prompt too: what precedes the last "Answer reasoning:" is dropped. Numbers are read as a person
     would, whole or not at all, and carry their exact value. inf and nan are not answers. "latex" and "program" return
     source text, not yet understood.
@@ -175,9 +176,12 @@ def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
     if answer_type == "program":
         return _program(text)
     longest = _LONGEST_LATEX if answer_type == "latex" else LONGEST
-    *before, answer = _TRIGGER.split(text)
+    trigger, end = _around_answer(phrase)
+    *before, answer = trigger.split(text) if trigger else [text]
     if before:
         answer = answer.lstrip()
+        if end:
+            answer = answer.partition(end)[0]
         if len(answer) > longest:  # no word is read that is cut
             answer = re.sub(r"\S*\Z", "", answer[:longest])
     boxed = _boxed(answer, longest)
@@ -185,6 +189,21 @@ def extract_answer(text: str, *, answer_type: AnswerType) -> Answer | None:
         bare = answer_type != "latex" and len(answer) <= longest
         return _read(answer, answer_type, whole=True) if bare else None
     return _read(_statement(answer) if boxed is None else boxed, answer_type)
+
+
+@lru_cache(maxsize=8)
+def _around_answer(phrase: str) -> tuple[re.Pattern[str] | None, str]:
+    """What an answer stands after, None where that is a box alone; and what ends it, if that is more than a mark."""
+    if phrase in ("", ANSWER_PHRASE):
+        return _TRIGGER, ""
+    before, _, after = phrase.partition(ANSWER)
+    box = _BOX.search(before)
+    words = (before[: box.start()].rstrip(" $*(") if box else before).split()
+    trigger = r"\s+".join(map(re.escape, words))
+    if words and words[0][0].isalnum():
+        trigger = rf"(?<!\w){trigger}"
+    end = "" if box else after.strip()
+    return re.compile(trigger, re.IGNORECASE) if words else None, end if len(end) > 1 else ""
 
 
 def _read(text: str, answer_type: AnswerType, *, whole: bool = False) -> Answer | None:
@@ -342,6 +361,11 @@ def parse_target(answer: str, *, answer_type: AnswerType) -> Answer:
     return found
 
 
+def answer_text(answer: Answer) -> str:
+    """An extracted answer as a text that `parse_target` reads."""
+    return _written(answer, decimal=True) if isinstance(answer, Number) else str(answer)
+
+
 def compare_latex(answer: str, target: str) -> LatexVerdict:
     """Are two LaTeX sources the same mathematics, as math-verify decides? Unbounded: 9^{9^{9^9}} does not end here.
 
@@ -405,12 +429,15 @@ def _written(number: Number, *, decimal: bool) -> str:
     return f"\\frac{{{numerator}}}{{{denominator}}}" if denominator > 1 else str(numerator)
 
 
-def grade(text: str, target: str, *, answer_type: AnswerType, tolerance: float = 1e-2) -> Grade:
+def grade(
+    text: str, target: str, *, answer_type: AnswerType, tolerance: float = 1e-2, phrase: str = ANSWER_PHRASE
+) -> Grade:
     """Compare a completion's answer with the target: within `tolerance` (numeric) or the same letter (choice).
 
     Raises ValueError when the target cannot be parsed, never for the completion.
     """
-    return compare(extract_answer(text, answer_type=answer_type), target, answer_type=answer_type, tolerance=tolerance)
+    found = extract_answer(text, answer_type=answer_type, phrase=phrase)
+    return compare(found, target, answer_type=answer_type, tolerance=tolerance)
 
 
 def compare(found: Answer | None, target: str, *, answer_type: AnswerType, tolerance: float) -> Grade:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from carft_fast.config import RewardConfig
+from carft_fast.config import ANSWER, ANSWER_PHRASE, RewardConfig
 from carft_fast.core import Example, InputError, RewardError
 from carft_fast.rewards.answers import (
     Answer,
@@ -33,14 +33,32 @@ _PROGRAM_SECONDS = 10.0
 class Grader(AbstractContextManager["Grader"]):
     """Grades completions as `reward` says; a run has one. Processes start when they are first needed.
 
-    Raises InputError at once for a `reward.fn` that cannot be imported; `function` is called in its place.
+    `function` is called in place of `reward.fn`. Answers are those of `answer_phrase` (data.answer_phrase). Raises
+    InputError at once for a `reward.fn` that cannot be imported, and a phrase whose answers could not be read.
     """
 
-    def __init__(self, config: RewardConfig, function: RewardFunction | None = None) -> None:
+    def __init__(
+        self, config: RewardConfig, function: RewardFunction | None = None, answer_phrase: str = ANSWER_PHRASE
+    ) -> None:
         self._config = config
+        self._phrase = answer_phrase
         self._function = function or (load_function(config.fn) if config.fn else None)
         self._latex = LatexChecker(config.latex_cpu_s)
         self._programs: ProgramPool | None = None
+        if self._function is None:
+            self._check_phrase()
+
+    def _check_phrase(self) -> None:
+        kind = self._config.answer_type
+        probes = {"numeric": "72", "choice": "c", "latex": "\\frac{1}{2}"}
+        if not self._phrase or kind not in probes:
+            return
+        text = "So.\n" + self._phrase.replace(ANSWER, probes[kind])
+        if extract_answer(text, answer_type=kind, phrase=self._phrase) != parse_target(probes[kind], answer_type=kind):
+            raise InputError(
+                f"data.answer_phrase = {self._phrase!r}: the answer of {text!r} cannot be read; allowed: words before "
+                f"{ANSWER}, such as {ANSWER_PHRASE!r}, or a box, '\\boxed{{{ANSWER}}}'"
+            )
 
     @property
     def ignores_think(self) -> bool:
@@ -71,12 +89,13 @@ class Grader(AbstractContextManager["Grader"]):
             return self._grade_latex(pairs)
         if rule.answer_type == "program":
             return self._grade_programs(pairs)
-        return [grade(text, answer, answer_type=rule.answer_type, tolerance=rule.tolerance) for text, answer in pairs]
+        options: Any = {"answer_type": rule.answer_type, "tolerance": rule.tolerance, "phrase": self._phrase}
+        return [grade(text, answer, **options) for text, answer in pairs]
 
     def _grade_latex(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         grades = []
         for text, answer in pairs:
-            found = extract_answer(text, answer_type="latex")
+            found = extract_answer(text, answer_type="latex", phrase=self._phrase)
             if found is None:
                 grades.append(Grade(False, None))
                 continue

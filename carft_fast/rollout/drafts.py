@@ -13,7 +13,6 @@ from carft_fast.rollout.base import Prompts, Rollout
 
 LONGEST = 8
 """Most tokens guessed at once, and most that a match is measured over."""
-_LEAST_MATCH = 2
 _KEPT = 2
 _CAPACITY_TOKENS = 2**24
 """64 MiB of completions and prompts."""
@@ -22,9 +21,8 @@ _CAPACITY_TOKENS = 2**24
 def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most: int) -> Sequence[int]:
     """What follows in a draft on the longest suffix of `completion`; at most as long as that suffix, and `most`.
 
-    A suffix counts from two tokens on. The whole completion, where it begins the draft, counts from one on, and what
-    follows it is as long as `most`. Of equally long ones the nearest to the same position is taken, then the one in the
-    first draft.
+    What follows the whole completion, where it begins the draft, is as long as `most`. Of equally long suffixes the
+    nearest to the same position is taken, then the one in the first draft.
     """
     size, last = len(completion), completion[-1]
     best: tuple[int, int] | None = None
@@ -42,7 +40,7 @@ def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most:
                 match += 1
             rank = (match, -abs(end - size))
             whole = match == size == end
-            if (whole or match >= _LEAST_MATCH) and (best is None or rank > best):
+            if best is None or rank > best:
                 best, found = rank, draft[end : end + (most if whole else min(match, most))]
     return found
 

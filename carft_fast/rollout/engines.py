@@ -21,7 +21,7 @@ def build_engine(
     `folder` gets the logs of servers that are started (None: a temporary folder). `log` is told what takes long.
     """
     several = world_size() > 1
-    ends = PromptFormat(tokenizer, config.data.template).end_ids(model.eos_ids)
+    ends = PromptFormat.of(config, tokenizer).end_ids(model.eos_ids)
     engine: RolloutEngine
     if config.rollout.engine == "hf":
         hf = HFEngine(model, tokenizer, batch_size=config.rollout.batch_size, ends=ends)

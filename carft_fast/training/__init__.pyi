@@ -13,7 +13,6 @@ from .parallel import Learner as Learner
 from .parallel import build_learner as build_learner
 from .parallel import strategy as strategy
 from .pipeline import describe_plan as describe_plan
-from .pipeline import describe_schedule as describe_schedule
 from .pipeline import evaluate_only as evaluate_only
 from .pipeline import prepare as prepare
 from .pipeline import train as train
@@ -25,4 +24,5 @@ from .run import CONFIG_FILE as CONFIG_FILE
 from .run import SUMMARY_FILE as SUMMARY_FILE
 from .run import Run as Run
 from .run import versions as versions
+from .screens import describe_schedule as describe_schedule
 from .step import Step as Step

@@ -23,7 +23,16 @@ from carft_fast.core import (
     write_folder,
     write_text,
 )
-from carft_fast.data import EncodedExample, PromptFormat, Source, check_tokenizer, encode_examples, load_set
+from carft_fast.data import (
+    EncodedExample,
+    LoadReport,
+    PromptFormat,
+    Source,
+    check_tokenizer,
+    encode_examples,
+    load_set,
+    mix_rows,
+)
 from carft_fast.models import (
     ModelCost,
     check_heads,
@@ -33,17 +42,17 @@ from carft_fast.models import (
     load_tokenizer,
     resolve_device,
 )
-from carft_fast.reports import result_rows, write_report
+from carft_fast.reports import write_report
 from carft_fast.rewards import Grader, RewardFunction
 from carft_fast.rollout import RolloutEngine, check_engine
 from carft_fast.training.checkpoint import made_by, model_folder
-from carft_fast.training.evaluation import EvalResult, add_samples
-from carft_fast.training.loop import StageLoop, stage_total_steps
+from carft_fast.training.evaluation import EvalResult, add_samples, paired_interval
+from carft_fast.training.loop import StageLoop
 from carft_fast.training.memory import estimate_memory
-from carft_fast.training.optim import learning_rate
 from carft_fast.training.parallel import check_strategy, strategy
 from carft_fast.training.rl import train_rl
 from carft_fast.training.run import SUMMARY_FILE, Run, check_run_folder, versions
+from carft_fast.training.screens import describe_schedule, first_screen, last_screen
 from carft_fast.training.sft import train_sft
 
 
@@ -68,7 +77,7 @@ def prepare(
     """
     if write:
         on_main(lambda: _check_folder(folder, config, stages, resume=resume))
-    grader = Grader(config.reward, reward)
+    grader = Grader(config.reward, reward, config.data.answer_phrase)
     disable_progress_bar()  # transformers' own bars would write over ours
     device = resolve_device(config.model.device)
     tokenizer = load_tokenizer(config.model)
@@ -76,7 +85,7 @@ def prepare(
         check_weights(config.model.path, training=bool(stages))
     check_tokenizer(tokenizer)
     check_heads(config.model.path, config.model)
-    prompt_format = PromptFormat(tokenizer, config.data.template, program=config.reward.answer_type == "program")
+    prompt_format = PromptFormat.of(config, tokenizer)
     lm_config = load_lm_config(config.model)
     _check_max_length(config, lm_config)
     if engine is None:
@@ -88,27 +97,8 @@ def prepare(
                 'model.attention = "flex_attention": torch cannot train with it on a CPU; allowed: "packed", "sdpa" or '
                 '"eager"'
             )
-    sources: dict[Literal["train", "eval"], Source] = {"eval": config.data.eval if eval is None else eval}
-    if stages:
-        sources = {"train": config.data.train if train is None else train, **sources}
-    for name, source in sources.items():
-        if source == "":
-            raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
-    loaded = {name: load_set(config, name, source) for name, source in sources.items()}
-    rows: dict[str, list[EncodedExample]] = {"train": []}
-    for name, (examples, report) in loaded.items():
-        longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
-        with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
-            rows[name] = encode_examples(
-                examples,
-                prompt_format,
-                max_length=config.data.max_length,
-                max_prompt_length=config.data.max_length - longest,
-                report=report,
-                require_cot=name == "train",
-                on_row=tracker.advance,
-            )
-    _check_vocabulary(config, lm_config, tokenizer, [*rows["train"], *rows["eval"]])
+    train_rows, eval_rows, reports = _read_rows(config, prompt_format, console, stages, train, eval)
+    _check_vocabulary(config, lm_config, tokenizer, [*train_rows, *eval_rows])
     run = Run(
         config=config,
         folder=folder,
@@ -118,15 +108,54 @@ def prepare(
         tokenizer=tokenizer,
         prompt_format=prompt_format,
         grader=grader,
-        train_rows=rows["train"],
-        eval_rows=rows["eval"],
-        reports=[report for _, report in loaded.values()],
+        train_rows=train_rows,
+        eval_rows=eval_rows,
+        reports=reports,
         given_engine=engine,
         callbacks=callbacks,
         stop=StopRequest(several=world_size() > 1),
     )
     run.check_same_data(resume=resume)
     return run
+
+
+def _read_rows(
+    config: Config,
+    prompt_format: PromptFormat,
+    console: Console,
+    stages: Sequence[str],
+    train: Source | None,
+    eval: Source | None,
+) -> tuple[list[EncodedExample], list[EncodedExample], list[LoadReport]]:
+    """Rows to train on (none without stages) and to evaluate on, and what became of those of each source."""
+    data = config.data
+    sources: list[tuple[Literal["train", "eval"], Source]] = [("eval", data.eval if eval is None else eval)]
+    if stages:
+        given = data.train if train is None else train
+        sources = [*(("train", source) for source in data.mix or [given]), *sources]
+    for name, source in sources:
+        if source == "":
+            raise InputError(f'data.{name} is not set: give a file, a Hub id or "synthetic"')
+    loaded = [(name, *load_set(config, name, source)) for name, source in sources]
+    rows: list[list[EncodedExample]] = []
+    for name, examples, report in loaded:
+        longest = config.rollout.max_new_tokens if name == "train" else config.eval_max_new_tokens
+        with console.track(f"tokenise {report.source}", len(examples), "rows") as tracker:
+            encoded = encode_examples(
+                examples,
+                prompt_format,
+                max_length=data.max_length,
+                max_prompt_length=data.max_length - longest,
+                report=report,
+                require_cot=name == "train",
+                on_row=tracker.advance,
+            )
+        rows.append(encoded)
+    *train_rows, eval_rows = rows
+    reports = [report for _, _, report in loaded]
+    if stages and data.mix:
+        return mix_rows(dict(zip(data.mix, train_rows, strict=True)), data.mix, data.train_rows), eval_rows, reports
+    return [row for part in train_rows for row in part], eval_rows, reports
 
 
 def _check_folder(folder: Path, config: Config, stages: Sequence[str], *, resume: bool) -> None:
@@ -162,6 +191,8 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     table = Table("plan", "", title="dry run: nothing was written")
     for report in run.reports:
         table.add_row("data", report.summary())
+    if stages and config.data.mix:
+        table.add_row("mix", f"{len(run.train_rows)} rows of {config.data.trained_on}")
     for stage in stages:
         table.add_row(stage, describe_schedule(config, stage, len(run.train_rows)))
     samples = f", {config.eval.samples} samples each" * (not stages and config.eval.samples > 1)
@@ -170,6 +201,11 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
     table.add_row("sampling", f"{run.engine_name}{servers}, at most {rollout.max_new_tokens} tokens")
     table.add_row("device", f"{run.device}, {config.model.compute_dtype}")
     table.add_row("output", str(run.folder))
+    table.add_section()
+    row = (run.train_rows or run.eval_rows)[0]
+    table.add_row(f"prompt of row {row.example.item_id}", run.prompt_format.shown(row.prompt_ids))
+    if row.completions:
+        table.add_row("its annotated completion", run.prompt_format.shown(row.completion_ids))
     if stages:
         table.add_section()
         cost = ModelCost.of_config(run.lm_config, trust_remote_code=config.model.trust_remote_code)
@@ -180,19 +216,6 @@ def describe_plan(run: Run, stages: Sequence[str]) -> Table:
         for what, (size, formula) in memory.items():
             table.add_row(f"  {what}", f"{size / 2**30:.1f} GiB = {formula}")
     return table
-
-
-def describe_schedule(config: Config, stage: str, rows: int) -> str:
-    """Steps, epochs and learning rates of a stage over `rows` training rows."""
-    stage_config = config.sft if stage == "sft" else config.rl
-    steps, batch = stage_total_steps(config, stage, rows), stage_config.batch_size
-    per_prompt = 1 if stage == "sft" else config.rollout.samples_per_prompt
-    rates = [learning_rate(step, steps, stage_config) for step in (0, steps // 2, steps - 1)]
-    text = f"{steps} steps of {batch} sequences, {steps * batch / per_prompt / rows:.2f} epochs of {rows} rows"
-    if stage == "rl":
-        updates = config.rl.ppo_epochs * -(-batch // config.rl.mini_batch_size)
-        text = f"{method_name(config)}: {text}, {per_prompt} per question, {updates} optimizer steps each"
-    return text + "; lr {:g} at the start, {:g} half-way, {:g} at the end".format(*rates)
 
 
 def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
@@ -212,7 +235,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
 
     with run.stop.installed(), run.opened(stages, resume=resume):
         with closing(run):
-            run.log_reports()
+            run.console.show(first_screen(run, stages, resume=resume))
             for stage in stages:
                 final = model_folder(run.folder, stage)
                 if not run.store.has_model(final):  # else a resumed run that was past this stage
@@ -220,8 +243,7 @@ def train(run: Run, stages: Sequence[str], *, resume: bool) -> dict[str, Any]:
                     gc.collect()  # the next stage needs the room
                 model_path = str(final)
         summary = on_main(finish)
-        run.console.show(summary_table(summary))
-        run.console.log(f"model: {model_path}   report: {run.folder / 'report.md'}")
+        run.console.show(last_screen(run, summary, Path(model_path), width=run.console.width))
         run.tell("on_end", summary)
     return summary
 
@@ -276,6 +298,8 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
     first, last = evals[0], evals[-1]
     sft_evals = [record for record in evals if record["stage"] == "sft"]
     after_sft = sft_evals[-1] if "sft" in stages else first
+    start = after_sft if "rl" in stages else first
+    example, change = _before_and_after(run, start, last)
     by_phase = run.metrics.seconds_by_phase()
     return {
         "method": method_name(run.config) if "rl" in stages else "sft",
@@ -286,6 +310,11 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         "eval_rows": last["rows"],
         "accuracy_ci95": last["accuracy_ci95"],
         "sft_accuracy_ci95": after_sft["accuracy_ci95"],
+        "start": {
+            "stage": "rl" if "rl" in stages else "sft",
+            **{name: start[name] for name in ("accuracy", "accuracy_ci95", "step_by_step", "completion_length")},
+        },
+        "change": change,
         "step_by_step": {"sft": after_sft["step_by_step"], "final": last["step_by_step"]},
         "completion_length": {"sft": after_sft["completion_length"], "final": last["completion_length"]},
         "completion_tokens": sum(
@@ -293,38 +322,32 @@ def summarise(run: Run, stages: Sequence[str]) -> dict[str, Any]:
         ),
         "seconds_total": round(sum(by_phase.values()), 2),
         "seconds_by_phase": by_phase,
-        "example": _before_and_after(run, after_sft, last),
+        "example": example,
         "versions": versions(),
     }
 
 
-def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
-    """One evaluation question with both answers: the first that went from wrong to right, else the first."""
+def _before_and_after(run: Run, before: dict[str, Any], after: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:
+    """From the answers of two evaluations: one question with both answers, the first that went from wrong to right,
+    else the first; and how many rows changed, with the interval of the difference."""
 
     def samples(record: dict[str, Any]) -> list[dict[str, Any]]:
         return read_json_lines(run.folder / "samples" / f"{record['stage']}-eval-{record['step']:06d}.jsonl")
 
     pairs = list(zip(samples(before), samples(after), strict=True))
-    old, new = next((pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]), pairs[0])
-    return {
+    gains = [pair for pair in pairs if pair[1]["correct"] and not pair[0]["correct"]]
+    lost = sum(old["correct"] and not new["correct"] for old, new in pairs)
+    old, new = gains[0] if gains else pairs[0]
+    example = {
         "question": new["question"],
         "target": new["target"],
         "before": old["completion"],
         "after": new["completion"],
     }
-
-
-def summary_table(summary: dict[str, Any]) -> Table:
-    title = f"{summary['method']}, seed {summary['seed']}, {summary['eval_rows']} held-out rows"
-    table = Table("", "before RL", "final", title=title)
-    for row in result_rows(summary):
-        table.add_row(*row)
-    table.add_row("tokens sampled in RL", "", f"{summary['completion_tokens']:,}")
-    for phase, seconds in summary["seconds_by_phase"].items():
-        table.add_row(f"seconds: {phase}", "", f"{seconds:.1f}")
-    table.add_row("seconds: total", "", f"{summary['seconds_total']:.1f}")
-    example = summary["example"]
-    table.add_section()
-    table.add_row("question", example["question"].strip(), f"target {example['target']}")
-    table.add_row("answer", example["before"].strip(), example["after"].strip())
-    return table
+    change = {
+        "accuracy": after["accuracy"] - before["accuracy"],
+        "ci95": list(paired_interval(len(gains), lost, before["correct"], len(pairs))),
+        "gained": len(gains),
+        "lost": lost,
+    }
+    return example, change

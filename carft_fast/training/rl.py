@@ -192,6 +192,7 @@ def describe_samples(
         {
             "item_id": row.example.item_id,
             "question": row.example.question,
+            "prompt": row.prompt,
             "completion": text,
             "target": row.example.answer,
             "extracted": result.extracted,

@@ -97,6 +97,10 @@ def test_command_prints_table_or_json(tmp_path: Path) -> None:
     tokens = CliRunner().invoke(app, [*words, "--json", "--set", "model.path=synthetic", "--against", path])
     found = json.loads(tokens.output)
     assert (found["unit"], found["in_test_set"]["count"]) == ("tokens", 5)
+    assert found["completion"].endswith("is: 3<eos>"), "special tokens are shown"
+    own = [*words, "--json", "--set", "data.template=Q: {{ question }} A:", "--set", "data.answer_phrase=So {answer}!"]
+    found = json.loads(CliRunner().invoke(app, own).output)
+    assert (found["prompt"], found["completion"]) == ("Q: What is 1 + 2? A:", f"{COTS[0]}\nSo 3!")
 
 
 def test_answers_of_any_text_are_usable_with_a_function(tmp_path: Path) -> None:

@@ -312,7 +312,10 @@ def test_a_renderer_holds_nothing_of_the_trainers(monkeypatch: pytest.MonkeyPatc
     assert len(descriptors) <= 4  # its three, and a copy of the pipe for replies
 
 
-TURNS = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}END{% endfor %}"
+TURNS = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] | trim }}END{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`carft-fast compare` end to end: two methods, killed on the way and gone on with."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -27,9 +28,34 @@ def points(folder: Path) -> list[tuple[str, ...]]:
         return [tuple(row[name] for name in UNTIMED) for row in csv.DictReader(file)]
 
 
+def check_screen(folder: Path, shown: str) -> None:
+    """A line for each run, then the table, with the figures that are in the files."""
+    lines = [line for line in shown.splitlines() if "[WARNING]" not in line]  # those of libraries
+    runs = [line for line in lines if re.match(r"\d/4 \S+-seed0: ", line)]
+    names = ("start", "sft", "carft_both", "dr_grpo")
+    for number, (name, line) in enumerate(zip(names, runs, strict=True), 1):
+        summary = json.loads((folder / f"{name}-seed0" / "summary.json").read_text())
+        first, final = summary["start"]["accuracy"], summary["final_accuracy"]
+        assert line.startswith(f"{number}/4 {name}-seed0: accuracy {first:.1%} to {final:.1%}, ")
+    assert "trainer and sampler agree" not in shown
+    assert "trainer and sampler agree" in (folder / "dr_grpo-seed0" / "console.log").read_text()
+    assert max(map(len, lines)) <= max(80, len(f"Report: {folder}/compare.html"))
+    cells = [[c.strip() for c in line.split("│")[1:-1]] for line in lines if line.startswith("│")]
+    with (folder / "summary.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    table = [row for row in cells if row[0]]
+    for row, (label, *accuracies, seconds) in zip(rows, table, strict=True):
+        expected = [float(row[f"{name}_accuracy_mean"]) for name in ("equal_samples", "equal_time", "final")]
+        assert label == row["label"]
+        assert [text.split()[0] for text in accuracies] == [f"{value:.1%}" for value in expected]
+        assert seconds == f"{float(row['seconds_mean']):.1f}"
+    assert shown.rstrip().endswith(f"Report: {folder}/compare.html")
+
+
 def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    subprocess.run(command(whole), check=True, capture_output=True, timeout=300)
+    shown = subprocess.run(command(whole), check=True, capture_output=True, text=True, timeout=300).stdout
+    check_screen(whole, shown)
     expected = points(whole)
     assert [row[0] for row in expected] == ["sft"] * 3 + ["carft_both"] * 3 + ["dr_grpo"] * 3
 

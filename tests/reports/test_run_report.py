@@ -12,7 +12,14 @@ from markdown_it import MarkdownIt
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config, to_toml
 from carft_fast.core.errors import InputError
-from carft_fast.reports.run_report import _markdown, code, markdown_table, rewrite_page
+from carft_fast.reports.run_report import (
+    _markdown,
+    change_in_words,
+    code,
+    markdown_table,
+    result_table,
+    rewrite_page,
+)
 
 
 def record(stage: str, kind: str, step: int, **values: Any) -> dict[str, Any]:
@@ -37,6 +44,14 @@ SUMMARY: dict[str, Any] = {
     "final_accuracy": 0.6,
     "accuracy_ci95": [0.4, 0.8],
     "sft_accuracy_ci95": [0.0, 0.3],
+    "start": {
+        "stage": "rl",
+        "accuracy": 0.1,
+        "accuracy_ci95": [0.0, 0.3],
+        "step_by_step": 0.2,
+        "completion_length": 20.0,
+    },
+    "change": {"accuracy": 0.5, "ci95": [0.2, 0.7], "gained": 11, "lost": 1},
     "step_by_step": {"sft": 0.2, "final": 0.9},
     "completion_length": {"sft": 20.0, "final": 21.0},
     "seconds_by_phase": {"rollout": 1.0, "update": 3.0},
@@ -154,3 +169,25 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "compare.csv").touch()
     with pytest.raises(InputError, match=r"a comparison, its page is .*compare\.html"):
         rewrite_page(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.2, 0.7, "Greedy accuracy: 10.0% before RL, 60.0% after, a change of +50.0 points (95% interval +20.0 to"),
+        (-0.7, -0.2, "a change of +50.0 points (95% interval -70.0 to -20.0 points)"),
+        (
+            -0.02,
+            0.7,
+            "No change in greedy accuracy: 10.0% before RL, 60.0% after. The 95% interval of the difference, -2.0",
+        ),
+        (0.0, 0.0, "+0.0 to +0.0 points, holds zero. 11 of 20 answers became right, 1 became wrong."),
+    ],
+)
+def test_a_change_whose_interval_holds_zero_is_none(low: float, high: float, said: str, folder: Path) -> None:
+    summary = SUMMARY | {"change": {**SUMMARY["change"], "ci95": [low, high]}}
+    assert said in change_in_words(summary)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    assert said in rewrite_page(folder).read_text(encoding="utf-8")
+    cell = result_table(summary)[1][0][3]
+    assert cell == ("no change" if low <= 0 <= high else "+50.0")

@@ -113,6 +113,9 @@ def test_a_dry_run_shows_what_each_device_holds(
         return capture.get()
 
     assert "of the trainer on one device" in shown()
+    row = prepared.train_rows[0].example
+    for text in ("Answer reasoning:", row.question, row.cots[0], f"Therefore, the answer is: {row.answer}<eos>"):
+        assert text in shown(), "one row as the model sees it"
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
     for module in ("training.parallel", "training.pipeline"):

@@ -57,7 +57,9 @@ def test_what_a_run_leaves(finished: tuple[Path, dict[str, Any]], tiny_run: list
         assert (folder / target).is_file(), target
     samples = (folder / "samples" / "rl-000004.jsonl").read_text().splitlines()
     assert len(samples) == 8
-    assert {"question", "completion", "target", "reward"} <= set(json.loads(samples[0]))
+    sample = json.loads(samples[0])
+    assert {"question", "completion", "target", "reward"} <= set(sample)
+    assert sample["prompt"] == f"Question:\n{sample['question']}\nAnswer reasoning:\n"
 
 
 def test_tensorboard_holds_the_records(finished: tuple[Path, dict[str, Any]]) -> None:
