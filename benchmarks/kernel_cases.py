@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from carft_kernels import _matmul_kernels as matmul
+from carft_kernels import _policy_kernels as policy
 from carft_kernels import _row_kernels as rows
 from carft_kernels.gae import SEQUENCE_CONFIG, WHITEN_CONFIG, gae_kernel, kl_shaped_reward_kernel, whiten_kernel
 from carft_kernels.lcs import lcs_table_kernel, lcs_walk_kernel, table_config
 from carft_kernels.masked_infonce import NORM_CONFIG, infonce_gradient_kernel, inverse_norm_kernel
-from carft_kernels.policy_loss import value_kernel
+from carft_kernels.policy_loss import SEQUENCE_CONFIG as POLICY_SEQUENCE_CONFIG
+from carft_kernels.policy_loss import sequence_mean_kernel, value_kernel
 from carft_kernels.value_pool import (
     WEIGHT_CONFIG,
     backward_config,
@@ -65,6 +67,8 @@ class Case:
     floor_bytes: float = 0
     flop: float = 0
     elements: float = 0  # of one program, for MUFU per element
+    most_mufu: float = 1.2  # per element
+    most_bound: float = 1.10  # over the floor, of a streaming kernel
     tensor_rate: float = 1.0  # of the half-precision peak
     depth: int = 0  # of the matrix product
 
@@ -77,13 +81,20 @@ def row_cases() -> list[Case]:
         if dtype == torch.float32:  # the linear operators' float32 logits
             outputs = [(out, compact) for out in (*HALF, dtype) for compact in (False, True)]
         cases += [row_backward_case(dtype, out, compact, entropy, vocabulary) for out, compact in outputs]
+    for dtype in (torch.bfloat16, torch.float32):  # of given logits, and of the linear operators'
+        cases.append(row_forward_case(dtype, True, ALIGNED, softcap=True))
+        cases.append(row_backward_case(dtype, torch.bfloat16, False, True, ALIGNED, softcap=True))
     return cases
 
 
-def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int) -> Case:
+# tanh takes an exponential and a reciprocal of its own: where memory is fast or logits are narrow they bound the kernel
+SOFT_CAP_LINES = {"most_mufu": 3.2, "most_bound": 3.0}
+
+
+def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int, softcap: bool = False) -> Case:
     return Case(
         rows.logprob_fwd_kernel,
-        f"{NAMES[dtype]}{', entropy' * entropy}, V={vocabulary}",
+        f"{NAMES[dtype]}{', entropy' * entropy}{', soft cap' * softcap}, V={vocabulary}",
         "streaming",
         {
             "logits": f"*{NAMES[dtype]}",
@@ -93,6 +104,7 @@ def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int) -> Case
             "stride": "i32",
             "scale": "fp32",
             "ignore_index": "i32",
+            "softcap": "fp32" if softcap else None,
             "ENTROPY": entropy,
         },
         rows.row_config(dtype),
@@ -101,10 +113,13 @@ def row_forward_case(dtype: torch.dtype, entropy: bool, vocabulary: int) -> Case
         loop_bytes=vocabulary * dtype.itemsize,
         floor_bytes=TOKENS * vocabulary * dtype.itemsize,
         elements=vocabulary,
+        **SOFT_CAP_LINES if softcap else {},
     )
 
 
-def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entropy: bool, vocabulary: int) -> Case:
+def row_backward_case(
+    dtype: torch.dtype, out: torch.dtype, compact: bool, entropy: bool, vocabulary: int, softcap: bool = False
+) -> Case:
     unaligned: tuple[str, ...] = ()
     if vocabulary == ODD:
         # the scratch of the linear operators has padded rows, whatever the vocabulary
@@ -112,7 +127,8 @@ def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entro
         unaligned = ("vocabulary",) if padded else ("vocabulary", "stride", "out_stride")
     return Case(
         rows.logprob_bwd_kernel,
-        f"{NAMES[dtype]} -> {NAMES[out]}{', compact' * compact}{', entropy' * entropy}, V={vocabulary}",
+        f"{NAMES[dtype]} -> {NAMES[out]}{', compact' * compact}{', entropy' * entropy}"
+        f"{', soft cap and z loss' * softcap}, V={vocabulary}",
         "streaming",
         {
             "logits": f"*{NAMES[dtype]}",
@@ -121,6 +137,8 @@ def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entro
             "target": "*i64",
             **dict.fromkeys(("row_top", "log_total", "d_logprob", "entropy"), "*fp32"),
             "d_entropy": "*fp32" if entropy else None,
+            "d_lse": "*fp32" if softcap else None,
+            "softcap": "fp32" if softcap else None,
             **dict.fromkeys(("vocabulary", "stride", "out_stride", "ignore_index"), "i32"),
             **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
             "COMPACT": compact,
@@ -132,6 +150,7 @@ def row_backward_case(dtype: torch.dtype, out: torch.dtype, compact: bool, entro
         loop_bytes=vocabulary * dtype.itemsize,
         floor_bytes=TOKENS * vocabulary * (dtype.itemsize + out.itemsize),
         elements=vocabulary,
+        **SOFT_CAP_LINES if softcap else {},
     )
 
 
@@ -173,10 +192,12 @@ STATISTICS = dict.fromkeys(("top", "total", "target_logit"), "*fp32")
 
 def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     cases = []
-    for vocabulary, entropy, bias in itertools.product((ALIGNED, ODD), (False, True), (False, True)):
+    configurations = [(*c, False) for c in itertools.product((ALIGNED, ODD), (False, True), (False, True))]
+    for vocabulary, entropy, bias, softcap in (*configurations, (ALIGNED, True, True, True)):
         own = {
             "bias": f"*{NAMES[dtype]}" if bias else None,
             "target": "*i64",
+            "softcap": "fp32" if softcap else None,
             "NORMS": False,
             "BIAS": bias,
             "MASK": 0,
@@ -184,7 +205,7 @@ def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
             "spread": "*fp32" if entropy else None,
             **dict.fromkeys(("row_factor", "column_factor", "mask")),
         }
-        label = f"LM head{', entropy' * entropy}{', bias' * bias}"
+        label = f"LM head{', entropy' * entropy}{', bias' * bias}{', soft cap' * softcap}"
         size = (TOKENS, vocabulary, WIDTH)
         cases.append(matmul_case(cc, matmul.matmul_lse_kernel, label, dtype, tma, not bias, size, **STATISTICS, **own))
     return cases
@@ -196,7 +217,7 @@ def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
         own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
         forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
-        forward["spread"] = None
+        forward |= dict.fromkeys(("spread", "softcap"))
         backward = {
             **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
             **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
@@ -314,7 +335,7 @@ def other_cases() -> list[Case]:
             "small",
             dict.fromkeys(("value", "old_value", "return_", "weight", "d_value", "stats"), vector)
             | {"tokens": "i32", "clip": "fp32"},
-            rows.TOKEN_CONFIG,
+            policy.TOKEN_CONFIG,
         ),
         Case(
             lcs_walk_kernel,
@@ -325,17 +346,38 @@ def other_cases() -> list[Case]:
             {"num_warps": 1},
         ),
     ]
-    for ref, entropy in ((False, False), (False, True), (True, True)):
+    plain: dict[str, Any] = dict.fromkeys(("correction", "dual_clip", "kl_clamp")) | {"CISPO": False, "K2": False}
+    bounded = {"correction": vector, "dual_clip": "fp32", "kl_clamp": "fp32"}
+    for ref, entropy, name, variant in (
+        (False, False, "", {}),
+        (False, True, "", {}),
+        (True, True, "", {}),
+        (True, True, ", correction, dual clip, KL bound", bounded),
+        (True, True, ", correction, CISPO, k2", {"correction": vector, "CISPO": True, "K2": True}),
+    ):
         cases.append(
             Case(
-                rows.policy_kernel,
-                f"ref={ref} entropy={entropy}",
+                policy.policy_kernel,
+                f"ref={ref} entropy={entropy}{name}",
                 "small",
                 dict.fromkeys(("logprob", "old_logprob", "advantage", "weight", "d_logprob", "stats"), vector)
                 | {"ref_logprob": vector if ref else None, "entropy": vector if entropy else None}
                 | {"tokens": "i32", "HAS_REF": ref, "HAS_ENTROPY": entropy}
-                | dict.fromkeys(("clip_low", "clip_high", "kl_coef", "entropy_coef"), "fp32"),
-                rows.TOKEN_CONFIG,
+                | dict.fromkeys(("clip_low", "clip_high", "kl_coef", "entropy_coef"), "fp32")
+                | plain
+                | variant,
+                policy.TOKEN_CONFIG,
+            )
+        )
+    for less in (False, True):
+        cases.append(
+            Case(
+                sequence_mean_kernel,
+                "of a difference" if less else "",
+                "small",
+                dict.fromkeys(("x", "weight", "out"), vector)
+                | {"less": vector if less else None, "cu_seqlens": "*i64", "tokens": "i32"},
+                POLICY_SEQUENCE_CONFIG,
             )
         )
     # the similarities' targets are never ignored; they have no entropy

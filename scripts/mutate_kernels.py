@@ -24,6 +24,7 @@ REPORT = ROOT / "benchmarks" / "results" / "kernels_mutation.md"
 # the tests of test_triton.py that reach a file's kernels
 TESTS = {
     "_row_kernels.py": "token_logprob or policy or nan or without_weight",
+    "_policy_kernels.py": "policy or nan or without_weight",
     "_matmul_kernels.py": "linear_logprob or infonce",
     "policy_loss.py": "value_loss or without_weight",
     "value_pool.py": "value_pool",

@@ -220,16 +220,21 @@ class RlConfig(StageConfig):
     """Discount. The published config has 1.0 (used); the paper prints 0.95, which starves early tokens."""
     lam: float = Field(0.95, ge=0, le=1)
     """GAE lambda. The published config has 0.95 (used); the paper prints 1."""
-    estimator: Literal["gae", "dr_grpo", "grpo"] = "gae"
+    estimator: Literal["gae", "dr_grpo", "grpo", "rloo"] = "gae"
     """Advantages: "gae" from the value head (PPO, ReFT, CARFT); without one, from the scores of a question's samples,
-    "dr_grpo" score - mean, "grpo" (score - mean) / (standard deviation + group_std_eps)."""
+    "dr_grpo" score - mean, "grpo" (score - mean) / (standard deviation + group_std_eps), "rloo" score - mean of the
+    other samples (Ahmadian et al. 2024)."""
     loss_mean: Literal["sequence", "token", "constant"] = "sequence"
     """What the token losses of a mini-batch are divided by: "sequence" each completion's length, then their number
     (PPO, GRPO); "token" all its completion tokens; "constant" number of completions times max_new_tokens (Dr.GRPO)."""
     kl_coef: float = Field(0.05, ge=0)
     """Weight of log-prob minus reference log-prob in the token reward; 0 needs no reference. Source: paper, 0.05."""
     kl_loss_coef: float = Field(0.0, ge=0)
-    """Weight of the k3 estimate of KL(policy || reference) in the loss, GRPO's term; 0 is off."""
+    """Weight of the estimate of KL(policy || reference) in the loss, GRPO's term; 0 is off."""
+    kl_estimate: Literal["k3", "k2"] = "k3"
+    """Of a token, with d = reference log-prob - log-prob: "k3" exp(d) - d - 1, "k2" d^2 / 2. Source: GRPO, "k3"."""
+    kl_clamp: float | None = Field(None, gt=0)
+    """Largest estimate of a token, which has no gradient beyond (nats); no bound when absent. Source: verl has 10."""
     mask_truncated: bool = False
     """Leave completions cut at max_new_tokens out of every term of the loss, and out of what it is divided by. Their
     scores still count in advantages and whitening. Source: overlong filtering, DAPO (Yu et al. 2025)."""
@@ -241,8 +246,17 @@ class RlConfig(StageConfig):
     share_prompts: Literal["auto"] | bool = "auto"
     """Forward a prompt once for all its completions in a micro-batch: true needs model.attention = "packed" and
     model.impl = "fast"; "auto" does where these are set and rollout.samples_per_prompt is at least 2."""
-    clip_low: float = Field(0.2, gt=0, lt=1)
-    """Policy ratio is clipped below at 1 - clip_low. Source: published code, 0.2."""
+    loss: Literal["clip", "cispo"] = "clip"
+    """A token's policy loss: "clip" PPO's; "cispo" minus the clipped ratio, a constant, times advantage and log-prob:
+    no token loses its gradient (MiniMax-M1, 2025)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's ratio, or one for a completion, exp of the mean of its tokens' log-ratios (GSPO,
+    Zheng et al. 2025, with clip_low 3e-4 and clip_high 4e-4). "sequence" computes all logits once more."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound c of the policy loss of a token with a negative advantage A, at most -A c, without a gradient beyond; none
+    when absent. Source: Ye et al. 2020, 3."""
+    clip_low: float = Field(0.2, gt=0, le=1)
+    """Policy ratio is clipped below at 1 - clip_low; 1 is no lower bound. Source: published code, 0.2."""
     clip_high: float = Field(0.2, gt=0)
     """Policy ratio is clipped above at 1 + clip_high. Source: published code, 0.2."""
     value_clip: float = Field(0.2, gt=0)
@@ -255,6 +269,16 @@ class RlConfig(StageConfig):
     """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
     whiten_eps: float = Field(1e-8, ge=1e-30, le=1)
     """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
+
+    def _conflicts(self) -> Iterator[str]:
+        for name, value in (("dual_clip", self.dual_clip), ("ratio", None if self.ratio == "token" else self.ratio)):
+            if value is not None and self.loss == "cispo":
+                shown = f'"{value}"' if isinstance(value, str) else f"{value:g}"
+                yield f'{name} = {shown} needs loss = "clip", this is "cispo"'
+        if not self.kl_loss_coef and self.kl_estimate != "k3":
+            yield f'kl_estimate = "{self.kl_estimate}" needs kl_loss_coef above 0, this is 0'
+        if not self.kl_loss_coef and self.kl_clamp is not None:
+            yield f"kl_clamp = {self.kl_clamp:g} needs kl_loss_coef above 0, this is 0"
 
 
 class RewardConfig(Section):
@@ -280,6 +304,9 @@ class RewardConfig(Section):
     """Middle of the scores of "embedding", which are within 0 to correct_score. Source: published code, 0.2."""
     partial_scale: float = Field(0.1, ge=0)
     """Their distance to the middle at cosine 1 and -1. Source: published code, 0.1."""
+    ignore_think: bool = False
+    """Read the answer from what is outside <think>...</think>; a <think> without an end leaves no answer. A prompt that
+    ends with <think> begins it. Not for `fn`, which is given the whole completion."""
     latex_cpu_s: float = Field(2.0, ge=0.1, le=60)
     """Processor time a LaTeX comparison may take (seconds); one that takes longer counts as no answer."""
     program_workers: int = Field(2, ge=1, le=256)
@@ -316,6 +343,8 @@ class RewardConfig(Section):
                 f"fn_weights = {self.fn_weights}: {len(self.fn_weights)} weights; expected one for each function of a "
                 f"list in fn, this is {shown}"
             )
+        if self.ignore_think and not self.reads_answers:
+            yield f"ignore_think = true: fn = {shown} is given the whole completion, and no answer is read"
         base, scale, most = self.partial_base, self.partial_scale, self.correct_score
         if self.partial == "embedding" and not scale <= base <= most - scale:
             yield (

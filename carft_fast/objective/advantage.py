@@ -1,10 +1,14 @@
 """From terminal scores to per-token advantages and returns. Pure. C: completion tokens, B: rollouts."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from carft_fast.config import RlConfig
+from carft_fast.core import to_device
 from carft_kernels import gae, kl_shaped_reward, whiten
 
 
@@ -40,18 +44,41 @@ def ppo_advantages(
 
 
 def group_advantages(
-    score_B: Tensor, completion_cu: Tensor, completion_tokens: int, *, samples_per_prompt: int, std_eps: float | None
+    score_B: Tensor,
+    completion_cu: Tensor,
+    completion_tokens: int,
+    *,
+    samples_per_prompt: int | Sequence[int],
+    std_eps: float | None,
+    leave_one_out: bool = False,
 ) -> Advantages:
     """Score against the other samples of the question, the same for every token of a rollout.
 
     `std_eps` None: score - mean (Dr.GRPO, Liu et al. 2025). Else (score - mean) / (standard deviation + std_eps), the
-    unbiased deviation (GRPO, Shao et al. 2024). A group's samples stand side by side.
+    unbiased deviation (GRPO, Shao et al. 2024). `leave_one_out`: score - mean of the other samples (RLOO, Ahmadian et
+    al. 2024). A group's samples stand side by side; `samples_per_prompt` may be each group's own, at least 1. A sample
+    alone has no advantage.
     """
-    group_GK = score_B.view(-1, samples_per_prompt)
-    advantage_GK = group_GK - group_GK.mean(1, keepdim=True)
+    sizes = samples_per_prompt
+    if isinstance(sizes, int):
+        group_GK, member_GK, count_G1 = score_B.view(-1, sizes), None, score_B.new_full((1, 1), sizes)
+    else:
+        group_GK = pad_sequence(score_B.split(list(sizes)), batch_first=True)
+        count_G1 = to_device(sizes, torch.int64, score_B.device)[:, None]
+        member_GK = torch.arange(group_GK.shape[1], device=score_B.device) < count_G1
+    centred_GK = group_GK - group_GK.sum(1, keepdim=True) / count_G1
+    same_GK = group_GK == group_GK[:, :1]
+    if member_GK is not None:
+        centred_GK, same_GK = centred_GK * member_GK, same_GK | ~member_GK
+    others_G1 = (count_G1 - 1).clamp(min=1)
+    advantage_GK = centred_GK * (count_G1 / others_G1) if leave_one_out else centred_GK
     if std_eps is not None:
-        advantage_GK = advantage_GK / (group_GK.std(1, keepdim=True) + std_eps)
+        deviation_G1 = (centred_GK.square().sum(1, keepdim=True) / others_G1).sqrt()
+        advantage_GK = advantage_GK / (deviation_G1 + std_eps)
     # samples of one score: their mean may be off by a rounding, and they have no advantage
-    advantage_GK = advantage_GK.masked_fill((group_GK == group_GK[:, :1]).all(1, keepdim=True), 0.0)
-    advantage_C = advantage_GK.flatten().repeat_interleave(completion_cu.diff(), output_size=completion_tokens)
+    advantage_B = advantage_GK.masked_fill(same_GK.all(1, keepdim=True), 0.0).flatten()
+    if not isinstance(sizes, int):
+        places = [group * group_GK.shape[1] + k for group, size in enumerate(sizes) for k in range(size)]
+        advantage_B = advantage_B[to_device(places, torch.int64, score_B.device)]
+    advantage_C = advantage_B.repeat_interleave(completion_cu.diff(), output_size=completion_tokens)
     return Advantages(advantage_C, None, advantage_C)

@@ -176,28 +176,25 @@ def update_loss(
     carries every normaliser, so the losses of a mini-batch's parts add up to its own. `temperature` is the sampler's:
     the policy that is improved is the one that sampled. Source: paper eq. 5, ReFT; KL term: GRPO.
     """
-    # A factor of the policy term alone: the term is proportional to the advantage, the KL term does not have one.
-    advantage_C = targets.advantage_C if targets.correction_C is None else targets.advantage_C * targets.correction_C
     hidden_CD = batch.predicting(output.hidden_TD)
-    if output.logits_CV is not None:
-        logprob_C, entropy_C = token_logprob(
-            output.logits_CV, batch.target_C, temperature=temperature, with_entropy=True
-        )
-        assert entropy_C is not None
+    terms: dict[str, Any] = {
+        "weight_T": weight_C,
+        "correction_T": targets.correction_C,
+        "clip_low": config.clip_low,
+        "clip_high": config.clip_high,
+        "dual_clip": config.dual_clip,
+        "loss": config.loss,
+    }
+    by_sequence = config.ratio == "sequence"
+    if output.logits_CV is not None or by_sequence:  # which needs all log-probs before the first gradient
+        logprob_C, entropy_C = _logprobs(model, output, batch, temperature)
         old_C = logprob_C.detach() if targets.old_logprob_C is None else targets.old_logprob_C
-        policy, metrics = policy_loss(
-            logprob_C,
-            old_C,
-            advantage_C,
-            weight_T=weight_C,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
+        cu_seqlens = batch.completion_cu if by_sequence else None
+        policy, metrics = policy_loss(logprob_C, old_C, targets.advantage_C, cu_seqlens=cu_seqlens, **terms)
         if config.kl_loss_coef:
             assert targets.ref_logprob_C is not None
-            difference_C = targets.ref_logprob_C - logprob_C
-            k3_C = difference_C.exp() - difference_C - 1
-            policy = policy + config.kl_loss_coef * (weight_C * k3_C).sum()
+            kl_C = _kl_estimate(targets.ref_logprob_C - logprob_C, config)
+            policy = policy + config.kl_loss_coef * (weight_C * kl_C).sum()
         counted_C = weight_C != 0
         metrics = {**metrics, "entropy": (entropy_C.detach() * counted_C).sum() / counted_C.sum().clamp(min=1)}
     else:
@@ -205,14 +202,14 @@ def update_loss(
             hidden_CD.to(model.compute_dtype),
             model.head_weight_VD.to(model.compute_dtype),
             batch.target_C,
-            advantage_T=advantage_C,
+            advantage_T=targets.advantage_C,
             old_logprob_T=targets.old_logprob_C,
-            weight_T=weight_C,
             ref_logprob_T=targets.ref_logprob_C,
             kl_coef=config.kl_loss_coef,
+            kl_estimate=config.kl_estimate,
+            kl_clamp=config.kl_clamp,
             temperature=temperature,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
+            **terms,
         )
     loss, metrics = policy, {**metrics, "policy_loss": policy.detach(), "policy_tokens": (weight_C != 0).sum()}
     if targets.old_value_C is not None and targets.return_C is not None:
@@ -226,6 +223,22 @@ def update_loss(
         loss = loss + config.value_coef * value
         metrics |= {"value_loss": value.detach(), "value_clip_fraction": value_metrics["clip_fraction"]}
     return loss, logprob_C.detach(), metrics
+
+
+def _logprobs(model: CarftModel, output: ModelOutput, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy [C] of the completion tokens; the former has a gradient."""
+    options: dict[str, Any] = {"temperature": temperature, "with_entropy": True}
+    if output.logits_CV is not None:
+        logprob_C, entropy_C = token_logprob(output.logits_CV, batch.target_C, **options)
+    else:
+        logprob_C, entropy_C = linear_logprob(*_head_inputs(model, output, batch), batch.target_C, **options)
+    return logprob_C, entropy_C
+
+
+def _kl_estimate(difference_C: Tensor, config: RlConfig) -> Tensor:
+    """By `rl.kl_estimate` and `rl.kl_clamp`, of reference log-prob - log-prob."""
+    kl_C = 0.5 * difference_C.square() if config.kl_estimate == "k2" else difference_C.exp() - difference_C - 1
+    return kl_C if config.kl_clamp is None else kl_C.clamp(max=config.kl_clamp)
 
 
 def cot_embeddings(

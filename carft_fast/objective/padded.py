@@ -7,6 +7,7 @@ B rows, L their width (tokens), V vocabulary, D hidden, E embedding size, P part
 [B, L - 1] belongs to tokens 1 to L - 1: column t is that of token t + 1, which the state at t predicts.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -113,15 +114,24 @@ def update_loss(
     old_BL = logprob_BL.detach() if targets.old_logprob_C is None else spread(targets.old_logprob_C)
     advantage_BL = spread(targets.advantage_C)
     log_ratio_BL = (logprob_BL - old_BL) * mask_BL
+    if config.ratio == "sequence":
+        log_ratio_BL = log_ratio_BL.sum(1, keepdim=True) / lengths_B1 * mask_BL
     ratio_BL = log_ratio_BL.exp()
     clipped_BL = ratio_BL.clamp(1 - config.clip_low, 1 + config.clip_high)
-    loss_BL = torch.max(-advantage_BL * ratio_BL, -advantage_BL * clipped_BL)
+    if config.loss == "cispo":
+        loss_BL = -advantage_BL * clipped_BL.detach() * logprob_BL
+    else:
+        loss_BL = torch.max(-advantage_BL * ratio_BL, -advantage_BL * clipped_BL)
+    if config.dual_clip is not None:
+        bounded_BL = torch.min(loss_BL, -advantage_BL * config.dual_clip)
+        loss_BL = torch.where(advantage_BL < 0, bounded_BL, loss_BL)
     if targets.correction_C is not None:
         loss_BL = loss_BL * spread(targets.correction_C)
     if config.kl_loss_coef:
         assert targets.ref_logprob_C is not None
         difference_BL = (spread(targets.ref_logprob_C) - logprob_BL) * mask_BL
-        loss_BL = loss_BL + config.kl_loss_coef * (difference_BL.exp() - difference_BL - 1)
+        kl_BL = 0.5 * difference_BL**2 if config.kl_estimate == "k2" else difference_BL.exp() - difference_BL - 1
+        loss_BL = loss_BL + config.kl_loss_coef * kl_BL.clamp(max=config.kl_clamp or math.inf)
     policy = (weight_BL * loss_BL).sum()
 
     counted_BL = weight_BL != 0

@@ -45,7 +45,9 @@ METRICS: dict[str, str] = {
     "sampler_diff_mean": "mean over tokens of |sampled log-prob - old log-prob|, on the sampler's support (nats)",
     "sampler_diff_max": "its maximum",
     "sampler_diff_material": "share of tokens where it is beyond 1e-2"
-    " (the three over the first mini-batch where old log-probs are not recomputed)",
+    " (these three and the next over the first mini-batch where old log-probs are not recomputed)",
+    "sampler_ess": "effective sample size of the importance weights w = exp(old log-prob - sampled log-prob), a share"
+    " of the tokens: (sum w)^2 / (tokens sum w^2), 1 when all are equal",
     "sequence_masked": "share of completions that rollout.sequence_mask leaves out (absent where it is off)",
     "staleness": "weight updates between sampling and training, of the oldest rollout (0 is on-policy)",
     "tokens_per_forward": "completion tokens over the sampler's forwards for their sequences: 1 without accepted drafts"

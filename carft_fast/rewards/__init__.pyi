@@ -1,4 +1,5 @@
 from .answers import REASONING_TRIGGER as REASONING_TRIGGER
+from .answers import THINK as THINK
 from .answers import Answer as Answer
 from .answers import Grade as Grade
 from .answers import answer_text as answer_text

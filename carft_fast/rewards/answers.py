@@ -32,6 +32,8 @@ LatexVerdict = Literal["same", "different", "unreadable"]
 
 REASONING_TRIGGER = "\nAnswer reasoning:\n"
 
+THINK, _THINK_END = "<think>", "</think>"
+
 _TRIGGER = re.compile(r"therefore, the answer is[ \t]*:?", re.IGNORECASE)
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BARE_BOX = re.compile(r"[^\s${]+?(?:\{[^{}]*\})*(?=[.,;:!?]?(?:[\s$]|\Z))")
@@ -145,6 +147,24 @@ class Grade(NamedTuple):
     def extractable(self) -> bool:
         reads_answer = self.score is None or ANSWER in (self.parts or {})
         return self.extracted is not None if reads_answer else (self.score or 0.0) > 0
+
+
+def outside_think(text: str) -> str:
+    """What a completion says outside <think>...</think>; nothing where a <think> has no end.
+
+    What precedes a </think> that nothing opens is thinking too: the prompt opened it.
+    """
+    *closed, last = text.split(_THINK_END)
+    if THINK in last:
+        return ""
+    kept: list[str] = []
+    for part in closed:
+        before, opened, _ = part.partition(THINK)
+        if opened:
+            kept.append(before)
+        else:
+            kept.clear()
+    return "\n".join([*kept, last])
 
 
 def extract_answer(text: str, *, answer_type: AnswerType, phrase: str = ANSWER_PHRASE) -> Answer | None:

@@ -13,6 +13,7 @@ from carft_fast.rewards.answers import (
     compare,
     extract_answer,
     grade,
+    outside_think,
     parse_target,
     same_answer,
 )
@@ -65,6 +66,10 @@ class Grader(AbstractContextManager["Grader"]):
                 f"{ANSWER_SLOT}, such as {ANSWER_PHRASE!r}, or a box, '\\boxed{{{ANSWER_SLOT}}}'"
             )
 
+    @property
+    def ignores_think(self) -> bool:
+        return self._config.ignore_think
+
     def grade(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         """One grade for each completion. Raises RewardError for a user function that does not return scores.
 
@@ -111,6 +116,8 @@ class Grader(AbstractContextManager["Grader"]):
     def _grade_answers(self, completions: Sequence[str], examples: Sequence[Example]) -> list[Grade]:
         """By the rule of `answer_type`."""
         rule = self._config
+        if rule.ignore_think:
+            completions = [outside_think(text) for text in completions]
         pairs = list(zip(completions, (example.answer for example in examples), strict=True))
         if rule.answer_type == "latex":
             return self._grade_latex(pairs)

@@ -37,6 +37,14 @@ class Mismatch(NamedTuple):
         )
 
 
+def effective_sample_share(trainer_C: Tensor, sampled_C: Tensor) -> float:
+    """(sum w)^2 / (C sum w^2) of the importance weights w = exp(trainer's - sampler's log-prob): in (0, 1], 1 where
+    all are equal. Source: Kish 1965."""
+    log_weight_C = (trainer_C - sampled_C).double()
+    twice = 2 * torch.logsumexp(log_weight_C, 0) - torch.logsumexp(2 * log_weight_C, 0)  # no weight overflows
+    return float(twice.exp() / len(log_weight_C))
+
+
 def sampled_logprobs(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
     """float32 [C], in the order of a packed batch."""
     return to_device([x for rollout in rollouts for x in rollout.sampled_logprobs], torch.float32, device)

@@ -10,7 +10,7 @@ import torch
 from carft_fast.config import Config
 from carft_fast.core import derive_seed
 from carft_fast.data import EncodedExample, PromptFormat, is_step_by_step
-from carft_fast.rewards import Answer, Grade, Grader, same_answer
+from carft_fast.rewards import THINK, Answer, Grade, Grader, same_answer
 from carft_fast.rollout import Rollout, RolloutEngine, SamplingParams
 
 BOOTSTRAP_DRAWS = 2000
@@ -204,7 +204,11 @@ def grade_rollouts(
 ) -> tuple[list[str], list[Grade]]:
     """Each completion's text and grade."""
     texts = [prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
-    return texts, grader.grade(texts, [row.example for row in rows])
+    examples, read = [row.example for row in rows], texts
+    if grader.ignores_think:  # a template may open it in the prompt
+        opened = [prompt_format.decode(row.prompt_ids[-8:]).rstrip().endswith(THINK) for row in rows]
+        read = [THINK * begins + text for begins, text in zip(opened, texts, strict=True)]
+    return texts, grader.grade(read, examples)
 
 
 def _graded(

@@ -23,7 +23,7 @@ from carft_fast.objective import (
     sequence_mask,
     tokens_of,
 )
-from carft_fast.training.agreement import Mismatch
+from carft_fast.training.agreement import Mismatch, effective_sample_share
 from carft_fast.training.batch import Experience, MiniBatch, Needs
 from carft_fast.training.parallel import Learner
 
@@ -216,6 +216,7 @@ class Gradient:
                 "sampler_diff_mean": found.mean,
                 "sampler_diff_max": found.max,
                 "sampler_diff_material": found.material,
+                "sampler_ess": effective_sample_share(trainer_C, sampled_C),
             }
         if self._config.rollout.sequence_mask != "none" and trainer_C is not None:
             kept_N = sequence_mask(trainer_C - sampled_C, self._experience.completion_cu, self._config.rollout)

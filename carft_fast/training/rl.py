@@ -143,6 +143,7 @@ def estimate_advantages(score_N: Tensor, experience: Experience, config: Config)
         experience.completion_tokens,
         samples_per_prompt=config.rollout.samples_per_prompt,
         std_eps=config.rl.group_std_eps if config.rl.estimator == "grpo" else None,
+        leave_one_out=config.rl.estimator == "rloo",
     )
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from carft_kernels._row_kernels import soft_cap
 from carft_kernels._runtime import FUSED, INTERPRETED, LOG2E, on_device
 
 _LOWEST = tl.constexpr(-1e4)  # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
@@ -182,6 +183,7 @@ def matmul_lse_kernel(
     stride_a,
     stride_b,
     scale,
+    softcap,  # or None: logits as they are
     NORMS: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
@@ -200,6 +202,8 @@ def matmul_lse_kernel(
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
     x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, n, m, NORMS, BIAS)
+    if softcap is not None:
+        x, _ = soft_cap(x, softcap)
     wanted = tl.load(target + rows, mask=rows < n, other=-1).to(tl.int32)
     here = (wanted >= column_block * BLOCK_M) & (wanted < (column_block + 1) * BLOCK_M)
     x_target = tl.sum(tl.where(columns[None, :] == wanted[:, None], x, 0.0), 1)
@@ -300,10 +304,12 @@ def matmul_logprob(
     logprob_limit: float = 0.0,
     ignore_index: int | None = None,
     with_entropy: bool = False,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-prob of the targets, entropy (empty unless asked), row maximum, log2 of the sum below it, targets' logits.
 
-    The logits are x_ij / temperature, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j. `mask` (uint8, [M] or
+    The logits are x_ij / temperature, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j, or with a `softcap`
+    softcap tanh(x_ij / softcap). `mask` (uint8, [M] or
     [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. All is 0 where the target is
     `ignore_index`; the log-prob of any other target outside [0, M) is NaN. FLOP: 2 N M K, once.
     """
@@ -313,7 +319,7 @@ def matmul_logprob(
     entropy_N = a_NK.new_empty(n if with_entropy else 0, dtype=torch.float32)
     if n == 0:
         return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
-    config = config_for(a_NK, b_MK, plain=row_factor_N is None and bias_M is None)
+    config = config_for(a_NK, b_MK, plain=row_factor_N is None and bias_M is None and softcap is None)
     blocks = triton.cdiv(m, config.block_m)
     b_operand = operand(b_MK, config.block_m, config)
     options = config.launch(a_NK.dtype)
@@ -343,6 +349,7 @@ def matmul_logprob(
                 a_NK.stride(0),
                 b_MK.stride(0),
                 scale,
+                softcap,
                 NORMS=row_factor_N is not None,
                 BIAS=bias_M is not None,
                 MASK=0 if mask is None else mask.ndim,

@@ -1,5 +1,5 @@
-"""Triton kernels over rows of logits and over tokens, shared by the log-prob operators and the policy losses; and
-where a packed sequence begins and ends.
+"""Triton kernels over rows of logits, shared by the log-prob operators and the policy loss; and where a packed sequence
+begins and ends.
 
 Row kernels: one program a row of V logits, in float32 whatever the logits' dtype, powers of two instead of e.
 A row is cut in three, so that every load but a few is 128 bits wide whatever V and the row's address: full tiles from
@@ -8,18 +8,17 @@ the first 16-byte boundary, one tile masked by whole vectors, and up to seven el
 
 # mypy: disable-error-code="no-untyped-def"
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, LOG2E, on_device
+from carft_kernels._runtime import FUSED, LN2, LOG2E, on_device
 
 # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
 _LOWEST = tl.constexpr(-1e4)
 _LN2 = tl.constexpr(0.6931471805599453)
+_LOG2E = tl.constexpr(LOG2E)
 _NUM_WARPS = 8
 
 
@@ -34,6 +33,13 @@ def _tile_offsets(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexp
     """[GROUPS, LANES, VECTOR] offsets of a tile, and [GROUPS, LANES, 1] number of each vector."""
     vector = tl.arange(0, GROUPS)[:, None, None] * LANES + tl.arange(0, LANES)[None, :, None]
     return vector * VECTOR + tl.arange(0, VECTOR)[None, None, :], vector
+
+
+@triton.jit
+def soft_cap(x, cap):
+    """cap * tanh(x / cap), where -inf stays -inf, and the derivative with respect to x."""
+    t = 1.0 - 2.0 / (tl.exp2(x * (2.0 * _LOG2E / cap)) + 1.0)
+    return tl.where(x == float("-inf"), x, cap * t), 1.0 - t * t
 
 
 @triton.jit
@@ -97,6 +103,7 @@ def logprob_fwd_kernel(
     stride,
     scale,  # log2(e) / temperature
     ignore_index,  # a row with this target is not read: its log-prob and entropy are 0
+    softcap,  # or None: logits as they are
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -117,15 +124,21 @@ def logprob_fwd_kernel(
     rest = aligned + (aligned_end - aligned) // tile * tile
     for base in range(aligned, rest, tile):
         x = tl.load(logits + base + offset).to(tl.float32)
+        if softcap is not None:
+            x, _ = soft_cap(x, softcap)
         top, total, spread = _online(x, scale, top, total, spread, ENTROPY)
     whole = vector < (aligned_end - rest) // VECTOR
     x = tl.load(logits + rest + offset, mask=whole, other=float("-inf")).to(tl.float32)
+    if softcap is not None:
+        x, _ = soft_cap(x, softcap)
     top, total, spread = _online(x, scale, top, total, spread, ENTROPY)
     # up to seven logits before the first boundary, up to seven behind the last
     k = tl.arange(0, 16)
     edge = tl.where(k < 8, start + k, aligned_end + k - 8)
     inside = tl.where(k < 8, edge < tl.minimum(aligned, end), edge < end)
     edge_x = tl.load(logits + edge, mask=inside, other=float("-inf")).to(tl.float32)
+    if softcap is not None:
+        edge_x, _ = soft_cap(edge_x, softcap)
 
     largest = tl.maximum(tl.max(top, 0), tl.max(edge_x, 0) * scale)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -140,6 +153,8 @@ def logprob_fwd_kernel(
     # a target outside the vocabulary, which nothing checks on a GPU, has a log-prob of NaN
     inside_row = (wanted >= 0) & (wanted < vocabulary) & (wanted != ignore_index)
     x = tl.load(logits + start + wanted, mask=inside_row, other=float("nan")).to(tl.float32)
+    if softcap is not None:
+        x, _ = soft_cap(x, softcap)
     # rounding must not make a probability larger than 1; the comparison lets NaN pass
     value = (tl.fma(x, scale, -largest) - log2_total) * _LN2
     tl.store(logprob + row, tl.where(ignored | (value > 0.0), 0.0, value))
@@ -151,19 +166,24 @@ def logprob_fwd_kernel(
 
 
 @triton.jit
-def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, ENTROPY: tl.constexpr):
+def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, softcap, ENTROPY: tl.constexpr):
+    if softcap is not None:
+        x, slope = soft_cap(x, softcap)
     z = tl.fma(x, scale, -top) - log_total
     p = tl.exp2(z)
     if ENTROPY:
         d = -p * (g_p + g_plogp * tl.maximum(z, _LOWEST))
     else:
         d = -p * g_p
-    return tl.where(column == target, d + g, d)
+    d = tl.where(column == target, d + g, d)
+    if softcap is not None:
+        d *= slope
+    return d
 
 
 @triton.jit(
     do_not_specialize=["ignore_index"],
-    do_not_specialize_on_alignment=["target", "row_top", "log_total", "entropy", "d_logprob", "d_entropy"],
+    do_not_specialize_on_alignment=["target", "row_top", "log_total", "entropy", "d_logprob", "d_entropy", "d_lse"],
 )
 def logprob_bwd_kernel(
     logits,  # [rows, V], rows `stride` apart
@@ -175,12 +195,14 @@ def logprob_bwd_kernel(
     entropy,
     d_logprob,
     d_entropy,
+    d_lse,  # or None: no gradient of the log-sum-exp
     vocabulary,
     stride,
     out_stride,
     scale,  # log2(e) / temperature
     inverse_temperature,
     ignore_index,  # a row with this target is not read: its gradient is 0
+    softcap,  # or None: logits as they are
     COMPACT: tl.constexpr,
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -210,6 +232,8 @@ def logprob_bwd_kernel(
     g = tl.where(((wanted < 0) | (wanted >= vocabulary)) & live & (g != 0.0), float("nan"), g)
     g_p = g
     g_plogp = 0.0
+    if d_lse is not None:
+        g_p -= tl.load(d_lse + row, mask=live, other=0.0) * inverse_temperature
     if ENTROPY:
         g_entropy = tl.load(d_entropy + row, mask=live, other=0.0) * inverse_temperature
         g_p += g_entropy * tl.load(entropy + row, mask=live, other=0.0)
@@ -221,7 +245,7 @@ def logprob_bwd_kernel(
     for base in range(aligned, live_rest, tile):
         column = base + offset
         x = tl.load(logits + column).to(tl.float32)
-        d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
+        d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
         tl.store(out + column, d.to(out.dtype.element_ty))
     for base in range(live_rest, rest, tile):
         tl.store(out + base + offset, tl.zeros([GROUPS, LANES, VECTOR], out.dtype.element_ty))
@@ -229,7 +253,7 @@ def logprob_bwd_kernel(
     vectors = (aligned_end - rest) // VECTOR
     whole = vector < vectors
     x = tl.load(logits + column, mask=vector < tl.where(live, vectors, 0), other=0.0).to(tl.float32)
-    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
+    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
     tl.store(out + column, d.to(out.dtype.element_ty), mask=whole)
     k = tl.arange(0, 16)
     column = tl.where(k < 8, start + k, aligned_end + k - 8)
@@ -237,12 +261,17 @@ def logprob_bwd_kernel(
     live_end = tl.where(live, end, start)
     read = tl.where(k < 8, column < tl.minimum(aligned, live_end), column < live_end)
     x = tl.load(logits + column, mask=read, other=0.0).to(tl.float32)
-    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, ENTROPY)
+    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
     tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
 
 
 def logprob_forward(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, ignore_index: int
+    logits_TV: Tensor,
+    target_T: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    ignore_index: int,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """log-prob, entropy (empty unless asked), row maximum, log2 of the sum of exponentials below it; float32 [T]."""
     tokens, vocabulary = logits_TV.shape
@@ -261,10 +290,16 @@ def logprob_forward(
                 logits_TV.stride(0),
                 LOG2E / temperature,
                 ignore_index,
+                softcap,
                 ENTROPY=with_entropy,
                 **row_config(logits_TV.dtype),
             )
     return logprob_T, entropy_T, top_T, log_total_T
+
+
+def lse_of(top_T: Tensor, log_total_T: Tensor) -> Tensor:
+    """log-sum-exp [T] of the statistics that the kernels keep in powers of two."""
+    return (top_T + log_total_T) * LN2
 
 
 def logprob_backward(
@@ -279,11 +314,14 @@ def logprob_backward(
     *,
     entropy_T: Tensor | None = None,
     d_entropy_T: Tensor | None = None,
+    d_lse_T: Tensor | None = None,
+    softcap: float | None = None,
     index_N: Tensor | None = None,
 ) -> None:
     """Gradient with respect to the logits into `out_NV`, of the rows in `index_N` if given.
 
-    Bytes: each logit read once, each gradient written once. Entropy takes part when its gradient is given.
+    Bytes: each logit read once, each gradient written once. Entropy and log-sum-exp take part when their gradient is
+    given.
     """
     if len(out_NV) == 0:
         return
@@ -300,185 +338,15 @@ def logprob_backward(
             entropy_T,
             d_logprob_T,
             d_entropy_T,
+            d_lse_T,
             logits_TV.shape[1],
             logits_TV.stride(0),
             out_NV.stride(0),
             LOG2E / temperature,
             1 / temperature,
             ignore_index,
+            softcap,
             COMPACT=index_N is not None,
             ENTROPY=d_entropy_T is not None,
             **row_config(logits_TV.dtype, group=8),
         )
-
-
-@triton.jit
-def _exp_less_linear(x):
-    """exp(x) - 1 - x without cancellation: a series near 0."""
-    series = x * x * 0.5 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
-    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
-
-
-@triton.jit(
-    do_not_specialize=["tokens"],
-    do_not_specialize_on_alignment=["logprob", "old_logprob", "advantage", "weight", "ref_logprob", "entropy"],
-)
-def policy_kernel(
-    logprob,
-    old_logprob,
-    advantage,
-    weight,
-    ref_logprob,
-    entropy,
-    d_logprob,
-    stats,  # [5], added to: loss, tokens with weight, of these outside the clip, sum of approximate KL, of entropy
-    tokens,
-    clip_low,
-    clip_high,
-    kl_coef,
-    entropy_coef,
-    HAS_REF: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: the sums are the same in every run."""
-    loss = tl.zeros([BLOCK], tl.float32)
-    counted = tl.zeros([BLOCK], tl.float32)
-    outside = tl.zeros([BLOCK], tl.float32)
-    approx_kl = tl.zeros([BLOCK], tl.float32)
-    entropy_sum = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tokens, BLOCK):
-        t = i + tl.arange(0, BLOCK)
-        inside = t < tokens
-        w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
-        # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
-        live = w != 0.0
-        new = tl.load(logprob + t, mask=live, other=0.0).to(tl.float32)
-        log_ratio = new - tl.load(old_logprob + t, mask=live, other=0.0).to(tl.float32)
-        a = tl.load(advantage + t, mask=live, other=0.0).to(tl.float32)
-        ratio = tl.exp(log_ratio)
-        plain = -a * ratio
-        clipped = -a * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
-        token_loss = tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL)
-        # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
-        d = tl.where(plain < clipped, 0.0, plain)
-        if HAS_REF:
-            difference = tl.load(ref_logprob + t, mask=live, other=0.0).to(tl.float32) - new
-            k3 = _exp_less_linear(difference)
-            token_loss += kl_coef * k3
-            d -= kl_coef * (k3 + difference)
-        if HAS_ENTROPY:
-            h = tl.load(entropy + t, mask=live, other=0.0)
-            token_loss -= entropy_coef * h
-            entropy_sum += h
-        tl.store(d_logprob + t, tl.where(live, w * d, 0.0), mask=inside)
-        loss += tl.where(live, w * token_loss, 0.0)
-        counted += live.to(tl.float32)
-        outside += ((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).to(tl.float32)
-        approx_kl += _exp_less_linear(log_ratio)
-    tl.store(stats, tl.load(stats) + tl.sum(loss, 0))
-    tl.store(stats + 1, tl.load(stats + 1) + tl.sum(counted, 0))
-    tl.store(stats + 2, tl.load(stats + 2) + tl.sum(outside, 0))
-    tl.store(stats + 3, tl.load(stats + 3) + tl.sum(approx_kl, 0))
-    tl.store(stats + 4, tl.load(stats + 4) + tl.sum(entropy_sum, 0))
-
-
-# One program over [T] vectors: launch-bound up to tens of thousands of tokens, and its sums are always the same.
-TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8, **FUSED}
-
-
-def policy_terms(
-    logprob_T: Tensor,
-    old_logprob_T: Tensor,
-    advantage_T: Tensor,
-    weight_T: Tensor,
-    stats: Tensor,
-    *,
-    clip_low: float,
-    clip_high: float,
-    ref_logprob_T: Tensor | None = None,
-    kl_coef: float = 0.0,
-    entropy_T: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    via_triton: bool,
-) -> Tensor:
-    """d loss / d logprob [T]; adds to `stats` [5]: loss, tokens with weight, clipped ones, approximate KL, entropy."""
-    if not via_triton:
-        return _policy_terms_torch(
-            logprob_T,
-            old_logprob_T,
-            advantage_T,
-            weight_T,
-            stats,
-            clip_low,
-            clip_high,
-            ref_logprob_T if kl_coef else None,
-            kl_coef,
-            entropy_T,
-            entropy_coef,
-        )
-    d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
-    options: dict[str, Any] = TOKEN_CONFIG
-    with on_device(logprob_T):
-        policy_kernel[(1,)](
-            logprob_T,
-            old_logprob_T,
-            advantage_T,
-            weight_T,
-            ref_logprob_T,
-            entropy_T,
-            d_logprob_T,
-            stats,
-            len(logprob_T),
-            clip_low,
-            clip_high,
-            kl_coef,
-            entropy_coef,
-            HAS_REF=ref_logprob_T is not None and kl_coef != 0,
-            HAS_ENTROPY=entropy_T is not None,
-            **options,
-        )
-    return d_logprob_T
-
-
-def _policy_terms_torch(
-    logprob_T: Tensor,
-    old_logprob_T: Tensor,
-    advantage_T: Tensor,
-    weight_T: Tensor,
-    stats: Tensor,
-    clip_low: float,
-    clip_high: float,
-    ref_logprob_T: Tensor | None,
-    kl_coef: float,
-    entropy_T: Tensor | None,
-    entropy_coef: float,
-) -> Tensor:
-    # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
-    live = weight_T != 0
-    log_ratio = torch.where(live, logprob_T - old_logprob_T, 0.0)
-    advantage = torch.where(live, advantage_T, 0.0)
-    ratio = log_ratio.exp()
-    plain, clipped = -advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high)
-    token_loss = torch.maximum(plain, clipped)
-    # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
-    d = torch.where(plain < clipped, 0.0, plain)
-    if ref_logprob_T is not None:
-        difference = torch.where(live, ref_logprob_T - logprob_T, 0.0)
-        token_loss = token_loss + kl_coef * (difference.expm1() - difference)
-        d = d - kl_coef * difference.expm1()
-    entropy_sum = stats.new_zeros(())
-    if entropy_T is not None:
-        entropy = torch.where(live, entropy_T, 0.0)
-        token_loss = token_loss - entropy_coef * entropy
-        entropy_sum = entropy.sum()
-    outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
-    sums = (
-        torch.where(live, weight_T * token_loss, 0.0).sum(),
-        live.sum(),
-        outside.sum(),
-        (log_ratio.expm1() - log_ratio).sum(),
-        entropy_sum,
-    )
-    stats += torch.stack([x.to(stats.dtype) for x in sums])
-    return torch.where(live, weight_T * d, 0.0)

@@ -16,6 +16,7 @@ from torch import Tensor
 Impl = Literal["auto", "torch", "triton"]
 
 LOG2E = math.log2(math.e)
+LN2 = math.log(2)
 # Multiply and add in one instruction, whatever Triton's default (it changes in 3.10).
 FUSED = {"enable_fp_fusion": True}
 # Triton reads the same variable when a kernel is defined, that is, when this package is imported.
@@ -208,6 +209,11 @@ def check_positive(name: str, x: float) -> None:
         raise ValueError(f"{name} = {x}: expected a finite number above 0")
 
 
+def check_softcap(logit_softcap: float | None) -> None:
+    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
+        raise ValueError(f"logit_softcap = {logit_softcap}: expected a finite number above 0, or None")
+
+
 def check_ignore_index(ignore_index: int) -> None:
     if not -(1 << 31) <= ignore_index < 1 << 31:
         raise ValueError(f"ignore_index = {ignore_index}: expected a 32-bit integer")
@@ -245,14 +251,16 @@ def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> 
 
 
 def given_gradients(
-    d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, like_T: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients of log-prob and entropy, None where autograd has none, as the backward operators take them.
+    d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, like_T: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of log-prob, entropy and log-sum-exp, None where autograd has none, as the backward operators take
+    them.
 
     Contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index.
     """
     d_logprob_T = torch.zeros_like(like_T) if d_logprob_T is None else d_logprob_T.contiguous()
-    return d_logprob_T, None if d_entropy_T is None or not d_entropy_T.numel() else d_entropy_T.contiguous()
+    d_entropy_T, d_lse_T = (None if d is None or not d.numel() else d.contiguous() for d in (d_entropy_T, d_lse_T))
+    return d_logprob_T, d_entropy_T, d_lse_T
 
 
 def gradient_or_nan(d_N: Tensor, outside_N: Tensor) -> Tensor:
@@ -268,6 +276,20 @@ def zero_rows_(x: Tensor, rows: Tensor) -> None:
         x.masked_fill_(rows[:, None], 0.0)
 
 
+def soft_cap_reference(x: Tensor, cap: float) -> Tensor:
+    """The obvious expression of `soft_cap_`."""
+    return torch.where(x == -math.inf, x, cap * (x / cap).tanh())
+
+
+def soft_cap_(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) in place of logits [n, V], and its derivative [n, V]. What is -inf stays so."""
+    excluded = x == -math.inf
+    x.div_(cap).tanh_()
+    slope = x.square().neg_().add_(1.0)
+    x.mul_(cap).masked_fill_(excluded, -math.inf)
+    return slope
+
+
 def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Shift logits [n, V] in place by their row maximum; returns log-prob of the target, maximum, exp(x), its row sums.
 
@@ -281,15 +303,23 @@ def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor
     return x.gather(1, target_n1)[:, 0] - sum_exp.log(), top, exp, sum_exp
 
 
-def d_logits_(logp: Tensor, target_n1: Tensor, d_logprob: Tensor, entropy: Tensor, d_entropy: Tensor | None) -> Tensor:
+def d_logits_(
+    logp: Tensor,
+    target_n1: Tensor,
+    d_logprob: Tensor,
+    entropy: Tensor,
+    d_entropy: Tensor | None,
+    d_lse: Tensor | None = None,
+) -> Tensor:
     """Gradient [n, V] with respect to the logits, in the place of their log-softmax."""
+    d_sum = d_logprob if d_lse is None else d_logprob - d_lse  # of what every logit takes part in
     if d_entropy is None:
-        d = logp.exp_().mul_(-d_logprob[:, None])
+        d = logp.exp_().mul_(-d_sum[:, None])
     else:
         p = logp.exp()
         # p (log p + H) is 0 where p is 0, though log p is -inf there
         d = torch.where(p > 0, p * logp.add_(entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
-        d.sub_(p.mul_(d_logprob[:, None]))
+        d.sub_(p.mul_(d_sum[:, None]))
     return d.scatter_add_(1, target_n1, d_logprob[:, None])
 
 

@@ -1,6 +1,6 @@
 """Log-prob (and entropy) of given tokens from hidden states, never holding [tokens, vocabulary].
 
-    x_t = (hidden_t weight^T + bias) / temperature, then as token_logprob
+    x_t = (hidden_t weight^T + bias) / temperature, the logits soft-capped first if asked, then as token_logprob
 
 Kept for backward: the inputs and [T] statistics. Cost in units of F = 2 T V D: 1 without gradient, 4 with, since
 backward computes the logits again, a chunk of tokens at a time. Triton: the forward pass streams tiles of logits
@@ -10,13 +10,13 @@ vocabulary, so it is never summed in half precision. Half-precision matmuls run 
 logits are widened, never the weight.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from carft_kernels._matmul_kernels import matmul_logprob
-from carft_kernels._row_kernels import logprob_backward, logprob_forward
+from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
@@ -28,6 +28,7 @@ from carft_kernels._runtime import (
     check_positive,
     check_rows,
     check_same_dtype,
+    check_softcap,
     check_targets,
     chunk_size,
     d_logits_,
@@ -37,6 +38,8 @@ from carft_kernels._runtime import (
     head_logits_into,
     log_implementation,
     rows_scratch,
+    soft_cap_,
+    soft_cap_reference,
     softmax_parts_,
     split_index,
     use_triton,
@@ -53,19 +56,27 @@ def linear_logprob_reference(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression: all logits at once."""
     counted_T = target_T != ignore_index
     logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
-    logp_TV = (logits_TV.to(accumulation_dtype(logits_TV)) / temperature).log_softmax(-1)
+    logits_TV = logits_TV.to(accumulation_dtype(logits_TV))
+    if logit_softcap is not None:
+        logits_TV = soft_cap_reference(logits_TV, logit_softcap)
+    logp_TV = (logits_TV / temperature).log_softmax(-1)
     entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) * counted_T if with_entropy else None
     return logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T, entropy_T
 
 
-def _chunk_logits(h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _chunk_logits(
+    h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Logits, and the derivative of their soft cap where there is one."""
     x = head_logits(h, weight_VD, bias)
-    return x if temperature == 1.0 else x.div_(temperature)
+    slope = None if softcap is None else soft_cap_(x, softcap)
+    return x if temperature == 1.0 else x.div_(temperature), slope
 
 
 @torch.library.custom_op("carft::linear_logprob", mutates_args=())
@@ -76,17 +87,19 @@ def _forward(
     bias: Tensor | None,
     temperature: float,
     with_entropy: bool,
+    with_lse: bool,
+    logit_softcap: float | None,
     ignore_index: int,
     via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy (empty unless asked), row maximum and log of the sum of exponentials below it.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy and log-sum-exp (empty unless asked), row maximum and log of the sum of exponentials below it.
 
     The last two serve this implementation's own backward: Triton keeps them in units of its own.
     """
     log_implementation("linear_logprob", via_triton, hidden_TD.device.type)
     check_targets("target_T", target_T, weight_VD.shape[0], ignore_index)
     if via_triton:
-        return matmul_logprob(
+        logprob_T, entropy_T, top_T, log_total_T, _ = matmul_logprob(
             hidden_TD,
             weight_VD,
             target_T,
@@ -94,7 +107,10 @@ def _forward(
             bias_M=bias,
             ignore_index=ignore_index,
             with_entropy=with_entropy,
-        )[:4]
+            softcap=logit_softcap,
+        )
+        lse_T = lse_of(top_T, log_total_T) if with_lse else top_T.new_empty(0)
+        return logprob_T, entropy_T, lse_T, top_T, log_total_T
     tokens = hidden_TD.shape[0]
     dtype = accumulation_dtype(hidden_TD)
     logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
@@ -103,7 +119,7 @@ def _forward(
     step = chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)
     for s in range(0, tokens, step):
         e = s + step
-        x = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature)
+        x, _ = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature, logit_softcap)
         logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
         log_total_T[s:e] = sum_exp.log()
         if with_entropy:
@@ -111,7 +127,7 @@ def _forward(
     logprob_T.masked_fill_(outside_T, torch.nan)
     for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
         x_T.masked_fill_(ignored_T, 0.0)
-    return logprob_T, entropy_T, top_T, log_total_T
+    return logprob_T, entropy_T, top_T + log_total_T if with_lse else top_T.new_empty(0), top_T, log_total_T
 
 
 @_forward.register_fake
@@ -122,11 +138,13 @@ def _(
     bias: Tensor | None,
     temperature: float,
     with_entropy: bool,
+    with_lse: bool,
     *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, dtype = hidden_TD.shape[0], accumulation_dtype(hidden_TD)
     logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
-    return logprob_T, hidden_TD.new_empty(tokens if with_entropy else 0, dtype=dtype), top_T, log_total_T
+    entropy_T, lse_T = (hidden_TD.new_empty(tokens if asked else 0, dtype=dtype) for asked in (with_entropy, with_lse))
+    return logprob_T, entropy_T, lse_T, top_T, log_total_T
 
 
 @torch.library.custom_op("carft::linear_logprob_backward", mutates_args=())
@@ -140,7 +158,9 @@ def _backward(
     entropy_T: Tensor,
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
+    d_lse_T: Tensor | None,
     temperature: float,
+    logit_softcap: float | None,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
@@ -163,6 +183,7 @@ def _backward(
         rows = slice(s, s + step)
         # whatever an ignored token's state holds must not reach d_weight: 0 * NaN is NaN
         h = hidden_TD[rows].masked_fill(ignored_T[rows, None], 0.0)
+        d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))
         if via_triton:
             x, d = x_scratch[: len(h)], d_scratch[: len(h)]
             head_logits_into(x, h, weight_VD)
@@ -172,7 +193,9 @@ def _backward(
             if hidden_TD.dtype == dtype:
                 # The two matmuls round differently: with float32 logits in the hundreds that would show in
                 # exp(logit - lse). Half precision hides it, and saves the pass.
-                _, _, top, log_total = logprob_forward(x, target_T[rows], temperature, False, ignore_index)
+                _, _, top, log_total = logprob_forward(
+                    x, target_T[rows], temperature, False, ignore_index, logit_softcap
+                )
             logprob_backward(
                 x,
                 d,
@@ -183,15 +206,19 @@ def _backward(
                 temperature,
                 ignore_index,
                 entropy_T=entropy_T[rows],
-                d_entropy_T=None if d_entropy_T is None else d_entropy_T[rows],
+                d_entropy_T=d_entropy_n,
+                d_lse_T=d_lse_n,
+                softcap=logit_softcap,
             )
         else:
-            logp = _chunk_logits(h, weight_VD, bias, temperature).sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
-            d_entropy_n = None if d_entropy_T is None else d_entropy_T[rows]
-            d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n)
+            x, slope = _chunk_logits(h, weight_VD, bias, temperature, logit_softcap)
+            logp = x.sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
+            d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n, d_lse_n)
             zero_rows_(d, ignored_T[rows])
             if temperature != 1.0:
                 d.div_(temperature)
+            if slope is not None:
+                d.mul_(slope)
         if need_bias:
             d_bias_V += d.sum(0, dtype=dtype)
         d = d.to(hidden_TD.dtype)
@@ -213,20 +240,24 @@ def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_TD, weight_VD, target_T, bias, ctx.temperature, _, ctx.ignore_index, ctx.via_triton = inputs
-    _, entropy_T, top_T, log_total_T = output
+    hidden_TD, weight_VD, target_T, bias, ctx.temperature, _, _, ctx.logit_softcap, *last = inputs
+    ctx.ignore_index, ctx.via_triton = last
+    _, entropy_T, _, top_T, log_total_T = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
     ctx.mark_non_differentiable(top_T, log_total_T)
     ctx.save_for_backward(hidden_TD, weight_VD, target_T, bias, top_T, log_total_T, entropy_T)
 
 
-def _autograd(ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     saved = ctx.saved_tensors
     d_hidden_TD, d_weight_VD, d_bias_V = _backward(
         *saved,
-        *given_gradients(d_logprob_T, d_entropy_T, saved[4]),
+        *given_gradients(d_logprob_T, d_entropy_T, d_lse_T, saved[4]),
         ctx.temperature,
+        ctx.logit_softcap,
         ctx.ignore_index,
         need_hidden,
         need_weight,
@@ -238,14 +269,43 @@ def _autograd(ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, 
         d_weight_VD if need_weight else None,
         None,
         d_bias_V if need_bias else None,
-        None,
-        None,
-        None,
-        None,
+        *([None] * 6),
     )
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@overload
+def linear_logprob(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_lse: Literal[False] = ...,
+    logit_softcap: float | None = ...,
+    ignore_index: int = ...,
+    impl: Impl = ...,
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+@overload
+def linear_logprob(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    target_T: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_lse: Literal[True],
+    logit_softcap: float | None = ...,
+    ignore_index: int = ...,
+    impl: Impl = ...,
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
 
 def linear_logprob(
@@ -256,9 +316,11 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    with_lse: bool = False,
+    logit_softcap: float | None = None,
     ignore_index: int = -100,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of `target_T` under softmax((hidden @ weight.T + bias) / temperature), and its entropy if asked.
 
     Equivalent: `((hidden @ weight.T + bias).float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`,
@@ -273,12 +335,16 @@ def linear_logprob(
         bias: [V], dtype and device of `hidden_TD`.
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
+        with_lse: also return the logsumexp of the logits over the temperature, differentiable; such as for a z-loss,
+            its square.
+        logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
-        log-prob [T] and entropy [T] or None, float32 (float64 for float64 input). Gradients to hidden, weight, bias.
+        log-prob [T] and entropy [T] or None, with `with_lse` the logsumexp [T] as a third; float32 (float64 for float64
+        input). Gradients to hidden, weight, bias.
 
     Source: selective log-softmax of RLHF trainers; chunked over tokens as in fused linear cross-entropy.
 
@@ -297,11 +363,22 @@ def linear_logprob(
     check_like("target_T", target_T, (hidden_TD.shape[0],), "hidden_TD", hidden_TD)
     check_integer("target_T", target_T)
     check_positive("temperature", temperature)
+    check_softcap(logit_softcap)
     check_ignore_index(ignore_index)
     if via_triton:
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
-    logprob_T, entropy_T, *_ = _forward(
-        hidden_TD, weight_VD, target_T.contiguous(), bias, temperature, with_entropy, ignore_index, via_triton
+    logprob_T, entropy_T, lse_T, *_ = _forward(
+        hidden_TD,
+        weight_VD,
+        target_T.contiguous(),
+        bias,
+        temperature,
+        with_entropy,
+        with_lse,
+        logit_softcap,
+        ignore_index,
+        via_triton,
     )
-    return logprob_T, entropy_T if with_entropy else None
+    found = logprob_T, entropy_T if with_entropy else None
+    return (*found, lse_T) if with_lse else found

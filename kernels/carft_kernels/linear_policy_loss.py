@@ -6,11 +6,12 @@
 
 Source: paper eq. 5 (PPO); the KL term is the k3 estimator of GRPO. Since the loss is a plain sum, each chunk of tokens
 can be differentiated as soon as its logits exist: one matmul for them, one for d_hidden, one for d_weight, 3F in all
-(F = 2 T V D) and no recomputation. Tokens whose gradient is exactly zero (no weight, no advantage, clipped) are left
-out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for backward: d_hidden
-and d_weight. Accumulation: float32 past the matmul and for d_weight (float64 for float64 input). Half-precision matmuls
-run on the weight as it is: only a chunk's logits are widened, never the weight. Triton: row kernels between cuBLAS
-products.
+(F = 2 T V D) and no recomputation. So a token's loss may depend on its own logits alone: a ratio of whole sequences
+takes `linear_logprob` and then `policy_loss`, 4F. Tokens whose gradient is exactly zero (no weight, no advantage,
+clipped) are left out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for
+backward: d_hidden, d_weight and d_bias. Accumulation: float32 past the matmul and for d_weight (float64 for float64
+input). Half-precision matmuls run on the weight as it is: only a chunk's logits are widened, never the weight. Triton:
+row kernels between cuBLAS products.
 """
 
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from carft_kernels._row_kernels import logprob_backward, logprob_forward, policy_terms
+from carft_kernels._policy_kernels import KlEstimate, PolicyLoss, TokenTerms, policy_terms, policy_terms_reference
+from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
@@ -30,6 +32,7 @@ from carft_kernels._runtime import (
     check_positive,
     check_rows,
     check_same_dtype,
+    check_softcap,
     check_targets,
     chunk_size,
     head_logits,
@@ -38,6 +41,8 @@ from carft_kernels._runtime import (
     product,
     rows_scratch,
     scaled_gradient,
+    soft_cap_,
+    soft_cap_reference,
     softmax_parts_,
     split_index,
     use_triton,
@@ -53,56 +58,82 @@ def linear_policy_loss_reference(
     advantage_T: Tensor,
     old_logprob_T: Tensor | None,
     weight_T: Tensor,
+    bias: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss: PolicyLoss = "clip",
+    correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_estimate: KlEstimate = "k3",
+    kl_clamp: float | None = None,
     entropy_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    logit_softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """The obvious expression: loss and log-probs [T], all logits at once."""
     counted_T = target_T != ignore_index
     weight_T = torch.where(counted_T, weight_T, 0.0)
-    logits_TV = torch.where(counted_T[:, None], hidden_TD, 0.0) @ weight_VD.T
-    logp_TV = (logits_TV.to(accumulation_dtype(hidden_TD)) / temperature).log_softmax(-1)
+    logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
+    logits_TV = logits_TV.to(accumulation_dtype(hidden_TD))
+    if logit_softcap is not None:
+        logits_TV = soft_cap_reference(logits_TV, logit_softcap)
+    logp_TV = (logits_TV / temperature).log_softmax(-1)
     logprob_T = logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T
-    ratio_T = (logprob_T - (logprob_T.detach() if old_logprob_T is None else old_logprob_T)).exp()
-    loss_T = torch.max(-advantage_T * ratio_T, -advantage_T * ratio_T.clamp(1 - clip_low, 1 + clip_high))
-    if ref_logprob_T is not None:
-        difference_T = ref_logprob_T - logprob_T
-        loss_T = loss_T + kl_coef * (difference_T.exp() - difference_T - 1)
+    loss_T = policy_terms_reference(
+        logprob_T,
+        logprob_T.detach() if old_logprob_T is None else old_logprob_T,
+        advantage_T,
+        TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp),
+        correction_T=correction_T,
+        ref_logprob_T=ref_logprob_T,
+    )
     loss_T = loss_T - entropy_coef * torch.special.entr(logp_TV.exp()).sum(-1)
+    loss_T = loss_T + z_loss_coef * (logits_TV / temperature).logsumexp(-1).square()
     return (weight_T * loss_T).sum(), logprob_T
 
 
 def _loss_and_gradients(
     hidden_TD: Tensor,
     weight_VD: Tensor,
+    bias: Tensor | None,
     target_T: Tensor,
     advantage_T: Tensor,
     old_logprob_T: Tensor | None,
     weight_T: Tensor,
+    correction_T: Tensor | None,
     ref_logprob_T: Tensor | None,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None,
+    loss: str,
     kl_coef: float,
+    kl_estimate: str,
+    kl_clamp: float | None,
     entropy_coef: float,
+    z_loss_coef: float,
+    logit_softcap: float | None,
     temperature: float,
     ignore_index: int,
     chunk_tokens: int,
     skip_dead: bool,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
     via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs, the sums [5] of policy_terms, d_hidden and d_weight (empty where not needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed)."""
     log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     check_targets("target_T", target_T, vocabulary, ignore_index)
     dtype = accumulation_dtype(hidden_TD)
     d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
     d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
+    terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     logprob_T = hidden_TD.new_empty(tokens, dtype=dtype)
     stats = hidden_TD.new_zeros(5, dtype=dtype)
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
@@ -117,14 +148,21 @@ def _loss_and_gradients(
         if via_triton:
             x = x_scratch[: len(h)]
             head_logits_into(x, h, weight_VD)
-            logprob, entropy, top, log_total = logprob_forward(x, target_T[rows], temperature, True, ignore_index)
+            if bias is not None:
+                x += bias
+            logprob, entropy, top, log_total = logprob_forward(
+                x, target_T[rows], temperature, True, ignore_index, logit_softcap
+            )
+            lse = lse_of(top, log_total) if z_loss_coef else None
         else:
-            x = head_logits(h, weight_VD)
+            x = head_logits(h, weight_VD, bias)
+            slope = None if logit_softcap is None else soft_cap_(x, logit_softcap)
             if temperature != 1.0:
                 x.div_(temperature)
-            logprob, _, p, sum_exp = softmax_parts_(x, target_T1[rows])
+            logprob, top, p, sum_exp = softmax_parts_(x, target_T1[rows])
             # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
             entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
+            lse = top + sum_exp.log() if z_loss_coef else None
             logprob.masked_fill_(outside_T[rows], torch.nan).masked_fill_(ignored_T[rows], 0.0)
         logprob_T[rows] = logprob
         d_logprob = policy_terms(
@@ -133,18 +171,21 @@ def _loss_and_gradients(
             advantage_T[rows],
             weight,
             stats,
-            clip_low=clip_low,
-            clip_high=clip_high,
+            terms,
+            correction_T=None if correction_T is None else correction_T[rows],
             ref_logprob_T=None if ref_logprob_T is None else ref_logprob_T[rows],
-            kl_coef=kl_coef,
             entropy_T=entropy,
-            entropy_coef=entropy_coef,
             via_triton=via_triton,
         )
-        if not (need_hidden or need_weight):
+        d_lse = None
+        if lse is not None:
+            lse = torch.where(weight != 0, lse, 0.0)
+            stats[0] += z_loss_coef * (weight * lse.square()).sum()
+            d_lse = 2 * z_loss_coef * weight * lse
+        if not (need_hidden or need_weight or need_bias):
             continue
 
-        live = d_logprob != 0 if not entropy_coef else weight != 0
+        live = weight != 0 if entropy_coef or z_loss_coef else d_logprob != 0
         if skip_dead:
             index = live.nonzero()[:, 0]
             if len(index) == 0:
@@ -171,25 +212,32 @@ def _loss_and_gradients(
                 ignore_index,
                 entropy_T=entropy,
                 d_entropy_T=d_entropy,
+                d_lse_T=d_lse,
+                softcap=logit_softcap,
                 index_N=None if everyone else index,
             )
         else:
             target = target_T1[rows]
             if not everyone:
                 p, target, sum_exp, entropy, d_logprob = (z[index] for z in (p, target, sum_exp, entropy, d_logprob))
-                d_entropy = None if d_entropy is None else d_entropy[index]
+                d_entropy, d_lse, slope = (None if z is None else z[index] for z in (d_entropy, d_lse, slope))
             p.div_(sum_exp[:, None])
+            d_sum = d_logprob if d_lse is None else d_logprob - d_lse  # of what every logit takes part in
             if d_entropy is None:
-                d = p.mul_(-d_logprob[:, None])
+                d = p.mul_(-d_sum[:, None])
             else:
                 d = torch.where(p > 0, p * (p.log() + entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
-                d.sub_(p.mul_(d_logprob[:, None]))
+                d.sub_(p.mul_(d_sum[:, None]))
             d.scatter_add_(1, target, d_logprob[:, None])
             if temperature != 1.0:
                 d.div_(temperature)
+            if slope is not None:
+                d.mul_(slope)
             if not skip_dead:
                 d.masked_fill_(~live[:, None], 0.0)
             d = d.to(hidden_TD.dtype)
+        if need_bias:
+            d_bias_V += d.sum(0, dtype=dtype)
         if need_hidden:
             if everyone:
                 wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
@@ -197,7 +245,8 @@ def _loss_and_gradients(
                 d_hidden_TD[s + index] = product(d, weight_VD)
         if need_weight:
             add_product_(d_weight_VD, d.T, h if everyone else h[index])
-    return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD.to(weight_VD.dtype)
+    gradients = d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
+    return stats[0].clone(), logprob_T, stats, *gradients
 
 
 # the number of tokens with a gradient is read back, which no CUDA graph can hold
@@ -207,8 +256,8 @@ _forward = torch.library.custom_op(
 _forward_of_all = torch.library.custom_op("carft::linear_policy_loss_of_all", _loss_and_gradients, mutates_args=())
 
 
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight = rest[-3:-1]
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    need_hidden, need_weight, need_bias = rest[-4:-1]
     dtype = accumulation_dtype(hidden_TD)
     return (
         hidden_TD.new_empty((), dtype=dtype),
@@ -216,26 +265,26 @@ def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Ten
         hidden_TD.new_empty(5, dtype=dtype),
         torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
         torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),
+        weight_VD.new_empty(weight_VD.shape[0] if need_bias else 0),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, logprob_T, stats, d_hidden_TD, d_weight_VD = output
-    ctx.need_hidden, ctx.need_weight, ctx.inputs = inputs[-3], inputs[-2], len(inputs)
+    _, logprob_T, stats, *gradients = output
+    ctx.needed, ctx.inputs = inputs[-4:-1], len(inputs)
     ctx.set_materialize_grads(False)  # no zeros of the head's size for the outputs that carry no gradient
-    ctx.mark_non_differentiable(logprob_T, stats, d_hidden_TD, d_weight_VD)
-    ctx.save_for_backward(d_hidden_TD, d_weight_VD)
+    ctx.mark_non_differentiable(logprob_T, stats, *gradients)
+    ctx.save_for_backward(*gradients)
 
 
 def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if d_loss is None:
         return (None,) * ctx.inputs
-    d_hidden_TD, d_weight_VD = ctx.saved_tensors
-    return (
-        scaled_gradient(d_hidden_TD, d_loss, d_hidden_TD.dtype) if ctx.need_hidden else None,
-        scaled_gradient(d_weight_VD, d_loss, d_weight_VD.dtype) if ctx.need_weight else None,
-        *([None] * (ctx.inputs - 2)),
-    )
+    gradients = [
+        scaled_gradient(gradient, d_loss, gradient.dtype) if needed else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
+    ]
+    return *gradients, *([None] * (ctx.inputs - 3))
 
 
 for _operator in (_forward, _forward_of_all):
@@ -251,11 +300,19 @@ def linear_policy_loss(
     advantage_T: Tensor,
     old_logprob_T: Tensor | None,
     weight_T: Tensor,
+    bias: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss: PolicyLoss = "clip",
+    correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
     kl_coef: float = 0.0,
+    kl_estimate: KlEstimate = "k3",
+    kl_clamp: float | None = None,
     entropy_coef: float = 0.0,
+    z_loss_coef: float = 0.0,
+    logit_softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
@@ -278,10 +335,23 @@ def linear_policy_loss(
         weight_T: float [T], the token's share of the loss; it carries every normaliser; no gradient. For float16 put
             the loss scale here too: gradients are formed in the forward pass, where a later factor comes too late to
             save small ones from underflow.
+        bias: [V] of the LM head, dtype and device of `hidden_TD`.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1: where the advantage is negative a token's policy term is at most -A * c, and has no gradient
+            beyond. None: no bound.
+        loss: "clip" as above; "cispo" `-A * r.clamp(1 - clip_low, 1 + clip_high).detach() * logprob`: the ratio is a
+            weight, and every token keeps its gradient. clip_low = 1 leaves it without a lower bound.
+        correction_T: float [T], a factor of each token's policy term, such as an importance weight, and not of the KL,
+            entropy and z terms; at least 0, no gradient.
         ref_logprob_T: float [T] of the reference model, for the KL term; no gradient.
-        kl_coef: weight of the k3 estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T`.
+        kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T`.
+        kl_estimate: of a token, with d = ref_logprob - logprob: "k3" `d.exp() - d - 1`, "k2" `0.5 * d ** 2`.
+        kl_clamp: a token's estimate counts as at most this, and has no gradient beyond; above 0. None: no bound.
         entropy_coef: weight of the entropy bonus.
+        z_loss_coef: weight of the square of logsumexp(logits / temperature), at least 0. Takes no pass of its own, and
+            reaches every token with weight.
+        logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+            Where torch computes, it takes a second chunk of logits.
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
@@ -294,9 +364,14 @@ def linear_policy_loss(
     Returns:
         loss (scalar), log-probs [T] without gradient, and metrics, means over the tokens with weight: `clip_fraction`,
         `approx_kl` (mean of (r - 1) - log r), `entropy`. float32 (float64 for float64 input). The loss can be
-        differentiated once, with respect to hidden and weight.
+        differentiated once, with respect to hidden, weight and bias.
 
-    Source: paper eq. 5 (PPO); the k3 estimate and the clip bounds of either side as in GRPO and DAPO.
+    A ratio of whole sequences (GSPO) needs every log-prob before the first gradient: take `linear_logprob`, then
+    `policy_loss` with `cu_seqlens`, 4F in place of 3F.
+
+    Source: paper eq. 5 (PPO); the k3 estimate and the clip bounds of either side as in GRPO and DAPO. Dual clip: Ye et
+    al. 2020 (arXiv 1912.09729). CISPO: MiniMax-M1 2025 (arXiv 2506.13585). k2: Schulman 2020, "Approximating KL
+    Divergence"; a bound on an estimate as in verl. Z-loss: PaLM, Chowdhery et al. 2022. Soft cap: Gemma 2, 2024.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
@@ -309,25 +384,26 @@ def linear_policy_loss(
     check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
     check_like("target_T", target_T, (tokens,), "hidden_TD", hidden_TD)
     check_integer("target_T", target_T)
+    if bias is not None:
+        check_like("bias", bias, (weight_VD.shape[0],), "weight_VD", hidden_TD)
+        check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
+        bias = bias.contiguous()
     per_token = {"advantage_T": advantage_T, "old_logprob_T": old_logprob_T, "weight_T": weight_T}
+    per_token |= {"correction_T": correction_T, "ref_logprob_T": ref_logprob_T}
     for name, x in per_token.items():
-        if x is None and name == "old_logprob_T":
+        if x is None and name in ("old_logprob_T", "correction_T", "ref_logprob_T"):
             continue
         if x is None:
             raise ValueError(f"{name} is None: expected a tensor of shape ({tokens},)")
         check_like(name, x, (tokens,), "hidden_TD", hidden_TD)
         check_float(name, x, 1)
-    if ref_logprob_T is not None:
-        check_like("ref_logprob_T", ref_logprob_T, (tokens,), "hidden_TD", hidden_TD)
-        check_float("ref_logprob_T", ref_logprob_T, 1)
-    elif kl_coef:
+    terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
+    terms.check()
+    if kl_coef and ref_logprob_T is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T, which is None")
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef = {kl_coef}: expected a number of at least 0")
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low = {clip_low}: expected a number in [0, 1]")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high = {clip_high}: expected a number of at least 0")
+    if not z_loss_coef >= 0:
+        raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
+    check_softcap(logit_softcap)
     check_positive("temperature", temperature)
     check_ignore_index(ignore_index)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -336,31 +412,27 @@ def linear_policy_loss(
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
     dtype = accumulation_dtype(hidden_TD)
-    advantage, old_logprob, weight = (
-        None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values()
-    )
+    vectors = (None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values())
     differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
     operator = _forward if skip_dead else _forward_of_all
-    loss, logprob_T, stats, _, _ = operator(
+    total, logprob_T, stats, *_ = operator(
         hidden_TD,
         weight_VD,
+        bias,
         target_T.contiguous(),
-        advantage,
-        old_logprob,
-        weight,
-        None if ref_logprob_T is None else ref_logprob_T.detach().to(dtype).contiguous(),
-        clip_low,
-        clip_high,
-        kl_coef,
-        entropy_coef,
+        *vectors,
+        *terms,
+        z_loss_coef,
+        logit_softcap,
         temperature,
         ignore_index,
         chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),
         skip_dead,
         differentiate and hidden_TD.requires_grad,
         differentiate and weight_VD.requires_grad,
+        differentiate and bias is not None and bias.requires_grad,
         via_triton,
     )
     count = stats[1].clamp(min=1)
     metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
-    return loss, logprob_T, metrics
+    return total, logprob_T, metrics

@@ -4,12 +4,16 @@
     policy = sum_t weight_t max(-A_t r_t, -A_t clip(r_t, 1 - clip_low, 1 + clip_high))
     value  = 0.5 sum_t weight_t max((v_t - R_t)^2, (clip(v_t, old_v_t - clip, old_v_t + clip) - R_t)^2)
 
-Source: paper eq. 5; PPO. weight_t carries every normaliser. Kept for backward: the gradient, computed in the forward
-pass. Accumulation: float32 (float64 for float64 input). Triton: one launch of one program, each vector read once.
+Source: paper eq. 5; PPO. weight_t carries every normaliser. Variants of the policy loss: a dual clip, CISPO, a factor
+of each token, and one ratio for a sequence, exp of the mean of its tokens' log-ratios (GSPO). Kept for backward: the
+gradient, computed in the forward pass. Accumulation: float32 (float64 for float64 input). Triton: one launch of one
+program, each vector read once; ratios of sequences take two launches more, of a program for each sequence.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -17,15 +21,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._row_kernels import TOKEN_CONFIG, policy_terms
+from carft_kernels._policy_kernels import TOKEN_CONFIG, PolicyLoss, TokenTerms, policy_terms, policy_terms_reference
+from carft_kernels._row_kernels import offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
+    FUSED,
     Impl,
     accumulation_dtype,
+    check_cu_seqlens,
     check_float,
     check_like,
+    check_offsets,
     log_implementation,
     on_device,
     scaled_gradient,
+    sequence_index,
+    usable_offsets,
     use_triton,
 )
 
@@ -38,11 +48,26 @@ def policy_loss_reference(
     weight_T: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss: PolicyLoss = "clip",
+    correction_T: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The obvious expression."""
-    ratio_T = (logprob_T - old_logprob_T).exp()
-    clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
-    return (weight_T * torch.max(-advantage_T * ratio_T, -advantage_T * clipped_T)).sum()
+    log_ratio_T = logprob_T - old_logprob_T
+    if cu_seqlens is not None:
+        counted_T = weight_T != 0
+        log_ratio_T = torch.cat(
+            [
+                (log_ratio_T[s:e] * counted_T[s:e]).sum() / counted_T[s:e].sum().clamp(min=1) * counted_T[s:e]
+                for s, e in itertools.pairwise(cu_seqlens.tolist())
+            ]
+        )
+    terms = TokenTerms(clip_low, clip_high, dual_clip, loss)
+    loss_T = policy_terms_reference(
+        logprob_T, old_logprob_T, advantage_T, terms, correction_T=correction_T, log_ratio_T=log_ratio_T
+    )
+    return (weight_T * loss_T).sum()
 
 
 def value_loss_reference(
@@ -61,14 +86,73 @@ def _checked(tensors: dict[str, Tensor]) -> list[Tensor]:
     return [(x if name == first_name else x.detach()).contiguous() for name, x in tensors.items()]
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def sequence_mean_kernel(
+    x,
+    less,  # or None: 0
+    weight,
+    cu_seqlens,
+    out,  # the mean of x - less over the tokens with weight of a sequence, at each of these tokens
+    tokens,
+    BLOCK: tl.constexpr,
+):
+    """One program a sequence, two passes over its tokens."""
+    start, end = sequence_bounds(cu_seqlens, tokens)
+    total = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.float32)
+    for i in range(start, end, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        live = tl.load(weight + t, mask=t < end, other=0.0).to(tl.float32) != 0.0
+        value = tl.load(x + t, mask=live, other=0.0).to(tl.float32)
+        if less is not None:
+            value -= tl.load(less + t, mask=live, other=0.0).to(tl.float32)
+        total += value
+        counted += live.to(tl.float32)
+    mean = tl.sum(total, 0) / tl.maximum(tl.sum(counted, 0), 1.0)
+    mean = tl.where(offsets_rise(cu_seqlens, tokens), mean, float("nan"))
+    for i in range(start, end, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        live = tl.load(weight + t, mask=t < end, other=0.0).to(tl.float32) != 0.0
+        tl.store(out + t, tl.where(live, mean, 0.0), mask=t < end)
+
+
+SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
+
+
+def _sequence_mean(
+    x_T: Tensor, less_T: Tensor | None, weight_T: Tensor, cu_seqlens: Tensor, via_triton: bool
+) -> Tensor:
+    """[T]: see `sequence_mean_kernel`."""
+    tokens, sequences = len(x_T), cu_seqlens.numel() - 1
+    if via_triton:
+        out_T = torch.empty_like(x_T, dtype=torch.float32)
+        options: dict[str, Any] = SEQUENCE_CONFIG
+        if sequences:
+            with on_device(x_T):
+                sequence_mean_kernel[(sequences,)](x_T, less_T, weight_T, cu_seqlens, out_T, tokens, **options)
+        return out_T
+    cu_seqlens, wrong = usable_offsets(cu_seqlens, tokens)
+    sequence_T, live_T = sequence_index(cu_seqlens, tokens), weight_T != 0
+    counted_T = torch.where(live_T, x_T if less_T is None else x_T - less_T, 0.0)
+    total_B, count_B = (
+        x_T.new_zeros(sequences).index_add_(0, sequence_T, y) for y in (counted_T, live_T.to(x_T.dtype))
+    )
+    mean_T = (total_B / count_B.clamp(min=1))[sequence_T].masked_fill(wrong, math.nan)
+    return torch.where(live_T, mean_T, 0.0)
+
+
 @torch.library.custom_op("carft::policy_loss", mutates_args=())
 def _policy_forward(
     logprob_T: Tensor,
     old_logprob_T: Tensor,
     advantage_T: Tensor,
     weight_T: Tensor,
+    correction_T: Tensor | None,
+    cu_seqlens: Tensor | None,
     clip_low: float,
     clip_high: float,
+    dual_clip: float | None,
+    loss: str,
     via_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient, and the sums [5] of policy_terms."""
@@ -78,6 +162,12 @@ def _policy_forward(
         logprob_T, old_logprob_T, advantage_T, weight_T = (
             x.to(dtype) for x in (logprob_T, old_logprob_T, advantage_T, weight_T)
         )
+        correction_T = None if correction_T is None else correction_T.to(dtype)
+    if cu_seqlens is not None:
+        check_offsets("cu_seqlens", cu_seqlens, len(logprob_T))
+        # the loss sees a sequence's log-ratio in the place of each of its tokens'
+        logprob_T = _sequence_mean(logprob_T, old_logprob_T, weight_T, cu_seqlens, via_triton)
+        old_logprob_T = torch.zeros_like(logprob_T)
     stats = logprob_T.new_zeros(5, dtype=dtype)
     d_logprob_T = policy_terms(
         logprob_T,
@@ -85,10 +175,12 @@ def _policy_forward(
         advantage_T,
         weight_T,
         stats,
-        clip_low=clip_low,
-        clip_high=clip_high,
+        TokenTerms(clip_low, clip_high, dual_clip, loss),
+        correction_T=correction_T,
         via_triton=via_triton,
     )
+    if cu_seqlens is not None:
+        d_logprob_T = _sequence_mean(d_logprob_T, None, weight_T, cu_seqlens, via_triton)
     return stats[0].clone(), d_logprob_T, stats
 
 
@@ -202,9 +294,13 @@ def policy_loss(
     weight_T: Tensor,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    loss: PolicyLoss = "clip",
+    correction_T: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped policy loss.
+    """Policy loss of given log-probs, with the ratio clipped.
 
     Equivalent: `r = (logprob - old_logprob).exp()`; `loss = (weight * torch.max(-A * r, -A * r.clamp(1 - clip_low,
     1 + clip_high))).sum()`.
@@ -214,27 +310,47 @@ def policy_loss(
         old_logprob_T, advantage_T: float [T]; no gradient.
         weight_T: float [T], the token's share of the loss; no gradient.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        dual_clip: c > 1: where the advantage is negative a token's loss is at most -A * c, and has no gradient beyond.
+            None: no bound.
+        loss: "clip" as above; "cispo" `-A * r.clamp(1 - clip_low, 1 + clip_high).detach() * logprob`: the ratio is a
+            weight, and every token keeps its gradient. clip_low = 1 leaves it without a lower bound.
+        correction_T: float [T], a factor of each token's loss, such as an importance weight; at least 0, no gradient.
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T: the ratio of a token is that of its
+            sequence, exp of the mean of `logprob - old_logprob` over the sequence's tokens with weight (GSPO). Needs
+            "clip". Wrong ones are an error where index ranges are checked (`set_index_checks`); elsewhere the result
+            is NaN. None: every token has its own ratio.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         loss (scalar) and metrics, means over the tokens with weight: `clip_fraction`, `approx_kl` (mean of
         (r - 1) - log r). float32 (float64 for float64 input). Gradient to logprob only.
 
-    Source: paper eq. 5; PPO, Schulman et al. 2017.
+    Source: paper eq. 5; PPO, Schulman et al. 2017. Dual clip: Ye et al. 2020 (arXiv 1912.09729). CISPO: MiniMax-M1 2025
+    (arXiv 2506.13585). Ratios of sequences: GSPO, Zheng et al. 2025 (arXiv 2507.18071).
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    if not 0 <= clip_low <= 1:
-        raise ValueError(f"clip_low = {clip_low}: expected a number in [0, 1]")
-    if not clip_high >= 0:
-        raise ValueError(f"clip_high = {clip_high}: expected a number of at least 0")
-    inputs = _checked(
-        {"logprob_T": logprob_T, "old_logprob_T": old_logprob_T, "advantage_T": advantage_T, "weight_T": weight_T}
+    terms = TokenTerms(clip_low, clip_high, dual_clip, loss)
+    terms.check()
+    tensors = {"logprob_T": logprob_T, "old_logprob_T": old_logprob_T, "advantage_T": advantage_T, "weight_T": weight_T}
+    if correction_T is not None:
+        tensors["correction_T"] = correction_T
+    inputs = _checked(tensors)
+    if cu_seqlens is not None:
+        check_cu_seqlens("cu_seqlens", cu_seqlens, "logprob_T", logprob_T)
+        if loss != "clip":
+            raise ValueError(f"cu_seqlens, the ratios of sequences, needs loss = 'clip', this is {loss!r}")
+        cu_seqlens = cu_seqlens.contiguous()
+    total, _, stats = _policy_forward(
+        *inputs[:4],
+        inputs[4] if correction_T is not None else None,
+        cu_seqlens,
+        *(clip_low, clip_high, dual_clip, loss),
+        use_triton("policy_loss", impl, logprob_T),
     )
-    loss, _, stats = _policy_forward(*inputs, clip_low, clip_high, use_triton("policy_loss", impl, logprob_T))
     count = stats[1].clamp(min=1)
-    return loss, {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count}
+    return total, {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count}
 
 
 def value_loss(

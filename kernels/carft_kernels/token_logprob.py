@@ -8,12 +8,12 @@ reads each logit once; backward reads each once and writes its gradient once, ov
 one program a row. Torch: rows in chunks, so the float32 copy of half-precision logits is never whole.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from carft_kernels._row_kernels import logprob_backward, logprob_forward
+from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
@@ -23,12 +23,15 @@ from carft_kernels._runtime import (
     check_like,
     check_positive,
     check_rows,
+    check_softcap,
     check_targets,
     chunk_size,
     d_logits_,
     given_gradients,
     gradient_or_nan,
     log_implementation,
+    soft_cap_,
+    soft_cap_reference,
     softmax_parts_,
     split_index,
     use_triton,
@@ -42,14 +45,29 @@ def token_logprob_reference(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    logit_softcap: float | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression."""
     counted_T = target_T != ignore_index
     logits_TV = torch.where(counted_T[:, None], logits_TV, 0.0)
-    logp_TV = (logits_TV.to(accumulation_dtype(logits_TV)) / temperature).log_softmax(-1)
+    logits_TV = logits_TV.to(accumulation_dtype(logits_TV))
+    if logit_softcap is not None:
+        logits_TV = soft_cap_reference(logits_TV, logit_softcap)
+    logp_TV = (logits_TV / temperature).log_softmax(-1)
     entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) * counted_T if with_entropy else None
     return logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T, entropy_T
+
+
+def _chunk_logits(
+    logits_nV: Tensor, dtype: torch.dtype, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """A copy in `dtype` that may be overwritten, and the derivative of its soft cap where there is one."""
+    if softcap is None:
+        return logits_nV.to(dtype) / temperature, None
+    x = logits_nV.to(dtype, copy=True)
+    slope = soft_cap_(x, softcap)
+    return x.div_(temperature), slope
 
 
 @torch.library.custom_op("carft::token_logprob", mutates_args=())
@@ -58,11 +76,13 @@ def _forward(
     target_T: Tensor,
     temperature: float,
     with_entropy: bool,
+    with_lse: bool,
+    logit_softcap: float | None,
     ignore_index: int,
     inplace: bool,
     via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy (empty unless asked), row maximum and log of the sum of exponentials below it.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """log-prob, entropy and log-sum-exp (empty unless asked), row maximum and log of the sum of exponentials below it.
 
     The last two serve this implementation's own backward: Triton keeps them in units of its own.
     """
@@ -70,7 +90,11 @@ def _forward(
     tokens, vocabulary = logits_TV.shape
     check_targets("target_T", target_T, vocabulary, ignore_index)
     if via_triton:
-        return logprob_forward(logits_TV, target_T, temperature, with_entropy, ignore_index)
+        logprob_T, entropy_T, top_T, log_total_T = logprob_forward(
+            logits_TV, target_T, temperature, with_entropy, ignore_index, logit_softcap
+        )
+        lse_T = lse_of(top_T, log_total_T) if with_lse else top_T.new_empty(0)
+        return logprob_T, entropy_T, lse_T, top_T, log_total_T
     dtype = accumulation_dtype(logits_TV)
     logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
     entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype)
@@ -78,7 +102,7 @@ def _forward(
     step = chunk_size(tokens, vocabulary, logits_TV.device)
     for s in range(0, tokens, step):
         e = s + step
-        x = logits_TV[s:e].to(dtype) / temperature
+        x, _ = _chunk_logits(logits_TV[s:e], dtype, temperature, logit_softcap)
         logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
         log_total_T[s:e] = sum_exp.log()
         if with_entropy:
@@ -86,16 +110,17 @@ def _forward(
     logprob_T.masked_fill_(outside_T, torch.nan)
     for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
         x_T.masked_fill_(ignored_T, 0.0)
-    return logprob_T, entropy_T, top_T, log_total_T
+    return logprob_T, entropy_T, top_T + log_total_T if with_lse else top_T.new_empty(0), top_T, log_total_T
 
 
 @_forward.register_fake
 def _(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, with_lse: bool, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, dtype = logits_TV.shape[0], accumulation_dtype(logits_TV)
     logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
-    return logprob_T, logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype), top_T, log_total_T
+    entropy_T, lse_T = (logits_TV.new_empty(tokens if asked else 0, dtype=dtype) for asked in (with_entropy, with_lse))
+    return logprob_T, entropy_T, lse_T, top_T, log_total_T
 
 
 def _write_gradient(
@@ -107,7 +132,9 @@ def _write_gradient(
     entropy_T: Tensor,
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
+    d_lse_T: Tensor | None,
     temperature: float,
+    logit_softcap: float | None,
     ignore_index: int,
     via_triton: bool,
 ) -> None:
@@ -123,6 +150,8 @@ def _write_gradient(
             ignore_index,
             entropy_T=entropy_T,
             d_entropy_T=d_entropy_T,
+            d_lse_T=d_lse_T,
+            softcap=logit_softcap,
         )
         return
     step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
@@ -130,11 +159,12 @@ def _write_gradient(
     d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
     for s in range(0, len(target_T), step):
         rows = slice(s, s + step)
-        x = (logits_TV[rows].to(top_T.dtype) / temperature).sub_(top_T[rows, None])
-        d_entropy_n = None if d_entropy_T is None else d_entropy_T[rows]
-        logp = x.sub_(log_total_T[rows, None])
-        d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n)
-        out_TV[rows] = d.div_(temperature)
+        x, slope = _chunk_logits(logits_TV[rows], top_T.dtype, temperature, logit_softcap)
+        d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))
+        logp = x.sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
+        d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n, d_lse_n)
+        d.div_(temperature)
+        out_TV[rows] = d if slope is None else d.mul_(slope)
     zero_rows_(out_TV, ignored_T)
 
 
@@ -147,13 +177,15 @@ def _backward(
     entropy_T: Tensor,
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
+    d_lse_T: Tensor | None,
     temperature: float,
+    logit_softcap: float | None,
     ignore_index: int,
     via_triton: bool,
 ) -> Tensor:
     out_TV = torch.empty_like(logits_TV)
-    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T)
-    _write_gradient(out_TV, logits_TV, *tensors, temperature, ignore_index, via_triton)
+    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, d_lse_T)
+    _write_gradient(out_TV, logits_TV, *tensors, temperature, logit_softcap, ignore_index, via_triton)
     return out_TV
 
 
@@ -171,34 +203,69 @@ def _backward_(
     entropy_T: Tensor,
     d_logprob_T: Tensor,
     d_entropy_T: Tensor | None,
+    d_lse_T: Tensor | None,
     temperature: float,
+    logit_softcap: float | None,
     ignore_index: int,
     via_triton: bool,
 ) -> None:
-    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T)
-    _write_gradient(logits_TV, logits_TV, *tensors, temperature, ignore_index, via_triton)
+    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, d_lse_T)
+    _write_gradient(logits_TV, logits_TV, *tensors, temperature, logit_softcap, ignore_index, via_triton)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TV, target_T, ctx.temperature, _, ctx.ignore_index, ctx.inplace, ctx.via_triton = inputs
-    _, entropy_T, top_T, log_total_T = output
+    logits_TV, target_T, ctx.temperature, _, _, ctx.logit_softcap, ctx.ignore_index, *last = inputs
+    ctx.inplace, ctx.via_triton = last
+    _, entropy_T, _, top_T, log_total_T = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
     ctx.mark_non_differentiable(top_T, log_total_T)
     ctx.save_for_backward(logits_TV, target_T, top_T, log_total_T, entropy_T)
 
 
-def _autograd(ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _autograd(
+    ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     logits_TV, *saved = ctx.saved_tensors
-    d_logprob, d_entropy = given_gradients(d_logprob_T, d_entropy_T, saved[1])
-    arguments = (*saved, d_logprob, d_entropy, ctx.temperature, ctx.ignore_index, ctx.via_triton)
+    given = given_gradients(d_logprob_T, d_entropy_T, d_lse_T, saved[1])
+    arguments = (*saved, *given, ctx.temperature, ctx.logit_softcap, ctx.ignore_index, ctx.via_triton)
     if ctx.inplace:
         logits_TV = logits_TV.detach()
         _backward_(logits_TV, *arguments)
-        return logits_TV, None, None, None, None, None, None
-    return _backward(logits_TV, *arguments), None, None, None, None, None, None
+        return logits_TV, *([None] * 8)
+    return _backward(logits_TV, *arguments), *([None] * 8)
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@overload
+def token_logprob(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    *,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_lse: Literal[False] = ...,
+    logit_softcap: float | None = ...,
+    ignore_index: int = ...,
+    inplace_backward: bool = ...,
+    impl: Impl = ...,
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+@overload
+def token_logprob(
+    logits_TV: Tensor,
+    target_T: Tensor,
+    *,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_lse: Literal[True],
+    logit_softcap: float | None = ...,
+    ignore_index: int = ...,
+    inplace_backward: bool = ...,
+    impl: Impl = ...,
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
 
 def token_logprob(
@@ -207,10 +274,12 @@ def token_logprob(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    with_lse: bool = False,
+    logit_softcap: float | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of `target_T` under softmax(logits / temperature), and its entropy if asked.
 
     Equivalent: `(logits.float() / temperature).log_softmax(-1).gather(1, target[:, None])[:, 0]`, which is
@@ -222,6 +291,8 @@ def token_logprob(
             `set_index_checks`); where they are off they give a log-prob of NaN.
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
+        with_lse: also return logsumexp(logits / temperature), differentiable; such as for a z-loss, its square.
+        logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         ignore_index: a token with this target takes no part, whatever its row of logits holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards. It is
@@ -229,7 +300,8 @@ def token_logprob(
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
-        log-prob [T] and entropy [T] or None, float32 (float64 for float64 logits). Gradient to the logits only.
+        log-prob [T] and entropy [T] or None, with `with_lse` the logsumexp [T] as a third; float32 (float64 for float64
+        logits). Gradient to the logits only.
 
     Source: selective log-softmax of RLHF trainers; with entropy, its derivative in closed form.
 
@@ -241,12 +313,13 @@ def token_logprob(
     check_like("target_T", target_T, (logits_TV.shape[0],), "logits_TV", logits_TV)
     check_integer("target_T", target_T)
     check_positive("temperature", temperature)
+    check_softcap(logit_softcap)
     check_ignore_index(ignore_index)
     if via_triton:
         check_rows("logits_TV", logits_TV)
     apart = len(logits_TV) < 2 or logits_TV.stride(0) >= logits_TV.shape[1]
     inplace = inplace_backward and apart and not torch.compiler.is_compiling()
-    logprob_T, entropy_T, *_ = _forward(
-        logits_TV, target_T.contiguous(), temperature, with_entropy, ignore_index, inplace, via_triton
-    )
-    return logprob_T, entropy_T if with_entropy else None
+    options = (temperature, with_entropy, with_lse, logit_softcap, ignore_index, inplace, via_triton)
+    logprob_T, entropy_T, lse_T, *_ = _forward(logits_TV, target_T.contiguous(), *options)
+    found = logprob_T, entropy_T if with_entropy else None
+    return (*found, lse_T) if with_lse else found

@@ -97,3 +97,20 @@ def test_nothing_of_the_default_config_looks_like_a_secret() -> None:
 def test_impossible_rollout_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["rl.loss=cispo", "rl.dual_clip=3.0"], 'dual_clip = 3 needs loss = "clip", this is "cispo"'),
+        (["rl.loss=cispo", "rl.ratio=sequence"], 'ratio = "sequence" needs loss = "clip", this is "cispo"'),
+        (["rl.kl_estimate=k2"], 'kl_estimate = "k2" needs kl_loss_coef above 0, this is 0'),
+        (["rl.kl_clamp=10.0"], "kl_clamp = 10 needs kl_loss_coef above 0, this is 0"),
+        (["rl.dual_clip=1.0"], "rl.dual_clip = 1.0"),
+        (["rl.estimator=rloo", "rl.kl_coef=0.0"], "samples_per_prompt must be at least 2, this is 1"),
+    ],
+)
+def test_variants_of_the_loss_that_cannot_be(options: list[str], message: str) -> None:
+    with pytest.raises(InputError, match="rl") as error:
+        load_config(None, options)
+    assert message in str(error.value)

@@ -129,6 +129,35 @@ def test_group_advantages_are_their_formula(std_eps: float | None) -> None:
     assert found.return_C is None
 
 
+@pytest.mark.parametrize("sizes", [3, [3, 1, 4, 2], [1, 1, 8], [10]], ids=str)
+@pytest.mark.parametrize("kind", ["Dr.GRPO", "GRPO", "RLOO"])
+def test_groups_of_unequal_size_and_leaving_one_out(kind: str, sizes: int | list[int]) -> None:
+    """Every sample against its own group alone; one sample alone has no advantage."""
+    groups = [3, 3, 3] if isinstance(sizes, int) else sizes
+    generator = torch.Generator().manual_seed(1)
+    lengths = [1 + i % 4 for i in range(sum(groups))]
+    score = torch.randn(len(lengths), generator=generator)
+    options: dict[str, Any] = {"std_eps": 0.1 if kind == "GRPO" else None, "leave_one_out": kind == "RLOO"}
+    found = group_advantages(score, offsets(lengths), sum(lengths), samples_per_prompt=sizes, **options)
+    expected: list[float] = []
+    ends = torch.tensor(groups).cumsum(0).tolist()
+    for end, size in zip(ends, groups, strict=True):
+        group = score[end - size : end].double().tolist()
+        for i, own in enumerate(group):
+            others = group[:i] + group[i + 1 :]
+            if not others:
+                advantage = 0.0
+            elif kind == "RLOO":
+                advantage = own - statistics.fmean(others)
+            else:
+                advantage = own - statistics.fmean(group)
+                advantage /= statistics.stdev(group) + 0.1 if kind == "GRPO" else 1
+            expected += [advantage] * lengths[end - size + i]
+    torch.testing.assert_close(
+        found.advantage_C.double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize("std_eps", [None, 1e-4], ids=["Dr.GRPO", "GRPO"])
 @pytest.mark.parametrize("k", [2, 3, 7])
 def test_a_group_of_one_score_has_no_advantage_and_leaves_the_others_theirs(k: int, std_eps: float | None) -> None:

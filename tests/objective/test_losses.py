@@ -4,6 +4,7 @@ import itertools
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -160,16 +161,32 @@ def by_formula(
     """
     policy = value = torch.zeros((), dtype=torch.float64)
     counted, clipped, moved, differences, entropies = 0, 0, 0, [], []
+    log_ratios: dict[int, list[Tensor]] = {}
+    for k, (i, token, state, _) in enumerate(inputs.tokens()):
+        own = inputs.logprobs(state, temperature)[token]
+        old = own.detach() if targets.old_logprob_C is None else targets.old_logprob_C[k].double()
+        log_ratios.setdefault(i, []).append(own - old)
     for k, (i, token, state, _) in enumerate(inputs.tokens()):
         logp = inputs.logprobs(state, temperature)
-        old = logp[token].detach() if targets.old_logprob_C is None else targets.old_logprob_C[k].double()
-        ratio = (logp[token] - old).exp()
+        of_sequence = log_ratios[i]
+        log_ratio = of_sequence.pop(0) if rl.ratio == "token" else sum(of_sequence) / len(of_sequence)
+        ratio = log_ratio.exp()
         advantage = targets.advantage_C[k].double()
         correction = 1.0 if targets.correction_C is None else float(targets.correction_C[k])
-        term = -correction * torch.min(ratio * advantage, ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high) * advantage)
+        clipped_ratio = ratio.clamp(1 - rl.clip_low, 1 + rl.clip_high)
+        if rl.loss == "cispo":
+            term = -correction * clipped_ratio.detach() * advantage * logp[token]
+        else:
+            surrogate = torch.min(ratio * advantage, clipped_ratio * advantage)
+            if rl.dual_clip is not None and advantage < 0:
+                surrogate = torch.max(surrogate, rl.dual_clip * advantage)
+            term = -correction * surrogate
         if targets.ref_logprob_C is not None:
             difference = targets.ref_logprob_C[k].double() - logp[token]
-            term = term + rl.kl_loss_coef * (difference.exp() - difference - 1)
+            kl = difference**2 / 2 if rl.kl_estimate == "k2" else difference.exp() - difference - 1
+            if rl.kl_clamp is not None and float(kl.detach()) > rl.kl_clamp:
+                kl = kl.detach() * 0 + rl.kl_clamp
+            term = term + rl.kl_loss_coef * kl
         divided_by = {
             "sequence": len(inputs.completions[i]) * WHOLE.sequences,
             "token": WHOLE.tokens,
@@ -212,6 +229,35 @@ def test_the_update_loss_is_its_formula(inputs: Inputs, loss_mean: str) -> None:
     own = torch.stack([inputs.logprobs(s, 0.7)[token] for _, token, s, _ in inputs.tokens()])
     torch.testing.assert_close(logprob.double(), own.detach(), rtol=1e-5, atol=1e-6)
     assert not logprob.requires_grad
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"dual_clip": 1.4},
+        {"loss": "cispo", "clip_low": 0.3},
+        {"kl_estimate": "k2"},
+        {"kl_estimate": "k2", "kl_clamp": 0.02},
+        {"kl_clamp": 0.02},
+        {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.02},
+        {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.02, "dual_clip": 1.1, "kl_clamp": 0.05},
+    ],
+    ids=str,
+)
+def test_variants_of_the_policy_loss_are_their_formula(inputs: Inputs, variant: dict[str, Any]) -> None:
+    """Loss, metrics and gradients, with a correction and a KL term; the padded path has the same formulas."""
+    rl = RlConfig.model_validate({"clip_high": 0.35, "value_coef": 0.7, "kl_loss_coef": 0.4} | variant)
+    targets = targets_around(inputs, rl, 0.7)
+    weight = WHOLE.weights(inputs.batch, "sequence")
+    loss, _, metrics = update_loss(
+        inputs.model, inputs.output, inputs.batch, targets, rl, weight_C=weight, temperature=0.7
+    )
+    expected, expected_metrics = by_formula(inputs, targets, rl, 0.7)
+    inputs.assert_same_gradients(loss, expected)
+    assert {name: float(x) for name, x in metrics.items()} == pytest.approx(expected_metrics, rel=1e-5, abs=1e-7)
+    plain = rl.model_copy(update={name: RlConfig.model_fields[name].default for name in variant})
+    other, _ = by_formula(inputs, targets, plain, 0.7)
+    assert float((other - expected).detach().abs()) > 1e-3, "the variant changes nothing: the test tests nothing"
 
 
 def test_without_old_log_probs_the_ratio_is_one_and_has_a_gradient(inputs: Inputs) -> None:

@@ -36,10 +36,13 @@ def every_operator(tokens: int, dtype: torch.dtype) -> None:
     mask, cu = torch.ones(tokens, dtype=torch.bool), torch.tensor([0, tokens])
     policy: dict[str, Any] = {"advantage_T": x, "old_logprob_T": x, "weight_T": torch.ones(tokens)}
     outputs: list[Tensor | None] = [
+        *ck.token_logprob(logits, target, with_lse=True, logit_softcap=3.0, impl=impl),
+        *ck.linear_logprob(hidden, weight, target, with_lse=True, logit_softcap=3.0, impl=impl),
         *ck.token_logprob(logits, target, with_entropy=True, impl=impl),
         *ck.linear_logprob(hidden, weight, target, with_entropy=True, impl=impl),
         ck.linear_logprob(hidden, weight, target, impl=impl)[0],
         ck.policy_loss(x, x, x, weight_T=x, impl=impl)[0],
+        ck.policy_loss(x, x, x, weight_T=x, correction_T=x, cu_seqlens=cu, impl=impl)[0],
         ck.value_loss(x, x, x, weight_T=x, impl=impl)[0],
         ck.value_pool(hidden, x, cu, mask_T=mask, impl=impl)[0],
     ]

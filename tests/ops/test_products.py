@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
 from carft_kernels import _runtime
+from carft_kernels._policy_kernels import TokenTerms
 
 from .conftest import computed
 from .test_triton import DEVICE, randint, randn
@@ -70,18 +71,17 @@ def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton:
     vector = torch.empty(T, device="meta")
     with Products() as products:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        gradients = backward(hidden, weight, target, bias, *[vector] * 4, None, 1.0, -100, True, True, True, via_triton)
+        options = (None, None, 1.0, None, -100, True, True, True, via_triton)
+        gradients = backward(hidden, weight, target, bias, *[vector] * 4, *options)
     assert [g.dtype for g in gradients] == [dtype] * 3
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
     if via_triton:
         return
     with Products() as products:
         forward = OPDEFS["carft::linear_policy_loss_of_all"]._init_fn
-        numbers = (0.2, 0.2, 0.0, 0.0, 1.0, -100, T, False)
-        *_, d_hidden, d_weight = forward(
-            hidden, weight, target, vector, vector, vector, None, *numbers, True, True, via_triton
-        )
-    assert d_hidden.dtype == d_weight.dtype == dtype
+        options = (*TokenTerms(), 0.0, None, 1.0, -100, T, False, True, True, True, via_triton)
+        *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *options)
+    assert d_hidden.dtype == d_weight.dtype == d_bias.dtype == dtype
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
 
 
@@ -92,7 +92,8 @@ def test_flop_of_the_products_on_cuda_are_counted(largest_tensor: Any) -> None:
     target, vector = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     with largest_tensor:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        backward(hidden, weight, target, None, *[vector] * 4, None, 1.0, -100, True, True, False, True)
+        options = (None, None, 1.0, None, -100, True, True, False, True)
+        backward(hidden, weight, target, None, *[vector] * 4, *options)
     assert largest_tensor.matmul_flops == 3 * 2 * T * V * D
 
 

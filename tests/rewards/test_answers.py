@@ -1,6 +1,7 @@
 """Answers against the published code's own table, against a person's reading, and against hostile text."""
 
 import json
+import time
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,7 @@ from carft_fast.rewards.answers import (
     embedding_partial_score,
     extract_answer,
     grade,
+    outside_think,
     parse_target,
 )
 
@@ -537,3 +539,31 @@ def test_a_megabyte_of_any_type(answer_type: AnswerType, unit: str) -> None:
     for text in (long, f"```{long}x", f"\nTherefore, the answer is: {long}x", f"\\boxed{{{long}"):
         found = extract_answer(text, answer_type=answer_type)
         assert found is None or len(str(found)) <= 65536
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("<think>Therefore, the answer is: 4</think>Therefore, the answer is: 5", 5.0),
+        ("<think>\nso 4\n</think>\n\n7", 7.0),
+        ("Therefore, the answer is: 5\n<think>or 6? Therefore, the answer is: 6</think>", 5.0),
+        ("<think>a</think> so <think>b</think> \\boxed{8}", 8.0),
+        ("it opened in the prompt: 3</think>9", 9.0),
+        ("<think>one <think>two</think> 3</think> 9", 9.0),
+        ("Therefore, the answer is: <think>4?</think> 5", 5.0),
+        ("Therefore, the answer is: 5 <think>and then it was cut", None),
+        ("<think>5", None),
+        ("<think>Therefore, the answer is: 5</think>", None),
+        ("Therefore, the answer is: 5", 5.0),
+    ],
+)
+def test_what_is_thought_is_no_answer(text: str, number: float | None) -> None:
+    assert extract_answer(outside_think(text), answer_type="numeric") == number
+
+
+@pytest.mark.parametrize("unit", ["<think>", "</think>", "<think></think>", "<think>a</think>5 "])
+def test_a_megabyte_of_thoughts(unit: str) -> None:
+    """A quadratic reader would need minutes."""
+    start = time.process_time()
+    outside_think(unit * (1_000_000 // len(unit)))
+    assert time.process_time() - start < 2

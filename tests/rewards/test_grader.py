@@ -11,10 +11,13 @@ import pytest
 from carft_fast.config.schema import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
+from carft_fast.data.prompts import EncodedExample, PromptFormat
+from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.rewards import grader as grading
 from carft_fast.rewards.answers import Grade, extract_answer
 from carft_fast.rewards.grader import Grader
-from carft_fast.training.evaluation import majority
+from carft_fast.rollout.base import Rollout
+from carft_fast.training.evaluation import grade_rollouts, majority
 
 GUIDE = (Path(__file__).resolve().parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 LEAD = "so.\nTherefore, the answer is: "
@@ -161,3 +164,31 @@ def test_functions_that_cannot_be_imported(name: str, message: str) -> None:
     fn(None)
     with pytest.raises(InputError, match=message):
         Grader(RewardConfig(fn=name, partial="constant"))
+
+
+def test_what_is_thought_is_left_out_on_request() -> None:
+    texts = ["<think>4</think>Therefore, the answer is: 5", "Therefore, the answer is: 5\n<think>", "5"]
+    for ignore, extracted in ((True, [5.0, None, 5.0]), (False, [5.0, 5.0, 5.0])):
+        assert [g.extracted for g in graded(texts, ["5"] * 3, ignore_think=ignore)] == extracted
+    boxed = ["<think>\\boxed{1}</think> so \\boxed{x+1}"]
+    assert graded(boxed, ["1+x"], answer_type="latex", ignore_think=True)[0].correct
+
+
+def test_a_function_is_given_what_was_thought() -> None:
+    with pytest.raises(ValueError, match=r'ignore_think = true needs fn = "", this is "a:b"'):
+        RewardConfig(fn="a:b", partial="constant", ignore_think=True)
+
+
+def test_a_prompt_may_begin_to_think() -> None:
+    """As a chat template can: what comes before </think> is thinking, and without one there is no answer."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    prompt_format = PromptFormat(tokenizer, "carft")
+    begun, plain = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("7 + 2\n<think>\n", "7 + 2\n"))
+    completions = ["9", "5</think>9"]
+    rollouts = [Rollout(tokenizer(t, add_special_tokens=False)["input_ids"], [], "stop", 0) for t in completions * 2]
+    rows = [EncodedExample(Example("r", "q", "", "9"), ids, ()) for ids in (begun, begun, plain, plain)]
+    with Grader(RewardConfig(ignore_think=True)) as grader:
+        texts, grades = grade_rollouts(rollouts, rows, prompt_format, grader)
+    assert texts == completions * 2, "samples show what was written"
+    assert [g.extracted for g in grades] == [None, 9.0, 9.0, 9.0]

@@ -1,6 +1,7 @@
 """Whole runs of what a config can choose: estimators, LoRA, and the plain path on the quickstart's own task."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,15 @@ def test_group_methods_run_without_a_value_head(tmp_path: Path, tiny_run: list[s
     assert heads[0] == heads[1], "nobody trained the heads"
     weights = [(tmp_path / "run" / name / "model.safetensors").read_bytes() for name in ("sft", "model")]
     assert (weights[0] != weights[1]) == any(r["grad_norm"] > 0 for r in records(tmp_path / "run", "rl", "train"))
+
+
+def test_rloo_with_ratios_of_sequences_runs(tmp_path: Path, tiny_run: list[str]) -> None:
+    options = [*GROUPS, "rl.estimator=rloo", "rl.max_steps=2", "rl.ratio=sequence", "rl.dual_clip=3.0"]
+    options += ["rl.kl_loss_coef=0.1", "rl.kl_estimate=k2", "rl.kl_clamp=10.0", "reward.ignore_think=true"]
+    run_pipeline(tmp_path / "run", tiny_config(tiny_run, *options))
+    for record in records(tmp_path / "run", "rl", "train"):
+        assert math.isfinite(record["policy_loss"])
+        assert record["sampler_ess"] == pytest.approx(1, abs=1e-6), "trainer and sampler agree"
 
 
 class Replay:

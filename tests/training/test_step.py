@@ -1,5 +1,6 @@
 """A step taken apart: the fast path against the plain one, and what each setting may change and what not."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -84,6 +85,10 @@ def test_fast_equals_plain(method: str, verdicts: str) -> None:
         ['rollout.correction="truncated"'],
         ['rollout.correction="masked"', "rollout.correction_cap=1.5", "rollout.correction_floor=0.6"],
         ["rl.old_logprobs=sampled"],
+        ["rl.ratio=sequence", "rl.clip_low=0.01", "rl.clip_high=0.02"],
+        ["rl.ratio=sequence", 'rollout.correction="truncated"', "rl.dual_clip=1.01", "rl.old_logprobs=recompute"],
+        ["rl.loss=cispo", 'rollout.correction="truncated"', "rl.clip_low=1.0"],
+        ["rl.dual_clip=1.05", "rl.kl_loss_coef=0.2", "rl.kl_estimate=k2", "rl.kl_clamp=0.01"],
         ["model.value_head=separate"],
         ["contrastive.mode=both", "contrastive.gradient=published"],
         ["rl.kl_coef=0.0"],
@@ -498,6 +503,19 @@ def test_whitening_adds_its_eps_to_the_variance() -> None:
     config = RlConfig(lam=1.0, kl_coef=0.0, whiten_eps=0.75)
     found = ppo_advantages(score, None, None, torch.zeros(3), cu, config).advantage_C
     torch.testing.assert_close(found, torch.tensor([-0.5, 0.5, 0.0]))  # variance 0.25, root of 1
+
+
+def test_importance_weights_have_an_effective_sample_size() -> None:
+    """In a step's record: by hand from the log-probs of trainer and sampler."""
+    case = random_case(3, "mixed")
+    parts = take_apart(quick_config("rl.ppo_epochs=1"), case)
+    metrics = update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))
+    assert parts.experience.old_logprob_C is not None
+    pairs = zip(parts.experience.old_logprob_C.tolist(), case.samples.sampled_logprob_C.tolist(), strict=True)
+    weights = [math.exp(a - b) for a, b in pairs]
+    expected = sum(weights) ** 2 / (len(weights) * sum(w * w for w in weights))
+    assert 0.1 < expected < 0.95
+    assert metrics["sampler_ess"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_group_advantages_by_hand() -> None:

@@ -1,0 +1,295 @@
+"""The token losses of a policy, shared by the operator on log-probs and the one on hidden states: which there are, and
+their Triton kernel and torch expression. One launch of one program; the loss and its derivative in one pass.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from carft_kernels._runtime import FUSED, on_device
+
+PolicyLoss = Literal["clip", "cispo"]
+KlEstimate = Literal["k3", "k2"]
+
+
+class TokenTerms(NamedTuple):
+    """What a token's loss is made of; the fields are the operators' arguments of the same names."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    loss: str = "clip"
+    kl_coef: float = 0.0
+    kl_estimate: str = "k3"
+    kl_clamp: float | None = None
+    entropy_coef: float = 0.0
+
+    def check(self) -> None:
+        """Raises ValueError naming the argument, what was seen and what is allowed."""
+        if not 0 <= self.clip_low <= 1:
+            raise ValueError(f"clip_low = {self.clip_low}: expected a number in [0, 1]")
+        if not self.clip_high >= 0:
+            raise ValueError(f"clip_high = {self.clip_high}: expected a number of at least 0")
+        if self.loss not in ("clip", "cispo"):
+            raise ValueError(f"loss = {self.loss!r}: allowed are 'clip' and 'cispo'")
+        if self.dual_clip is not None:
+            if not 1 < self.dual_clip < math.inf:
+                raise ValueError(f"dual_clip = {self.dual_clip}: expected a finite number above 1, or None")
+            if self.loss != "clip":
+                raise ValueError(f"dual_clip = {self.dual_clip} needs loss = 'clip', this is {self.loss!r}")
+        if not self.kl_coef >= 0:
+            raise ValueError(f"kl_coef = {self.kl_coef}: expected a number of at least 0")
+        if self.kl_estimate not in ("k3", "k2"):
+            raise ValueError(f"kl_estimate = {self.kl_estimate!r}: allowed are 'k3' and 'k2'")
+        if self.kl_clamp is not None and not self.kl_clamp > 0:
+            raise ValueError(f"kl_clamp = {self.kl_clamp}: expected a number above 0, or None")
+
+
+def policy_terms_reference(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    terms: TokenTerms,
+    *,
+    correction_T: Tensor | None = None,
+    ref_logprob_T: Tensor | None = None,
+    log_ratio_T: Tensor | None = None,
+) -> Tensor:
+    """The obvious expression [T], entropy left to the caller; `log_ratio_T` where it is not the token's own."""
+    ratio_T = (logprob_T - old_logprob_T if log_ratio_T is None else log_ratio_T).exp()
+    clipped_T = ratio_T.clamp(1 - terms.clip_low, 1 + terms.clip_high)
+    if terms.loss == "cispo":
+        loss_T = -advantage_T * clipped_T.detach() * logprob_T
+    else:
+        loss_T = torch.max(-advantage_T * ratio_T, -advantage_T * clipped_T)
+        if terms.dual_clip is not None:
+            bounded_T = torch.min(loss_T, -advantage_T * terms.dual_clip)
+            loss_T = torch.where(advantage_T < 0, bounded_T, loss_T)
+    if correction_T is not None:
+        loss_T = correction_T * loss_T
+    if ref_logprob_T is not None:
+        difference_T = ref_logprob_T - logprob_T
+        kl_T = 0.5 * difference_T**2 if terms.kl_estimate == "k2" else difference_T.exp() - difference_T - 1
+        loss_T = loss_T + terms.kl_coef * kl_T.clamp(max=terms.kl_clamp or math.inf)
+    return loss_T
+
+
+@triton.jit
+def _exp_less_linear(x):
+    """exp(x) - 1 - x without cancellation: a series near 0."""
+    series = x * x * 0.5 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
+    return tl.where(tl.abs(x) < 0.5, series, tl.exp(x) - 1.0 - x)
+
+
+@triton.jit(
+    do_not_specialize=["tokens"],
+    do_not_specialize_on_alignment=[
+        *("logprob", "old_logprob", "advantage", "weight", "correction", "ref_logprob", "entropy")
+    ],
+)
+def policy_kernel(
+    logprob,
+    old_logprob,
+    advantage,
+    weight,
+    correction,  # or None: 1 for every token
+    ref_logprob,
+    entropy,
+    d_logprob,
+    stats,  # [5], added to: loss, tokens with weight, of these outside the clip, sum of approximate KL, of entropy
+    tokens,
+    clip_low,
+    clip_high,
+    dual_clip,  # or None: no bound
+    kl_coef,
+    kl_clamp,  # or None: no bound
+    entropy_coef,
+    CISPO: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    K2: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: the sums are the same in every run."""
+    loss = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.float32)
+    outside = tl.zeros([BLOCK], tl.float32)
+    approx_kl = tl.zeros([BLOCK], tl.float32)
+    entropy_sum = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, tokens, BLOCK):
+        t = i + tl.arange(0, BLOCK)
+        inside = t < tokens
+        w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
+        # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+        live = w != 0.0
+        new = tl.load(logprob + t, mask=live, other=0.0).to(tl.float32)
+        log_ratio = new - tl.load(old_logprob + t, mask=live, other=0.0).to(tl.float32)
+        a = tl.load(advantage + t, mask=live, other=0.0).to(tl.float32)
+        ratio = tl.exp(log_ratio)
+        if CISPO:
+            held = tl.maximum(ratio, 1.0 - clip_low, propagate_nan=tl.PropagateNan.ALL)
+            d = -a * tl.minimum(held, 1.0 + clip_high, propagate_nan=tl.PropagateNan.ALL)
+            token_loss = d * new
+        else:
+            plain = -a * ratio
+            clipped = -a * tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
+            token_loss = tl.maximum(plain, clipped, propagate_nan=tl.PropagateNan.ALL)
+            # where they are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
+            d = tl.where(plain < clipped, 0.0, plain)
+            if dual_clip is not None:
+                bound = -a * dual_clip
+                beyond = (a < 0.0) & (token_loss > bound)
+                token_loss = tl.where(beyond, bound, token_loss)
+                d = tl.where(beyond, 0.0, d)
+        if correction is not None:
+            c = tl.load(correction + t, mask=live, other=0.0).to(tl.float32)
+            # a factor of 0 leaves the term out, whatever the ratio: 0 * inf would be NaN
+            token_loss = tl.where(c == 0.0, 0.0, c * token_loss)
+            d = tl.where(c == 0.0, 0.0, c * d)
+        if HAS_REF:
+            difference = tl.load(ref_logprob + t, mask=live, other=0.0).to(tl.float32) - new
+            if K2:
+                kl = 0.5 * difference * difference
+                slope = difference
+            else:
+                kl = _exp_less_linear(difference)
+                slope = kl + difference
+            if kl_clamp is not None:
+                slope = tl.where(kl > kl_clamp, 0.0, slope)
+                kl = tl.where(kl > kl_clamp, kl_clamp, kl)
+            token_loss += kl_coef * kl
+            d -= kl_coef * slope
+        if HAS_ENTROPY:
+            h = tl.load(entropy + t, mask=live, other=0.0)
+            token_loss -= entropy_coef * h
+            entropy_sum += h
+        tl.store(d_logprob + t, tl.where(live, w * d, 0.0), mask=inside)
+        loss += tl.where(live, w * token_loss, 0.0)
+        counted += live.to(tl.float32)
+        outside += ((ratio < 1.0 - clip_low) | (ratio > 1.0 + clip_high)).to(tl.float32)
+        approx_kl += _exp_less_linear(log_ratio)
+    tl.store(stats, tl.load(stats) + tl.sum(loss, 0))
+    tl.store(stats + 1, tl.load(stats + 1) + tl.sum(counted, 0))
+    tl.store(stats + 2, tl.load(stats + 2) + tl.sum(outside, 0))
+    tl.store(stats + 3, tl.load(stats + 3) + tl.sum(approx_kl, 0))
+    tl.store(stats + 4, tl.load(stats + 4) + tl.sum(entropy_sum, 0))
+
+
+# One program over [T] vectors: launch-bound up to tens of thousands of tokens, and its sums are always the same.
+TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8, **FUSED}
+
+
+def policy_terms(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    weight_T: Tensor,
+    stats: Tensor,
+    terms: TokenTerms,
+    *,
+    correction_T: Tensor | None = None,
+    ref_logprob_T: Tensor | None = None,
+    entropy_T: Tensor | None = None,
+    via_triton: bool,
+) -> Tensor:
+    """d loss / d logprob [T]; adds to `stats` [5]: loss, tokens with weight, clipped ones, approximate KL, entropy."""
+    if not terms.kl_coef:
+        ref_logprob_T = None
+    if not via_triton:
+        return _policy_terms_torch(
+            logprob_T, old_logprob_T, advantage_T, weight_T, stats, terms, correction_T, ref_logprob_T, entropy_T
+        )
+    d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
+    options: dict[str, Any] = TOKEN_CONFIG
+    with on_device(logprob_T):
+        policy_kernel[(1,)](
+            logprob_T,
+            old_logprob_T,
+            advantage_T,
+            weight_T,
+            correction_T,
+            ref_logprob_T,
+            entropy_T,
+            d_logprob_T,
+            stats,
+            len(logprob_T),
+            terms.clip_low,
+            terms.clip_high,
+            terms.dual_clip,
+            terms.kl_coef,
+            terms.kl_clamp,
+            terms.entropy_coef,
+            CISPO=terms.loss == "cispo",
+            HAS_REF=ref_logprob_T is not None,
+            K2=terms.kl_estimate == "k2",
+            HAS_ENTROPY=entropy_T is not None,
+            **options,
+        )
+    return d_logprob_T
+
+
+def _policy_terms_torch(
+    logprob_T: Tensor,
+    old_logprob_T: Tensor,
+    advantage_T: Tensor,
+    weight_T: Tensor,
+    stats: Tensor,
+    terms: TokenTerms,
+    correction_T: Tensor | None,
+    ref_logprob_T: Tensor | None,
+    entropy_T: Tensor | None,
+) -> Tensor:
+    # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+    live = weight_T != 0
+    log_ratio = torch.where(live, logprob_T - old_logprob_T, 0.0)
+    advantage = torch.where(live, advantage_T, 0.0)
+    ratio = log_ratio.exp()
+    clipped_ratio = ratio.clamp(1 - terms.clip_low, 1 + terms.clip_high)
+    if terms.loss == "cispo":
+        d = -advantage * clipped_ratio
+        token_loss = d * torch.where(live, logprob_T, 0.0)
+    else:
+        plain, clipped = -advantage * ratio, -advantage * clipped_ratio
+        token_loss = torch.maximum(plain, clipped)
+        # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
+        d = torch.where(plain < clipped, 0.0, plain)
+        if terms.dual_clip is not None:
+            bound = -advantage * terms.dual_clip
+            beyond = (advantage < 0) & (token_loss > bound)
+            token_loss, d = torch.where(beyond, bound, token_loss), d.masked_fill(beyond, 0.0)
+    if correction_T is not None:
+        # a factor of 0 leaves the term out, whatever the ratio: 0 * inf would be NaN
+        left_out = correction_T == 0
+        token_loss, d = ((correction_T * x).masked_fill(left_out, 0.0) for x in (token_loss, d))
+    if ref_logprob_T is not None:
+        difference = torch.where(live, ref_logprob_T - logprob_T, 0.0)
+        if terms.kl_estimate == "k2":
+            kl, slope = 0.5 * difference.square(), difference
+        else:
+            slope = difference.expm1()
+            kl = slope - difference
+        if terms.kl_clamp is not None:
+            slope, kl = slope.masked_fill(kl > terms.kl_clamp, 0.0), kl.clamp(max=terms.kl_clamp)
+        token_loss = token_loss + terms.kl_coef * kl
+        d = d - terms.kl_coef * slope
+    entropy_sum = stats.new_zeros(())
+    if entropy_T is not None:
+        entropy = torch.where(live, entropy_T, 0.0)
+        token_loss = token_loss - terms.entropy_coef * entropy
+        entropy_sum = entropy.sum()
+    outside = (ratio < 1 - terms.clip_low) | (ratio > 1 + terms.clip_high)
+    sums = (
+        torch.where(live, weight_T * token_loss, 0.0).sum(),
+        live.sum(),
+        outside.sum(),
+        (log_ratio.expm1() - log_ratio).sum(),
+        entropy_sum,
+    )
+    stats += torch.stack([x.to(stats.dtype) for x in sums])
+    return torch.where(live, weight_T * d, 0.0)
