@@ -151,7 +151,7 @@ class _Wandb(_Backend):
         kind, _, step = name.rpartition("-")
         stage, columns = kind.partition("-")[0], list(rows[0])
         data = [[_cell(row.get(column)) for column in columns] for row in rows]
-        self.tracker.log({f"{stage}/samples/{kind}": wandb.Table(columns, data), f"{stage}/step": int(step)})
+        self.tracker.log({f"{stage}/samples/{kind}": wandb.Table([*columns], data), f"{stage}/step": int(step)})
 
     def log_report(self, markdown: str, html: str) -> None:
         import wandb
