@@ -5,11 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from carft_fast.core import library_log
 from carft_fast.core.console import Console
 from carft_fast.core.library_log import keep_off_screen
 
 
-def test_lines_go_to_the_runs_log_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_lines_go_to_the_runs_log_alone(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_log._log, "_path", None)  # as before this process's first run
     keep_off_screen("a_library", "INFO")
     logger = logging.getLogger("a_library.part")
     logger.warning("before there is a file, token=hf_%s", "a1" * 15)
