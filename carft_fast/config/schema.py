@@ -344,7 +344,7 @@ class RewardConfig(Section):
                 f"list in fn, this is {shown}"
             )
         if self.ignore_think and not self.reads_answers:
-            yield f"ignore_think = true: fn = {shown} is given the whole completion, and no answer is read"
+            yield f'ignore_think = true needs fn = "" or a list with "answer", this is {shown}: it reads no answer'
         base, scale, most = self.partial_base, self.partial_scale, self.correct_score
         if self.partial == "embedding" and not scale <= base <= most - scale:
             yield (

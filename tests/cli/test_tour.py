@@ -14,7 +14,7 @@ from ..conftest import TINY_RUN, as_set_options
 
 TOUR = Path(__file__).resolve().parents[2] / "docs" / "tour.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"`(\w[\w/]*\.(?:csv|toml|py))`")
+FILE = re.compile(r"`(\w[\w/]*\.(?:csv|toml|py|jinja))`")
 
 
 @pytest.mark.slow
@@ -32,21 +32,30 @@ def test_every_command_of_the_tour_runs(
             path.write_text(text)
         else:
             for line in text.replace("\\\n", "").splitlines():
-                program, *words = shlex.split(line)
+                *variables, program = shlex.split(line[: line.index("carft-fast") + len("carft-fast")])
                 assert program == "carft-fast", line
+                for variable in variables:
+                    monkeypatch.setenv(*variable.split("="))
+                words = shlex.split(line)[len(variables) + 1 :]
                 smaller = as_set_options(TINY_RUN) if words[0] == "quickstart" else []
                 app([*words, *smaller], standalone_mode=False)
                 said[line] = capsys.readouterr().out
         end = block.end()
-    named = {line.split()[1] for line in said}
+    named = {line.partition("carft-fast ")[2].split()[0] for line in said}
     shown = "\n".join(said.values())
     assert named == {"quickstart", "report", "data", "sft", "rl", "eval", "export", "compare"}
-    assert re.search(r"mine\W.* 4 of 4 rows used", shown)
-    assert "this run is finished" in shown
+    assert re.search(r"train.csv\W.* 4 of 4 rows used", shown)
+    assert "So \\boxed{7}." in shown
+    assert (tmp_path / "runs" / "rl" / "checkpoints" / "rl-000004").is_dir()
     assert "pass@4" in shown
     finished = {path.parent.name for path in tmp_path.glob("runs/*/summary.json")}
     assert finished == {"first", "sft", "rl", "short", "lora"}
     samples = (tmp_path / "runs" / "short" / "samples" / "rl-000002.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["reward"] in (0.0, 0.5, 1.0) for line in samples)
+    for row in map(json.loads, samples):
+        rewards = row["rewards"]
+        assert rewards["score"] == (len(row["completion"]) <= 60)
+        assert row["reward"] == pytest.approx(rewards["answer"] + 0.2 * rewards["score"])
+    assert list(tmp_path.glob("runs/short/wandb/**/*.wandb"))
+    assert (tmp_path / "runs" / "lora" / "model" / "adapter" / "adapter_config.json").is_file()
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
     assert (tmp_path / "runs" / "compare" / "compare.html").is_file()

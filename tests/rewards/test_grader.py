@@ -175,7 +175,7 @@ def test_what_is_thought_is_left_out_on_request() -> None:
 
 
 def test_a_function_is_given_what_was_thought() -> None:
-    with pytest.raises(ValueError, match=r'ignore_think = true needs fn = "", this is "a:b"'):
+    with pytest.raises(ValueError, match=r'ignore_think = true needs fn = "" or a list with "answer", this is "a:b"'):
         RewardConfig(fn="a:b", partial="constant", ignore_think=True)
 
 
