@@ -20,7 +20,7 @@ from benchmarks.rollout import machine_line
 from benchmarks.rows import RESULTS, write_json
 from carft_fast import Trainer, load_config
 
-QUESTIONS, BATCH, EPOCHS = 16, 8, 4
+QUESTIONS, BATCH, EPOCHS = 8, 8, 3
 STEPS = EPOCHS * QUESTIONS // BATCH
 
 
@@ -56,7 +56,7 @@ def report(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# RL with drafts and without",
         "",
-        f"SmolLM2-135M after SFT, CARFT on {QUESTIONS} SVAMP questions, {EPOCHS} epochs of {QUESTIONS // BATCH} steps,",
+        f"SmolLM2-135M after SFT, CARFT on {QUESTIONS} SVAMP questions, {EPOCHS} epochs of {STEPS // EPOCHS} step(s),",
         f"{BATCH // 2} sequences at once, float32, vLLM in the process. The same weights at the end, to the bit: "
         + ("yes." if rows[0]["same_weights"] else "NO."),
         "Seconds of sampling are of an epoch. Nothing here ran on a GPU.",
