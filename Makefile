@@ -36,11 +36,13 @@ setup: .venv/ready
 
 # What tests, lint and benchmarks need beside it: a real vLLM. On a machine with an NVIDIA driver it is the user's own
 # (pip install -e ".[vllm]"). The three packages come built for another torch than the CPU one, and break transformers.
+# torchao has a folder of its own: where it is installed, transformers imports it in every process, in 1.4 s.
 sampler: .venv/sampler
 
 .venv/sampler: .venv/ready
 	command -v nvidia-smi >/dev/null || { \
 		$(INSTALL) --require-hashes -r requirements/sampler.txt; }
+	$(INSTALL) --require-hashes -r requirements/torchao.txt --target .venv/torchao --upgrade
 	touch $@
 
 # Every file that is installed has to have the hash that requirements/ names, but for the project itself and Python's own

@@ -44,9 +44,7 @@ def run(model: str, data: str, drafts: str, folder: Path) -> tuple[list[dict[str
         "rollout.drafts": drafts,
     }
     config = load_config("configs/svamp_smollm2_cpu.toml", method="carft", overrides=settings)
-    trainer = Trainer(config, output_dir=folder)
-    trainer.train(stages=("rl",))
-    trainer.save(folder / "model")
+    Trainer(config, output_dir=folder).train(stages=("rl",))
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     records = [record for record in map(json.loads, lines) if (record["stage"], record["kind"]) == ("rl", "train")]
     return records, load_file(folder / "model" / "model.safetensors")

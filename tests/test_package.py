@@ -98,7 +98,7 @@ def test_every_package_is_installed_by_a_hash_and_in_the_tested_version() -> Non
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for torch in ("torch-cpu", "torch-cuda"):
-        found = locked("build", torch, "dev", "sampler")
+        found = locked("build", torch, "dev", "sampler", "torchao")
         for line in (ROOT / "constraints.txt").read_text().splitlines():
             if not line.startswith("#"):
                 pin = Requirement(line)

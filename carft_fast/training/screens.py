@@ -41,7 +41,8 @@ def first_screen(run: Run, stages: Sequence[str], *, resume: bool) -> Table:
     table = Table("run", "", title=f"{config.output.name}: {methods}, seed {config.seed}")
     trained = f", adapters of rank {config.lora.rank} are trained" * bool(config.lora.rank)
     table.add_row("model", f"{config.model.path}: {_count(cost.all_weights)} weights{trained}")
-    for name, report in zip(("training data", "held-out data"), run.reports, strict=True):
+    trained_on = ["training data"] * (len(config.data.mix) or 1)
+    for name, report in zip([*trained_on, "held-out data", "validation loss"], run.reports, strict=False):
         table.add_row(name, report.summary())
     for stage in stages:
         table.add_row(stage.upper(), describe_schedule(config, stage, len(run.train_rows)))

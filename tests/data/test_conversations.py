@@ -203,6 +203,7 @@ def test_mixes_that_are_refused(options: list[str], said: str) -> None:
 
 def test_a_run_is_prepared_on_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from carft_fast.trainer import Trainer
+    from carft_fast.training.screens import first_screen
 
     rows = [{"question": f"Ada has {n} pens. How many?", "cot": "So.", "answer": str(n)} for n in range(1, 10)]
     long = {"question": "Ada has pens. " * 500, "cot": "So.", "answer": "1"}
@@ -227,4 +228,7 @@ def test_a_run_is_prepared_on_a_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     [grade] = run.grader.grade_alone([taught], [run.train_rows[0].example])
     assert (taught[-12:], grade.correct) == ("\nTherefore 1", True), "the phrase is taught, and graded by"
     assert [report.rows_used for report in run.reports] == [9, 9, 9], "what is too long has no share"
+    said = first_screen(run, ("sft",), resume=True).columns[0]._cells
+    assert said.count("training data") == 2
+    assert said.count("held-out data") == 1
     assert Trainer(config, train=rows[:2]).config.data.mix == {}

@@ -1,6 +1,7 @@
 """AdamW with its moments in 8 bits: against torch's own, to the bit through a checkpoint, and what is refused."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ from carft_fast.training.optim import check_optimizer
 from carft_fast.training.parallel import Learner, build_learner
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From where `make sampler` puts it."""
+    monkeypatch.syspath_prepend(str(Path(sys.prefix) / "torchao"))
 
 
 def config(*overrides: str) -> Config:
@@ -52,7 +59,6 @@ def moments(made: Learner) -> list[Any]:
 
 def test_it_follows_adamw() -> None:
     """The first step's moments are not rounded yet; later ones are, to 8 bits of a block's largest."""
-    pytest.importorskip("torchao")
     eight, full = learner(config()), learner(config("rl.optimizer=adamw"))
     start = weights(full)
     for number in range(4):
@@ -66,7 +72,6 @@ def test_it_follows_adamw() -> None:
 
 
 def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
     straight = learner(config())
     for number in range(4):
         step(straight, number)
@@ -84,7 +89,6 @@ def test_a_checkpoint_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
-    pytest.importorskip("torchao")
     made = learner(config())
     assert step(made, 0) == 0
     before, held = weights(made), [x.clone() for x in moments(made)]

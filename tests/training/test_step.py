@@ -470,7 +470,7 @@ def test_the_update_waits_for_the_device_only_at_its_end() -> None:
     (few, once), (many, again) = found
     assert (few, many) == (1, 12)
     assert once == again
-    assert once == {"tolist": 1, "__float__": 4}, "the metrics, the ratio error and three figures of the sampler"
+    assert once == {"tolist": 1, "__float__": 5}, "the metrics, the ratio error and four figures of the sampler"
 
 
 # --- scores and advantages --------------------------------------------------------------------------------------------
