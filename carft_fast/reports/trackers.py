@@ -276,8 +276,10 @@ class Trackers:
         if not names:
             return
         from accelerate import PartialState
+        from accelerate.utils import clear_environment
 
-        PartialState(cpu=True)  # accelerate's loggers want one
+        with clear_environment():  # it would join what torchrun has started; one process alone has trackers
+            PartialState(cpu=True)  # accelerate's loggers want one
         file = self._folder / IDS_FILE
         ids = read_json_object(file) if file.is_file() else {}
         self._backends = {name: BACKENDS[name](self._config, self._folder, ids.get(name)) for name in names}
