@@ -233,7 +233,9 @@ def check_data(source: str, config: Config, *, against: str | None = None) -> "C
     `against` is a test set whose questions should not be in it; data.eval if not given. Lengths are in tokens where
     model.path is set. Loads no model. Raises InputError.
     """
-    held_out = config.data.eval if config.data.eval not in ("", SYNTHETIC, source) else None
+    one_split = Path(source).is_file() or config.data.eval_split == config.data.train_split
+    same = config.data.eval == source and one_split
+    held_out = None if same or config.data.eval in ("", SYNTHETIC) else config.data.eval
     tokenizer = None
     if config.model.path:
         tokenizer = models.load_tokenizer(config.model)

@@ -5,6 +5,7 @@ arXiv 2508.15868, "published code" the repository of its authors; where they dif
 """
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -137,12 +138,23 @@ class DataConfig(Section):
         phrase, variables = self.answer_phrase, self.chat_template_kwargs
         if phrase and phrase.count(ANSWER_SLOT) != 1:
             yield f"answer_phrase = {phrase!r}: expected {ANSWER_SLOT} in it once, or an empty text"
+        after_command = re.search(r"\\[A-Za-z]+\{+answer\}", phrase) is not None
         if "\b" in phrase or "\f" in phrase:
             yield f"answer_phrase = {phrase!r}: \\b and \\f in double quotes are control characters: use single ones"
+        elif ("{" + ANSWER_SLOT + "}" in phrase) != after_command:
+            yield (
+                f"answer_phrase = {phrase!r}: {ANSWER_SLOT} stands for the answer, and braces around it are a LaTeX "
+                "command's: '#### {answer}' or '\\boxed{{answer}}'"
+            )
         if self.mix and self.train:
             yield f"mix and train = {self.train!r}: give one of the two"
         if SYNTHETIC in self.mix:
             yield 'mix: "synthetic" cannot be mixed'
+        if "\\n" in re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", self.template, flags=re.DOTALL):
+            yield (
+                f"template = {self.template!r}: \\n is two characters there; with double quotes around the text, in "
+                "TOML and after --set data.template=, it is the end of a line"
+            )
         if variables and self.template == "carft":
             yield 'chat_template_kwargs need template = "chat" or a Jinja template, this is "carft"'
         for name, value in variables.items():
@@ -343,6 +355,8 @@ class RewardConfig(Section):
                 f"fn_weights = {self.fn_weights}: {len(self.fn_weights)} weights; expected one for each function of a "
                 f"list in fn, this is {shown}"
             )
+        if self.fn_weights and not any(self.fn_weights):
+            yield f"fn_weights = {self.fn_weights}: every score would be 0"
         if self.ignore_think and not self.reads_answers:
             yield f'ignore_think = true needs fn = "" or a list with "answer", this is {shown}: it reads no answer'
         base, scale, most = self.partial_base, self.partial_scale, self.correct_score

@@ -124,7 +124,7 @@ def check_data(path: str, config: Config, tokenizer: Any | None, against: str | 
     tested = load_set(config, "eval", against, all_rows=True)[0] if against else []
 
     form = PromptFormat.of(config, tokenizer, "carft" if tokenizer is None and data.template == "chat" else None)
-    first = examples[0]
+    first = next((example for example in examples if not form.refused(example)), examples[0])
     completion: str | None = None
     if tokenizer is None:
         prompts = [len(text) for text in form.prompt_texts(examples)]

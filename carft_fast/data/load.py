@@ -106,6 +106,7 @@ def load_set(
         calculator_marks=data.calculator_marks,
         merge_questions=train and data.merge_questions,
         require_cot=train and not all_rows,
+        taught=train,
         limit=None if all_rows else limit,
     )
 
@@ -143,6 +144,7 @@ def load_examples(
     calculator_marks: CalculatorMarks = "strip",
     merge_questions: bool = False,
     require_cot: bool,
+    taught: bool = True,
     limit: int | None = None,
 ) -> tuple[list[Example], LoadReport]:
     """Read a source and keep the rows that can be used.
@@ -162,7 +164,7 @@ def load_examples(
     """
     label = label or str(source)
     rows, names = _open(source, label, format, dict(fields or {}), split, require_cot, setting)
-    rule = _Rule(answer_type, answer_phrase, calculator_marks, require_cot)
+    rule = _Rule(answer_type, answer_phrase, calculator_marks, require_cot, taught)
     report = LoadReport(label)
     examples: list[Example] = []
     for number, row in enumerate(rows, 1):
@@ -207,6 +209,8 @@ class _Rule:
     answer_phrase: str
     calculator_marks: CalculatorMarks
     require_cot: bool
+    taught: bool
+    """Whether annotations are to be learnt from: without an answer phrase they have to state their answers."""
 
     def is_marked(self, text: str) -> bool:
         """Whether it ends like GSM8K's annotations, with `#### 72`; a heading of Markdown looks the same."""
@@ -273,7 +277,7 @@ def _to_example(row: Any, number: int, names: Mapping[str, str], rule: _Rule) ->
             parse_target(answer, answer_type=rule.answer_type)
     except ValueError as error:
         raise _RowError("unparsable answer", where, str(error)) from None
-    if rule.require_cot and not rule.answer_phrase and rule.answer_type not in (None, "program"):
+    if rule.taught and cots and not rule.answer_phrase and rule.answer_type not in (None, "program"):
         cots = [cot for cot in cots if rule.stated_answer(cot) is not None]
         if not cots:
             raise _RowError(

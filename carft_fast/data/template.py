@@ -114,7 +114,7 @@ def _read(template: str, shown: str) -> str:
         reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         raise InputError(
             f'data.template = "{shown}": {reason}; allowed: "carft", "chat", a Jinja template such as '
-            '"Q: {{ question }}\\nA:", or the file of one'
+            '"Q: {{ question }} A:", or the file of one'
         ) from None
     if len(text) > LONGEST:
         raise InputError(f'data.template = "{shown}": {len(text):,} characters; allowed: at most {LONGEST:,}')

@@ -283,6 +283,8 @@ class Trackers:
         file = self._folder / IDS_FILE
         ids = read_json_object(file) if file.is_file() else {}
         self._backends = {name: BACKENDS[name](self._config, self._folder, ids.get(name)) for name in names}
+        import matplotlib.figure  # noqa: F401  # trackio looks for it while a report may be importing it
+
         self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
         self._thread.start()
         self._each(lambda name: self._start(name, earlier))
@@ -339,7 +341,8 @@ class Trackers:
             work(name)
         except Exception as error:
             del self._backends[name]
-            self._log(f"tracker {name} failed, and gets nothing more of this run: {first_line(error)}")
+            said = textwrap.shorten(str(error) or type(error).__name__, 400, placeholder=" ...")
+            self._log(f"tracker {name} failed, and gets nothing more of this run: {said}")
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -348,11 +351,15 @@ class Trackers:
 
 
 def _figures(record: Record, prefix: str = "") -> dict[str, float]:
-    """The numbers of a record by name: `train/loss`, `train_seconds/update`."""
+    """The numbers of a record by name: `train/loss`, `train_seconds/update`, `train_reward/<label>`.
+
+    MLflow's file store has a folder for what stands before a slash, so `train/reward` is not one.
+    """
     kind, figures = record["kind"], dict[str, float]()
     for name, value in record.items():
         if isinstance(value, int | float) and name != "step":
-            figures[f"{prefix}{kind}/{name}"] = value
+            group, slash, part = name.partition("/")
+            figures[f"{prefix}{kind}_{group}/{part}" if slash else f"{prefix}{kind}/{name}"] = value
     for group in ("seconds", "shares"):
         for phase, value in record.get(group, {}).items():
             figures[f"{prefix}{kind}_{group}/{phase}"] = value
@@ -369,5 +376,5 @@ def _redacted(value: Any) -> Any:
 
 
 def _cell(value: Any) -> Any:
-    """A table's column has one type: what is no number is text."""
-    return value if isinstance(value, bool | int | float) else "" if value is None else str(value)
+    """A table's column has one type, or nothing in a row: what is no number is text."""
+    return value if value is None or isinstance(value, bool | int | float) else str(value)

@@ -15,6 +15,10 @@ RewardFunction = Callable[..., Sequence[float]]
 """(completions: list[str], examples: list[Example], **columns: list) -> one finite score each."""
 
 
+_OTHERS = ("prompts", "prompt", "answer", "answers", "solution", "ground_truth", "question", "completion")
+"""Names of a first or second parameter that belong to other trainers' rewards."""
+
+
 class UserFunction:
     """A function under its name in `reward.fn`.
 
@@ -28,9 +32,21 @@ class UserFunction:
         self._name = name
         self._function = load_function(source) if isinstance(source, str) else source
         first, columns, self._takes_all = _parameters(self._function)
+        self._check_signature([p.name for p in first])
         self._reserved = {p.name for p in first}
         self._required = [p.name for p in columns if p.default is p.empty]
         self._optional = [p.name for p in columns if p.default is not p.empty]
+
+    def _check_signature(self, first: list[str]) -> None:
+        """Other trainers call a reward with prompts first, or with columns alone: that would be bound wrongly."""
+        if inspect.iscoroutinefunction(self._function):
+            raise InputError(f'reward.fn = "{self._name}" is a coroutine function: expected an ordinary one')
+        wrong = first and (len(first) < 2 or first[0] in _OTHERS or first[1] in _OTHERS)
+        if wrong:
+            raise InputError(
+                f'reward.fn = "{self._name}" takes ({", ".join(first)}): expected (completions, examples), then '
+                "columns of the data by name; a row's answer is examples[i].answer, its question .question"
+            )
 
     def check_columns(self, name: str, columns: Iterable[Any]) -> None:
         """Raises InputError where the function needs a column that is not among those of data.`name`."""
@@ -63,6 +79,8 @@ def _parameters(function: Any) -> tuple[list[inspect.Parameter], list[inspect.Pa
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some functions written in C have none
         return [], [], False
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return [], [p for p in parameters if p.kind is p.KEYWORD_ONLY], any(p.kind is p.VAR_KEYWORD for p in parameters)
     by_position = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     first = by_position[:2]
     columns = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in first]

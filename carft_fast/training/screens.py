@@ -124,7 +124,7 @@ def next_commands(config: Config, folder: Path, model: Path) -> list[tuple[str, 
         found.append(("reinforce it", rl))
     if (best := folder / "checkpoints" / "best").exists():
         export = ["carft-fast", "export", str(best), f"{folder}-best"]
-        found.append(("the checkpoint with the best accuracy, as a model folder", export))
+        found.append(("the best checkpoint, as a model folder", export))
     if config.data.train == SYNTHETIC:
         own = ["model.path=MODEL", "data.train=train.json", "data.eval=test.json"]
         found.append(("look at your own data", ["carft-fast", "data", "check", "train.json"]))

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 from typer.testing import CliRunner
 
+from carft_fast import trainer
 from carft_fast.cli import app
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
@@ -103,12 +105,32 @@ def test_command_prints_table_or_json(tmp_path: Path) -> None:
     assert (found["prompt"], found["completion"]) == ("Q: What is 1 + 2? A:", f"{COTS[0]}\nSo 3!")
 
 
+def test_annotations_without_an_answer_are_left_out_as_in_training(tmp_path: Path) -> None:
+    rows = [
+        {"question": f"{n}?", "cot": cot, "answer": "1"} for n, cot in enumerate(["so 1 #### 1", "so \\boxed{1}", ""])
+    ]
+    path = write(tmp_path / "train.json", rows)
+    config = load_config(None, ["data.answer_phrase="])
+    assert check_data(path, config, None, None).rows_used == 2, "the second, and the one without annotation"
+
+
+def test_one_data_set_with_two_splits_is_checked_against_itself(tmp_path: Path) -> None:
+    def split(*numbers: int) -> datasets.Dataset:
+        return datasets.Dataset.from_list([{"question": f"{n}?", "cot": "So.", "answer": str(n)} for n in numbers])
+
+    datasets.DatasetDict({"train": split(1, 2, 3), "test": split(3, 4)}).save_to_disk(tmp_path / "both")
+    config = load_config(None, [f"data.eval={tmp_path / 'both'}"])
+    found = trainer.check_data(str(tmp_path / "both"), config).in_test_set
+    assert found is not None
+    assert found.count == 1
+
+
 def test_answers_of_any_text_are_usable_with_a_function(tmp_path: Path) -> None:
     """As in training; and half a surrogate pair, which JSON can hold, is no text with or without."""
     common = {"question": "which?", "answer_cot": "the first"}
     rows = [common | {"answer_value": text} for text in ("blue", "red", "\ud83d")]
     path = write(tmp_path / "train.json", rows)
-    config = load_config(None, ["reward.fn=math:floor", "reward.partial=constant"])
+    config = load_config(None, ["reward.fn=operator:eq", "reward.partial=constant"])
     check = check_data(path, config, None, None)
     assert (check.rows_read, check.rows_used) == (3, 2)
     assert 'answer is no Unicode text (field "answer_value")' in check.left_out

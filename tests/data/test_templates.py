@@ -197,6 +197,9 @@ def test_an_answer_phrase_is_taught_and_read(phrase: str) -> None:
         (["data.answer_phrase={answer} or {answer}"], "once"),
         ([r'data.answer_phrase="\boxed{{answer}}"'], r"\\b and \\f in double quotes are control characters"),
         (["data.answer_phrase=A: {answer}", "reward.answer_type=program"], 'another reward.answer_type than "program"'),
+        (["data.answer_phrase=#### {{answer}}"], "braces around it are a LaTeX command's"),
+        ([r"data.answer_phrase=\boxed{answer}"], "braces around it are a LaTeX command's"),
+        ([r"data.template=Q: {{ question }}\nA:"], r"\\n is two characters there"),
         (["data.chat_template_kwargs={a=1}"], 'need template = "chat" or a Jinja template, this is "carft"'),
         (
             ["data.template=chat", "data.chat_template_kwargs={a={b=1}}"],

@@ -58,9 +58,9 @@ def folder(places: Path) -> Path:
     for step, reward in REWARDS.items():
         trackers = Trackers(config, folder, said.append)
         trackers.start([])
-        rows = [{"question": f"who is {SECRET}?", "reward": reward, "extracted": None, "n": i} for i in range(20)]
+        rows = [{"question": f"who is {SECRET}?", "reward": reward, "extracted": i or None, "n": i} for i in range(20)]
         trackers.log_samples(f"rl-{step:06d}", rows)
-        trackers.log_record(record(step, reward=reward))
+        trackers.log_record(record(step, reward=reward) | {"reward/short": reward / 2})
         if step == 2:
             (folder / "report.md").write_text(REPORT)
             (folder / "report.html").write_text(REPORT)
@@ -103,7 +103,7 @@ def test_wandb(folder: Path) -> None:
     tables = folder.glob("wandb/offline-run-*/files/media/table/rl/samples/*.json")
     content = max((json.loads(path.read_text()) for path in tables), key=lambda table: table["data"][0][1])
     assert content["columns"] == ["question", "reward", "extracted", "n"]
-    assert content["data"][1] == ["who is ***?", 0.5, "", 1]
+    assert content["data"][:2] == [["who is ***?", 0.5, None, 0], ["who is ***?", 0.5, 1, 1]]
     assert len(content["data"]) == 8
     (report,) = folder.glob("wandb/offline-run-*/files/media/html/*.html")
     assert report.read_text() == REPORT.replace(SECRET, "***")
@@ -115,7 +115,8 @@ def test_trackio(folder: Path) -> None:
     logs = SQLiteStorage.get_logs("carft-fast", name)
     assert {log["step"]: log["rl/train/reward"] for log in logs if "rl/train/reward" in log} == REWARDS
     tables = [log["samples/rl"]["_value"] for log in logs if "samples/rl" in log]
-    assert tables[1][1] == {"question": "who is ***?", "reward": 0.5, "extracted": "", "n": 1}
+    assert [row["extracted"] for row in tables[1][:2]] == [None, 1]
+    assert tables[1][1] == {"question": "who is ***?", "reward": 0.5, "extracted": 1, "n": 1}
     assert [log["report"]["_value"] for log in logs if "report" in log] == [REPORT.replace(SECRET, "***")]
 
 
@@ -126,11 +127,13 @@ def test_mlflow(folder: Path) -> None:
     assert run.data.params["rl.lr"] == "0.125"
     history = client.get_metric_history(run.info.run_id, "rl/train/reward")
     assert {metric.step: metric.value for metric in history} == REWARDS
+    parts = client.get_metric_history(run.info.run_id, "rl/train_reward/short")
+    assert {metric.step: 2 * metric.value for metric in parts} == REWARDS
     table = json.loads(Path(client.download_artifacts(run.info.run_id, "samples/rl-000002.json")).read_text())
     assert dict(zip(table["columns"], table["data"][1], strict=True)) == {
         "question": "who is ***?",
         "reward": 0.5,
-        "extracted": "",
+        "extracted": 1,
         "n": 1,
     }
     assert Path(client.download_artifacts(run.info.run_id, "report.html")).read_text() == REPORT.replace(SECRET, "***")

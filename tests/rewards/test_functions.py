@@ -14,6 +14,7 @@ from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
 from carft_fast.rewards.answers import Grade
+from carft_fast.rewards.functions import UserFunction
 from carft_fast.rewards.grader import Grader
 from carft_fast.trainer import Trainer
 from carft_fast.training.pipeline import prepare
@@ -127,6 +128,26 @@ def test_a_column_that_no_row_has_is_refused_before_the_model_is_loaded(tmp_path
     with pytest.raises(InputError, match=r'needs" takes the column "tests", which no row of data\.\w+ has'):
         prepare(config, tmp_path / "run", Console(), stages=("sft", "rl"))
     assert not (tmp_path / "run").exists()
+
+
+async def later(completions: Any, examples: Any) -> list[float]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda prompts, completions, **columns: [], r"takes \(prompts, completions\): expected \(completions, exam"),
+        (lambda completions, answer, **columns: [], r"takes \(completions, answer\): expected"),
+        (lambda completions: [], r"takes \(completions\): expected"),
+        (later, "is a coroutine function"),
+    ],
+)
+def test_functions_of_other_trainers_are_refused(function: Any, said: str) -> None:
+    """They would be given other things than their parameters say."""
+    with pytest.raises(InputError, match=said):
+        UserFunction("mine:f", function)
+    assert UserFunction("mine:g", lambda *both: [1.0]).scores(["x"], [Example("1", "q", (), "a")]) == [1.0]
 
 
 def test_a_run_records_every_function(tmp_path: Path, tiny_run: list[str]) -> None:
