@@ -65,6 +65,7 @@ COLUMNS: dict[str, Column] = {
     "accepted": Column("share", "drafted tokens that stood", "higher", True),
     "seconds_without": Column("s", "the same without drafts", "lower"),
     "wasted_per_token": Column("1", "drafted tokens that did not stand, a completion token", "lower", True),
+    "nats_per_token": Column("nats", "mean -log-prob of the sampled tokens", "lower", True),
     "identical": Column("share", "completions that are the same with drafts and without", "higher", True),
     "mean_nats": Column("nats", "mean |trainer's - sampler's log-prob|", "lower"),
     "largest_nats": Column("nats", "largest of them", "lower"),
