@@ -409,7 +409,10 @@ def test_export_merges_adapters_into_the_model_the_stage_began_with(lives: Lives
     assert not (checkpoint / "model.safetensors").exists()
     life = lives.command("export", str(checkpoint), str(tmp_path / "out"))
     assert life["code"] == 0, life["text"]
-    exported, final = ({p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "out", moved / "model"))
+    exported, final = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()}
+        for f in (tmp_path / "out", moved / "model")
+    )
     assert exported == final
     before, after = (load_file(f / "model.safetensors") for f in (moved / "sft", tmp_path / "out"))
     assert any(not before[name].equal(after[name]) for name in before), "the adapters changed nothing"
