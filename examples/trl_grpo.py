@@ -1,7 +1,5 @@
 """TRL's GRPOTrainer with carft_kernels' policy loss: the head in three matmuls where TRL's takes four. Needs TRL.
-
-For loss_type "grpo", "bnpo" and "dr_grpo" with token-level ratios, beta 0 or above, PEFT, gradient accumulation, DDP.
-"""
+For loss_type "grpo", "bnpo" and "dr_grpo" with token-level ratios, beta 0 or above, PEFT, gradient accumulation."""
 
 from typing import Any
 
