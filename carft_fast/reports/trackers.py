@@ -13,6 +13,7 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -32,7 +33,7 @@ Record = dict[str, Any]
 Rows = Sequence[dict[str, Any]]
 
 
-class _Backend:
+class _Backend(ABC):
     """One tracker. `start` is called first and in the thread that calls the rest."""
 
     fresh = True
@@ -45,12 +46,13 @@ class _Backend:
         self.tracker: Any = None
 
     @staticmethod
+    @abstractmethod
     def check() -> None:
         """Raise whatever says that it cannot be reached. Starts no run."""
 
+    @abstractmethod
     def start(self) -> str:
         """Returns where the run can be seen, to be told."""
-        raise NotImplementedError
 
     def log_config(self) -> None:
         self.tracker.store_init_configuration(_flat_config(self.config))
@@ -58,11 +60,11 @@ class _Backend:
     def log_record(self, record: Record) -> None:
         self.tracker.log(_figures(record, f"{record['stage']}/"), step=record["step"])
 
-    def log_samples(self, name: str, rows: Rows) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log_samples(self, name: str, rows: Rows) -> None: ...
 
-    def log_report(self, markdown: str, html: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def log_report(self, markdown: str, html: str) -> None: ...
 
     def finish(self) -> None:
         self.tracker.finish()
@@ -75,6 +77,10 @@ class _TensorBoard(_Backend):
         super().__init__(config, folder, known_as)
         self.fresh = not (folder / "tensorboard").is_dir()
         self._of_stage: dict[str, Any] = {}
+
+    @staticmethod
+    def check() -> None:
+        """A folder of the run's: nothing to reach."""
 
     def start(self) -> str:
         return ""  # a part of the folder, like its other files

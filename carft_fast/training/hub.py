@@ -15,7 +15,8 @@ from carft_fast.reports import markdown_table, read_records
 
 CARD = "README.md"
 _PRIVATE = re.compile(
-    r"model\.path|data\.(train|eval)|rollout\.(servers|server_devices|transfer_dir)|(output|distributed)\..*"
+    r"model\.path|data\.(train|eval|mix|few_shot|template)|rollout\.(servers|server_devices|transfer_dir)|"
+    r"(output|distributed)\..*"
 )
 """Settings that say something of the machine."""
 _FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -66,10 +67,10 @@ def model_card(config: Config, stage: str, step: int, run_folder: Path, repo: st
     Figures are those that the run in `run_folder` recorded at this step; its records may be gone.
     """
     method = method_name(config) if stage == "rl" else "sft"
-    base, data = (name if is_hub_id(name) else None for name in (config.model.path, config.data.train))
+    data = [name for name in config.data.mix or [config.data.train] if is_hub_id(name)]
     metadata = ModelCardData(
-        base_model=base,
-        datasets=None if data is None else [data],
+        base_model=config.model.path if is_hub_id(config.model.path) else None,
+        datasets=data or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["carft-fast", method],
@@ -77,7 +78,7 @@ def model_card(config: Config, stage: str, step: int, run_folder: Path, repo: st
     rows = [
         ("base model", _shown(config.model.path)),
         ("method", f"{method}, {stage.upper()} step {step}, seed {config.seed}"),
-        ("training data", _shown(config.data.train)),
+        ("training data", ", ".join(map(_shown, config.data.mix or [config.data.train]))),
         ("held-out data", _shown(config.data.eval)),
         ("made by", f"carft-fast {version('carft-fast')}"),
     ]
@@ -86,7 +87,6 @@ def model_card(config: Config, stage: str, step: int, run_folder: Path, repo: st
         for key, field, value in iter_fields(config)
         if value != field.get_default(call_default_factory=True) and not _PRIVATE.fullmatch(key)
     ]
-    prompt = "Question:\\n{question}\\nAnswer reasoning:\\n" if config.data.template == "carft" else "the chat template"
     return f"""---
 {metadata.to_yaml()}
 ---
@@ -95,7 +95,7 @@ def model_card(config: Config, stage: str, step: int, run_folder: Path, repo: st
 
 {markdown_table(("", ""), rows)}
 
-Prompt: `{prompt}`. The model writes its reasoning, then the answer. An ordinary folder for
+Prompt: {_prompt(config.data.template)}. The model writes its reasoning, then the answer. An ordinary folder for
 transformers and vLLM; `carft_heads.safetensors` has the heads that training used.
 
 ## Figures
@@ -106,6 +106,13 @@ transformers and vLLM; `carft_heads.safetensors` has the heads that training use
 
 {markdown_table(("setting", "value"), chosen)}
 """
+
+
+def _prompt(template: str) -> str:
+    """A template's text stays out: it may be a file of this machine, and the tokenizer does not hold it."""
+    if template == "carft":
+        return "`Question:\\n{question}\\nAnswer reasoning:\\n`"
+    return "the chat template" if template == "chat" else "a Jinja template of the run's own"
 
 
 def _figures(run_folder: Path, stage: str, step: int) -> str:

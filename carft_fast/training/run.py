@@ -237,7 +237,7 @@ class Run:
 
     def repeat_evaluation(self, record: dict[str, Any], stage: str) -> EvalResult:
         """The evaluation of `record` as that of a stage's start, which has the weights that were evaluated."""
-        values = {name: value for name, value in record.items() if name in METRICS}
+        values = {name: value for name, value in record.items() if name in METRICS and name != "eval_loss"}
         samples = on_main(lambda: read_json_lines(self.folder / "samples" / f"{_eval_name(record)}.jsonl"))
         return self._log_evaluation(EvalResult(values, samples), stage, 0, {})
 

@@ -20,6 +20,7 @@ from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError, TrainingError
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.load import load_model
+from carft_fast.training import hub as hub_module
 from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.export import export_checkpoint
 from carft_fast.training.optim import build_optimizer
@@ -142,6 +143,22 @@ def test_the_hub_gets_the_folder_and_a_card(hub: Any, checkpoint: Path, tmp_path
         assert text in card
     assert "/data/secret" not in card
     assert TOKEN not in ended.stdout + ended.stderr
+
+
+def test_a_card_names_no_place_of_this_machine(tmp_path: Path) -> None:
+    """Of data that is mixed, of templates and of solved questions the names alone, or nothing."""
+    options = [
+        "model.path=/data/secret/model",
+        'data.mix={"/data/secret/a.jsonl"=3, "openai/gsm8k"=1}',
+        "data.eval=/data/secret/b.jsonl",
+        "data.few_shot=/data/secret/shots.csv",
+        "data.template=/data/secret/ask.jinja",
+    ]
+    card = hub_module.model_card(load_config(None, options), "sft", 3, tmp_path, "ada/model")
+    assert "/data/secret" not in card
+    assert "| training data | a.jsonl (local), openai/gsm8k |" in card
+    assert yaml.safe_load(card.split("---")[1])["datasets"] == ["openai/gsm8k"]
+    assert "Prompt: a Jinja template of the run's own." in card
 
 
 @pytest.fixture
