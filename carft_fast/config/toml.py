@@ -12,7 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from carft_fast.config.schema import Config, Section
+from carft_fast.config.schema import Config
+from carft_fast.config.sections import Section
 from carft_fast.core import InputError, first_line, visible_json
 
 Overrides = Sequence[str] | Mapping[str, Any]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from carft_fast.config.schema import ContrastiveConfig
+from carft_fast.config.sections import ContrastiveConfig
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss
 
 

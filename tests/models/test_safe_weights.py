@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import carft_fast
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.schema import ModelConfig
+from carft_fast.config.sections import ModelConfig
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 from carft_fast.data.synthetic import build_model_config, build_tokenizer

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from carft_fast.config.schema import LoraConfig
+from carft_fast.config.sections import LoraConfig
 from carft_fast.core.errors import InputError
 from carft_fast.core.processes import leave
 from carft_fast.models.load import _add_adapters

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import RlConfig
+from carft_fast.config.sections import RlConfig
 from carft_fast.objective.advantage import group_advantages, ppo_advantages
 
 from ..conftest import assert_golden

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import ContrastiveConfig
+from carft_fast.config.sections import ContrastiveConfig
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss, negative_signal, positive_signal
 
 from ..conftest import assert_golden

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from carft_fast.config.schema import RlConfig
+from carft_fast.config.sections import RlConfig
 from carft_fast.models.causal_lm import CarftModel, ModelOutput
 from carft_fast.models.load import load_model
 from carft_fast.models.packing import PackedBatch, pack

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from carft_fast.config.schema import RewardConfig
+from carft_fast.config.sections import RewardConfig
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.core.errors import InputError, RewardError

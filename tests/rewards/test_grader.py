@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from carft_fast.config.schema import RewardConfig
+from carft_fast.config.sections import RewardConfig
 from carft_fast.core.errors import InputError, RewardError
 from carft_fast.core.example import Example
 from carft_fast.data.prompts import EncodedExample, PromptFormat

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from carft_fast.config.schema import GuardConfig
+from carft_fast.config.sections import GuardConfig
 from carft_fast.training.guard import find_collapse, rollbacks, stopped_at
 
 

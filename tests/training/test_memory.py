@@ -7,7 +7,8 @@ from rich.console import Console as RichConsole
 
 from benchmarks.memory_table import MODELS
 from carft_fast.cli import QUICKSTART_CONFIG
-from carft_fast.config.schema import Config, Strategy
+from carft_fast.config.schema import Config
+from carft_fast.config.sections import Strategy
 from carft_fast.config.toml import load_config
 from carft_fast.core.console import Console
 from carft_fast.models.flops import ModelCost

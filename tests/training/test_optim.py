@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from carft_fast.config.schema import SftConfig
+from carft_fast.config.sections import SftConfig
 from carft_fast.training.optim import learning_rate
 
 

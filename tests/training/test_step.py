@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from carft_fast.config.schema import RlConfig
+from carft_fast.config.sections import RlConfig
 from carft_fast.models.flops import ModelCost, StepShape, fast_step
 from carft_fast.objective.advantage import group_advantages, ppo_advantages
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss
