@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -143,26 +145,47 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_scratch_folder_goes_with_a_killed_process(tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """pytest's own folders are too long for sockets."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_a_scratch_folder_goes_with_a_killed_process(short_path: Path) -> None:
     command = [sys.executable, "-c", KILLED]
     result = subprocess.run(
-        command, env=os.environ | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, check=False
+        command, env=os.environ | {"TMPDIR": str(short_path)}, capture_output=True, text=True, check=False
     )
     assert result.returncode == -signal.SIGKILL
     folder = Path(result.stdout.strip())
-    assert folder.parent == tmp_path
+    assert folder.parent == short_path
     deadline = time.monotonic() + 20
     while folder.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not folder.exists()
 
 
-def test_a_scratch_folder_is_its_users_alone_and_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_scratch_folder_is_its_users_alone_and_closes(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(short_path))
     scratch = Scratch("carft-test-")
+    assert scratch.path.parent == short_path
     assert stat.S_IMODE(scratch.path.stat().st_mode) == 0o700
     scratch.close()
-    assert list(tmp_path.iterdir()) == []
+    assert list(short_path.iterdir()) == []
+
+
+def test_a_scratch_folder_is_where_sockets_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket's path has at most 107 bytes; a temporary folder may lie deep, as a batch system's does."""
+    deep = tmp_path / ("d" * 90)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    scratch = Scratch("carft-test-")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(scratch.path / str(uuid.uuid4())))
+    scratch.close()
+    assert not scratch.path.exists()
+    assert list(deep.iterdir()) == []
 
 
 TALKS = """

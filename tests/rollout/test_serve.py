@@ -5,10 +5,12 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,7 +66,7 @@ class Served(NamedTuple):
 def serve(folder: Path, *options: str, **environment: str) -> Served:
     """Without a token in its environment, where none is given."""
     port = free_port()
-    (folder / "tmp").mkdir()
+    temporary = Path(tempfile.mkdtemp())  # pytest's own are too long for sockets
     settings = [word for option in OPTIONS for word in ("--set", option)]
     command = [sys.executable, "-m", "carft_fast", "serve", "--config", str(QUICKSTART_CONFIG), *settings, *options]
     clean = {name: value for name, value in os.environ.items() if name not in (TOKEN, "VLLM_API_KEY")}
@@ -74,9 +76,9 @@ def serve(folder: Path, *options: str, **environment: str) -> Served:
             [*command, "--port", str(port)],
             stdout=out,
             stderr=out,
-            env=clean | {"TMPDIR": str(folder / "tmp")} | environment,
+            env=clean | {"TMPDIR": str(temporary)} | environment,
         )
-    return Served(process, port, folder / "tmp", log)
+    return Served(process, port, temporary, log)
 
 
 def healthy(server: Served) -> bool:
@@ -99,6 +101,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     finally:
         served.process.kill()
         served.process.wait()
+        shutil.rmtree(served.folder)
 
 
 CROSS_SITE = {"Origin": "https://evil.example", "Content-Type": "text/plain"}
@@ -191,6 +194,7 @@ def test_nor_one_that_is_ended_while_it_starts(
     finally:
         starting.process.kill()
     assert leftovers(starting) == []
+    starting.folder.rmdir()
 
 
 def test_a_blank_token_is_refused_in_one_line() -> None:

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -27,7 +26,7 @@ from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter import LOOPBACK
-from carft_fast.rollout.vllm.scratch import Scratch
+from carft_fast.rollout.vllm.scratch import LONGEST_FOLDER, Scratch
 from carft_fast.rollout.vllm.token import TOKEN, read_token
 
 MODULE = "vllm.entrypoints.openai.api_server"  # `vllm serve` itself asks for the version of a package named vllm
@@ -36,8 +35,6 @@ _LAUNCHER = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE|NAME|ROLE_RANK)$|MASTER_|TORCHELASTIC_|ACCELERATE_|FSDP_"
 )
 """Variables by which `torchrun` and `accelerate launch` tell a trainer its rank and settings."""
-_LONGEST_FOLDER = 107 - len(f"/{uuid.UUID(int=0)}")
-"""Characters of a folder in which vLLM can make a socket."""
 _LISTEN = "0A"
 """The state in /proc/net/tcp."""
 
@@ -65,7 +62,7 @@ def server_environment(
     environment.pop(TOKEN, None)
     environment["VLLM_API_KEY"] = token
     environment["PYTHONSAFEPATH"] = "1"  # no process of the server imports from the working folder
-    if len(str(scratch)) <= _LONGEST_FOLDER:
+    if len(str(scratch)) <= LONGEST_FOLDER:
         environment["TMPDIR"] = str(scratch)
     if cuda_visible_devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = cuda_visible_devices

@@ -6,9 +6,13 @@ import re
 import shutil
 import subprocess
 import tempfile
+import uuid
 from pathlib import Path
 
 import psutil
+
+LONGEST_FOLDER = 107 - len(f"/{uuid.UUID(int=0)}")
+"""Characters of a folder in which vLLM can make a socket."""
 
 
 def scratch_folder(prefix: str, root: str) -> Path:
@@ -29,11 +33,15 @@ def scratch_folder(prefix: str, root: str) -> Path:
 class Scratch:
     """A new temporary folder, for this user alone. It goes with `close`, or when this process ends in whatever way.
 
-    After an exec it stays until the program that took this process's place has ended.
+    After an exec it stays until the program that took this process's place has ended. Where the temporary folder's
+    name is too long for sockets, it is in /tmp.
     """
 
     def __init__(self, prefix: str) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
+        if len(str(self.path)) > LONGEST_FOLDER and os.access("/tmp", os.W_OK):
+            self.path.rmdir()
+            self.path = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
         theirs, self._held = os.pipe()  # what reads it sees its end when no process holds the other side any more
         os.set_inheritable(self._held, True)
         remove = 'exec 3<&0; (trap "" INT TERM HUP; cat <&3; rm -rf -- "$0") &'
