@@ -39,6 +39,7 @@ from carft_fast.rollout.vllm import adapter
 from carft_fast.training import check_agreement, prepare, versions
 
 PROMPTS, NEW_TOKENS, SYNCS = 64, 128, 3
+DTYPES = ("bfloat16", "float32")
 ENGINES = ("hf", "vllm", "vllm-server")
 BATCHES = (64, 8)
 WAVES = 3
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--smollm2", default="", help="model folder; left out when not given")
     parser.add_argument("--data", default="", help="SVAMP file for its prompts")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="both when not given")
     parser.add_argument("--drafts", action="store_true", help="the coupled sampler and drafts, not the engines")
     parser.add_argument("--sync", action="store_true", help="ways of a weight sync, not the engines")
     arguments = parser.parse_args()
@@ -331,7 +333,7 @@ def main() -> None:
     kept = json.loads(results.read_text())["rows"] if results.is_file() else []
     rows: list[dict[str, Any]] = []
     for name, path in cases:
-        for dtype in ("bfloat16", "float32"):
+        for dtype in arguments.dtype or DTYPES:
             found: list[dict[str, Any]] = []
             if arguments.sync:
                 found += run_sync(name, path, arguments.data, dtype, arguments.repeats)

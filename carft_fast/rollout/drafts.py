@@ -18,11 +18,12 @@ _CAPACITY_TOKENS = 2**24
 """64 MiB of completions and prompts."""
 
 
-def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most: int) -> Sequence[int]:
+def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most: int, least: int = 1) -> Sequence[int]:
     """What follows in a draft on the longest suffix of `completion`; at most as long as that suffix, and `most`.
 
-    What follows the whole completion, where it begins the draft, is as long as `most`. Of equally long suffixes the
-    nearest to the same position is taken, then the one in the first draft.
+    Nothing where that suffix is shorter than `least`. What follows the whole completion, where it begins the draft, is
+    as long as `most`. Of equally long suffixes the nearest to the same position is taken, then the one in the first
+    draft.
     """
     size, last = len(completion), completion[-1]
     best: tuple[int, int] | None = None
@@ -40,9 +41,31 @@ def find_draft(drafts: Sequence[Sequence[int]], completion: Sequence[int], most:
                 match += 1
             rank = (match, -abs(end - size))
             whole = match == size == end
-            if best is None or rank > best:
+            if match >= least and (best is None or rank > best):
                 best, found = rank, draft[end : end + (most if whole else min(match, most))]
     return found
+
+
+class Usefulness:
+    """Of late, how many tokens were guessed and how many of them stood; the last forwards count most.
+
+    A policy that is sure of nothing repeats single tokens by chance, and nothing that follows on them.
+    """
+
+    _MEMORY, _ENOUGH, _LEAST_SHARE = 0.98, 16, 0.1
+
+    def __init__(self) -> None:
+        self._guessed = self._stood = 0.0
+
+    def add(self, guessed: int, stood: int) -> None:
+        """Of one forward."""
+        self._guessed = self._MEMORY * self._guessed + guessed
+        self._stood = self._MEMORY * self._stood + stood
+
+    @property
+    def shortest_match(self) -> int:
+        """Tokens of a suffix that is worth a guess: one, or four while fewer than one guess in ten stands."""
+        return 4 if self._guessed > self._ENOUGH and self._stood < self._LEAST_SHARE * self._guessed else 1
 
 
 class LastCompletions:

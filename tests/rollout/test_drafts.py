@@ -9,7 +9,7 @@ import pytest
 
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
-from carft_fast.rollout.drafts import LONGEST, LastCompletions, find_draft
+from carft_fast.rollout.drafts import LONGEST, LastCompletions, Usefulness, find_draft
 from carft_fast.rollout.stream import RolloutStream
 from carft_fast.rollout.vllm.engine import VLLMEngine
 
@@ -75,6 +75,27 @@ def test_a_draft_follows_a_longest_match() -> None:
     assert found > 1000
 
 
+def test_a_short_match_is_no_draft_where_a_longer_one_is_asked_for() -> None:
+    drafts = [[1, 2, 3, 4, 5, 6]]
+    assert list(find_draft(drafts, [9, 3, 4], 8, least=2)) == [5, 6]
+    assert list(find_draft(drafts, [9, 3, 4], 8, least=3)) == []
+    assert list(find_draft(drafts, [1, 2], 8, least=3)) == []  # not where the completion begins the draft, either
+
+
+def test_guesses_that_do_not_stand_make_longer_matches_the_rule_for_a_while() -> None:
+    useful = Usefulness()
+    asked = []
+    for guessed, stood in [(8, 1), (8, 1), (8, 0), (8, 0), (8, 8), *[(0, 0)] * 100, (8, 0)]:
+        useful.add(guessed, stood)
+        asked.append(useful.shortest_match)
+    assert asked[:5] == [1, 1, 4, 4, 1]
+    useful.add(100, 9)
+    assert useful.shortest_match == 4
+    for _ in range(100):  # few guesses of late: it looks again
+        useful.add(0, 0)
+    assert useful.shortest_match == 1
+
+
 def rollout(*ids: int) -> Rollout:
     return Rollout(list(ids), [0.0] * len(ids), "length", 0)
 
@@ -131,8 +152,9 @@ def test_drafts_change_nothing_of_what_is_sampled(
 
 @pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.4, 0, 0.9)])
 def test_three_tokens_follow_the_model_with_and_without_drafts(
-    wide_engine: VLLMEngine, model: CarftModel, setting: tuple[float, int, float]
+    wide_engine: VLLMEngine, model: CarftModel, setting: tuple[float, int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Usefulness, "_LEAST_SHARE", 0.0)  # guesses that seldom stand, too
     draws, (temperature, _, top_p) = 3000, setting
     wide_engine.sync(model)
     sampling = SamplingParams(6, temperature=temperature, top_p=top_p, samples_per_prompt=draws, seed=9)
@@ -165,6 +187,21 @@ def test_no_drafts_where_the_batch_fills_the_budget(wide_engine: VLLMEngine, mod
         assert [r.completion_ids for r in found] == [r.completion_ids for r in plain]
         assert (sum(r.drafted for r in found) > 0) == bool(checked)
     assert proposer._budget == 10_000
+
+
+def test_drafts_of_which_nothing_stands_are_followed_less(wide_engine: VLLMEngine, model: CarftModel) -> None:
+    """And drafts that stand are followed again."""
+    wide_engine.sync(model)
+    sampling, generator = SamplingParams(60, temperature=1.0, seed=4), random.Random(2)
+    plain = wide_engine.generate(PROMPTS, sampling)
+    garbage = replace(sampling, drafts=[[[generator.randrange(60) for _ in range(300)]] for _ in PROMPTS])
+    own = replace(sampling, drafts=groups(plain, 1))
+    tokens = sum(len(r.completion_ids) for r in plain)
+    wide_engine.generate(PROMPTS, garbage)
+    for asked, least, most in ((garbage, 0.0, 0.2), (own, 0.5, 1.0)):
+        found = wide_engine.generate(PROMPTS, asked)
+        assert [r.completion_ids for r in found] == [r.completion_ids for r in plain]
+        assert least * tokens <= sum(r.drafted for r in found) <= most * tokens
 
 
 @pytest.mark.parametrize("depth", [0, 1])

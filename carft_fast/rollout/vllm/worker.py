@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from carft_fast.core import EngineError
 from carft_fast.rollout.coupled import pick, processed_logits
-from carft_fast.rollout.drafts import LONGEST, find_draft
+from carft_fast.rollout.drafts import LONGEST, Usefulness, find_draft
 from carft_fast.rollout.vllm.adapter import BUDGET, check_installed
 
 Worker: Any
@@ -132,7 +132,7 @@ class CoupledSampler:
 class DraftProposer:
     """vLLM's way to a draft: `speculative_config` names this class, `runner` is set by the worker.
 
-    A request brings its drafts along, so the server keeps nothing of them.
+    A request brings its drafts along, so the server keeps nothing of them but how many stood of late.
     """
 
     runner: Any
@@ -140,6 +140,8 @@ class DraftProposer:
     def __init__(self, vllm_config: Any) -> None:
         self._budget: int = vllm_config.additional_config[BUDGET]
         self._longest: int = vllm_config.speculative_config.num_speculative_tokens
+        self._usefulness = Usefulness()
+        self._guessed = 0  # in the forward that is being proposed for
 
     def load_model(self, *_: Any, **__: Any) -> None:
         """vLLM calls it on the CPU."""
@@ -148,19 +150,26 @@ class DraftProposer:
         self, sampled_token_ids: list[list[int]], num_tokens_no_spec: Any, token_ids_cpu: Any, **_: Any
     ) -> list[list[int]]:
         rows = sum(map(bool, sampled_token_ids))
+        self._usefulness.add(self._guessed, sum(map(len, sampled_token_ids)) - rows)
+        self._guessed = 0
         most = min(self._longest, self._budget // max(1, rows) - 1)
         if most < 1:
             return [[] for _ in sampled_token_ids]
-        return [
-            self._draft(request, int(num_tokens_no_spec[request]), token_ids_cpu[request], most) if sampled else []
+        least = self._usefulness.shortest_match
+        found = [
+            self._draft(request, int(num_tokens_no_spec[request]), token_ids_cpu[request], most, least)
+            if sampled
+            else []
             for request, sampled in enumerate(sampled_token_ids)
         ]
+        self._guessed = sum(map(len, found))
+        return found
 
-    def _draft(self, request: int, tokens: int, token_ids: Any, most: int) -> list[int]:
+    def _draft(self, request: int, tokens: int, token_ids: Any, most: int, least: int) -> list[int]:
         state = self.runner.requests[self.runner.input_batch.req_ids[request]]
         params = state.sampling_params
         drafts = (params.extra_args or {}).get("drafts")
         most = min(most, state.num_prompt_tokens + params.max_tokens - tokens - 1)  # one more is sampled after a draft
         if not drafts or most < 1:
             return []
-        return list(find_draft(drafts, token_ids[state.num_prompt_tokens : tokens].tolist(), most))
+        return list(find_draft(drafts, token_ids[state.num_prompt_tokens : tokens].tolist(), most, least))
