@@ -173,10 +173,14 @@ def test_three_tokens_follow_the_model_with_and_without_drafts(
     assert chi_square_tail(found, probability) > LIMIT
 
 
+def proposer_of(engine: VLLMEngine) -> Any:
+    llm: Any = engine._engine._llm
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+
+
 def test_no_drafts_where_the_batch_fills_the_budget(wide_engine: VLLMEngine, model: CarftModel) -> None:
     wide_engine.sync(model)
-    llm: Any = wide_engine._engine._llm
-    proposer = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+    proposer = proposer_of(wide_engine)
     sampling = SamplingParams(6, temperature=0.7, samples_per_prompt=16, seed=3)
     prompts = [prompt for prompt in PROMPTS if len(prompt) > 2][:4]  # vLLM pads the first forward of single tokens
     plain = wide_engine.generate(prompts, sampling)
@@ -192,13 +196,14 @@ def test_no_drafts_where_the_batch_fills_the_budget(wide_engine: VLLMEngine, mod
 def test_drafts_of_which_nothing_stands_are_followed_less(wide_engine: VLLMEngine, model: CarftModel) -> None:
     """And drafts that stand are followed again."""
     wide_engine.sync(model)
+    proposer_of(wide_engine)._usefulness = Usefulness()  # other tests' drafts have left their count
     sampling, generator = SamplingParams(60, temperature=1.0, seed=4), random.Random(2)
     plain = wide_engine.generate(PROMPTS, sampling)
     garbage = replace(sampling, drafts=[[[generator.randrange(60) for _ in range(300)]] for _ in PROMPTS])
     own = replace(sampling, drafts=groups(plain, 1))
     tokens = sum(len(r.completion_ids) for r in plain)
     wide_engine.generate(PROMPTS, garbage)
-    for asked, least, most in ((garbage, 0.0, 0.2), (own, 0.5, 1.0)):
+    for asked, least, most in ((garbage, 0.0, 0.1), (own, 0.5, 1.0)):
         found = wide_engine.generate(PROMPTS, asked)
         assert [r.completion_ids for r in found] == [r.completion_ids for r in plain]
         assert least * tokens <= sum(r.drafted for r in found) <= most * tokens
