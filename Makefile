@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help lock setup sampler quickstart test test-page lint bench bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
+.PHONY: help lock setup sampler quickstart test test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint        ruff, mypy and which room may import which"
 	@echo "make test-page   the HTML reports in Chromium"
 	@echo "make bench       run the benchmarks, write rows and report.html to benchmarks/results"
+	@echo "make bench-ops   time the operators with pytest-benchmark, five times in turn"
 	@echo "make bench-report  report.html from the rows that are there"
 	@echo "make bench-gpu   operators, step and rollouts on a GPU; on a bare machine see docs/bench_gpu.md"
 	@echo "make gpu-wheels  packages that a bare GPU machine lacks, to take along in build/gpu_wheels"
@@ -83,13 +84,24 @@ lint: sampler
 
 # benchmarks/results: rows that are committed, and report.html with all of them. On a GPU see bench-gpu.
 bench: sampler build/peers
-	OMP_NUM_THREADS=1 PYTHONPATH=build/peers $(BIN)/python -m benchmarks.ops
+	$(MAKE) bench-ops
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.growth
 	$(MAKE) bench-rollout
 	$(MAKE) bench-step
 	$(if $(SVAMP_PROGRAMS),$(MAKE) bench-sandbox SVAMP=$(SVAMP_PROGRAMS))
 	$(BIN)/python -m benchmarks.counts
 	$(MAKE) bench-report
+
+# Five runs one after the other: the variants of an operator take turns. ARGS="--benchmark-timer=time.process_time" on a
+# machine with other work. One operator: pytest benchmarks/ops -k whiten
+bench-ops: sampler build/peers
+	rm -rf build/ops
+	for turn in 1 2 3 4 5; do \
+		OMP_NUM_THREADS=1 PYTHONPATH=build/peers $(BIN)/python -m pytest -q benchmarks/ops --benchmark-quiet \
+			--benchmark-json=build/ops/$$turn.json --benchmark-min-rounds=2 --benchmark-max-time=0.4 \
+			$$(test $$turn != 1 || echo --memory) $(ARGS); \
+	done
+	$(BIN)/python -m benchmarks.ops.table build/ops/*.json
 
 bench-report: setup
 	$(BIN)/python -m benchmarks.report

@@ -44,8 +44,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import KERNELS
-from benchmarks.op_cases import CASES, PLAIN, check_cases
-from benchmarks.ops import (
+from benchmarks.ops.cases import CASES, PLAIN, check_cases
+from benchmarks.ops.measure import (
     FAILED,
     against_float64,
     bad_rows,

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks import step as training
-from benchmarks.op_cases import (
+from benchmarks.ops.cases import (
     PLAIN,
     Case,
     Variants,
@@ -30,7 +30,7 @@ from benchmarks.op_cases import (
     three_products,
     three_similarities,
 )
-from benchmarks.ops import FEWEST, add_clock, checked, clock_of, peaks_mb, seconds, timed
+from benchmarks.ops.measure import FEWEST, add_clock, checked, clock_of, peaks_mb, seconds, timed
 from benchmarks.rows import RESULTS, Row, read, this_machine, write
 from benchmarks.step import RIGHT, Inputs, Prepared, random_inputs
 from carft_fast.cli import QUICKSTART_CONFIG

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.long_run import ENGINES, FIGURES, trend
-from benchmarks.op_cases import CASES, PLAIN
+from benchmarks.ops.cases import CASES, PLAIN
 from benchmarks.predict import assumptions, predictions
 from benchmarks.rows import COLUMNS, RESULTS, SCHEMAS, Results, Row, read
 from carft_fast.reports import NOT_MEASURED, SERIES, Cell

@@ -129,6 +129,10 @@ def read(file: Path) -> Results:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{file}: is not JSON: {error}") from None
+    if isinstance(data, dict) and {"machine_info", "benchmarks"} <= data.keys():  # of pytest-benchmark
+        from benchmarks.ops.table import rows_of
+
+        return Results("ops", SCHEMAS["ops"].key, [row | {"machine": data["machine_info"]} for row in rows_of([data])])
     benchmark = data.get("benchmark") if isinstance(data, dict) else None
     if benchmark not in SCHEMAS:
         raise InputError(f'{file}: "benchmark" is {benchmark!r}, has to be one of {", ".join(SCHEMAS)}')

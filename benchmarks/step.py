@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.ops import resident_kb, seconds
+from benchmarks.ops.measure import resident_kb, seconds
 from benchmarks.rows import commit, processor_model
 from benchmarks.step_report import PUBLISHED, load, report, save
 from carft_fast.cli import QUICKSTART_CONFIG

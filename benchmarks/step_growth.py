@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.ops import seconds
+from benchmarks.ops.measure import seconds
 from benchmarks.step import (
     DEVICE_AT_ONCE,
     PATHS,

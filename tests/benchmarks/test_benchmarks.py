@@ -19,8 +19,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import compare, gpu, growth, long_run, op_cases, ops
-from benchmarks.op_cases import MATMULS, PLAIN, Case, Maker
+from benchmarks import compare, gpu, growth, long_run
+from benchmarks.ops import cases as op_cases
+from benchmarks.ops import measure as ops
+from benchmarks.ops import table
+from benchmarks.ops.cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.report import build, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, commit, processor_model, read, write
 from benchmarks.step_report import PUBLISHED
@@ -258,9 +261,9 @@ def test_a_wrong_variant_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise RuntimeError("no such device\nand more")
 
     case = Case("op", {"T": 4}, variants, bytes=lambda size, T: 1e6 * size)
-    monkeypatch.setattr(ops, "ceilings", lambda device, clock: {"bytes": 1e9, "flops": 1e9, "device": device})
     monkeypatch.setattr(ops, "peaks_mb", lambda case, steps, device: dict.fromkeys(steps, 1.0))
-    rows = {row["variant"]: row for row in ops.measure([case], "cpu", budget=0.0)}
+    ceiling = {"bytes": 1e9, "flops": 1e9, "device": "cpu"}
+    rows = {row["variant"]: row for row in ops.measure_case(case, "cpu", ceiling, budget=0.0)}
     assert calls == ["wrong"]  # once, to be looked at
     assert rows["other"].keys() == {"case", "variant", "why"}
     assert rows["other"]["why"].startswith("wrong: result 0 is off by 0.01")
@@ -268,6 +271,55 @@ def test_a_wrong_variant_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows["broken"]["why"] == "failed: RuntimeError: no such device"
     assert [row["variant"] for row in ops.bad_rows(list(rows.values()))] == ["other", "broken"]
     assert rows["op"]["rounds"] == ops.FEWEST
+
+
+WRONG_AND_BROKEN = """
+import carft_kernels
+
+real = carft_kernels.whiten
+carft_kernels.whiten = lambda x: 1.01 * real(x)
+
+def kl_shaped_reward(*inputs, **options):
+    raise RuntimeError("no such device\\nand more")
+
+carft_kernels.kl_shaped_reward = kl_shaped_reward
+"""
+
+
+def test_what_pytest_benchmark_measured_becomes_rows(tmp_path: Path) -> None:
+    """Two runs; one operator is right, one wrong, one raises."""
+    (tmp_path / "broken.py").write_text(WRONG_AND_BROKEN)
+    files = [tmp_path / f"{turn}.json" for turn in (1, 2)]
+    for file in files:
+        words = ["-q", "benchmarks/ops", "-k", "(whiten or gae or kl_shaped) and not whiten-torch.compile"]
+        words += ["--benchmark-min-rounds=2", "--benchmark-max-time=0.01", f"--benchmark-json={file}", "-p", "broken"]
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", *words],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 1, run.stdout + run.stderr
+    runs = [json.loads(file.read_text()) for file in files]
+    rows = {(row["case"].partition(",")[0], row["variant"]): row for row in table.rows_of(runs)}
+    assert rows["whiten", "whiten"]["why"].startswith("wrong: result 0 is off by 0.0")
+    assert rows["kl_shaped_reward", "kl_shaped_reward"]["why"] == "failed: RuntimeError: no such device"
+    assert rows["gae", "torch.compile"]["why"] == op_cases.LOOP
+    assert {row["variant"] for row in ops.bad_rows(list(rows.values()))} == {"whiten", "kl_shaped_reward"}
+    gae = [found for run in runs for found in run["benchmarks"] if found["group"].startswith("gae")]
+    for variant in ("gae", PLAIN):
+        rounds = [len(found["stats"]["data"]) for found in gae if found["params"]["variant"] == variant]
+        assert len(rounds) == 2
+        assert rows["gae", variant]["rounds"] == sum(rounds)
+    assert rows["gae", PLAIN]["plain_over_this"] == 1
+    assert rows["gae", "gae"]["plain_over_this"] > 1
+    machine = table.machine_of(runs)
+    assert (machine["runs"], machine["clock"], machine["threads"]) == ("2", "wall", "1")
+    with pytest.raises(InputError, match="two machines or commits"):
+        table.machine_of([runs[0], runs[1] | {"machine_info": runs[1]["machine_info"] | {"commit": "other"}}])
+    assert compare.read(files[0]).rows[0]["machine"]["clock"] == "wall"
+    list(compare.differences(compare.read(files[0]), compare.read(files[1]), 0.1))
 
 
 @pytest.mark.parametrize("half", [False, True])

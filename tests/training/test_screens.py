@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from carft_fast.cli import app
+from carft_fast.config.toml import replaced
 from carft_fast.core.console import Console
 from carft_fast.training.evaluation import paired_interval
 from carft_fast.training.pipeline import prepare, train
@@ -136,7 +137,7 @@ def test_the_first_screen_says_what_will_be_done(both: Screens, width: int) -> N
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flag below is of x86-64")
 def test_the_first_screen_says_where_bfloat16_is_slow(both: Screens) -> None:
     """oneDNN multiplies in bfloat16 with AVX-512 at least; without, a product took 12 times the time of float32."""
-    config = both.run.config.with_options(["model.compute_dtype=bfloat16"])
+    config = replaced(both.run.config, {"model.compute_dtype": "bfloat16"})
     device = row(rendered(first_screen(replace(both.run, config=config), ("sft",), resume=True), 120), "device")[1]
     fast = "avx512bw" in Path("/proc/cpuinfo").read_text()
     assert ("many times slower than float32" in device) != fast

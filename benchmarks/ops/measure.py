@@ -1,9 +1,9 @@
-"""Every operator against plain torch, torch.compile and other libraries. `make bench`
+"""What is common to all that times operators: clocks, ceilings, a check of the results, memory, rows.
 
 What a variant returns, gradients too, is compared with plain torch before it is timed; one that disagrees or raises is
-reported with the reason, is not timed, and makes the exit code 1. The variants of a case take turns. On a GPU, CUDA
-events give the time, and its L2 cache is overwritten before every call. Ceilings are a copy and a square matmul on the
-same machine in the same run. Writes benchmarks/results/ops_<device>.json and .md; `benchmarks.gpu` is for a GPU.
+reported with the reason and is not timed. Ceilings are a copy and a square matmul on the same machine in the same run.
+On the CPU pytest-benchmark times the operators (test_operators.py). On a GPU (`benchmarks.gpu`) CUDA events give the
+time, the variants of a case take turns, and the L2 cache is overwritten before every call.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.op_cases import CASES, CHUNKED, MATMULS, PLAIN, Case, Maker, Step, Variants
-from benchmarks.rows import COLUMNS, RESULTS, Row, this_machine, write
+from benchmarks.ops.cases import CHUNKED, MATMULS, PLAIN, Case, Maker, Step, Variants
+from benchmarks.rows import COLUMNS, Row
 from carft_kernels import cpu_linear
 
 BUDGET_SECONDS, FEWEST, MOST = 10.0, 5, 101
@@ -285,12 +285,6 @@ def ceiling_rows(ceiling: Ceilings) -> Iterator[Row]:
         yield {"case": "ceiling of this run", "variant": variant, name: round(ceiling[kind] / 1e9, 1)}
 
 
-def measure(cases: list[Case], device: str, clock: str = "wall", budget: float = BUDGET_SECONDS) -> list[Row]:
-    ceiling = ceilings(device, clock)
-    rows = [row for case in cases for row in measure_case(case, device, ceiling, clock, budget)]
-    return [*rows, *ceiling_rows(ceiling)]
-
-
 def bad_rows(rows: list[Row]) -> list[Row]:
     """Of variants that disagree with plain torch, or raised."""
     return [row for row in rows if row.get("why", "").startswith(BAD)]
@@ -326,29 +320,3 @@ def clock_of(arguments: argparse.Namespace) -> dict[str, str]:
     if arguments.clock == "cpu" and torch.get_num_threads() != 1:
         sys.exit(f"--clock cpu: has to be with OMP_NUM_THREADS=1, there are {torch.get_num_threads()} threads")
     return {"clock": arguments.clock}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="cases whose name contains this; writes nothing")
-    parser.add_argument("--note", default="", help="goes into the machine's line: what else ran, say")
-    add_clock(parser)
-    arguments = parser.parse_args()
-    machine = this_machine() | clock_of(arguments)
-    if arguments.note:
-        machine["note"] = arguments.note
-    cases = [case for case in CASES if "cpu" in case.devices and arguments.only in case.name]
-    rows = measure(cases, "cpu", arguments.clock)
-    if not arguments.only:
-        file = RESULTS / "ops_cpu.json"
-        write(file, "ops", machine, rows)
-        file.with_suffix(".md").write_text(report(rows, machine))
-        print(f"wrote {file.with_suffix('.md')}")
-    bad = bad_rows(rows)
-    for row in bad:
-        print(f"{row['case']}, {row['variant']}: {row['why']}")
-    sys.exit(1 if bad else 0)
-
-
-if __name__ == "__main__":
-    main()
