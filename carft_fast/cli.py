@@ -88,17 +88,23 @@ def compare(
     vary: Annotated[
         list[str] | None, typer.Option(help="section.key=value,value: every method with each; may be repeated.")
     ] = None,
+    study: Annotated[
+        str | None, typer.Option(help="TOML file of arms, seeds and how they are judged; see docs/compare.md.")
+    ] = None,
     overrides: Overrides = None,
     dry_run: DryRun = False,
     resume: Resume = False,
     output_dir: Annotated[str | None, typer.Option(help="Folder; runs/<output.name>-compare if not given.")] = None,
 ) -> None:
     """Methods from one SFT checkpoint per seed, at equal samples and at equal time, with a report."""
+    own = study is None or config  # else the study names its config
     trainer.compare(
-        load_config(config or QUICKSTART_CONFIG, overrides=overrides or ()),
+        load_config(config or QUICKSTART_CONFIG, overrides=overrides or ()) if own else None,
         methods=methods or (),
         seeds=seeds or (),
         vary=vary or (),
+        study=study,
+        overrides=() if own else overrides or (),
         output_dir=output_dir,
         resume=resume,
         dry_run=dry_run,

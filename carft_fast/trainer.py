@@ -173,11 +173,13 @@ class Trainer:
 
 
 def compare(
-    config: Config,
+    config: Config | None = None,
     *,
     methods: str | Sequence[str] = (),
     seeds: str | Sequence[int] = (),
     vary: Sequence[str] = (),
+    study: "StrPath | None" = None,
+    overrides: Overrides = (),
     output_dir: "StrPath | None" = None,
     resume: bool = False,
     dry_run: bool = False,
@@ -185,22 +187,42 @@ def compare(
     """Methods from one SFT checkpoint per seed, with a report; see docs/compare.md.
 
     `methods` and `seeds` are lists, or texts with commas; the default methods and the config's seed if not given.
-    `vary` lists `section.key=value,value`. Raises InputError.
+    `vary` lists `section.key=value,value`. A `study` is a TOML file that stands for `config`, `methods` and `vary`;
+    `seeds` may then name some of its own, and `overrides` are values on top of its config. Raises InputError.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
-    from carft_fast.compare import DEFAULT_METHODS, Comparison, parse_methods, parse_seeds, parse_vary
+    from carft_fast.compare import (
+        DEFAULT_METHODS,
+        Comparison,
+        expand,
+        load_study,
+        parse_methods,
+        parse_seeds,
+        parse_vary,
+    )
 
+    chosen = parse_seeds(seeds if isinstance(seeds, str) else ",".join(map(str, seeds))) if seeds else []
+    judgement = None
+    if study is not None:
+        if config or methods or vary:
+            raise InputError("a study names its config and its arms: no config, methods or vary beside it")
+        found = load_study(Path(study))
+        config = load_config(Path(study).parent / found.config, overrides=overrides)
+        if unknown := [seed for seed in chosen if seed not in found.seeds]:
+            allowed = ", ".join(map(str, found.seeds))
+            raise InputError(f"--seeds: {unknown[0]} is no seed of the study; allowed: {allowed}")
+        variants, chosen, judgement = found.variants, chosen or found.seeds, found.judgement
+    else:
+        if config is None or overrides:
+            raise InputError("compare needs a config, or a study; overrides are a study's")
+        names = (
+            parse_methods(methods if isinstance(methods, str) else ",".join(methods)) if methods else DEFAULT_METHODS
+        )
+        variants, chosen = expand(names, dict(map(parse_vary, vary)), config), chosen or [config.seed]
     console, folder = core.Console(), Path(output_dir or Path("runs") / f"{config.output.name}-compare")
     comparison = Comparison(
-        config,
-        parse_methods(methods if isinstance(methods, str) else ",".join(methods)) if methods else DEFAULT_METHODS,
-        parse_seeds(seeds if isinstance(seeds, str) else ",".join(map(str, seeds))) if seeds else [config.seed],
-        dict(map(parse_vary, vary)),
-        folder,
-        console,
-        resume=resume,
-        dry_run=dry_run,
+        config, variants, chosen, folder, console, resume=resume, dry_run=dry_run, judgement=judgement
     )
     if dry_run:
         console.show(comparison.plan())

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,18 @@ from rich.console import Group
 from rich.text import Text
 
 from carft_fast import core
-from carft_fast.compare.stats import SFT, SFT_TIME, Accuracy, MethodSummary, Spread, Trajectory, summarise, verdict
+from carft_fast.compare.stats import (
+    SFT,
+    SFT_TIME,
+    Accuracy,
+    MethodSummary,
+    Outcome,
+    Paired,
+    Spread,
+    Trajectory,
+    summarise,
+    verdict,
+)
 from carft_fast.config import Config
 from carft_fast.reports import code, markdown_table, tidy
 from carft_fast.reports import page as page
@@ -40,16 +52,31 @@ Curve = dict[str, list[tuple[float, list[float]]]]
 
 
 def write_comparison(
-    folder: Path, runs: Sequence[Trajectory], config: Config, ran: Sequence[str], device: torch.device
+    folder: Path,
+    runs: Sequence[Trajectory],
+    config: Config,
+    ran: Sequence[str],
+    device: torch.device,
+    judged: Sequence[Outcome] = (),
 ) -> None:
-    """`ran` has a line for each run of a seed: what was run."""
+    """`ran` has a line for each run of a seed: what was run. `judged`: the outcomes of a study."""
     summaries = summarise(runs)
     core.write_text(folder / "compare.csv", evaluations_csv(runs))
     core.write_text(folder / "summary.csv", summary_csv(summaries))
-    plots = draw_curves(folder, runs)
+    if pairs := list(paired_rows(judged)):
+        core.write_text(folder / "paired.csv", _csv(pairs))
+    plots = draw_curves(folder, runs, judged)
     facts = [*describe(config, runs, device), *ran]
-    core.write_text(folder / "compare.md", markdown(runs, summaries, plots, facts))
-    core.write_text(folder / "compare.html", html(runs, summaries, facts))
+    core.write_text(folder / "compare.md", markdown(runs, summaries, plots, facts, judged))
+    core.write_text(folder / "compare.html", html(runs, summaries, facts, judged))
+
+
+def paired_rows(judged: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """A line for each outcome, reference and other arm."""
+    for outcome in judged:
+        for reference, pairs in outcome.differences.items():
+            for pair in pairs:
+                yield {"outcome": outcome.name, "unit": outcome.unit, "reference": reference, **pair._asdict()}
 
 
 def evaluations_csv(runs: Sequence[Trajectory]) -> str:
@@ -104,10 +131,10 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def draw_curves(folder: Path, runs: Sequence[Trajectory]) -> list[str]:
+def draw_curves(folder: Path, runs: Sequence[Trajectory], judged: Sequence[Outcome] = ()) -> list[str]:
     """Write the curves as pictures. Returns their file names."""
     written = []
-    for file, title, draw in _curves(runs):
+    for file, title, draw in (*_curves(runs), *_forests(judged)):
         figure = page.new_figure(7, 3.6)
         axes = figure.subplots()
         draw(axes)
@@ -122,6 +149,26 @@ def _curves(runs: Sequence[Trajectory]) -> Iterator[tuple[str, str, Callable[[An
     for file, (name, against, title) in CURVES.items():
         if lines := _points(runs, name, against):
             yield file, title, partial(_draw_curve, lines=lines, against=against)
+
+
+def _forests(judged: Sequence[Outcome]) -> Iterator[tuple[str, str, Callable[[Any], None]]]:
+    """The same of the paired differences of each outcome and reference."""
+    for number, outcome in enumerate(judged):
+        for reference, pairs in outcome.differences.items():
+            title = f"{outcome.name}: minus that of {reference}, 95% intervals over seeds"
+            draw = partial(_draw_forest, pairs=pairs, unit=outcome.unit)
+            yield f"paired_{number}_{re.sub(r'[^A-Za-z0-9]+', '_', reference)}", title, draw
+
+
+def _draw_forest(axes: Any, pairs: Sequence[Paired], unit: str) -> None:
+    """A row for each arm: its mean difference, and the interval."""
+    for row, pair in enumerate(pairs):
+        axes.plot([pair.low, pair.high], [row, row], linewidth=1.2, color=page.SERIES[0])
+        axes.plot([pair.mean], [row], marker="o", markersize=4, color=page.SERIES[0])
+    axes.axvline(0, linewidth=0.8, color=page.SERIES[1])
+    axes.set_yticks(range(len(pairs)), [pair.label for pair in pairs])
+    axes.invert_yaxis()
+    tidy(axes, unit)
 
 
 def _points(runs: Sequence[Trajectory], name: str, against: str) -> Curve:
@@ -187,22 +234,31 @@ ABOUT_CURVES = "Mean over seeds; the band is from the lowest seed to the highest
 
 
 def markdown(
-    runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], plots: Sequence[str], facts: Sequence[str]
+    runs: Sequence[Trajectory],
+    summaries: Sequence[MethodSummary],
+    plots: Sequence[str],
+    facts: Sequence[str],
+    judged: Sequence[Outcome] = (),
 ) -> str:
     blocks = [f"# {heading(summaries)}", "\n".join(f"- {fact}" for fact in facts), INTRODUCTION]
-    for title, parts in sections(summaries).items():
+    for title, parts in (sections(summaries) | paired_sections(judged)).items():
         blocks.append(f"## {title}")
         blocks += [markdown_table(*part) if isinstance(part, Table) else part for part in parts]
     pictures = "\n".join(f"![{name.removesuffix('.png')}]({name})" for name in plots)
     return "\n\n".join([*blocks, "## Curves", ABOUT_CURVES, pictures]) + "\n"
 
 
-def html(runs: Sequence[Trajectory], summaries: Sequence[MethodSummary], facts: Sequence[str]) -> str:
+def html(
+    runs: Sequence[Trajectory],
+    summaries: Sequence[MethodSummary],
+    facts: Sequence[str],
+    judged: Sequence[Outcome] = (),
+) -> str:
     parts = {
         title: [page.table(*block) if isinstance(block, Table) else page.paragraph(block) for block in blocks]
-        for title, blocks in sections(summaries).items()
+        for title, blocks in (sections(summaries) | paired_sections(judged)).items()
     }
-    drawn = [page.chart(title, draw) for _, title, draw in _curves(runs)]
+    drawn = [page.chart(title, draw) for _, title, draw in (*_curves(runs), *_forests(judged))]
     parts["Curves"] = [page.paragraph(ABOUT_CURVES), page.charts(*drawn)]
     parts["Environment"] = [page.paragraph(fact) for fact in facts]
     return page.page(heading(summaries), page.paragraph(INTRODUCTION), parts)
@@ -304,3 +360,28 @@ def sections(summaries: Sequence[MethodSummary]) -> dict[str, list[str | Table]]
             "was at the start.",
         ],
     }
+
+
+def paired_sections(judged: Sequence[Outcome]) -> dict[str, list[str | Table]]:
+    """The differences of a study's arms: heading -> paragraphs and tables."""
+    columns = ("arm", "mean difference [95%]", "p", "p, corrected", "detectable")
+    found: dict[str, list[str | Table]] = {}
+    for outcome in judged:
+        for reference, pairs in outcome.differences.items():
+            rows = [
+                (
+                    pair.label,
+                    f"{pair.mean:+,.1f} [{pair.low:+,.1f}, {pair.high:+,.1f}]",
+                    f"{pair.p:.3f}",
+                    f"{pair.adjusted_p:.3f}",
+                    f"{pair.detectable:,.1f}",
+                )
+                for pair in pairs
+            ]
+            found[f"{outcome.name[0].upper()}{outcome.name[1:]}, against {reference}"] = [
+                f"In {outcome.unit}, arm minus {reference}, paired by seed ({pairs[0].seeds} seeds): mean, 95% t "
+                "interval, p of the paired t test, the same after Holm's correction for the arms of this table, and "
+                "the difference that these seeds would find with 80% power.",
+                Table(columns, rows),
+            ]
+    return found

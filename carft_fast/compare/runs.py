@@ -1,7 +1,8 @@
 """A comparison of methods: per seed one SFT checkpoint, from it one run per method, then the report.
 
-Every run is an ordinary run in a folder of its own, so a killed comparison goes on where it was. Runs share this
-process: a first run pays for what is compiled once, and the SFT run is first.
+Every run is an ordinary run in a folder of its own, so a killed comparison goes on where it was. Runs of a seed share
+this process: a first run pays for what is compiled once, and the SFT run is first. Several processes may work on one
+comparison, each on seeds of its own.
 """
 
 import gc
@@ -17,7 +18,17 @@ from typing import Any
 import torch
 
 from carft_fast.compare.report import screen, write_comparison
-from carft_fast.compare.stats import SFT, SFT_TIME, TRAINING_PHASES, Trajectory, limits, summarise, trajectory
+from carft_fast.compare.stats import (
+    SFT,
+    SFT_TIME,
+    TRAINING_PHASES,
+    Judgement,
+    Trajectory,
+    limits,
+    outcomes,
+    summarise,
+    trajectory,
+)
 from carft_fast.config import METHODS, Config, check_method, continued_sft, preset, read_value, replaced
 from carft_fast.core import (
     Console,
@@ -43,13 +54,17 @@ VARIABLE = ("rl", "sft", "reward", "contrastive", "rollout", "lora")
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A method with the values of --vary that it reads."""
+    """A method with values on top: those of --vary that it reads, or those of a study's arm."""
 
     method: str
     values: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
+    """Of an arm of a study; else made of method and values."""
 
     @property
     def label(self) -> str:
+        if self.name:
+            return self.name
         values = (f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.values.items())
         return " ".join([self.method, *values])
 
@@ -99,11 +114,10 @@ def parse_vary(text: str) -> tuple[str, list[Any]]:
 def expand(methods: Sequence[str], varied: Mapping[str, Sequence[Any]], base: Config) -> list[Variant]:
     """Every method with every combination of the varied fields that it reads and does not fix itself.
 
-    Continued SFT reads sft and lora, RL methods all but sft. Continued SFT for equal time comes last: how long it runs
-    depends on the others.
+    Continued SFT reads sft and lora, RL methods all but sft.
     """
     found: dict[str, Variant] = {}
-    for method in sorted(methods, key=lambda name: name == SFT_TIME):
+    for method in methods:
         if Variant(method).stage == "sft":
             fixed, reads = continued_sft(base), {"sft", "lora"}
         else:
@@ -119,29 +133,32 @@ class Comparison:
     def __init__(
         self,
         base: Config,
-        methods: Sequence[str],
+        variants: Sequence[Variant],
         seeds: Sequence[int],
-        varied: Mapping[str, Sequence[Any]],
         folder: Path,
         console: Console,
         *,
         resume: bool,
         dry_run: bool = False,
+        judgement: Judgement | None = None,
     ) -> None:
-        """Check everything that can be checked before the first run. Raises InputError."""
+        """Check everything that can be checked before the first run. Raises InputError.
+
+        With a `judgement` the report has the differences of the variants, paired by seed.
+        """
         if base.rl.eval_every is None:
             raise InputError(
                 "rl.eval_every is not set: a comparison needs evaluations on the way, such as every 10 steps"
             )
         if not resume and not is_empty(folder):
             raise InputError(f"--output-dir {folder}: not empty; add --resume to go on with that comparison")
-        if holder := lock_holder(folder):
-            raise InputError(f"--output-dir: {holder}")
         if resume and not folder.is_dir():
             raise InputError(f"--resume: {folder} does not exist")
         self.base, self.seeds, self._console = base, seeds, console
         self.folder, self._given_folder = folder.resolve(), folder
-        self.variants = expand(methods, varied, base)
+        # continued SFT for equal time: how long it runs depends on the others
+        self.variants = sorted(variants, key=lambda variant: variant.method == SFT_TIME)
+        self._judgement = judgement
         self._stop = StopRequest()
         self._begun = 0
         """Runs so far, finished ones that are not repeated included."""
@@ -204,41 +221,62 @@ class Comparison:
         return table
 
     def run(self) -> list[Trajectory]:
-        """Every run that is not finished yet; the report is written after each seed."""
+        """Every run that is not finished yet; the report is written after each seed.
+
+        A seed that another process works on is left to it. Raises InputError where that is so with all of them.
+        """
         schedules = self._schedules("SFT continued for the training time of the seed's fastest RL run")
         described = [f"`{label}`: {schedule}" for label, schedule in schedules.items()]
-        runs: list[Trajectory] = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder, self._console.log), self._stop.installed():
+        runs: list[Trajectory] = []
+        busy = ""
+        with self._stop.installed():
             try:
                 for seed in self.seeds:
-                    runs += self._run_seed(seed)
-                    write_comparison(self.folder, runs, self.base, described, self._device)
+                    place = self.folder / f".seed{seed}"
+                    place.mkdir(exist_ok=True)
+                    if busy := lock_holder(place) or "":
+                        self._console.log(f"seed {seed} is left out: {busy}")
+                        continue
+                    with locked(place, self._console.log):
+                        self._run_seed(seed)
+                    of_seeds = [self._finished(seed) for seed in self.seeds]
+                    runs = [run for found in of_seeds if len(found) == len(self.variants) for run in found]
+                    judged = outcomes(runs, self._judgement) if self._judgement else []
+                    write_comparison(self.folder, runs, self.base, described, self._device, judged)
             except Stopped as stopped:
                 self._console.log(f"stopped by {stopped}: go on with --resume")
                 raise
+        if not runs:
+            raise InputError(busy)
         self._console.show(screen(summarise(runs), self._given_folder, width=self._console.width))
         return runs
 
-    def _run_seed(self, seed: int) -> list[Trajectory]:
+    def _run_seed(self, seed: int) -> None:
         start = self._start_folder(seed)
         self._train(self._start_config(seed), start, "sft")
-        runs: list[Trajectory] = []
         for variant in self.variants:
-            steps = self._sft_steps(runs, start) if variant.method == SFT_TIME else None
-            config = self.config(variant, seed, steps)
-            folder = self.folder / variant.folder_name(seed)
-            self._train(config, folder, variant.stage)
-            samples = config.sft.batch_size if variant.stage == "sft" else config.rl.batch_size
-            found = trajectory(
-                read_records(folder / "metrics.jsonl"),
-                label=variant.label,
-                method=variant.method,
-                seed=seed,
-                samples_per_step=samples,
-            )
-            runs.append(found)
-        return runs
+            before = [run for run in self._finished(seed) if run.method != SFT_TIME]
+            steps = self._sft_steps(before, start) if variant.method == SFT_TIME else None
+            self._train(self.config(variant, seed, steps), self._folder(variant, seed), variant.stage)
+
+    def _folder(self, variant: Variant, seed: int) -> Path:
+        return self.folder / variant.folder_name(seed)
+
+    def _finished(self, seed: int) -> list[Trajectory]:
+        """The runs of a seed that have ended, of this process or of others, continued SFT for equal time too."""
+        found: list[Trajectory] = []
+        for variant in self.variants:
+            folder = self._folder(variant, seed)
+            if (folder / "summary.json").is_file():
+                samples = (
+                    self.base.sft.batch_size if variant.stage == "sft" else self.config(variant, seed).rl.batch_size
+                )
+                records = read_records(folder / "metrics.jsonl")
+                found.append(
+                    trajectory(records, label=variant.label, method=variant.method, seed=seed, samples_per_step=samples)
+                )
+        return found
 
     def _train(self, config: Config, folder: Path, stage: str) -> None:
         resumed = (folder / CONFIG_FILE).is_file()

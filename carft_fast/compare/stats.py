@@ -194,6 +194,105 @@ def summarise(runs: Sequence[Trajectory]) -> list[MethodSummary]:
     return [MethodSummary([t for t in runs if t.label == label], limits_of) for label in labels]
 
 
+class Paired(NamedTuple):
+    """One arm against a reference, seed by seed: the mean difference and its 95% t interval."""
+
+    label: str
+    seeds: int
+    mean: float
+    low: float
+    high: float
+    p: float
+    """Of the paired t test, two sides."""
+    adjusted_p: float
+    """After Holm's correction for all arms that are held against this reference (Holm 1979)."""
+    detectable: float
+    """The difference that so many seeds with this spread find with 80% power, at 5%."""
+
+
+def paired_differences(values: Mapping[str, Mapping[int, float]], reference: str) -> list[Paired]:
+    """Every other arm minus `reference`. `values`: arm -> seed -> value, the same two or more seeds for all."""
+    seeds = list(values[reference])
+    found: list[Paired] = []
+    for label, of_seed in values.items():
+        if label == reference:
+            continue
+        differences = [of_seed[seed] - values[reference][seed] for seed in seeds]
+        mean, degrees = statistics.fmean(differences), len(seeds) - 1
+        error = statistics.stdev(differences) / math.sqrt(len(seeds))
+        half = t_quantile(0.975, degrees) * error
+        p = 2 * (1 - t_cdf(abs(mean) / error, degrees)) if error else float(mean == 0)
+        detectable = half + t_quantile(0.8, degrees) * error
+        found.append(Paired(label, len(seeds), mean, mean - half, mean + half, p, p, detectable))
+    largest, adjusted = 0.0, {}
+    for rank, pair in enumerate(sorted(found, key=lambda pair: pair.p)):
+        largest = max(largest, min(1.0, (len(found) - rank) * pair.p))
+        adjusted[pair.label] = largest
+    return [pair._replace(adjusted_p=adjusted[pair.label]) for pair in found]
+
+
+def t_cdf(t: float, degrees: int) -> float:
+    """Student's distribution: the probability of at most `t` >= 0."""
+    from mpmath import betainc
+
+    return 1 - float(betainc(degrees / 2, 0.5, 0, degrees / (degrees + t * t), regularized=True)) / 2
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """The inverse of `t_cdf`, for a probability of at least a half."""
+    low, high = 0.0, 1.0
+    while t_cdf(high, degrees) < probability:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_cdf(middle, degrees) < probability else (low, middle)
+    return high
+
+
+class Judgement(NamedTuple):
+    """How the arms of a study are judged."""
+
+    references: Sequence[str]
+    """Arms that all others are held against, seed by seed."""
+    reach: float
+    """An accuracy: how many samples does it take?"""
+
+
+class Outcome(NamedTuple):
+    name: str
+    unit: str
+    values: Mapping[str, Mapping[int, float]]
+    """Arm -> seed -> value."""
+    differences: Mapping[str, Sequence[Paired]]
+    """Reference -> every other arm against it; empty with one seed."""
+
+
+def outcomes(runs: Sequence[Trajectory], judgement: Judgement) -> list[Outcome]:
+    """Of runs of the same arms with each seed: accuracy at equal samples, and samples to an accuracy.
+
+    A run that never reaches it counts with all the samples that are compared.
+    """
+    arms, seeds = list(dict.fromkeys(t.label for t in runs)), list(dict.fromkeys(t.seed for t in runs))
+    accuracy: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    samples: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    for seed in seeds:
+        of_seed = [t for t in runs if t.seed == seed]
+        most = limits(of_seed).samples
+        for run in of_seed:
+            first = run.first_reaching(judgement.reach)
+            accuracy[run.label][seed] = 100 * run.at_samples(most).accuracy
+            samples[run.label][seed] = min(most, first.samples if first else most)
+
+    def outcome(name: str, unit: str, values: dict[str, dict[int, float]]) -> Outcome:
+        against = judgement.references if len(seeds) > 1 else ()
+        return Outcome(name, unit, values, {reference: paired_differences(values, reference) for reference in against})
+
+    return [
+        outcome("held-out accuracy at equal samples", "points", accuracy),
+        outcome(f"samples to {judgement.reach:.0%} held-out accuracy", "samples", samples),
+    ]
+
+
 def verdict(accuracies: dict[str, Accuracy]) -> str:
     """Which label has the best mean accuracy, and which cannot be told apart from it: overlapping 95% intervals."""
     best = max(accuracies, key=lambda label: accuracies[label].spread.mean)

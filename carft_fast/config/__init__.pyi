@@ -19,6 +19,7 @@ from .sections import ModelConfig as ModelConfig
 from .sections import RewardConfig as RewardConfig
 from .sections import RlConfig as RlConfig
 from .sections import RolloutConfig as RolloutConfig
+from .sections import Section as Section
 from .sections import SftConfig as SftConfig
 from .sections import StageConfig as StageConfig
 from .sections import Strategy as Strategy

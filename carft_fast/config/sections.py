@@ -110,6 +110,8 @@ class DataConfig(Section):
     """Use at most this many usable training rows, from the top of the file; all when absent."""
     eval_rows: int | None = Field(None, ge=1)
     """Use at most this many usable evaluation rows, from the top of the file; all when absent."""
+    synthetic_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([3, 3], min_length=2, max_length=2)
+    """Sums in a question of the "synthetic" task: the fewest and the most, each number as often."""
     template: str = Field("carft", min_length=1)
     """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template; else a
     Jinja template, as text or in a file, which reads `question`, or `messages` as chat templates do."""
@@ -146,6 +148,11 @@ class DataConfig(Section):
             )
         if self.mix and self.train:
             yield f"mix and train = {self.train!r}: give one of the two"
+        fewest, most = self.synthetic_steps
+        if fewest > most:
+            yield f"synthetic_steps = {self.synthetic_steps}: the fewest first, then the most"
+        if self.synthetic_steps != [3, 3] and self.train != SYNTHETIC:
+            yield f'synthetic_steps = {self.synthetic_steps}: of the "synthetic" task, and train is {self.train!r}'
         if SYNTHETIC in self.mix:
             yield 'mix: "synthetic" cannot be mixed'
         if "\\n" in re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", self.template, flags=re.DOTALL):

@@ -92,7 +92,7 @@ def load_set(
     data, train = config.data, name == "train"
     limit = data.train_rows if train else data.eval_rows
     if source == SYNTHETIC:
-        rows = make_task(config.seed)[0 if train else 1][:limit]
+        rows = make_task(config.seed, data.synthetic_steps)[0 if train else 1][:limit]
         return rows, LoadReport(SYNTHETIC, len(rows), len(rows))
     return load_examples(
         source,

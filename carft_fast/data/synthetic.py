@@ -1,4 +1,4 @@
-"""The quickstart's task: three-step word problems, a tokenizer and a tiny model, all from a seed.
+"""The quickstart's task: word problems of three steps, a tokenizer and a tiny model, all from a seed.
 
 Some annotations show only the result of a sum, some go step by step. A small model is poor at the first and good at
 the second; supervised training imitates the mixture, reinforcement finds the mode that gets answers right. The lift
@@ -7,6 +7,7 @@ is built into the task: it shows that the machinery works, not that RL beats mor
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from carft_fast.core import Example
@@ -14,7 +15,8 @@ from carft_fast.core import Example
 TRAIN_ROWS = 3000
 EVAL_ROWS = 400
 TERSE_SHARE = 0.6
-STEPS = 3
+STEPS = (3, 3)
+"""Fewest and most in a problem; each number between is as likely."""
 LARGEST = 20
 OPERANDS = range(2, 10)
 
@@ -34,23 +36,23 @@ _FIXED_TEXT = (
 
 
 def make_task(
-    seed: int, train_rows: int = TRAIN_ROWS, eval_rows: int = EVAL_ROWS
+    seed: int, steps: Sequence[int] = STEPS, train_rows: int = TRAIN_ROWS, eval_rows: int = EVAL_ROWS
 ) -> tuple[list[Example], list[Example]]:
     """Training rows with annotations and held-out rows, no question in both or twice."""
     rng = random.Random(seed)
     rows: dict[str, Example] = {}
     while len(rows) < train_rows + eval_rows:
-        example = _make_problem(rng, f"problem_{len(rows)}")
+        example = _make_problem(rng, f"problem_{len(rows)}", *steps)
         rows.setdefault(example.question, example)
     examples = list(rows.values())
     return examples[:train_rows], examples[train_rows:]
 
 
-def _make_problem(rng: random.Random, item_id: str) -> Example:
+def _make_problem(rng: random.Random, item_id: str, fewest: int, most: int) -> Example:
     name, item = rng.choice(NAMES), rng.choice(ITEMS)
     start = value = rng.choice(OPERANDS)
     sentences, terms, equations = [f"{name} has {start} {item}."], str(start), []
-    for _ in range(STEPS):
+    for _ in range(rng.randint(fewest, most) if fewest < most else fewest):
         gains = [n for n in OPERANDS if value + n <= LARGEST]
         losses = [n for n in OPERANDS if value - n >= 0]
         gain = rng.random() < 0.5 if gains and losses else bool(gains)

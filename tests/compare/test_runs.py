@@ -10,6 +10,7 @@ import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.compare.runs import expand, parse_methods, parse_seeds, parse_vary
+from carft_fast.compare.study import load_study
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 
@@ -60,3 +61,48 @@ def test_refusals_come_first(tmp_path: Path, words: list[str], message: str) -> 
     assert found.returncode == 2
     assert message in re.sub(r"\s+", " ", found.stderr)
     assert not (tmp_path / "x").exists()
+
+
+STUDY = """
+config = "base.toml"
+seeds = [0, 1]
+references = ["plain"]
+reach = 0.7
+[arms.plain]
+method = "reft"
+[arms.published]
+method = "carft"
+set = {"contrastive.gradient" = "published"}
+"""
+
+
+def test_a_study_names_its_arms(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(STUDY)
+    study = load_study(tmp_path / "study.toml")
+    assert [(v.label, v.method, v.values) for v in study.variants] == [
+        ("plain", "reft", {}),
+        ("published", "carft", {"contrastive.gradient": "published"}),
+    ]
+    assert study.variants[1].folder_name(1) == "published-seed1"
+
+
+@pytest.mark.parametrize(
+    ("there", "instead", "message"),
+    [
+        ('config = "base.toml"', "", "config: Field required"),
+        ("seeds = [0, 1]", "seeds = [0]", "seeds: List should have at least 2 items"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "a seed is there twice"),
+        ("reach = 0.7", "reach = 70", "reach: Input should be less than 1"),
+        ('["plain"]', '["reft"]', '"reft" is no arm; allowed: plain, published'),
+        ('"carft"', '"ppo"', 'arms.published.method = "ppo": allowed: sft, reft'),
+        ("contrastive.gradient", "data.train", "data.train is the same for all arms"),
+        ("[arms.plain]", "[arms.plain", "cannot be read"),
+        ("reach", "reached = 1\nreach", "reached: Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_study_is_refused(tmp_path: Path, there: str, instead: str, message: str) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY.replace(there, instead))
+    with pytest.raises(InputError, match=re.escape(message)) as refused:
+        load_study(file)
+    assert str(file) in str(refused.value)

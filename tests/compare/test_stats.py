@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from carft_fast.compare.report import evaluations_csv, summary_csv
-from carft_fast.compare.stats import Accuracy, Evaluation, Trajectory, summarise, trajectory, verdict
+from carft_fast.compare.stats import (
+    Accuracy,
+    Evaluation,
+    Judgement,
+    Trajectory,
+    outcomes,
+    paired_differences,
+    summarise,
+    t_quantile,
+    trajectory,
+    verdict,
+)
 from carft_fast.training.evaluation import wilson_interval
 
 
@@ -108,3 +119,54 @@ def test_overlapping_intervals_cannot_be_told_apart() -> None:
     text = verdict({"reft": accuracy(60), "carft": accuracy(64), "grpo": accuracy(30)})
     assert text.startswith("Highest mean: carft, 64.0%. It cannot be told apart from reft")
     assert "The intervals of grpo lie below" in text
+
+
+SLEEP = {
+    "drug 1": [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0],
+    "drug 2": [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4],
+}
+"""Hours of sleep gained by ten patients (Student 1908); R's t.test prints the figures below."""
+
+
+def test_a_paired_difference_is_that_of_students_sleep_data() -> None:
+    (found,) = paired_differences({k: dict(enumerate(v)) for k, v in SLEEP.items()}, "drug 2")
+    assert (found.label, found.seeds) == ("drug 1", 10)
+    assert found.mean == pytest.approx(-1.58)
+    assert (found.low, found.high) == (pytest.approx(-2.4598858, abs=1e-7), pytest.approx(-0.7001142, abs=1e-7))
+    assert found.p == found.adjusted_p == pytest.approx(0.002833, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "quantile"),
+    [(0.975, 1, 12.7062), (0.975, 7, 2.36462), (0.975, 30, 2.04227), (0.8, 9, 0.883404)],  # printed tables
+)
+def test_t_quantiles(probability: float, degrees: int, quantile: float) -> None:
+    assert t_quantile(probability, degrees) == pytest.approx(quantile, rel=1e-5)
+
+
+def test_holms_correction_and_equal_arms() -> None:
+    noise = [1.0, -1.0, 2.0, -2.0, 0.5, -0.5]
+    arms = {"base": [0.0] * 6, "same": [0.0] * 6, "shifted": [3.0] * 6}
+    arms |= {f"+{shift}": [shift + x for x in noise] for shift in (0.5, 1.5, 2.5)}
+    found = {f.label: f for f in paired_differences({k: dict(enumerate(v)) for k, v in arms.items()}, "base")}
+    assert (found["same"].p, found["same"].adjusted_p) == (1.0, 1.0)
+    assert (found["shifted"].p, found["shifted"].mean, found["shifted"].low) == (0.0, 3.0, 3.0)
+    by_hand = [4 * found["+2.5"].p, 3 * found["+1.5"].p, 2 * found["+0.5"].p]  # 5 arms, the smallest p is shifted's
+    assert [found[f"+{s}"].adjusted_p for s in (2.5, 1.5, 0.5)] == pytest.approx([min(1.0, p) for p in by_hand])
+
+
+def test_outcomes_of_a_study() -> None:
+    """Each seed is compared at its own fewest samples; a run that does not get there counts with all of them."""
+    runs = [
+        run("reft", 0, [10, 40, 71, 80], [0, 1, 2, 3]),
+        run("carft", 0, [10, 70, 75], [0, 1, 2]),
+        run("reft", 1, [12, 30, 50, 60], [0, 1, 2, 3]),
+        run("carft", 1, [12, 35, 65, 66], [0, 1, 2, 3]),
+    ]
+    accuracy, samples = outcomes(runs, Judgement(["reft"], 0.7))
+    assert accuracy.values == {"reft": {0: 71, 1: 60}, "carft": {0: 75, 1: 66}}
+    assert samples.values == {"reft": {0: 128, 1: 192}, "carft": {0: 64, 1: 192}}
+    assert accuracy.differences["reft"][0].mean == pytest.approx(5)
+    assert samples.differences["reft"][0].mean == pytest.approx(-32)
+    (alone, _) = outcomes(runs[:2], Judgement(["reft"], 0.7))
+    assert alone.differences == {}  # one seed says nothing of a spread

@@ -42,6 +42,18 @@ def test_a_seed_fixes_the_task() -> None:
     assert make_task(3)[0] != make_task(4)[0]
 
 
+def test_problems_of_several_lengths() -> None:
+    train, held_out = make_task(0, (2, 5))
+    lengths = [example.question.count(".") - 1 for example in train]
+    share = {steps: lengths.count(steps) / len(lengths) for steps in set(lengths)}
+    assert share.keys() == {2, 3, 4, 5}
+    assert all(0.2 < found < 0.3 for found in share.values()), share
+    for example in train + held_out:
+        signs = re.findall(r"[+-]", example.cots[0])
+        assert len(signs) == example.question.count(".") - 1
+        assert example.answer == re.findall(r"= (\d+)\.", example.cots[0])[-1]
+
+
 def test_tokenizer_round_trip_after_save_and_load(tmp_path: Path) -> None:
     build_tokenizer().save_pretrained(tmp_path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)

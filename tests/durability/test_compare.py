@@ -10,6 +10,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from carft_fast.cli import QUICKSTART_CONFIG
+
 from ..conftest import TINY_RUN, as_set_options
 
 UNTIMED = ("label", "seed", "step", "samples", "accuracy", "extractable", "completion_length", "reward", "kl")
@@ -79,3 +83,48 @@ def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
         assert (whole / plot).stat().st_size > 5_000
     assert "cannot be told apart" in report
     assert "12 sequences" in report  # what was run
+
+
+STUDY = """
+config = "{config}"
+seeds = [0, 1]
+references = ["plain"]
+reach = 0.5
+[arms.plain]
+method = "reft"
+[arms.slow]
+method = "reft"
+set = {{"rl.lr" = 1e-6}}
+"""
+
+
+def test_two_processes_share_a_study(tmp_path: Path) -> None:
+    """Each works on a seed of its own; the report has both, paired."""
+    (tmp_path / "study.toml").write_text(STUDY.format(config=QUICKSTART_CONFIG))
+    folder = tmp_path / "out"
+    options = as_set_options([*TINY_RUN, "rl.max_steps=2", "rl.eval_every=1"])
+    words = [sys.executable, "-m", "carft_fast", "compare", "--study", str(tmp_path / "study.toml"), *options]
+    words += ["--output-dir", str(folder)]
+    first = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (folder / ".seed0" / "run.lock").is_file():
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    second = subprocess.run([*words, "--resume"], check=True, capture_output=True, text=True, timeout=300).stdout
+    shown, _ = first.communicate(timeout=300)
+    assert first.returncode == 0
+    assert "seed 0 is left out: " in second
+    runs = [re.findall(r"^\d/6 (\S+): ", text, re.MULTILINE) for text in (shown, second)]
+    assert "start-seed0" in runs[0]
+    assert "start-seed1" in runs[1]
+    assert "start-seed0" not in runs[1]
+    with (folder / "paired.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["reference"], row["label"], row["seeds"]) for row in rows] == [("plain", "slow", "2")] * 2
+    with (folder / "compare.csv").open() as file:
+        last = {(row["label"], row["seed"]): float(row["accuracy"]) for row in csv.DictReader(file)}
+    differences = [last["slow", seed] - last["plain", seed] for seed in ("0", "1")]
+    assert float(rows[0]["mean"]) == pytest.approx(100 * sum(differences) / 2)
+    assert (folder / "paired_0_plain.png").stat().st_size > 5_000
+    assert "against plain" in (folder / "compare.md").read_text()
