@@ -279,6 +279,9 @@ class RlConfig(StageConfig):
     """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
     whiten_eps: float = Field(1e-8, ge=1e-30, le=1)
     """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
+    gradient_terms: bool = False
+    """Record the norm of the language model's gradient from each term of the loss (policy, value, KL, contrastive), and
+    its cosine with the policy's. A forward and a backward more for each term; changes nothing of what is trained."""
 
     def _conflicts(self) -> Iterator[str]:
         for name, value in (("dual_clip", self.dual_clip), ("ratio", None if self.ratio == "token" else self.ratio)):

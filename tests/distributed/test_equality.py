@@ -81,6 +81,8 @@ def settings() -> list[Setting]:
     variants = ["rl.ratio=sequence", "rl.estimator=rloo", "rl.dual_clip=1.2", "rl.clip_high=0.01", "rl.ppo_epochs=2"]
     variants += ["rl.kl_loss_coef=0.1", "rl.kl_estimate=k2", 'rollout.correction="truncated"', "rl.mini_batch_size=6"]
     found.append(Setting("rloo, ratios of sequences", [*METHODS["dr_grpo"], *variants], lambda: three(4)))
+    terms = [*METHODS["carft_both"], "rl.gradient_terms=true", "rl.mini_batch_size=6", "rl.kl_loss_coef=0.1"]
+    found.append(Setting("gradients of terms", terms, lambda: three(1)))
     found.append(Setting("lora", [*METHODS["carft_both"], "lora.rank=4"], lambda: three(1)))
     found.append(Setting("padded", [*METHODS["carft_both"], 'model.impl="padded"'], lambda: three(1)))
     return found
