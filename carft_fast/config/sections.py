@@ -425,6 +425,12 @@ class RolloutConfig(Section):
     """Most likely tokens to sample from; 0 is off. Source: paper, off."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest completion, in tokens, in rollouts and evaluation."""
+    prefix: float = Field(0.0, ge=0, lt=1)
+    """Share of its annotation that is given with a question in the first step, in whole tokens; the rest is sampled. It
+    falls linearly to 0. A prefix has no loss but the contrastive one, and is graded with what follows. Near 1 it states
+    the answer. Source: UFT (Liu et al. 2025, arXiv 2505.16984), BREAD (2506.17211), Prefix-RFT (2507.01679)."""
+    prefix_steps: int | None = Field(None, ge=1)
+    """Steps after which `prefix` is 0; all of the stage's when absent."""
     batch_size: int = Field(64, ge=1)
     """Sequences generated at once; with vLLM the most that an engine decodes together (max_num_seqs)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -493,6 +499,8 @@ class RolloutConfig(Section):
     def _conflicts(self) -> Iterator[str]:
         engine, sleep, floor = self.engine, self.sleep_level, self.correction_floor
         with_servers = engine == "vllm-server"
+        if self.prefix_steps is not None and not self.prefix:
+            yield f"prefix_steps = {self.prefix_steps} needs prefix above 0, this is 0"
         if self.async_depth and engine == "hf":
             yield 'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained'
         if engine != "hf" and not 0.01 <= self.temperature <= 2:

@@ -22,6 +22,8 @@ class EncodedExample:
     prompt_ids: list[int]
     completions: tuple[list[int], ...]
     prompt: str = ""
+    prefix_tokens: int = 0
+    """First tokens of `completion_ids` that a sampler is given with the prompt (`rollout.prefix`)."""
 
     @property
     def completion_ids(self) -> list[int]:
@@ -33,6 +35,19 @@ class EncodedExample:
         if len(self.completions) <= 1:
             return self
         return replace(self, completions=(self.completions[turn % len(self.completions)],))
+
+    def with_prefix(self, share: float, max_tokens: int) -> "EncodedExample":
+        """The same with this share of `completion_ids` as prefix, in whole tokens and at most `max_tokens`."""
+        return replace(self, prefix_tokens=min(int(share * len(self.completion_ids)), max_tokens))
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        return self.completion_ids[: self.prefix_tokens]
+
+    @property
+    def sampling_ids(self) -> list[int]:
+        """What a sampler goes on from: the prompt, then the prefix."""
+        return self.prompt_ids + self.prefix_ids
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -16,18 +16,20 @@ def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[
     """Both with their parts: a rollout's are the whole, the tokens of a longest common subsequence of its completion
     and the annotated CoT, and the other tokens; an annotated CoT's are the whole and the same common tokens there.
 
-    Completions only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
+    CoTs only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
     """
 
-    def packed(rows: Rows) -> tuple[Tensor, Tensor]:
-        ids = to_device([token for completion in rows.completions for token in completion], torch.int64, device)
-        return ids, torch.tensor([0, *itertools.accumulate(rows.lengths)])  # the host's: nothing has to be read back
+    def packed(cots: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        ids = to_device([token for cot in cots for token in cot], torch.int64, device)
+        return ids, torch.tensor([0, *itertools.accumulate(map(len, cots))])  # the host's: nothing has to be read back
 
-    in_annotated, in_rollout = lcs_mask(*packed(annotated), *packed(rollouts))
-    common = in_rollout.split(rollouts.lengths)
+    cots, texts = rollouts.cots, annotated.cots
+    in_annotated, in_rollout = lcs_mask(*packed(texts), *packed(cots))
+    common = in_rollout.split([len(cot) for cot in cots])
+    there = in_annotated.split([len(text) for text in texts])
     return (
         rollouts._replace(parts=[torch.stack([torch.ones_like(c), c, ~c]) for c in common]),
-        annotated._replace(parts=[torch.stack([torch.ones_like(c), c]) for c in in_annotated.split(annotated.lengths)]),
+        annotated._replace(parts=[torch.stack([torch.ones_like(c), c]) for c in there]),
     )
 
 

@@ -244,15 +244,15 @@ def _kl_estimate(difference_C: Tensor, config: RlConfig) -> Tensor:
 def cot_embeddings(
     model: CarftModel, hidden_TD: Tensor, batch: PackedBatch, parts: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """z [B, P, E] of paper eq. 6: states AT the completion tokens, weighted by the softmax of their values, projected.
+    """z [B, P, E] of paper eq. 6: states AT the CoT's tokens, weighted by the softmax of their values, projected.
 
-    `parts`: for each sequence bool [P, its completion tokens], what is pooled; all of them (P = 1) when None. The z of
-    an empty part means nothing.
+    `parts`: for each sequence bool [P, its CoT's tokens], what is pooled; all of them (P = 1) when None. The z of an
+    empty part means nothing. K: tokens of all CoTs.
     """
-    hidden_CD = hidden_TD[batch.read_index_C]
-    value_C = model.value(hidden_CD)
+    hidden_KD = hidden_TD[batch.cot_index_K]
+    value_K = model.value(hidden_KD)
     masks = [None] if parts is None else torch.cat(list(parts), 1)
-    pooled = [value_pool(hidden_CD, value_C, batch.completion_cu, mask_T=mask)[0] for mask in masks]
+    pooled = [value_pool(hidden_KD, value_K, batch.cot_cu, mask_T=mask)[0] for mask in masks]
     return model.embed(torch.stack(pooled, 1))
 
 

@@ -55,6 +55,7 @@ METRICS: dict[str, str] = {
     "draft_accepted": "share of the drafted tokens that were sampled; absent when none was drafted",
     "draft_wasted": "drafted tokens that were not sampled, over completion tokens",
     "completion_length": "mean completion length (tokens, EOS included)",
+    "prefix_length": "mean length of the prefixes (tokens), which completion_length does not count (rollout.prefix)",
     "truncated": "share of completions cut at the length limit",
     "completion_tokens": "completion tokens trained on in this step, counted once",
     "grad_norm": "global gradient norm before clipping, mean over the optimizer steps",

@@ -119,11 +119,11 @@ class Step:
         first forward, with its graph.
 
         Annotated CoTs follow the micro-batches whose prompts they have, and start from those prompts' states; where the
-        attention cannot, they go through the model by themselves.
+        attention cannot, or prompts end with a part of the annotation, they go through the model by themselves.
         """
         passes, policy, rollouts = self._passes, self._policy, samples.rollouts
         annotated = Annotated(samples.annotated) if want.embedding else None
-        reuse = annotated is not None and passes.reuses_prompts
+        reuse = annotated is not None and passes.reuses_prompts and rollouts.prefix_lengths is None
         turns = annotated.micro_batches_after(micros, passes) if annotated and reuse else []
         own: list[Outputs] = []
         own_annotated: list[Outputs] = []

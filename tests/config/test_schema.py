@@ -91,6 +91,8 @@ def test_nothing_of_the_default_config_looks_like_a_secret() -> None:
             ["rollout.draft_budget=32"],
             r'draft_budget = 32 needs drafts = "auto" and engine = "vllm" or "vllm-server", these are "auto" and "hf"',
         ),
+        (["rollout.prefix_steps=9"], r"rollout\.prefix_steps = 9 needs prefix above 0, this is 0"),
+        (["rollout.prefix=1.0"], r"rollout\.prefix = 1\.0: input should be less than 1"),
         (["rollout.engine=sglang"], r"rollout\.engine = \"sglang\": input should be 'hf', 'vllm' or 'vllm-server'"),
     ],
 )
