@@ -374,10 +374,11 @@ class RewardConfig(Section):
 
 
 class ContrastiveConfig(Section):
-    mode: Literal["positive", "negative", "both", "none"] = "positive"
+    mode: Literal["positive", "negative", "both", "answer", "none"] = "positive"
     """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have
     in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": the two weighed by
-    negative_weight; "none": no such loss (ReFT)."""
+    negative_weight; "answer": as "positive", of the state before data.answer_phrase in place of the whole (after
+    Hidden-Align, Wang et al. 2026); "none": no such loss (ReFT)."""
     negative_weight: float = Field(0.5, ge=0, le=1)
     """Weight w of the negative signal in "both", (1 - w) * positive + w * negative. Source: published code, 0.5."""
     gradient: Literal["full", "local", "published"] = "full"
@@ -389,6 +390,10 @@ class ContrastiveConfig(Section):
     """InfoNCE temperature (tau). Source: paper, 0.2."""
     positive_clamp: float = Field(0.9, gt=0, le=1)
     """The positive's cosine is clamped here in the numerator, which ends the pull. Source: published code, 0.9."""
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.mode == "answer" and self.gradient == "published":
+            yield 'mode = "answer" needs gradient = "full" or "local", this is "published": no published code has it'
 
 
 class EvalConfig(Section):

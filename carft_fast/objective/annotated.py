@@ -33,6 +33,26 @@ def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[
     )
 
 
+def mark_answers(
+    rollouts: Rows, annotated: Rows, answers: Sequence[tuple[int | None, int | None]], device: torch.device
+) -> tuple[Rows, Rows]:
+    """Both with their parts: the whole CoT, and its last token before the answer phrase.
+
+    `answers`: for each rollout, the index of the token with which the phrase begins in its CoT, and in its annotated
+    CoT. Where one of the two has no phrase, or nothing before it, both second parts are empty.
+    """
+
+    def with_parts(rows: Rows, at: Sequence[int | None]) -> Rows:
+        starts = [0, *itertools.accumulate(map(len, rows.cots))]
+        before = torch.zeros(starts[-1], dtype=torch.bool)
+        before[[start + i - 1 for start, i in zip(starts, at, strict=False) if i is not None]] = True
+        own = to_device(before, torch.bool, device).split([len(cot) for cot in rows.cots])
+        return rows._replace(parts=[torch.stack([torch.ones_like(x), x]) for x in own])
+
+    both = [pair if all(pair) else (None, None) for pair in answers]
+    return with_parts(rollouts, [i for i, _ in both]), with_parts(annotated, [i for _, i in both])
+
+
 class Annotated:
     """The annotated CoTs of a step, each once for all samples of its question."""
 
@@ -75,8 +95,8 @@ class Annotated:
         return next(k for k, prompt in enumerate(self.rows.prompts) if tuple(prompt) in prompts.at)
 
     def embeddings(self, own: Sequence[Outputs], micros: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-        """For every rollout z_1 [N, E], and z [N, E] of what its annotated CoT has in common with it (None without
-        parts), from this process's outputs for its share of `micros`."""
+        """For every rollout z_1 [N, E], and z [N, E] of the second part of its annotated CoT (None without parts),
+        from this process's outputs for its share of `micros`."""
         z = gathered(own, self.rows, micros).z
         assert z is not None
         places = {i: (row, k) for row, members in enumerate(self._samples) for k, i in enumerate(members)}

@@ -15,7 +15,14 @@ from carft_fast.config import Config, RolloutConfig
 from carft_fast.core import derive_seed, to_device
 from carft_fast.data import EncodedExample, PromptFormat
 from carft_fast.models import CarftModel
-from carft_fast.objective import Advantages, Rows, explained_variance, group_advantages, ppo_advantages
+from carft_fast.objective import (
+    Advantages,
+    Rows,
+    explained_variance,
+    group_advantages,
+    mark_answers,
+    ppo_advantages,
+)
 from carft_fast.rewards import Grade, base_score, embedding_partial_score
 from carft_fast.rollout import Rollout, RolloutEngine, RolloutStream, SamplingParams
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
@@ -67,7 +74,13 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 with timer("reward"):
                     completions, grades = grade_rollouts(rollouts, rows, run.prompt_format, run.grader)
                 with timer("forward"):
-                    samples = as_samples(rows, rollouts, run.device, mask_truncated=config.mask_truncated)
+                    samples = as_samples(
+                        rows,
+                        rollouts,
+                        run.device,
+                        mask_truncated=config.mask_truncated,
+                        answers=run.prompt_format if work.needs.answer else None,
+                    )
                     experience = work.make_experience(samples, derive_seed(run.config.seed, "rl", step))
                     score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
                     advantages = estimate_advantages(score_N, experience, run.config)
@@ -113,8 +126,14 @@ def prefix_share(config: RolloutConfig, step: int, total_steps: int) -> float:
 
 
 def as_samples(
-    rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device, *, mask_truncated: bool = False
+    rows: Sequence[EncodedExample],
+    rollouts: Sequence[Rollout],
+    device: torch.device,
+    *,
+    mask_truncated: bool = False,
+    answers: PromptFormat | None = None,
 ) -> Samples:
+    """`answers`: whose answer phrases are looked up, for contrastive.mode "answer"."""
     left_out = (i for i, rollout in enumerate(rollouts) if mask_truncated and rollout.finish_reason == "length")
     prefixes = [row.prefix_tokens for row in rows]
     sampled = Rows(
@@ -123,6 +142,10 @@ def as_samples(
         prefix_lengths=prefixes if any(prefixes) else None,
     )
     annotated = Rows([row.prompt_ids for row in rows], [row.completion_ids for row in rows])
+    if answers is not None:
+        pairs = zip(sampled.cots, annotated.cots, strict=True)
+        found = [(answers.answer_index(cot), answers.answer_index(text)) for cot, text in pairs]
+        sampled, annotated = mark_answers(sampled, annotated, found, device)
     return Samples(sampled, annotated, sampled_logprobs(rollouts, device), frozenset(left_out))
 
 

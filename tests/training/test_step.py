@@ -529,8 +529,9 @@ def test_group_advantages_by_hand() -> None:
 
 
 def test_needs_follow_the_config() -> None:
-    all_but_negative = Needs(value=True, embedding=True, contrastive=True, negative=False, old=True, reference=True)
-    assert Needs.of(quick_config()) == all_but_negative
+    usual = {"value": True, "embedding": True, "contrastive": True, "old": True, "reference": True}
+    assert Needs.of(quick_config()) == Needs(**usual, negative=False, answer=False)
+    assert Needs.of(quick_config("contrastive.mode=answer")) == Needs(**usual, negative=False, answer=True)
     assert Needs.of(quick_config(*METHODS["carft_both"])).negative
     assert Needs.of(quick_config("contrastive.coef=0.0")).embedding, "the partial reward reads the cosine"
     assert not Needs.of(quick_config(*METHODS["reft"])).embedding
