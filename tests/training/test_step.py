@@ -537,6 +537,19 @@ def test_needs_follow_the_config() -> None:
     assert not Needs.of(quick_config(*METHODS["reft"])).embedding
 
 
+def test_carft_without_its_loss_and_without_its_partial_reward() -> None:
+    case = random_case(3, "mixed")
+    wrong = torch.tensor([not grade.correct for grade in case.grades])
+    loss_alone, reward_alone = quick_config("reward.partial=constant"), quick_config("contrastive.mode=none")
+    parts = take_apart(loss_alone, case)
+    assert parts.score_N[wrong].tolist() == pytest.approx([0.1] * int(wrong.sum()))
+    assert update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))["contrastive_loss"] > 0
+    parts = take_apart(reward_alone, case)
+    assert parts.experience.cosine_N is not None
+    torch.testing.assert_close(parts.score_N[wrong], 0.2 + 0.1 * parts.experience.cosine_N[wrong])
+    assert "contrastive_loss" not in update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))
+
+
 def test_the_contrastive_term_reaches_model_and_heads() -> None:
     case = random_case(3, "mixed")
     with_term, _ = gradients(quick_config("contrastive.coef=0.5"), case)
