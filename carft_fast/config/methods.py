@@ -76,6 +76,11 @@ def load_method_config(path: str | None, overrides: Overrides, name: str | None)
 
 
 def method_name(config: Config) -> str:
-    """The RL method with the config's estimator and contrastive signal; "custom" if there is none."""
-    found = {"rl.estimator": config.rl.estimator, "contrastive.mode": config.contrastive.mode}
+    """The RL method with the config's estimator, contrastive signal and partial reward; "custom" if there is none.
+
+    With a `reward.fn`, which leaves no partial reward, the first two decide.
+    """
+    found: dict[str, str] = {"rl.estimator": config.rl.estimator, "contrastive.mode": config.contrastive.mode}
+    if not config.reward.fn:
+        found["reward.partial"] = config.reward.partial
     return next((name for name, values in METHODS.items() if found.items() <= values.items()), "custom")

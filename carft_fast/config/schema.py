@@ -125,5 +125,10 @@ class Config(Section):
                 f'data.answer_phrase = {data.answer_phrase!r} needs another reward.answer_type than "program", whose '
                 "answer is what it returns"
             )
+        if self.contrastive.mode == "answer" and (not data.answer_phrase or self.reward.answer_type == "program"):
+            yield (
+                'contrastive.mode = "answer" needs annotations that end with data.answer_phrase, this is '
+                f'{data.answer_phrase!r} with reward.answer_type = "{self.reward.answer_type}"'
+            )
         if (SYNTHETIC in (data.train, data.eval)) != (data.train == data.eval == SYNTHETIC):
             yield 'data.train and data.eval must both be "synthetic" or neither'

@@ -286,6 +286,9 @@ class RlConfig(StageConfig):
     """Advantages to mean 0, variance 1 over all completion tokens of the step. Source: published code."""
     whiten_eps: float = Field(1e-8, ge=1e-30, le=1)
     """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
+    gradient_terms: bool = False
+    """Record the norm of the language model's gradient from each term of the loss (policy, value, KL, contrastive), and
+    its cosine with the policy's. A forward and a backward more for each term; changes nothing of what is trained."""
 
     def _conflicts(self) -> Iterator[str]:
         for name, value in (("dual_clip", self.dual_clip), ("ratio", None if self.ratio == "token" else self.ratio)):
@@ -378,10 +381,11 @@ class RewardConfig(Section):
 
 
 class ContrastiveConfig(Section):
-    mode: Literal["positive", "negative", "both", "none"] = "positive"
+    mode: Literal["positive", "negative", "both", "answer", "none"] = "positive"
     """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have
     in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": the two weighed by
-    negative_weight; "none": no such loss (ReFT)."""
+    negative_weight; "answer": as "positive", of the state before data.answer_phrase in place of the whole (after
+    Hidden-Align, Wang et al. 2026); "none": no such loss (ReFT)."""
     negative_weight: float = Field(0.5, ge=0, le=1)
     """Weight w of the negative signal in "both", (1 - w) * positive + w * negative. Source: published code, 0.5."""
     gradient: Literal["full", "local", "published"] = "full"
@@ -393,6 +397,10 @@ class ContrastiveConfig(Section):
     """InfoNCE temperature (tau). Source: paper, 0.2."""
     positive_clamp: float = Field(0.9, gt=0, le=1)
     """The positive's cosine is clamped here in the numerator, which ends the pull. Source: published code, 0.9."""
+
+    def _conflicts(self) -> Iterator[str]:
+        if self.mode == "answer" and self.gradient == "published":
+            yield 'mode = "answer" needs gradient = "full" or "local", this is "published": no published code has it'
 
 
 class EvalConfig(Section):
@@ -429,6 +437,12 @@ class RolloutConfig(Section):
     """Most likely tokens to sample from; 0 is off. Source: paper, off."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest completion, in tokens, in rollouts and evaluation."""
+    prefix: float = Field(0.0, ge=0, lt=1)
+    """Share of its annotation that is given with a question in the first step, in whole tokens; the rest is sampled. It
+    falls linearly to 0. A prefix has no loss but the contrastive one, and is graded with what follows. Near 1 it states
+    the answer. Source: UFT (Liu et al. 2025, arXiv 2505.16984), BREAD (2506.17211), Prefix-RFT (2507.01679)."""
+    prefix_steps: int | None = Field(None, ge=1)
+    """Steps after which `prefix` is 0; all of the stage's when absent."""
     batch_size: int = Field(64, ge=1)
     """Sequences generated at once; with vLLM the most that an engine decodes together (max_num_seqs)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -497,6 +511,8 @@ class RolloutConfig(Section):
     def _conflicts(self) -> Iterator[str]:
         engine, sleep, floor = self.engine, self.sleep_level, self.correction_floor
         with_servers = engine == "vllm-server"
+        if self.prefix_steps is not None and not self.prefix:
+            yield f"prefix_steps = {self.prefix_steps} needs prefix above 0, this is 0"
         if self.async_depth and engine == "hf":
             yield 'async_depth = 1 needs engine = "vllm" or "vllm-server": "hf" samples from the weights being trained'
         if engine != "hf" and not 0.01 <= self.temperature <= 2:

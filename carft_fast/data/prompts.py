@@ -1,5 +1,6 @@
 """From questions to token ids: the prompt, and the completion a model is taught."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from carft_fast.core import Example, InputError
 from carft_fast.data.chat import Chat
 from carft_fast.data.load import LoadReport, load_few_shot
 from carft_fast.data.template import Template
+from carft_fast.rewards import phrase_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,8 @@ class EncodedExample:
     prompt_ids: list[int]
     completions: tuple[list[int], ...]
     prompt: str = ""
+    prefix_tokens: int = 0
+    """First tokens of `completion_ids` that a sampler is given with the prompt (`rollout.prefix`)."""
 
     @property
     def completion_ids(self) -> list[int]:
@@ -33,6 +37,19 @@ class EncodedExample:
         if len(self.completions) <= 1:
             return self
         return replace(self, completions=(self.completions[turn % len(self.completions)],))
+
+    def with_prefix(self, share: float, max_tokens: int) -> "EncodedExample":
+        """The same with this share of `completion_ids` as prefix, in whole tokens and at most `max_tokens`."""
+        return replace(self, prefix_tokens=min(int(share * len(self.completion_ids)), max_tokens))
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        return self.completion_ids[: self.prefix_tokens]
+
+    @property
+    def sampling_ids(self) -> list[int]:
+        """What a sampler goes on from: the prompt, then the prefix."""
+        return self.prompt_ids + self.prefix_ids
 
 
 def check_tokenizer(tokenizer: Any) -> None:
@@ -164,6 +181,14 @@ class PromptFormat:
         text = self.completion_text(cot, answer)
         ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [*ids, self.end_id]
+
+    def answer_index(self, ids: Sequence[int]) -> int | None:
+        """Of a completion, the token with which its last answer phrase begins; None without one."""
+        start = phrase_start(self.decode(ids), self._phrase)
+        if start is None:
+            return None
+        # the most tokens whose text ends where the phrase begins, or before
+        return bisect_right(range(len(ids)), start, key=lambda count: len(self.decode(ids[:count]))) - 1
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,6 +1,7 @@
 """Packed batches: sequences laid end to end, never padded. Pure: no I/O, no device choice.
 
-Shape suffixes: T all tokens of the batch, C its completion tokens, B its sequences.
+Shape suffixes: T all tokens of the batch, C its completion tokens, B its sequences, K the tokens of its CoTs: those of
+the completions, each after the last tokens of its prompt that belong to the CoT (mostly none).
 
 Worked example, two sequences with prompts (p) and completions (c):
 
@@ -50,6 +51,8 @@ class PackedBatch:
     completion_cu: Tensor
     read_index_C: Tensor
     predict_index_C: Tensor
+    cot_cu: Tensor
+    cot_index_K: Tensor
 
     @property
     def target_C(self) -> Tensor:
@@ -68,20 +71,23 @@ def pack(
     share_prompts: bool = False,
     keep_prompts: bool = False,
     after: PromptStates | None = None,
+    prefix_lengths: Sequence[int] | None = None,
 ) -> PackedBatch:
     """Lay prompt and completion ids end to end. Every prompt needs a token: it is what predicts the first one.
 
+    `prefix_lengths`: last tokens of each prompt that belong to the CoT, not with `after`; none when None.
     `share_prompts` lays a prompt that several sequences have only once. `keep_prompts` has the forward keep all
     prompts' states (`segments.keep`), and `after` goes on from such states: of a prompt only the last token is laid.
     All three need an attention that knows `Segments`.
     """
-    assert after is None or not keep_prompts
+    assert after is None or not (keep_prompts or prefix_lengths)
     ids: list[int] = []
     position: list[int] = []
     read: list[int] = []
     predict: list[int] = []
     keys: list[int] = []
     kept: list[int] = []
+    cots: list[int] = []
     kept_at: dict[tuple[int, ...], int] = {}
     first_key = after.tokens if after is not None else 0
     q_lengths: list[int] = []
@@ -120,10 +126,16 @@ def pack(
             kept_at[key] = len(kept)
             kept += range(at, at + len(prompt))
         read += range(start, start + len(completion))
+        if prefix_lengths is not None:
+            end = at + len(prompt)
+            cots += [*range(end - prefix_lengths[row], end), *range(start, start + len(completion))]
     lengths = [len(completion) for completion in completions]
     columns = [ids, position, read, predict, _offsets(lengths), _offsets(q_lengths), _offsets(k_lengths), kept]
     indexed = bool(shared_at) or after is not None
-    shipped = _columns_on([*columns, keys] if indexed else columns, device)
+    columns += [keys] * indexed
+    if prefix_lengths is not None:
+        columns += [_offsets([n + length for n, length in zip(prefix_lengths, lengths, strict=True)]), cots]
+    shipped = _columns_on(columns, device)
     return PackedBatch(
         ids_T=shipped[0],
         position_T=shipped[1],
@@ -140,6 +152,8 @@ def pack(
         completion_cu=shipped[4],
         read_index_C=shipped[2],
         predict_index_C=shipped[3],
+        cot_cu=shipped[4] if prefix_lengths is None else shipped[-2],
+        cot_index_K=shipped[2] if prefix_lengths is None else shipped[-1],
     )
 
 

@@ -2,6 +2,7 @@ from .advantage import Advantages as Advantages
 from .advantage import group_advantages as group_advantages
 from .advantage import ppo_advantages as ppo_advantages
 from .annotated import Annotated as Annotated
+from .annotated import mark_answers as mark_answers
 from .annotated import mark_common as mark_common
 from .losses import ContrastTargets as ContrastTargets
 from .losses import Normaliser as Normaliser

@@ -16,19 +16,41 @@ def mark_common(rollouts: Rows, annotated: Rows, device: torch.device) -> tuple[
     """Both with their parts: a rollout's are the whole, the tokens of a longest common subsequence of its completion
     and the annotated CoT, and the other tokens; an annotated CoT's are the whole and the same common tokens there.
 
-    Completions only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
+    CoTs only, each with its EOS. Source: paper section 3.4; the published code takes whole rows.
     """
 
-    def packed(rows: Rows) -> tuple[Tensor, Tensor]:
-        ids = to_device([token for completion in rows.completions for token in completion], torch.int64, device)
-        return ids, torch.tensor([0, *itertools.accumulate(rows.lengths)])  # the host's: nothing has to be read back
+    def packed(cots: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        ids = to_device([token for cot in cots for token in cot], torch.int64, device)
+        return ids, torch.tensor([0, *itertools.accumulate(map(len, cots))])  # the host's: nothing has to be read back
 
-    in_annotated, in_rollout = lcs_mask(*packed(annotated), *packed(rollouts))
-    common = in_rollout.split(rollouts.lengths)
+    cots, texts = rollouts.cots, annotated.cots
+    in_annotated, in_rollout = lcs_mask(*packed(texts), *packed(cots))
+    common = in_rollout.split([len(cot) for cot in cots])
+    there = in_annotated.split([len(text) for text in texts])
     return (
         rollouts._replace(parts=[torch.stack([torch.ones_like(c), c, ~c]) for c in common]),
-        annotated._replace(parts=[torch.stack([torch.ones_like(c), c]) for c in in_annotated.split(annotated.lengths)]),
+        annotated._replace(parts=[torch.stack([torch.ones_like(c), c]) for c in there]),
     )
+
+
+def mark_answers(
+    rollouts: Rows, annotated: Rows, answers: Sequence[tuple[int | None, int | None]], device: torch.device
+) -> tuple[Rows, Rows]:
+    """Both with their parts: the whole CoT, and its last token before the answer phrase.
+
+    `answers`: for each rollout, the index of the token with which the phrase begins in its CoT, and in its annotated
+    CoT. Where one of the two has no phrase, or nothing before it, both second parts are empty.
+    """
+
+    def with_parts(rows: Rows, at: Sequence[int | None]) -> Rows:
+        starts = [0, *itertools.accumulate(map(len, rows.cots))]
+        before = torch.zeros(starts[-1], dtype=torch.bool)
+        before[[start + i - 1 for start, i in zip(starts, at, strict=False) if i is not None]] = True
+        own = to_device(before, torch.bool, device).split([len(cot) for cot in rows.cots])
+        return rows._replace(parts=[torch.stack([torch.ones_like(x), x]) for x in own])
+
+    both = [pair if all(pair) else (None, None) for pair in answers]
+    return with_parts(rollouts, [i for i, _ in both]), with_parts(annotated, [i for _, i in both])
 
 
 class Annotated:
@@ -73,8 +95,8 @@ class Annotated:
         return next(k for k, prompt in enumerate(self.rows.prompts) if tuple(prompt) in prompts.at)
 
     def embeddings(self, own: Sequence[Outputs], micros: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None]:
-        """For every rollout z_1 [N, E], and z [N, E] of what its annotated CoT has in common with it (None without
-        parts), from this process's outputs for its share of `micros`."""
+        """For every rollout z_1 [N, E], and z [N, E] of the second part of its annotated CoT (None without parts),
+        from this process's outputs for its share of `micros`."""
         z = gathered(own, self.rows, micros).z
         assert z is not None
         places = {i: (row, k) for row, members in enumerate(self._samples) for k, i in enumerate(members)}

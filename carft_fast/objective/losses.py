@@ -244,15 +244,15 @@ def _kl_estimate(difference_C: Tensor, config: RlConfig) -> Tensor:
 def cot_embeddings(
     model: CarftModel, hidden_TD: Tensor, batch: PackedBatch, parts: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """z [B, P, E] of paper eq. 6: states AT the completion tokens, weighted by the softmax of their values, projected.
+    """z [B, P, E] of paper eq. 6: states AT the CoT's tokens, weighted by the softmax of their values, projected.
 
-    `parts`: for each sequence bool [P, its completion tokens], what is pooled; all of them (P = 1) when None. The z of
-    an empty part means nothing.
+    `parts`: for each sequence bool [P, its CoT's tokens], what is pooled; all of them (P = 1) when None. The z of an
+    empty part means nothing. K: tokens of all CoTs.
     """
-    hidden_CD = hidden_TD[batch.read_index_C]
-    value_C = model.value(hidden_CD)
+    hidden_KD = hidden_TD[batch.cot_index_K]
+    value_K = model.value(hidden_KD)
     masks = [None] if parts is None else torch.cat(list(parts), 1)
-    pooled = [value_pool(hidden_CD, value_C, batch.completion_cu, mask_T=mask)[0] for mask in masks]
+    pooled = [value_pool(hidden_KD, value_K, batch.cot_cu, mask_T=mask)[0] for mask in masks]
     return model.embed(torch.stack(pooled, 1))
 
 
@@ -269,6 +269,8 @@ class ContrastTargets(NamedTuple):
     common: Tensor | None = None
     has_common_B: Tensor | None = None
     has_excluded_B: Tensor | None = None
+    candidate_B: Tensor | None = None
+    """Which rollouts are candidates of the positive signal; all when None."""
     counts: Sequence[int] | None = None
     """Rows of each process, where there are several."""
 
@@ -276,11 +278,12 @@ class ContrastTargets(NamedTuple):
 def contrastive_loss(z_2: Tensor, targets: ContrastTargets, config: ContrastiveConfig) -> Tensor:
     """The signals of `contrastive.mode`, weighed by `negative_weight` where there are both.
 
-    z_2 [B, P, E] holds the rollouts' embeddings: whole, and for the negative signal common and excluded part. A rollout
-    that a signal is not about has no part in it; a signal about none is 0.
+    z_2 [B, P, E] holds the rollouts' embeddings: whole, and for the negative signal common and excluded part, for
+    "answer" the state before the answer phrase. A rollout that a signal is not about has no part in it; a signal about
+    none is 0.
     """
-    if config.mode == "positive":
-        return positive_signal(z_2[:, 0], targets, config)
+    if config.mode in ("positive", "answer"):
+        return positive_signal(z_2[:, -1], targets, config)
     negative = negative_signal(z_2[:, 1], z_2[:, 2], targets, config)
     if config.mode == "negative":
         return negative
@@ -294,6 +297,9 @@ def positive_signal(z_2: Tensor, targets: ContrastTargets, config: ContrastiveCo
     Mean over the correct rollouts; every candidate carries gradient. With `gradient` "published" candidates carry none
     and the loss is the SUM over all rollouts, wrong ones too, as soon as one is correct: the published code's training.
     Candidates and counts are those of all processes; the processes' losses add up to the whole.
+
+    "answer" is the same of single states, without the rollouts that have none. Source: Hidden-Align, Wang et al. 2026
+    (arXiv 2606.03234), who draw the states of correct rollouts to each other.
     """
     z_1, correct_B = targets.z_1, targets.correct_B
     candidate_ME, start = gather_rows(z_2, targets.counts, _GATHERED[config.gradient])
@@ -303,6 +309,8 @@ def positive_signal(z_2: Tensor, targets: ContrastTargets, config: ContrastiveCo
         "positive_clamp": config.positive_clamp,
     }
     if config.gradient != "published":
+        if targets.candidate_B is not None:
+            settings["candidate_mask"], _ = gather_rows(targets.candidate_B, targets.counts, "none")
         loss, _ = masked_infonce(z_1, candidate_ME, row_mask_N=correct_B, **settings)
         return _share(loss, correct_B)
     _, row_loss_B = masked_infonce(z_1, candidate_ME, **settings)

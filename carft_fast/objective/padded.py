@@ -26,6 +26,8 @@ class PaddedBatch(NamedTuple):
     ids_BL: Tensor
     completion_BL: Tensor
     """bool: tokens of the completion."""
+    cot_BL: Tensor
+    """bool: the same and those of its prefix."""
 
     @property
     def predicted(self) -> Tensor:
@@ -42,14 +44,22 @@ class PaddedOutput(NamedTuple):
     logits_BLV: Tensor
 
 
-def pad(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], device: torch.device) -> PaddedBatch:
+def pad(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    device: torch.device,
+    prefix_lengths: Sequence[int] | None = None,
+) -> PaddedBatch:
+    """`prefix_lengths`: last tokens of each prompt that belong to the CoT; none when None."""
     width = max(map(len, prompts)) + max(map(len, completions))
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-    completion = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (p, c) in enumerate(zip(prompts, completions, strict=True)):
+    completion, cot = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
+    for row, (p, c, n) in enumerate(zip(prompts, completions, prefix_lengths or [0] * len(prompts), strict=True)):
         ids[row, : len(p) + len(c)] = torch.tensor([*p, *c])
         completion[row, len(p) : len(p) + len(c)] = True
-    return PaddedBatch(to_device(ids, torch.int64, device), to_device(completion, torch.bool, device))
+        cot[row, len(p) - n : len(p) + len(c)] = True
+    masks = (to_device(mask, torch.bool, device) for mask in (completion, cot))
+    return PaddedBatch(to_device(ids, torch.int64, device), *masks)
 
 
 def forward(model: CarftModel, batch: PaddedBatch) -> PaddedOutput:
@@ -69,14 +79,14 @@ def embedding(
 ) -> Tensor:
     """z [B, P, E] of paper eq. 6 as it is printed: every state projected, then averaged with the softmax of the values.
 
-    `parts`: for each row bool [P, its completion tokens], what the average is over; all of them when None. The z of an
-    empty part means nothing.
+    `parts`: for each row bool [P, its CoT's tokens], what the average is over; all of them when None. The z of an empty
+    part means nothing.
     """
-    part_BPL = batch.completion_BL[:, None]
+    part_BPL = batch.cot_BL[:, None]
     if parts is not None:
         part_BPL = torch.zeros_like(part_BPL.expand(-1, len(parts[0]), -1))
         for row, part_PC in enumerate(parts):
-            part_BPL[row, :, batch.completion_BL[row]] = part_PC
+            part_BPL[row, :, batch.cot_BL[row]] = part_PC
     value_BPL = model.value(hidden_BLD)[:, None].masked_fill(~part_BPL, torch.finfo(torch.float32).min)
     return value_BPL.softmax(-1) @ model.embed(hidden_BLD)
 

@@ -30,12 +30,15 @@ class Rows(NamedTuple):
     prompts: Sequence[list[int]]
     completions: Sequence[list[int]]
     parts: Sequence[Tensor] | None = None
-    """bool [P, completion tokens] on the device, for each sequence: what each of its P embeddings is pooled over. One
-    embedding of the whole completion when None."""
+    """bool [P, CoT tokens] on the device, for each sequence: what each of its P embeddings is pooled over. One, of the
+    whole CoT, when None."""
+    prefix_lengths: Sequence[int] | None = None
+    """Last tokens of each prompt that belong to the CoT, though they were not sampled; none when None."""
 
     def pick(self, rows: Sequence[int]) -> "Rows":
         parts = None if self.parts is None else [self.parts[i] for i in rows]
-        return Rows([self.prompts[i] for i in rows], [self.completions[i] for i in rows], parts)
+        prefixes = None if self.prefix_lengths is None else [self.prefix_lengths[i] for i in rows]
+        return Rows([self.prompts[i] for i in rows], [self.completions[i] for i in rows], parts, prefixes)
 
     def pick_or_shortest(self, rows: Sequence[int]) -> "Rows":
         return self.pick(rows or [self.shortest])
@@ -49,6 +52,13 @@ class Rows(NamedTuple):
     def lengths(self) -> list[int]:
         """Completion lengths (tokens)."""
         return [len(completion) for completion in self.completions]
+
+    @property
+    def cots(self) -> Sequence[list[int]]:
+        """The completions, each after its prefix."""
+        if self.prefix_lengths is None:
+            return self.completions
+        return [p[len(p) - n :] + c for (p, c), n in zip(self.pairs, self.prefix_lengths, strict=True)]
 
     @property
     def shortest(self) -> int:
@@ -149,7 +159,8 @@ class PackedPasses:
         return units
 
     def _pack(self, model: CarftModel, rows: Rows, **options: Any) -> PackedBatch:
-        return pack(rows.prompts, rows.completions, model.device, share_prompts=self._share, **options)
+        options |= {"share_prompts": self._share, "prefix_lengths": rows.prefix_lengths}
+        return pack(rows.prompts, rows.completions, model.device, **options)
 
     def cross_entropy(self, model: CarftModel, rows: Rows, total_tokens: int) -> Tensor:
         """Of the completion tokens, divided by `total_tokens`."""
@@ -241,7 +252,7 @@ class PaddedPasses:
         assert not keep_graph
         assert not keep_prompts
         assert after is None
-        batch = padded.pad(rows.prompts, rows.completions, model.device)
+        batch = padded.pad(rows.prompts, rows.completions, model.device, rows.prefix_lengths)
         output = padded.forward(model, batch)
         logprob_C = value_C = z = None
         if want.logprob:
@@ -265,7 +276,7 @@ class PaddedPasses:
     ) -> Loss:
         assert forward is None, "no graph is kept"
         config = self._config
-        batch = padded.pad(rows.prompts, rows.completions, model.device)
+        batch = padded.pad(rows.prompts, rows.completions, model.device, rows.prefix_lengths)
         output = padded.forward(model, batch)
         live_B = to_device(live, torch.bool, model.device)
         found = padded.update_loss(

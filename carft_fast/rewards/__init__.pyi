@@ -7,6 +7,7 @@ from .answers import base_score as base_score
 from .answers import embedding_partial_score as embedding_partial_score
 from .answers import extract_answer as extract_answer
 from .answers import parse_target as parse_target
+from .answers import phrase_start as phrase_start
 from .answers import same_answer as same_answer
 from .functions import RewardFunction as RewardFunction
 from .grader import Grader as Grader

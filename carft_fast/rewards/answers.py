@@ -210,6 +210,12 @@ def _around_answer(phrase: str) -> tuple[re.Pattern[str] | None, str]:
     return re.compile(trigger, re.IGNORECASE) if words else None, end if len(end) > 1 else ""
 
 
+def phrase_start(text: str, phrase: str) -> int | None:
+    """Where the last `phrase` begins, as `extract_answer` finds it (characters); None without one."""
+    trigger, _ = _around_answer(phrase)
+    return max((match.start() for match in (trigger or _BOX).finditer(text)), default=None)
+
+
 def _read(text: str, answer_type: AnswerType, *, whole: bool = False) -> Answer | None:
     """`whole`: nothing but closing punctuation may stand after the answer."""
     if answer_type == "latex":

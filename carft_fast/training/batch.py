@@ -1,7 +1,8 @@
 """What travels through a step: the sequences, what a method needs of them, what was found without gradient.
 
 N rollouts of a step, C completion tokens, E embedding size, P parts of a completion that are embedded: the whole, and
-for the negative signal what it has in common with the annotated CoT and what it has beyond.
+for the negative signal what it has in common with the annotated CoT and what it has beyond, for "answer" the token
+before the answer phrase.
 """
 
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class Needs:
     contrastive: bool
     negative: bool
     """The tokens that rollouts and annotated CoTs have in common, and their embeddings."""
+    answer: bool
+    """The tokens before the answer phrases, and their embeddings."""
     old: bool
     """Old log-probs by a forward of their own."""
     reference: bool
@@ -63,6 +66,7 @@ class Needs:
             embedding=contrastive or config.reward.partial == "embedding",
             contrastive=contrastive,
             negative=contrastive and config.contrastive.mode in ("negative", "both"),
+            answer=contrastive and config.contrastive.mode == "answer",
             old=rl.old_logprobs == "recompute" and (compared or not one_update),
             reference=rl.kl_coef > 0 or rl.kl_loss_coef > 0,
         )
@@ -85,7 +89,8 @@ class Experience(NamedTuple):
     z_1: Tensor | None
     """[N, E]: of the annotated CoTs."""
     common: Tensor | None
-    """[N, E]: of the annotated tokens that a rollout has in common with its annotated CoT."""
+    """[N, E]: of the annotated tokens that a rollout has in common with its annotated CoT; with contrastive.mode
+    "answer" of the annotated token before the answer phrase."""
     z_2: Tensor | None
     """[N, P, E]: of the rollouts."""
     first: tuple[MiniBatch, Forward] | None = None

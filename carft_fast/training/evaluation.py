@@ -202,8 +202,8 @@ def add_samples(
 def grade_rollouts(
     rollouts: Sequence[Rollout], rows: Sequence[EncodedExample], prompt_format: PromptFormat, grader: Grader
 ) -> tuple[list[str], list[Grade]]:
-    """Each completion's text and grade."""
-    texts = [prompt_format.decode(rollout.completion_ids) for rollout in rollouts]
+    """The text and grade of each completion, after its prefix where it has one."""
+    texts = [prompt_format.decode(r.prefix_ids + x.completion_ids) for r, x in zip(rows, rollouts, strict=True)]
     examples, read = [row.example for row in rows], texts
     if grader.ignores_think:  # a template may open it in the prompt
         opened = [prompt_format.decode(row.prompt_ids[-8:]).rstrip().endswith(THINK) for row in rows]

@@ -139,7 +139,7 @@ class Gradient:
     def _has_signal(self, row: int) -> bool:
         """Whether a contrastive signal is about this rollout."""
         mode = self._config.contrastive.mode
-        return mode == "both" or self._correct[row] == (mode == "positive")
+        return mode == "both" or self._correct[row] == (mode != "negative")
 
     def _contrast_of_all(self, micros: Sequence[Sequence[int]], *, first: bool) -> tuple[Tensor, dict[int, Tensor]]:
         """`_contrast` over a mini-batch that does not fit one forward.
@@ -187,7 +187,9 @@ class Gradient:
             return ContrastTargets(pick(z_1), correct_B)
         parts = self._rollouts.parts
         assert parts is not None
-        has_BP = torch.stack([parts[i].any(1) for i in rows]) if rows else parts[0].new_zeros(0, 3)
+        has_BP = torch.stack([parts[i].any(1) for i in rows]) if rows else parts[0].new_zeros(0, len(parts[0]))
+        if self._config.contrastive.mode == "answer":
+            return ContrastTargets(pick(common), correct_B & has_BP[:, 1], candidate_B=has_BP[:, 1])
         has_BP = has_BP & ~correct_B[:, None]
         return ContrastTargets(pick(z_1), correct_B, pick(common), has_BP[:, 1], has_BP[:, 2])
 

@@ -320,11 +320,16 @@ def check_strategy(config: Config, stages: Sequence[str]) -> None:
     how = strategy(config)
     for stage in stages:
         check_optimizer(config, stage, how)
-    if how in ("zero2", "zero3") and "rl" in stages and config.guard.action == "rollback":
-        raise InputError(
-            f'guard.action = "rollback" is not possible with distributed.strategy "{how}" (DeepSpeed): allowed are '
-            '"off" and "stop", or the strategies "fsdp2" and "ddp"'
-        )
+    refused = (
+        ('guard.action = "rollback"', config.guard.action == "rollback", '"off" and "stop"'),
+        ("rl.gradient_terms = true", config.rl.gradient_terms, "false"),
+    )
+    for setting, chosen, allowed in refused:
+        if how in ("zero2", "zero3") and "rl" in stages and chosen:
+            raise InputError(
+                f'{setting} is not possible with distributed.strategy "{how}" (DeepSpeed): allowed are {allowed}, or '
+                'the strategies "fsdp2" and "ddp"'
+            )
 
 
 def _of_accelerate() -> Strategy:

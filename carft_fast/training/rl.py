@@ -11,11 +11,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from carft_fast.config import Config
+from carft_fast.config import Config, RolloutConfig
 from carft_fast.core import derive_seed, to_device
-from carft_fast.data import EncodedExample
+from carft_fast.data import EncodedExample, PromptFormat
 from carft_fast.models import CarftModel
-from carft_fast.objective import Advantages, Rows, explained_variance, group_advantages, ppo_advantages
+from carft_fast.objective import (
+    Advantages,
+    Rows,
+    explained_variance,
+    group_advantages,
+    mark_answers,
+    ppo_advantages,
+)
 from carft_fast.rewards import Grade, base_score, embedding_partial_score
 from carft_fast.rollout import Rollout, RolloutEngine, RolloutStream, SamplingParams
 from carft_fast.training.agreement import check_agreement, sampled_logprobs
@@ -39,13 +46,17 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
 
     @lru_cache(maxsize=2)  # the next step's prompts may be asked for before this step's rows
     def prompts_of(step: int) -> list[EncodedExample]:
-        return picked_rows(run, "rl", prompts_per_step, step)
+        rows = picked_rows(run, "rl", prompts_per_step, step)
+        if not (share := prefix_share(sampling, step, total_steps)):
+            return rows
+        room = run.config.data.max_length - sampling.max_new_tokens
+        return [row.with_prefix(share, room - len(row.prompt_ids)) for row in rows]
 
     def request(step: int) -> tuple[list[list[int]], SamplingParams]:
         seed = derive_seed(run.config.seed, "rl", step)
         rows = prompts_of(step)
-        drafts = [row.completions for row in rows]  # the annotated CoTs
-        return [row.prompt_ids for row in rows], replace(SamplingParams.of(sampling, seed), drafts=drafts)
+        drafts = [[ids[row.prefix_tokens :] for ids in row.completions] for row in rows]  # the annotated CoTs
+        return [row.sampling_ids for row in rows], replace(SamplingParams.of(sampling, seed), drafts=drafts)
 
     with StageLoop(run, "rl", config, model_path, total_steps) as loop:
         policy, timer = loop.learner.model, run.timer
@@ -63,7 +74,13 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 with timer("reward"):
                     completions, grades = grade_rollouts(rollouts, rows, run.prompt_format, run.grader)
                 with timer("forward"):
-                    samples = as_samples(rows, rollouts, run.device, mask_truncated=config.mask_truncated)
+                    samples = as_samples(
+                        rows,
+                        rollouts,
+                        run.device,
+                        mask_truncated=config.mask_truncated,
+                        answers=run.prompt_format if work.needs.answer else None,
+                    )
                     experience = work.make_experience(samples, derive_seed(run.config.seed, "rl", step))
                     score_N = score_rollouts(grades, experience.cosine_N, run.config, run.device)
                     advantages = estimate_advantages(score_N, experience, run.config)
@@ -81,8 +98,10 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
                 values |= {"lr": lr, "staleness": staleness}
                 if sampling.drafting:
                     values |= draft_metrics(rollouts)
+                if sampling.prefix:
+                    values["prefix_length"] = sum(row.prefix_tokens for row in rows) / len(rows)
                 run.metrics.log("rl", "train", step + 1, values, timer.flush())
-                described = describe_samples(rows, rollouts, completions, grades, score_N)
+                described = describe_samples(rows, rollouts, completions, grades, score_N, run.prompt_format)
                 run.write_samples(f"rl-{step + 1:06d}", described[: run.config.output.samples_per_step])
                 if updated.skipped_rows:
                     loop.report_skipped([described[i] for i in updated.skipped_rows])
@@ -101,13 +120,32 @@ def probe(run: Run, engine: RolloutEngine, policy: CarftModel) -> None:
     )
 
 
+def prefix_share(config: RolloutConfig, step: int, total_steps: int) -> float:
+    """Of its annotation, given with a prompt in step `step` (from 0): see `rollout.prefix`."""
+    return config.prefix * max(0.0, 1 - step / (config.prefix_steps or total_steps))
+
+
 def as_samples(
-    rows: Sequence[EncodedExample], rollouts: Sequence[Rollout], device: torch.device, *, mask_truncated: bool = False
+    rows: Sequence[EncodedExample],
+    rollouts: Sequence[Rollout],
+    device: torch.device,
+    *,
+    mask_truncated: bool = False,
+    answers: PromptFormat | None = None,
 ) -> Samples:
+    """`answers`: whose answer phrases are looked up, for contrastive.mode "answer"."""
     left_out = (i for i, rollout in enumerate(rollouts) if mask_truncated and rollout.finish_reason == "length")
-    prompts = [row.prompt_ids for row in rows]
-    sampled = Rows(prompts, [rollout.completion_ids for rollout in rollouts])
-    annotated = Rows(prompts, [row.completion_ids for row in rows])
+    prefixes = [row.prefix_tokens for row in rows]
+    sampled = Rows(
+        [row.sampling_ids for row in rows],
+        [rollout.completion_ids for rollout in rollouts],
+        prefix_lengths=prefixes if any(prefixes) else None,
+    )
+    annotated = Rows([row.prompt_ids for row in rows], [row.completion_ids for row in rows])
+    if answers is not None:
+        pairs = zip(sampled.cots, annotated.cots, strict=True)
+        found = [(answers.answer_index(cot), answers.answer_index(text)) for cot, text in pairs]
+        sampled, annotated = mark_answers(sampled, annotated, found, device)
     return Samples(sampled, annotated, sampled_logprobs(rollouts, device), frozenset(left_out))
 
 
@@ -193,12 +231,14 @@ def describe_samples(
     completions: Sequence[str],
     grades: Sequence[Grade],
     score_N: Tensor,
+    prompt_format: PromptFormat,
 ) -> list[dict[str, object]]:
     return [
         {
             "item_id": row.example.item_id,
             "question": row.example.question,
             "prompt": row.prompt,
+            **({"prefix": prompt_format.decode(row.prefix_ids)} if row.prefix_tokens else {}),
             "completion": text,
             "target": row.example.answer,
             "extracted": result.extracted,

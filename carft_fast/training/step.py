@@ -29,6 +29,7 @@ from carft_fast.training.batch import Experience, MiniBatch, Needs, Plan, Sample
 from carft_fast.training.gradient import Gradient
 from carft_fast.training.parallel import Learner
 from carft_fast.training.reference import Reference
+from carft_fast.training.terms import GradientTerms
 
 
 class Step:
@@ -43,7 +44,8 @@ class Step:
         self._padded = config.model.impl == "padded"
         # a rollout without advantage trains nothing where there is no value loss, contrastive or KL term
         self._may_drop = not (self.needs.value or self.needs.contrastive or config.rl.kl_loss_coef)
-        self._keeps_first = learner.keeps_graphs and not (self._padded or self._may_drop or config.rl.mask_truncated)
+        no_graph = self._padded or self._may_drop or config.rl.mask_truncated or config.rl.gradient_terms
+        self._keeps_first = learner.keeps_graphs and not no_graph
         self._passes = build_passes(
             config, self._policy, config.rl.micro_batch_tokens, share_prompts=config.shares_prompts
         )
@@ -117,11 +119,11 @@ class Step:
         first forward, with its graph.
 
         Annotated CoTs follow the micro-batches whose prompts they have, and start from those prompts' states; where the
-        attention cannot, they go through the model by themselves.
+        attention cannot, or prompts end with a part of the annotation, they go through the model by themselves.
         """
         passes, policy, rollouts = self._passes, self._policy, samples.rollouts
         annotated = Annotated(samples.annotated) if want.embedding else None
-        reuse = annotated is not None and passes.reuses_prompts
+        reuse = annotated is not None and passes.reuses_prompts and rollouts.prefix_lengths is None
         turns = annotated.micro_batches_after(micros, passes) if annotated and reuse else []
         own: list[Outputs] = []
         own_annotated: list[Outputs] = []
@@ -150,10 +152,15 @@ class Step:
         """The PPO epochs. An optimizer step whose loss or gradient is not finite is left out."""
         plan, live = self.plan_update(experience, advantages)
         gradient = Gradient(self._config, self._learner, self._passes, experience, advantages, correct, live)
+        terms = None
+        if self._config.rl.gradient_terms:
+            terms = GradientTerms(self._config, self._learner, experience, advantages, correct, live)
         found: dict[str, list[Tensor]] = {}
         skipped: list[Tensor] = []
         minis = [mini for epoch in plan for mini in epoch]
         for mini in minis:
+            if terms is not None:
+                terms.add(mini, first=mini is minis[0])
             metrics = gradient.accumulate(mini, first=mini is minis[0])
             norm, left_out = self._learner.step(lr, self._config.rl.max_grad_norm, metrics["loss"])
             skipped.append(left_out)
@@ -163,7 +170,8 @@ class Step:
         numbers: list[float] = torch.stack([*means, *(x.double() for x in skipped)]).tolist()
         left_out_minis = [mini for mini, flag in zip(minis, numbers[len(found) :], strict=True) if flag]
         result = dict(zip(found, numbers, strict=False)) | {"skipped_updates": len(left_out_minis)}
-        return Update(result | gradient.agreement(), sorted({i for mini in left_out_minis for i in mini.rows}))
+        result |= gradient.agreement() | (terms.metrics() if terms is not None else {})
+        return Update(result, sorted({i for mini in left_out_minis for i in mini.rows}))
 
     def plan_update(self, experience: Experience, advantages: Advantages) -> tuple[Plan, list[bool]]:
         """The mini-batches, and which rollouts have a gradient. The others are in no micro-batch of the fast path, and

@@ -4,6 +4,7 @@ import pytest
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.methods import METHODS, load_method_config, method_name
+from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 
 
@@ -20,6 +21,18 @@ def test_presets_are_what_they_are_called() -> None:
         assert set(values) >= {"rl.estimator", "contrastive.mode", "reward.partial"}
     with pytest.raises(InputError, match="allowed: sft, reft, grpo, dr_grpo, carft, carft_negative, carft_both"):
         load_method_config(quickstart, [], "dpo")
+
+
+def test_a_part_of_a_method_is_not_called_by_its_name() -> None:
+    def named(*options: str) -> str:
+        return method_name(load_config(None, options))
+
+    assert named() == "carft"
+    assert named("reward.partial=constant") == "custom", "CARFT without its partial reward"
+    assert named("contrastive.mode=none") == "custom", "the partial reward alone"
+    assert named("contrastive.mode=none", "reward.partial=constant") == "reft"
+    assert named("contrastive.mode=answer") == "custom"
+    assert named("reward.partial=constant", "reward.fn=a:b") == "carft"
 
 
 def test_continued_sft_sees_as_many_rows_as_rl_has_rollouts() -> None:

@@ -91,10 +91,18 @@ def test_nothing_of_the_default_config_looks_like_a_secret() -> None:
             ["rollout.draft_budget=32"],
             r'draft_budget = 32 needs drafts = "auto" and engine = "vllm" or "vllm-server", these are "auto" and "hf"',
         ),
+        (
+            ["contrastive.mode=answer", "contrastive.gradient=published"],
+            r'contrastive\.mode = "answer" needs gradient = "full" or "local", this is "published"',
+        ),
+        (["contrastive.mode=answer", "data.answer_phrase="], r'"answer" needs annotations that end with data\.answer_'),
+        (["contrastive.mode=answer", "reward.answer_type=program"], r'this is .* with reward\.answer_type = "program"'),
+        (["rollout.prefix_steps=9"], r"rollout\.prefix_steps = 9 needs prefix above 0, this is 0"),
+        (["rollout.prefix=1.0"], r"rollout\.prefix = 1\.0: input should be less than 1"),
         (["rollout.engine=sglang"], r"rollout\.engine = \"sglang\": input should be 'hf', 'vllm' or 'vllm-server'"),
     ],
 )
-def test_impossible_rollout_settings_are_named(overrides: list[str], message: str) -> None:
+def test_impossible_settings_are_named(overrides: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         load_config(None, overrides)
 

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from carft_fast.config.sections import ANSWER_PHRASE
 from carft_fast.core.errors import InputError
 from carft_fast.core.example import Example
 from carft_fast.data.chat import ChatRenderer
@@ -336,3 +337,32 @@ def test_a_completion_ends_as_the_chat_template_ends_a_turn(end: str, expected: 
     # an ordinary token in a generation config is a mistake in it: a default of the architecture, say
     assert own.end_ids([eom, EOS, plain, 7]) == (EOS, eom)
     assert chat.end_ids([im_end, eom]) == tuple(dict.fromkeys([taught, EOS, im_end, eom]))
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "begins"),
+    [
+        (ANSWER_PHRASE, "2 + 1 = 3.\nTherefore, the answer is: 3", "Therefore"),
+        (ANSWER_PHRASE, "Therefore, the answer is: 2. No:\nTHEREFORE, the answer is 3", "THEREFORE"),
+        (ANSWER_PHRASE, "So 3 \U0001f600\u00e9. Therefore, the answer is: 3", "Therefore"),
+        ("#### {answer}", "2 + 1 = 3.\n#### 3", "####"),
+        ("\\boxed{{answer}}", "So \\boxed{2}, or \\boxed{3}.", "\\boxed{3"),
+        ("The answer is \\boxed{{answer}}.", "So the answer is \\boxed{3}.", "the answer"),
+    ],
+)
+def test_the_token_with_which_the_answer_phrase_begins(phrase: str, text: str, begins: str) -> None:
+    """With a token a byte, and with words that have their space before them; characters of several bytes."""
+    for vocabulary in (256 + len(SPECIAL), 400):
+        bpe = Tokenizer(models.BPE())
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[*SPECIAL], initial_alphabet=alphabet)
+        bpe.train_from_iterator([text], trainer)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+        form = PromptFormat(tokenizer, answer_phrase=phrase)
+        ids = [*tokenizer(text)["input_ids"], EOS]
+        index = form.answer_index(ids)
+        assert index is not None
+        assert form.decode(ids[index:]).lstrip(" ").startswith(begins)
+        assert form.decode(ids[:index]).rstrip(" ") == text[: text.rindex(begins)].rstrip(" ")
+        assert form.answer_index([]) is None

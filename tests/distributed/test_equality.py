@@ -36,7 +36,7 @@ from carft_fast.training.pipeline import train as train_run
 from carft_fast.training.run import evaluate
 from carft_fast.training.step import Update
 from tests.conftest import TINY_RUN
-from tests.training.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out
+from tests.training.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out, with_answers
 
 OPTIONS = ["rl.lr=1e-3", "rl.eps=1e-4", "rl.max_grad_norm=1.0", "model.gradient_checkpointing=false"]
 GROUPS = {
@@ -81,6 +81,10 @@ def settings() -> list[Setting]:
     variants = ["rl.ratio=sequence", "rl.estimator=rloo", "rl.dual_clip=1.2", "rl.clip_high=0.01", "rl.ppo_epochs=2"]
     variants += ["rl.kl_loss_coef=0.1", "rl.kl_estimate=k2", 'rollout.correction="truncated"', "rl.mini_batch_size=6"]
     found.append(Setting("rloo, ratios of sequences", [*METHODS["dr_grpo"], *variants], lambda: three(4)))
+    terms = [*METHODS["carft_both"], "rl.gradient_terms=true", "rl.mini_batch_size=6", "rl.kl_loss_coef=0.1"]
+    found.append(Setting("gradients of terms", terms, lambda: three(1)))
+    answers = ["contrastive.mode=answer", "contrastive.coef=0.3", "rl.micro_batch_tokens=160"]
+    found.append(Setting("answer states", answers, lambda: [with_answers(case, 5)[0] for case in three(1)]))
     found.append(Setting("lora", [*METHODS["carft_both"], "lora.rank=4"], lambda: three(1)))
     found.append(Setting("padded", [*METHODS["carft_both"], 'model.impl="padded"'], lambda: three(1)))
     return found

@@ -191,6 +191,20 @@ def test_shared_prompts_follow_the_worked_example() -> None:
     assert batch.segments.cu_k.tolist() == [0, 3, 8, 14]
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_cot_has_the_last_tokens_of_its_prompt(share: bool) -> None:
+    """Two completions of one prompt, one of another, one that is empty."""
+    prompts, completions, lengths = [[1, 2, 3], [6], [1, 2, 3], [1, 2, 3]], [[4, 5], [7], [], [8]], [2, 0, 1, 2]
+    batch = pack(prompts, completions, CPU, share_prompts=share, prefix_lengths=lengths)
+    plain = pack(prompts, completions, CPU, share_prompts=share)
+    assert batch.ids_T[batch.cot_index_K].tolist() == [2, 3, 4, 5, 7, 3, 2, 3, 8]
+    assert batch.cot_cu.tolist() == [0, 4, 5, 6, 9]
+    for name in ("ids_T", "position_T", "completion_cu", "read_index_C", "predict_index_C"):
+        assert torch.equal(getattr(batch, name), getattr(plain, name))
+    assert torch.equal(plain.cot_index_K, plain.read_index_C)
+    assert torch.equal(plain.cot_cu, plain.completion_cu)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("share", [False, True])
 def test_a_forward_after_kept_prompts_is_as_if_it_had_them(name: str, share: bool) -> None:

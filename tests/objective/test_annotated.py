@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from carft_fast.objective.annotated import mark_common
+from carft_fast.objective.annotated import mark_answers, mark_common
 from carft_fast.objective.passes import Rows
 
 CPU = torch.device("cpu")
@@ -44,3 +44,18 @@ def test_common_parts_are_of_completions_and_as_long_as_can_be() -> None:
         assert there[0].all()
     assert not marked.parts[7][1].any()
     assert not marked.parts[8][2].any()
+
+
+def test_the_token_before_an_answer_phrase_is_a_part_of_its_own() -> None:
+    """A prefix counts as a part of the CoT; where either side has no phrase, or nothing before it, neither has one."""
+    prompts = [[1, 2, 3, 4]] * 5
+    rollouts = Rows(prompts, [[5, 6], [7], [8, 9, 5], [6], [5, 5]], prefix_lengths=[1, 2, 0, 0, 0])
+    annotated = Rows(prompts, [[5, 6, 7], [5, 6], [7, 8], [9, 9], [7, 7]])
+    answers = [(2, 1), (1, 1), (None, 1), (0, 1), (1, None)]
+    marked, marked_annotated = mark_answers(rollouts, annotated, answers, CPU)
+    for rows, before in ((marked, [[0, 1, 0], [1, 0, 0]]), (marked_annotated, [[1, 0, 0], [1, 0]])):
+        assert rows.parts is not None
+        assert all(part[0].all() for part in rows.parts)
+        assert [part[1].int().tolist() for part in rows.parts[:2]] == before
+        assert not any(part[1].any() for part in rows.parts[2:])
+        assert [part.shape[1] for part in rows.parts] == list(map(len, rows.cots))

@@ -90,6 +90,27 @@ def test_negative_signal_is_the_papers(seed: int) -> None:
     assert not gradients[0][:, 0].any(), "the whole completion takes no part"
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_answer_states_are_drawn_by_the_positive_signal_without_those_that_lack_one(seed: int) -> None:
+    """Spec of eq. 7, a row at a time: rows with a state that are correct, over all that have one."""
+    z_2, targets = random_targets(seed)
+    has = torch.arange(7) % 3 != seed % 3
+    targets = ContrastTargets(targets.z_1, targets.correct_B & has, candidate_B=has)
+    cosine_BB = torch.nn.functional.cosine_similarity(targets.z_1[:, None], z_2[None, :, -1], dim=2)
+    rows = [
+        (cosine_BB[i, has] / 0.3).exp().sum().log() - cosine_BB[i, i].clamp(max=0.9) / 0.3
+        for i in range(7)
+        if targets.correct_B[i]
+    ]
+    expected = torch.stack(rows).mean()
+    found = contrastive_loss(z_2, targets, settings(mode="answer", temperature=0.3))
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(x, z_2, retain_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0][~has].any()
+    assert not gradients[0][:, :-1].any()
+
+
 def test_both_signals_are_their_weighted_mean() -> None:
     """A half of each by default; a weight has no say where only one signal is there."""
     z_2, targets = random_targets(3)
@@ -117,11 +138,13 @@ def test_published_negatives_carry_no_gradient() -> None:
     assert torch.autograd.grad(published, excluded, allow_unused=True)[0] is None
 
 
-@pytest.mark.parametrize("mode", ["positive", "negative", "both"])
+@pytest.mark.parametrize("mode", ["positive", "negative", "both", "answer"])
 def test_no_rollout_to_speak_of_is_zero_with_zero_gradient(mode: str) -> None:
     z_2, targets = random_targets(5)
     nobody = torch.zeros(7, dtype=torch.bool)
     targets = targets._replace(correct_B=nobody, has_common_B=nobody, has_excluded_B=nobody)
+    if mode == "answer":
+        targets = targets._replace(candidate_B=nobody)
     loss = contrastive_loss(z_2, targets, settings(mode=mode))
     assert float(loss.detach()) == 0
     assert not torch.autograd.grad(loss, z_2)[0].any()

@@ -1,5 +1,7 @@
 """One step taken apart: rollouts written by hand, and what a config makes of them. For tests and nothing else."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from carft_fast.core.seeds import derive_seed
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
 from carft_fast.objective.advantage import Advantages
+from carft_fast.objective.annotated import mark_answers
 from carft_fast.objective.passes import Rows
 from carft_fast.rewards.answers import Grade
 from carft_fast.training.batch import Experience, Plan, Samples
@@ -73,6 +76,20 @@ def random_case(seed: int, verdicts: str, *, prompts: int = 12, per_prompt: int 
     sampled = -torch.rand(sum(map(len, completions)), generator=generator) - 3.5
     prompt_ids = [prompt for prompt, _ in rows]
     return Case(Samples(Rows(prompt_ids, completions), Rows(prompt_ids, [cot for _, cot in rows]), sampled), grades)
+
+
+def with_answers(case: Case, seed: int) -> tuple[Case, list[tuple[int | None, int | None]]]:
+    """The same with answer phrases: somewhere, right at the start (nothing before), or nowhere."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def somewhere(cot: Sequence[int]) -> int | None:
+        index = int(torch.randint(-2, len(cot), (1,), generator=generator))
+        return index if index >= 0 else None
+
+    rollouts, annotated = case.samples.rollouts, case.samples.annotated
+    answers = [(somewhere(x), somewhere(y)) for x, y in zip(rollouts.cots, annotated.cots, strict=True)]
+    rollouts, annotated = mark_answers(rollouts, annotated, answers, CPU)
+    return Case(replace(case.samples, rollouts=rollouts, annotated=annotated), case.grades), answers
 
 
 class Parts(NamedTuple):

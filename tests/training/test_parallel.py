@@ -165,16 +165,23 @@ def test_what_accelerate_asks_for_and_this_trainer_does_not_do(
 
 
 @pytest.mark.parametrize("how", ["zero2", "zero3"])
-def test_a_rollback_under_deepspeed_is_refused_before_anything_is_written(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("guard.action=rollback", r'guard.action = "rollback" .* "{}" \(DeepSpeed\): allowed are "off"'),
+        ("rl.gradient_terms=true", r'rl.gradient_terms = true .* "{}" \(DeepSpeed\): allowed are false'),
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_before_anything_is_written(
+    option: str, message: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(carft_fast.training.parallel, "world_size", lambda: 2)
-    options = ["guard.action=rollback", f"distributed.strategy={how}"]
+    options = [option, f"distributed.strategy={how}"]
     config = load_config(str(ROOT / "carft_fast" / "config" / "quickstart.toml"), options)
-    with pytest.raises(InputError, match=rf'guard.action = "rollback" .* "{how}" \(DeepSpeed\): allowed are "off"'):
+    with pytest.raises(InputError, match=message.format(how)):
         prepare(config, tmp_path / "run", Console(), stages=("sft", "rl"))
     assert not (tmp_path / "run").exists()
-    prepare(config, tmp_path / "run", Console(), stages=("sft",))  # which has no guard
+    prepare(config, tmp_path / "run", Console(), stages=("sft",))  # which has neither
 
 
 # --- gradients of whole copies ---

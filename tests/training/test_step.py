@@ -529,11 +529,25 @@ def test_group_advantages_by_hand() -> None:
 
 
 def test_needs_follow_the_config() -> None:
-    all_but_negative = Needs(value=True, embedding=True, contrastive=True, negative=False, old=True, reference=True)
-    assert Needs.of(quick_config()) == all_but_negative
+    usual = {"value": True, "embedding": True, "contrastive": True, "old": True, "reference": True}
+    assert Needs.of(quick_config()) == Needs(**usual, negative=False, answer=False)
+    assert Needs.of(quick_config("contrastive.mode=answer")) == Needs(**usual, negative=False, answer=True)
     assert Needs.of(quick_config(*METHODS["carft_both"])).negative
     assert Needs.of(quick_config("contrastive.coef=0.0")).embedding, "the partial reward reads the cosine"
     assert not Needs.of(quick_config(*METHODS["reft"])).embedding
+
+
+def test_carft_without_its_loss_and_without_its_partial_reward() -> None:
+    case = random_case(3, "mixed")
+    wrong = torch.tensor([not grade.correct for grade in case.grades])
+    loss_alone, reward_alone = quick_config("reward.partial=constant"), quick_config("contrastive.mode=none")
+    parts = take_apart(loss_alone, case)
+    assert parts.score_N[wrong].tolist() == pytest.approx([0.1] * int(wrong.sum()))
+    assert update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))["contrastive_loss"] > 0
+    parts = take_apart(reward_alone, case)
+    assert parts.experience.cosine_N is not None
+    torch.testing.assert_close(parts.score_N[wrong], 0.2 + 0.1 * parts.experience.cosine_N[wrong])
+    assert "contrastive_loss" not in update(parts, case, torch.optim.SGD(parts.policy.parameters(), lr=0.1))
 
 
 def test_the_contrastive_term_reaches_model_and_heads() -> None:
