@@ -37,11 +37,13 @@ from carft_kernels._runtime import (
     head_logits,
     head_logits_into,
     log_implementation,
+    most_rows,
     rows_scratch,
     soft_cap_,
     soft_cap_reference,
     softmax_parts_,
     split_index,
+    token_chunks,
     use_triton,
     wide_matmul,
     zero_rows_,
@@ -116,14 +118,12 @@ def _forward(
     logprob_T, top_T, log_total_T = (hidden_TD.new_empty(tokens, dtype=dtype) for _ in range(3))
     entropy_T = hidden_TD.new_empty(tokens if with_entropy else 0, dtype=dtype)
     target_T1, ignored_T, outside_T = split_index(target_T, weight_VD.shape[0], ignore_index)
-    step = chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)
-    for s in range(0, tokens, step):
-        e = s + step
-        x, _ = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature, logit_softcap)
-        logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
-        log_total_T[s:e] = sum_exp.log()
+    for rows in token_chunks(tokens, chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)):
+        x, _ = _chunk_logits(hidden_TD[rows], weight_VD, bias, temperature, logit_softcap)
+        logprob_T[rows], top_T[rows], exp, sum_exp = softmax_parts_(x, target_T1[rows])
+        log_total_T[rows] = sum_exp.log()
         if with_entropy:
-            entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
+            entropy_T[rows] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
     logprob_T.masked_fill_(outside_T, torch.nan)
     for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
         x_T.masked_fill_(ignored_T, 0.0)
@@ -173,14 +173,13 @@ def _backward(
     dtype = accumulation_dtype(hidden_TD)
     d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
     d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
-    step = chunk_size(tokens, vocabulary, hidden_TD.device)
+    chunks = token_chunks(tokens, chunk_size(tokens, vocabulary, hidden_TD.device))
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
     d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
     if via_triton:
-        x_scratch = rows_scratch(hidden_TD, step, vocabulary, torch.float32)
-        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, step, vocabulary)
-    for s in range(0, tokens, step):
-        rows = slice(s, s + step)
+        x_scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, torch.float32)
+        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, most_rows(chunks), vocabulary)
+    for rows in chunks:
         # whatever an ignored token's state holds must not reach d_weight: 0 * NaN is NaN
         h = hidden_TD[rows].masked_fill(ignored_T[rows, None], 0.0)
         d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))

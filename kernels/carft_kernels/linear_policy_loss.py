@@ -38,6 +38,7 @@ from carft_kernels._runtime import (
     head_logits,
     head_logits_into,
     log_implementation,
+    most_rows,
     product,
     rows_scratch,
     scaled_gradient,
@@ -45,6 +46,7 @@ from carft_kernels._runtime import (
     soft_cap_reference,
     softmax_parts_,
     split_index,
+    token_chunks,
     use_triton,
     wide_matmul,
 )
@@ -138,12 +140,11 @@ def _loss_and_gradients(
     stats = hidden_TD.new_zeros(5, dtype=dtype)
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
     weight_T = weight_T.masked_fill(ignored_T, 0.0)
-    chunk_tokens = min(chunk_tokens, tokens)
+    chunks = token_chunks(tokens, chunk_tokens)
     if via_triton:
-        x_scratch = rows_scratch(hidden_TD, chunk_tokens, vocabulary, torch.float32)
-        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, chunk_tokens, vocabulary)
-    for s in range(0, tokens, max(chunk_tokens, 1)):
-        rows = slice(s, s + chunk_tokens)
+        x_scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, torch.float32)
+        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, most_rows(chunks), vocabulary)
+    for rows in chunks:
         h, weight = hidden_TD[rows], weight_T[rows]
         if via_triton:
             x = x_scratch[: len(h)]
@@ -242,7 +243,7 @@ def _loss_and_gradients(
             if everyone:
                 wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
             else:
-                d_hidden_TD[s + index] = product(d, weight_VD)
+                d_hidden_TD[rows.start + index] = product(d, weight_VD)
         if need_weight:
             add_product_(d_weight_VD, d.T, h if everyone else h[index])
     gradients = d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
@@ -355,7 +356,8 @@ def linear_policy_loss(
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
-        chunk_tokens: tokens per chunk; by default what keeps a chunk's logits small.
+        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
+            logits hold; on a CPU what 32 MB hold.
         skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.

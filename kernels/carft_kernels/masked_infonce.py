@@ -48,9 +48,11 @@ from carft_kernels._runtime import (
     head_logits,
     index_checks_on,
     log_implementation,
+    most_rows,
     on_device,
     rows_scratch,
     split_index,
+    token_chunks,
     use_triton,
     wide_matmul,
 )
@@ -236,9 +238,9 @@ def _check_positives_allowed(positive_N: Tensor, row_mask_N: Tensor | None, allo
 
 
 def _similarity_chunks(anchor_ND: Tensor, candidate_MD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    step = chunk_size(len(anchor_ND), len(candidate_MD), anchor_ND.device)
-    for s in range(0, len(anchor_ND), step):
-        yield slice(s, s + step), head_logits(anchor_ND[s : s + step], candidate_MD)
+    n = len(anchor_ND)
+    for rows in token_chunks(n, chunk_size(n, len(candidate_MD), anchor_ND.device)):
+        yield rows, head_logits(anchor_ND[rows], candidate_MD)
 
 
 def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tensor:
@@ -287,16 +289,15 @@ def _backward(
         d_candidate_MD.mul_(inverse_M[:, None])
         return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
     config = config_for(anchor_ND, candidate_MD, plain=False)
-    step = chunk_size(n, m, anchor_ND.device)
+    chunks = token_chunks(n, chunk_size(n, m, anchor_ND.device))
     # one gradient among thousands of candidates is below what float16 holds
     product_dtype = torch.float32 if anchor_ND.dtype == torch.float16 else anchor_ND.dtype
     candidate_product_MD = candidate_MD.to(product_dtype)
-    scratch = rows_scratch(anchor_ND, min(step, n), m, product_dtype)
+    scratch = rows_scratch(anchor_ND, most_rows(chunks), m, product_dtype)
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     candidates = operand(candidate_MD, config.block_m, config)
     options = config.launch(anchor_ND.dtype)
-    for s in range(0, n, step):
-        rows = slice(s, s + step)
+    for rows in chunks:
         a = anchor_ND[rows]
         d = scratch[: len(a)]
         with on_device(a):

@@ -34,6 +34,7 @@ from carft_kernels._runtime import (
     soft_cap_reference,
     softmax_parts_,
     split_index,
+    token_chunks,
     use_triton,
     zero_rows_,
 )
@@ -99,14 +100,12 @@ def _forward(
     logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
     entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype)
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
-    step = chunk_size(tokens, vocabulary, logits_TV.device)
-    for s in range(0, tokens, step):
-        e = s + step
-        x, _ = _chunk_logits(logits_TV[s:e], dtype, temperature, logit_softcap)
-        logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
-        log_total_T[s:e] = sum_exp.log()
+    for rows in token_chunks(tokens, chunk_size(tokens, vocabulary, logits_TV.device)):
+        x, _ = _chunk_logits(logits_TV[rows], dtype, temperature, logit_softcap)
+        logprob_T[rows], top_T[rows], exp, sum_exp = softmax_parts_(x, target_T1[rows])
+        log_total_T[rows] = sum_exp.log()
         if with_entropy:
-            entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
+            entropy_T[rows] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
     logprob_T.masked_fill_(outside_T, torch.nan)
     for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
         x_T.masked_fill_(ignored_T, 0.0)
@@ -154,11 +153,9 @@ def _write_gradient(
             softcap=logit_softcap,
         )
         return
-    step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
     target_T1, ignored_T, outside_T = split_index(target_T, logits_TV.shape[1], ignore_index)
     d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
-    for s in range(0, len(target_T), step):
-        rows = slice(s, s + step)
+    for rows in token_chunks(len(target_T), chunk_size(*logits_TV.shape, logits_TV.device)):
         x, slope = _chunk_logits(logits_TV[rows], top_T.dtype, temperature, logit_softcap)
         d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))
         logp = x.sub_(top_T[rows, None]).sub_(log_total_T[rows, None])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import carft_kernels as ck
 from carft_kernels import _runtime
-from carft_kernels._runtime import _index_checks_from, chunk_size
+from carft_kernels._runtime import _index_checks_from, chunk_size, token_chunks
 from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 from carft_kernels.masked_infonce import masked_infonce_reference
@@ -66,8 +66,32 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(operator: str, largest_tenso
             ck.linear_policy_loss(
                 hidden, weight, target, advantage_T=flat + 1, old_logprob_T=flat, weight_T=flat + 1, entropy_coef=0.1
             )[0].backward()
-    assert largest_tensor.numel == chunk_size(tokens, vocabulary, hidden.device) * vocabulary
-    assert largest_tensor.numel * 4 <= 32 << 20
+    assert largest_tensor.numel == 100 * vocabulary, "119 would fit: four equal chunks"
+    assert chunk_size(tokens, vocabulary, hidden.device) * vocabulary * 4 <= 32 << 20
+
+
+@given(tokens=st.integers(0, 100_000), most=st.integers(1, 9_000))
+def test_chunks_are_equal_and_as_few_as_it_takes(tokens: int, most: int) -> None:
+    chunks = token_chunks(tokens, most)
+    sizes, block = [c.stop - c.start for c in chunks], 128 if most >= 1024 else 1
+    assert [t for c in chunks for t in (c.start, c.stop)] == sorted(
+        [0, tokens] * bool(tokens) + [c.start for c in chunks[1:]] * 2
+    )
+    assert all(0 < size <= most for size in sizes)
+    assert all(c.start % block == 0 for c in chunks)
+    assert max(sizes, default=0) - min(sizes, default=0) < 2 * block
+    assert len(chunks) == -(-tokens // (most // block * block))
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 152_064, 202_048, 262_144])
+def test_chunks_of_a_gpu_are_large_enough_for_the_gradient_of_the_weight(vocabulary: int) -> None:
+    """By an H100's figures: 8 bytes of d_weight for the chunk's three products, 6 n FLOP, of the same elements."""
+    n = chunk_size(100_000, vocabulary, torch.device("cuda"))
+    assert n % 128 == 0
+    assert 0.15 * 6 * n / 989e12 > 8 / 3.35e12
+    assert n * vocabulary * 4 <= 3 << 30
+    assert chunk_size(1000, vocabulary, torch.device("cuda")) == 1000
+    assert vocabulary > 152_064 or n == 4096
 
 
 def test_chunk_tokens_bounds_the_scratch(largest_tensor: Any) -> None:
@@ -75,7 +99,7 @@ def test_chunk_tokens_bounds_the_scratch(largest_tensor: Any) -> None:
     rest = at_ratio_one(hidden, weight, target)
     with largest_tensor:
         ck.linear_policy_loss(hidden.requires_grad_(), weight.requires_grad_(), target, **rest, chunk_tokens=7)
-    assert largest_tensor.numel == 7 * 1001
+    assert largest_tensor.numel == 7 * 1001  # 29 chunks of 6 or 7
 
 
 # --- skipped work -----------------------------------------------------------------------------------------------------
