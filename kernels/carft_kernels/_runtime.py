@@ -440,16 +440,20 @@ def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where `total` may be float32 for half-precision factors."""
+def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """total += a @ b, where `total` may be float32 for half-precision factors. The `first` product overwrites it:
+    zeros need not be written and read before."""
     if _by_onednn(a, b.T):
         step = max(1, (1 << 20) // total.shape[1])  # a few rows at a time: the product of all would be as large again
         for s in range(0, total.shape[0], step):
-            total[s : s + step] += linear(a[s : s + step], b.T)
+            part = linear(a[s : s + step], b.T)
+            total[s : s + step] = part if first else part.add_(total[s : s + step])
     elif total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0.0 if first else 1.0)
     elif _on_cuda(a):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
+    elif first:
+        total.copy_(linear(a, b.T))
     else:
         total += linear(a, b.T)
 

@@ -171,7 +171,9 @@ def _backward(
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     d_hidden_TD = torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
     dtype = accumulation_dtype(hidden_TD)
-    d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    d_weight_VD = torch.empty_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    if not tokens:
+        d_weight_VD.zero_()
     d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
     chunks = token_chunks(tokens, chunk_size(tokens, vocabulary, hidden_TD.device))
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
@@ -224,7 +226,7 @@ def _backward(
         if need_hidden:
             wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
         if need_weight:
-            add_product_(d_weight_VD, d.T, h)
+            add_product_(d_weight_VD, d.T, h, first=rows.start == 0)
     return d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
 
 

@@ -127,13 +127,17 @@ def _loss_and_gradients(
     need_bias: bool,
     via_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed)."""
+    """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed).
+
+    The last two in the accumulation dtype: the backward pass casts them as it scales them, so d_weight is read once.
+    """
     log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     check_targets("target_T", target_T, vocabulary, ignore_index)
     dtype = accumulation_dtype(hidden_TD)
     d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
-    d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    d_weight_VD = torch.empty_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
+    first = True  # no product is in d_weight yet
     d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     logprob_T = hidden_TD.new_empty(tokens, dtype=dtype)
@@ -245,9 +249,11 @@ def _loss_and_gradients(
             else:
                 d_hidden_TD[rows.start + index] = product(d, weight_VD)
         if need_weight:
-            add_product_(d_weight_VD, d.T, h if everyone else h[index])
-    gradients = d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
-    return stats[0].clone(), logprob_T, stats, *gradients
+            add_product_(d_weight_VD, d.T, h if everyone else h[index], first=first)
+            first = False
+    if first:
+        d_weight_VD.zero_()
+    return stats[0].clone(), logprob_T, stats, d_hidden_TD, d_weight_VD, d_bias_V
 
 
 # the number of tokens with a gradient is read back, which no CUDA graph can hold
@@ -265,14 +271,14 @@ def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Ten
         hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype),
         hidden_TD.new_empty(5, dtype=dtype),
         torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
-        torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),
-        weight_VD.new_empty(weight_VD.shape[0] if need_bias else 0),
+        torch.empty_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0),
+        weight_VD.new_empty(weight_VD.shape[0] if need_bias else 0, dtype=dtype),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, logprob_T, stats, *gradients = output
-    ctx.needed, ctx.inputs = inputs[-4:-1], len(inputs)
+    ctx.needed, ctx.inputs, ctx.dtype = inputs[-4:-1], len(inputs), inputs[0].dtype
     ctx.set_materialize_grads(False)  # no zeros of the head's size for the outputs that carry no gradient
     ctx.mark_non_differentiable(logprob_T, stats, *gradients)
     ctx.save_for_backward(*gradients)
@@ -282,7 +288,7 @@ def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     if d_loss is None:
         return (None,) * ctx.inputs
     gradients = [
-        scaled_gradient(gradient, d_loss, gradient.dtype) if needed else None
+        scaled_gradient(gradient, d_loss, ctx.dtype) if needed else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
     ]
     return *gradients, *([None] * (ctx.inputs - 3))

@@ -162,6 +162,41 @@ def test_gradients_nobody_needs_are_not_computed(
     assert largest_tensor.matmul_flops == matmuls * 2 * 20 * VOCABULARY * WIDTH
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dead", [0, 16, 32])
+def test_gradients_do_not_hold_what_was_in_their_memory(impl: Any, dtype: torch.dtype, dead: int) -> None:
+    """d_weight is not set to zero: the first product overwrites it, whichever chunk that is. There may be none."""
+    hidden, weight, target = randn(0, 32, WIDTH), randn(1, VOCABULARY, WIDTH, scale=0.3), targets(32, VOCABULARY)
+    rest = at_ratio_one(hidden, weight, target)
+    rest["weight_T"][:dead] = 0
+    expected = gradients(lambda h, w: linear_policy_loss_reference(h, w, target, **rest)[0], hidden, weight)
+    inputs = [x.to(dtype).to(DEVICE) for x in (hidden, weight)]
+    rest = {name: x.to(DEVICE) for name, x in rest.items()}
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        options: Any = {"old_logprob_T": None, "chunk_tokens": CHUNK, "impl": impl}
+        return ck.linear_policy_loss(h, w, target.to(DEVICE), **rest | options)[0]
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
+    try:
+        assert torch.empty(1).isnan()
+        found = gradients(loss, *inputs)
+        none = gradients(
+            lambda h, w: ck.linear_logprob(h, w, target[:0].to(DEVICE), impl=impl)[0].sum(), inputs[0][:0], inputs[1]
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            ours.double().cpu(),
+            exact,
+            rtol=0,
+            atol=(1e-5 if dtype == torch.float32 else 0.02) * float(exact.abs().max()),
+        )
+    assert not none[1].any()
+
+
 # --- half precision ---------------------------------------------------------------------------------------------------
 
 
