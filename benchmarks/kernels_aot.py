@@ -282,6 +282,7 @@ def matmul_lines(case: Case, code: Code, chip: Chip, cc: int, row: dict[str, Any
     outside = cycles([i for i in code.instructions if id(i) not in loop], chip, warps, case.tensor_rate)
     outside["tensor"] = 0.0  # peeled iterations are among the trips
     busy = {pipe: (inside[pipe] * trips + outside[pipe]) * case.grid / chip.sms / chip.clock for pipe in inside}
+    busy["memory"] = case.floor_bytes / chip.memory  # of the logits that it writes
     bound = max(busy.values())
     row |= {
         "floor_ms": floor * 1e3,

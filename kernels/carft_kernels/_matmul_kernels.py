@@ -177,11 +177,13 @@ def matmul_lse_kernel(
     total,
     spread,
     target_logit,  # [n]
+    logits,  # float32 [n, m], rows `stride_logits` apart, before the soft cap; or None
     n,
     m,
     k,
     stride_a,
     stride_b,
+    stride_logits,
     scale,
     softcap,  # or None: logits as they are
     NORMS: tl.constexpr,
@@ -202,6 +204,10 @@ def matmul_lse_kernel(
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
     x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, n, m, NORMS, BIAS)
+    if logits is not None:
+        logits += row_block.to(tl.int64) * BLOCK_N * stride_logits + column_block * BLOCK_M
+        place = tl.arange(0, BLOCK_N)[:, None] * stride_logits + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(logits + place, x, mask=(rows < n)[:, None] & (columns < m)[None, :])
     if softcap is not None:
         x, _ = soft_cap(x, softcap)
     wanted = tl.load(target + rows, mask=rows < n, other=-1).to(tl.int32)
@@ -305,20 +311,21 @@ def matmul_logprob(
     ignore_index: int | None = None,
     with_entropy: bool = False,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob of the targets, entropy (empty unless asked), row maximum, log2 of the sum below it, targets' logits.
+    logits_NM: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob of the targets, entropy (empty unless asked), row maximum, log2 of the sum below it.
 
     The logits are x_ij / temperature, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j, or with a `softcap`
-    softcap tanh(x_ij / softcap). `mask` (uint8, [M] or
-    [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. All is 0 where the target is
-    `ignore_index`; the log-prob of any other target outside [0, M) is NaN. FLOP: 2 N M K, once.
+    softcap tanh(x_ij / softcap). x itself, in float32 and not capped, goes into `logits_NM` where that is given.
+    `mask` (uint8, [M] or [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. All is 0
+    where the target is `ignore_index`; the log-prob of any other target outside [0, M) is NaN. FLOP: 2 N M K, once.
     """
     n, m = len(a_NK), len(b_MK)
     scale = LOG2E / temperature
     logprob_N, top_N, log_total_N, target_logit_N = (a_NK.new_empty(n, dtype=torch.float32) for _ in range(4))
     entropy_N = a_NK.new_empty(n if with_entropy else 0, dtype=torch.float32)
     if n == 0:
-        return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
+        return logprob_N, entropy_N, top_N, log_total_N
     config = config_for(a_NK, b_MK, plain=row_factor_N is None and bias_M is None and softcap is None)
     blocks = triton.cdiv(m, config.block_m)
     b_operand = operand(b_MK, config.block_m, config)
@@ -343,11 +350,13 @@ def matmul_logprob(
                 total,
                 spread,
                 target_logit_N[rows],
+                None if logits_NM is None else logits_NM[rows],
                 len(a),
                 m,
                 a_NK.shape[1],
                 a_NK.stride(0),
                 b_MK.stride(0),
+                0 if logits_NM is None else logits_NM.stride(0),
                 scale,
                 softcap,
                 NORMS=row_factor_N is not None,
@@ -376,4 +385,4 @@ def matmul_logprob(
                 ENTROPY=with_entropy,
                 **combine,
             )
-    return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
+    return logprob_N, entropy_N, top_N, log_total_N

@@ -187,7 +187,7 @@ def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, softcap
 )
 def logprob_bwd_kernel(
     logits,  # [rows, V], rows `stride` apart
-    out,  # d_logits, [programs, V], rows `out_stride` apart; may be the logits themselves
+    out,  # d_logits, [programs, V], rows `out_stride` apart; may be in the memory of the logits, row by row
     row_index,  # int64: the row of each program (COMPACT)
     target,
     row_top,
@@ -204,6 +204,7 @@ def logprob_bwd_kernel(
     ignore_index,  # a row with this target is not read: its gradient is 0
     softcap,  # or None: logits as they are
     COMPACT: tl.constexpr,
+    NARROW: tl.constexpr,  # a row of half precision at the beginning of its own float32 row
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -218,9 +219,9 @@ def logprob_bwd_kernel(
     end = start + vocabulary
     aligned = (start + 7) // 8 * 8
     aligned_end = tl.maximum(end // 8 * 8, aligned)
-    # An out offset is the logit's plus `move`. Without compaction that is 0, which the compiler must know; with it both
-    # strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
-    if COMPACT:
+    # An out offset is the logit's plus `move`. Where a gradient takes its logit's place that is 0, which the compiler
+    # must know; elsewhere both strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
+    if COMPACT or NARROW:
         out += program * out_stride - start
     wanted = tl.load(target + row)
     live = wanted != ignore_index
@@ -246,6 +247,8 @@ def logprob_bwd_kernel(
         column = base + offset
         x = tl.load(logits + column).to(tl.float32)
         d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+        if NARROW:  # a store reaches columns that other threads have read in this round, and none that come later
+            tl.debug_barrier()
         tl.store(out + column, d.to(out.dtype.element_ty))
     for base in range(live_rest, rest, tile):
         tl.store(out + base + offset, tl.zeros([GROUPS, LANES, VECTOR], out.dtype.element_ty))
@@ -254,6 +257,8 @@ def logprob_bwd_kernel(
     whole = vector < vectors
     x = tl.load(logits + column, mask=vector < tl.where(live, vectors, 0), other=0.0).to(tl.float32)
     d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+    if NARROW:
+        tl.debug_barrier()
     tl.store(out + column, d.to(out.dtype.element_ty), mask=whole)
     k = tl.arange(0, 16)
     column = tl.where(k < 8, start + k, aligned_end + k - 8)
@@ -262,7 +267,14 @@ def logprob_bwd_kernel(
     read = tl.where(k < 8, column < tl.minimum(aligned, live_end), column < live_end)
     x = tl.load(logits + column, mask=read, other=0.0).to(tl.float32)
     d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+    if NARROW:
+        tl.debug_barrier()
     tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
+
+
+def narrow_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, V] of `dtype` in the memory of float32 rows, each at the beginning of its own: for their gradient."""
+    return x.view(dtype)[:, : x.shape[1]]
 
 
 def logprob_forward(
@@ -321,11 +333,13 @@ def logprob_backward(
     """Gradient with respect to the logits into `out_NV`, of the rows in `index_N` if given.
 
     Bytes: each logit read once, each gradient written once. Entropy and log-sum-exp take part when their gradient is
-    given.
+    given. `out_NV` may be the logits, or their `narrow_rows`.
     """
     if len(out_NV) == 0:
         return
-    if index_N is None and logits_TV.stride(0) != out_NV.stride(0):  # logits that are a view with a gap between rows
+    narrow = out_NV.dtype != logits_TV.dtype and out_NV.data_ptr() == logits_TV.data_ptr()
+    # logits that are a view with a gap between rows
+    if index_N is None and not narrow and logits_TV.stride(0) != out_NV.stride(0):
         index_N = torch.arange(len(out_NV), device=out_NV.device)
     with on_device(logits_TV):
         logprob_bwd_kernel[(len(out_NV),)](
@@ -347,6 +361,7 @@ def logprob_backward(
             ignore_index,
             softcap,
             COMPACT=index_N is not None,
+            NARROW=narrow,
             ENTROPY=d_entropy_T is not None,
             **row_config(logits_TV.dtype, group=8),
         )

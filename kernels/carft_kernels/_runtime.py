@@ -403,12 +403,6 @@ def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = No
         return linear(hidden_ND, weight_VD, bias_V).to(accumulation_dtype(hidden_ND))
 
 
-def head_logits_into(out: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
-    """out = hidden @ weight.T; see head_logits."""
-    with full_float32():
-        wide_matmul(hidden_ND, weight_VD.T, out=out)
-
-
 def _on_cuda(x: Tensor) -> bool:
     """Where torch has products of half-precision factors with a float32 result."""
     return x.is_cuda

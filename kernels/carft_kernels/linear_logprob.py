@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from carft_kernels._matmul_kernels import matmul_logprob
-from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
+from carft_kernels._row_kernels import logprob_backward, lse_of, narrow_rows
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
@@ -35,7 +35,6 @@ from carft_kernels._runtime import (
     given_gradients,
     gradient_or_nan,
     head_logits,
-    head_logits_into,
     log_implementation,
     most_rows,
     rows_scratch,
@@ -101,7 +100,7 @@ def _forward(
     log_implementation("linear_logprob", via_triton, hidden_TD.device.type)
     check_targets("target_T", target_T, weight_VD.shape[0], ignore_index)
     if via_triton:
-        logprob_T, entropy_T, top_T, log_total_T, _ = matmul_logprob(
+        logprob_T, entropy_T, top_T, log_total_T = matmul_logprob(
             hidden_TD,
             weight_VD,
             target_T,
@@ -180,29 +179,29 @@ def _backward(
     d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
     if via_triton:
         x_scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, torch.float32)
-        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, most_rows(chunks), vocabulary)
     for rows in chunks:
         # whatever an ignored token's state holds must not reach d_weight: 0 * NaN is NaN
         h = hidden_TD[rows].masked_fill(ignored_T[rows, None], 0.0)
         d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))
         if via_triton:
-            x, d = x_scratch[: len(h)], d_scratch[: len(h)]
-            head_logits_into(x, h, weight_VD)
-            if bias is not None:
-                x += bias
-            top, log_total = top_T[rows], log_total_T[rows]
-            if hidden_TD.dtype == dtype:
-                # The two matmuls round differently: with float32 logits in the hundreds that would show in
-                # exp(logit - lse). Half precision hides it, and saves the pass.
-                _, _, top, log_total = logprob_forward(
-                    x, target_T[rows], temperature, False, ignore_index, logit_softcap
-                )
+            x = x_scratch[: len(h)]
+            d = narrow_rows(x, hidden_TD.dtype)
+            matmul_logprob(
+                h,
+                weight_VD,
+                target_T[rows],
+                temperature,
+                bias_M=bias,
+                ignore_index=ignore_index,
+                softcap=logit_softcap,
+                logits_NM=x,
+            )
             logprob_backward(
                 x,
                 d,
                 target_T[rows],
-                top,
-                log_total,
+                top_T[rows],
+                log_total_T[rows],
                 d_logprob_T[rows],
                 temperature,
                 ignore_index,

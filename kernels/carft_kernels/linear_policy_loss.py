@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carft_kernels._matmul_kernels import matmul_logprob
 from carft_kernels._policy_kernels import KlEstimate, PolicyLoss, TokenTerms, policy_terms, policy_terms_reference
-from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
+from carft_kernels._row_kernels import logprob_backward, lse_of, narrow_rows
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
@@ -36,7 +37,6 @@ from carft_kernels._runtime import (
     check_targets,
     chunk_size,
     head_logits,
-    head_logits_into,
     log_implementation,
     most_rows,
     product,
@@ -147,16 +147,20 @@ def _loss_and_gradients(
     chunks = token_chunks(tokens, chunk_tokens)
     if via_triton:
         x_scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, torch.float32)
-        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, most_rows(chunks), vocabulary)
     for rows in chunks:
         h, weight = hidden_TD[rows], weight_T[rows]
         if via_triton:
             x = x_scratch[: len(h)]
-            head_logits_into(x, h, weight_VD)
-            if bias is not None:
-                x += bias
-            logprob, entropy, top, log_total = logprob_forward(
-                x, target_T[rows], temperature, True, ignore_index, logit_softcap
+            logprob, entropy, top, log_total = matmul_logprob(
+                h,
+                weight_VD,
+                target_T[rows],
+                temperature,
+                bias_M=bias,
+                ignore_index=ignore_index,
+                with_entropy=True,
+                softcap=logit_softcap,
+                logits_NM=x,
             )
             lse = lse_of(top, log_total) if z_loss_coef else None
         else:
@@ -201,11 +205,9 @@ def _loss_and_gradients(
             everyone, h = True, h.masked_fill(~live[:, None], 0.0)
         d_entropy = -entropy_coef * weight if entropy_coef else None
         if via_triton:
-            # rows beyond `index` are neither read nor written; without a gap the gradient goes over its own logits
-            d = d_scratch[: len(h) if everyone else len(index)]
+            # without a gap the gradient goes over its own logits
+            d = narrow_rows(x, hidden_TD.dtype) if everyone else rows_scratch(hidden_TD, len(index), vocabulary)
             target = target_T[rows] if skip_dead else target_T[rows].masked_fill(~live, ignore_index)
-            if not everyone and d_scratch is x_scratch:
-                d = rows_scratch(hidden_TD, len(index), vocabulary)
             logprob_backward(
                 x,
                 d,

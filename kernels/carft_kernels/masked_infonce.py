@@ -184,7 +184,7 @@ def _forward(
     inverse_N, inverse_M = _inverse_norm(anchor_ND, via_triton), _inverse_norm(candidate_MD, via_triton)
     stats_2N = inverse_N.new_empty(2, n)
     if via_triton:
-        logprob_N, _, top_N, log_total_N, _ = matmul_logprob(
+        logprob_N, _, top_N, log_total_N = matmul_logprob(
             anchor_ND,
             candidate_MD,
             positive_N,

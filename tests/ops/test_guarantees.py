@@ -70,7 +70,8 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(operator: str, largest_tenso
     assert chunk_size(tokens, vocabulary, hidden.device) * vocabulary * 4 <= 32 << 20
 
 
-@given(tokens=st.integers(0, 100_000), most=st.integers(1, 9_000))
+@settings(deadline=None, derandomize=True)
+@given(tokens=st.integers(0, 20_000), most=st.integers(1, 9_000))
 def test_chunks_are_equal_and_as_few_as_it_takes(tokens: int, most: int) -> None:
     chunks = token_chunks(tokens, most)
     sizes, block = [c.stop - c.start for c in chunks], 128 if most >= 1024 else 1
