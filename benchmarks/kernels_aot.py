@@ -289,6 +289,7 @@ def matmul_lines(case: Case, code: Code, chip: Chip, cc: int, row: dict[str, Any
         "bound_ms": bound * 1e3,
         "bound_over_floor": bound / floor,
         "busiest": max(busy, key=lambda pipe: busy[pipe]),
+        "epilogue_over_product": max(outside.values()) / (inside["tensor"] * trips),
     }
     if bound > 1.15 * floor:
         failed.append(f"bound {bound / floor:.3f} of the floor")
