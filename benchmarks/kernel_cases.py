@@ -168,20 +168,20 @@ def matmul_case(
     cc: int, kernel: Any, label: str, dtype: torch.dtype, tma: bool, plain: bool, size: tuple[int, int, int], **own: Any
 ) -> Case:
     config = matmul.tile_config(CHIPS[cc].capability, dtype, tma=tma, plain=plain)
-    (n, m, k), name = size, NAMES[dtype]
+    (m, n, k), name = size, NAMES[dtype]
     matrix = {
         operand: f"tensordesc<{name}[{block},{config.block_k}]>" if config.tma else f"*{name}"
-        for operand, block in (("a", config.block_n), ("b", config.block_m))
+        for operand, block in (("a", config.block_m), ("b", config.block_n))
     }
-    sizes = dict.fromkeys(("n", "m", "k", "stride_a", "stride_b"), "i32")
+    sizes = dict.fromkeys(("m", "n", "k", "stride_a", "stride_b"), "i32")
     return Case(
         kernel,
-        f"{label}, {name}{', TMA' * tma}, M={m}",
+        f"{label}, {name}{', TMA' * tma}, N={n}",
         "matmul",
         matrix | sizes | {"scale": "fp32"} | own,
         config.launch(dtype),
-        unaligned=("n", "m") if m % 16 else (),
-        grid=math.ceil(n / config.block_n) * math.ceil(m / config.block_m),
+        unaligned=("m", "n") if n % 16 else (),
+        grid=math.ceil(m / config.block_m) * math.ceil(n / config.block_n),
         floor_bytes=4.0 * n * m if own.get("logits") else 0,
         flop=2.0 * n * m * k * (3 if dtype == torch.float32 else 1),
         tensor_rate=0.5 if dtype == torch.float32 else 1.0,
@@ -385,21 +385,19 @@ def other_cases() -> list[Case]:
                 POLICY_SEQUENCE_CONFIG,
             )
         )
-    # the similarities' targets are never ignored; they have no entropy
-    for entropy, ignoring in ((False, True), (True, True), (False, False)):
+    for entropy in (False, True):
         cases.append(
             Case(
                 matmul.combine_kernel,
-                f"entropy={entropy}{'' if ignoring else ', similarity'}",
+                f"entropy={entropy}",
                 "small",
                 dict.fromkeys(("top", "total", "target_logit", "logprob", "entropy"), vector)
                 | {"spread": vector if entropy else None}
                 | {"target": "*i64", "row_top": vector, "log_total": vector, "scale": "fp32"}
-                | dict.fromkeys(("n", "m", "blocks"), "i32")
-                | {"ignore_index": "i32" if ignoring else None}
+                | dict.fromkeys(("m", "n", "blocks", "ignore_index"), "i32")
                 | {"target_limit": "fp32", "logprob_limit": "fp32", "ENTROPY": entropy},
                 matmul.COMBINE_CONFIG,
-                ("m", "blocks", "ignore_index"),
+                ("n", "blocks", "ignore_index"),
             )
         )
     for longest in (1, 512, 1024, 4096, 8192):

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -91,9 +91,45 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels launch on the current device: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **options: Any) -> None:
+    """On the device of the first tensor: kernels launch on the current one."""
+    x = next(x for x in arguments if isinstance(x, Tensor))
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if all(grid):
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            kernel[grid](*arguments, **options)
+
+
+_SCHEMA: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?"}
+_SCHEMA |= {int: "SymInt", bool: "bool", str: "str"}
+
+
+def unflatten(kinds: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+    """NamedTuples of these kinds, of their fields one after the other."""
+    values = iter(flat)
+    return [kind._make(itertools.islice(values, len(kind._fields))) for kind in kinds]
+
+
+def define_operator(
+    name: str, kinds: Sequence[Any], returns: str, function: Any, fake: Any, *, mutates: str = "", tags: Any = ()
+) -> Any:
+    """The operator carft::`name`, whose arguments are the fields of NamedTuples; `function` and `fake` get these.
+
+    `returns` is the schema's, such as "(Tensor, Tensor)". `mutates`: the argument that the operator writes to.
+    """
+
+    def whole(of_kinds: Any) -> Any:
+        return lambda *flat: of_kinds(*unflatten(kinds, flat))
+
+    fields = {field: _SCHEMA[kind] for x in kinds for field, kind in get_type_hints(x).items()}
+    if mutates:
+        fields[mutates] = "Tensor(a!)"
+    schema = f"({', '.join(f'{kind} {field}' for field, kind in fields.items())}) -> {returns}"
+    operator = torch.library.custom_op(
+        f"carft::{name}", whole(function), mutates_args=[mutates] if mutates else (), schema=schema, tags=tags
+    )
+    operator.register_fake(whole(fake))
+    return operator
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -209,16 +245,6 @@ def check_positive(name: str, x: float) -> None:
         raise ValueError(f"{name} = {x}: expected a finite number above 0")
 
 
-def check_softcap(logit_softcap: float | None) -> None:
-    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
-        raise ValueError(f"logit_softcap = {logit_softcap}: expected a finite number above 0, or None")
-
-
-def check_ignore_index(ignore_index: int) -> None:
-    if not -(1 << 31) <= ignore_index < 1 << 31:
-        raise ValueError(f"ignore_index = {ignore_index}: expected a 32-bit integer")
-
-
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -257,89 +283,6 @@ def token_chunks(tokens: int, most: int) -> list[slice]:
 
 def most_rows(chunks: Sequence[slice]) -> int:
     return max((rows.stop - rows.start for rows in chunks), default=0)
-
-
-def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 [N, 1] that can be gathered with, bool [N] which are ignored, bool [N] which are outside [0, size).
-
-    Nothing is read back. What is outside gets NaN: without index checks it would be somebody else's number.
-    """
-    ignored_N = torch.zeros_like(index_N, dtype=torch.bool) if ignore_index is None else index_N == ignore_index
-    outside_N = ((index_N < 0) | (index_N >= size)) & ~ignored_N
-    return index_N.long().clamp(0, size - 1)[:, None], ignored_N, outside_N
-
-
-def given_gradients(
-    d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, like_T: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of log-prob, entropy and log-sum-exp, None where autograd has none, as the backward operators take
-    them.
-
-    Contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index.
-    """
-    d_logprob_T = torch.zeros_like(like_T) if d_logprob_T is None else d_logprob_T.contiguous()
-    d_entropy_T, d_lse_T = (None if d is None or not d.numel() else d.contiguous() for d in (d_entropy_T, d_lse_T))
-    return d_logprob_T, d_entropy_T, d_lse_T
-
-
-def gradient_or_nan(d_N: Tensor, outside_N: Tensor) -> Tensor:
-    """The gradient of a number that is NaN because its index is outside; 0 stays 0."""
-    return d_N.masked_fill(outside_N & (d_N != 0), math.nan)
-
-
-def zero_rows_(x: Tensor, rows: Tensor) -> None:
-    """x[rows] = 0 for bool rows, whatever x holds; nothing is read back from a GPU."""
-    if x.device.type == "cpu":
-        x.index_fill_(0, rows.nonzero()[:, 0], 0.0)  # touches those rows alone
-    else:
-        x.masked_fill_(rows[:, None], 0.0)
-
-
-def soft_cap_reference(x: Tensor, cap: float) -> Tensor:
-    """The obvious expression of `soft_cap_`."""
-    return torch.where(x == -math.inf, x, cap * (x / cap).tanh())
-
-
-def soft_cap_(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap) in place of logits [n, V], and its derivative [n, V]. What is -inf stays so."""
-    excluded = x == -math.inf
-    x.div_(cap).tanh_()
-    slope = x.square().neg_().add_(1.0)
-    x.mul_(cap).masked_fill_(excluded, -math.inf)
-    return slope
-
-
-def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shift logits [n, V] in place by their row maximum; returns log-prob of the target, maximum, exp(x), its row sums.
-
-    Every log-prob of this package goes through here, so that two operators agree to the bit on the same logits: the
-    ratio of a policy to itself is exactly 1.
-    """
-    top = x.amax(-1)
-    x.sub_(top[:, None])
-    exp = x.exp()
-    sum_exp = exp.sum(-1)
-    return x.gather(1, target_n1)[:, 0] - sum_exp.log(), top, exp, sum_exp
-
-
-def d_logits_(
-    logp: Tensor,
-    target_n1: Tensor,
-    d_logprob: Tensor,
-    entropy: Tensor,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None = None,
-) -> Tensor:
-    """Gradient [n, V] with respect to the logits, in the place of their log-softmax."""
-    d_sum = d_logprob if d_lse is None else d_logprob - d_lse  # of what every logit takes part in
-    if d_entropy is None:
-        d = logp.exp_().mul_(-d_sum[:, None])
-    else:
-        p = logp.exp()
-        # p (log p + H) is 0 where p is 0, though log p is -inf there
-        d = torch.where(p > 0, p * logp.add_(entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
-        d.sub_(p.mul_(d_sum[:, None]))
-    return d.scatter_add_(1, target_n1, d_logprob[:, None])
 
 
 def rows_scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
