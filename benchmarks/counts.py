@@ -2,6 +2,7 @@
 
 Kernels: global memory and FLOPs of the Triton kernels, access by access in Triton's interpreter, forward and backward.
 Every request counts, also one that a cache would answer: which addresses are the same hangs on the allocator.
+Head: bytes that the LM head's operators move at the size of a 7B model, operation by operation on tensors without data.
 Steps: FLOPs and bytes of a training step by the cost model. Writes benchmarks/results/counts.json, or --output.
 """
 
@@ -17,6 +18,7 @@ import triton
 from torch import Tensor
 
 import carft_kernels as ck
+from benchmarks.head_traffic import count_head
 from benchmarks.predict import LENGTHS, MODELS, shape_of
 from benchmarks.rows import RESULTS, Row, write
 from carft_fast.models import ModelCost, fast_step, published_step
@@ -127,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS / "counts.json")
     arguments = parser.parse_args()
-    rows = count_kernels() + count_steps()
+    rows = count_kernels() + count_head() + count_steps()
     write(arguments.output, "counts", {"torch": torch.__version__, "triton": triton.__version__}, rows)
     print(f"wrote {len(rows)} rows to {arguments.output}")
 

@@ -78,7 +78,7 @@ def row_cases() -> list[Case]:
     for dtype, entropy, vocabulary in itertools.product((*HALF, torch.float32), (False, True), (ALIGNED, ODD)):
         cases.append(row_forward_case(dtype, entropy, vocabulary))
         outputs = [(dtype, False)]
-        if dtype == torch.float32:  # the linear operators' float32 logits
+        if dtype == torch.float32:  # the linear operators' float32 logits; a half-precision gradient is over its own
             outputs = [(out, compact) for out in (*HALF, dtype) for compact in (False, True)]
         cases += [row_backward_case(dtype, out, compact, entropy, vocabulary) for out, compact in outputs]
     for dtype in (torch.bfloat16, torch.float32):  # of given logits, and of the linear operators'
@@ -142,6 +142,7 @@ def row_backward_case(
             **dict.fromkeys(("vocabulary", "stride", "out_stride", "ignore_index"), "i32"),
             **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
             "COMPACT": compact,
+            "NARROW": not compact and out != dtype,
             "ENTROPY": entropy,
         },
         rows.row_config(dtype, group=8),
@@ -167,20 +168,21 @@ def matmul_case(
     cc: int, kernel: Any, label: str, dtype: torch.dtype, tma: bool, plain: bool, size: tuple[int, int, int], **own: Any
 ) -> Case:
     config = matmul.tile_config(CHIPS[cc].capability, dtype, tma=tma, plain=plain)
-    (n, m, k), name = size, NAMES[dtype]
+    (m, n, k), name = size, NAMES[dtype]
     matrix = {
         operand: f"tensordesc<{name}[{block},{config.block_k}]>" if config.tma else f"*{name}"
-        for operand, block in (("a", config.block_n), ("b", config.block_m))
+        for operand, block in (("a", config.block_m), ("b", config.block_n))
     }
-    sizes = dict.fromkeys(("n", "m", "k", "stride_a", "stride_b"), "i32")
+    sizes = dict.fromkeys(("m", "n", "k", "stride_a", "stride_b"), "i32")
     return Case(
         kernel,
-        f"{label}, {name}{', TMA' * tma}, M={m}",
+        f"{label}, {name}{', TMA' * tma}, N={n}",
         "matmul",
         matrix | sizes | {"scale": "fp32"} | own,
         config.launch(dtype),
-        unaligned=("n", "m") if m % 16 else (),
-        grid=math.ceil(n / config.block_n) * math.ceil(m / config.block_m),
+        unaligned=("m", "n") if n % 16 else (),
+        grid=math.ceil(m / config.block_m) * math.ceil(n / config.block_n),
+        floor_bytes=4.0 * n * m if own.get("logits") else 0,
         flop=2.0 * n * m * k * (3 if dtype == torch.float32 else 1),
         tensor_rate=0.5 if dtype == torch.float32 else 1.0,
         depth=k,
@@ -192,8 +194,9 @@ STATISTICS = dict.fromkeys(("top", "total", "target_logit"), "*fp32")
 
 def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     cases = []
-    configurations = [(*c, False) for c in itertools.product((ALIGNED, ODD), (False, True), (False, True))]
-    for vocabulary, entropy, bias, softcap in (*configurations, (ALIGNED, True, True, True)):
+    options = itertools.product((False, True), repeat=3)
+    configurations = [(v, stored, *rest, False) for stored, *rest in options for v in (ALIGNED, ODD)]
+    for vocabulary, stored, entropy, bias, softcap in (*configurations, (ALIGNED, True, True, True, True)):
         own = {
             "bias": f"*{NAMES[dtype]}" if bias else None,
             "target": "*i64",
@@ -203,9 +206,11 @@ def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
             "MASK": 0,
             "ENTROPY": entropy,
             "spread": "*fp32" if entropy else None,
+            "logits": "*fp32" if stored else None,
+            "stride_logits": "i32",
             **dict.fromkeys(("row_factor", "column_factor", "mask")),
         }
-        label = f"LM head{', entropy' * entropy}{', bias' * bias}{', soft cap' * softcap}"
+        label = f"LM head{', logits' * stored}{', entropy' * entropy}{', bias' * bias}{', soft cap' * softcap}"
         size = (TOKENS, vocabulary, WIDTH)
         cases.append(matmul_case(cc, matmul.matmul_lse_kernel, label, dtype, tma, not bias, size, **STATISTICS, **own))
     return cases
@@ -217,7 +222,7 @@ def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
         own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
         forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
-        forward |= dict.fromkeys(("spread", "softcap"))
+        forward |= dict.fromkeys(("spread", "softcap", "logits")) | {"stride_logits": "i32"}
         backward = {
             **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
             **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
@@ -380,21 +385,19 @@ def other_cases() -> list[Case]:
                 POLICY_SEQUENCE_CONFIG,
             )
         )
-    # the similarities' targets are never ignored; they have no entropy
-    for entropy, ignoring in ((False, True), (True, True), (False, False)):
+    for entropy in (False, True):
         cases.append(
             Case(
                 matmul.combine_kernel,
-                f"entropy={entropy}{'' if ignoring else ', similarity'}",
+                f"entropy={entropy}",
                 "small",
                 dict.fromkeys(("top", "total", "target_logit", "logprob", "entropy"), vector)
                 | {"spread": vector if entropy else None}
                 | {"target": "*i64", "row_top": vector, "log_total": vector, "scale": "fp32"}
-                | dict.fromkeys(("n", "m", "blocks"), "i32")
-                | {"ignore_index": "i32" if ignoring else None}
+                | dict.fromkeys(("m", "n", "blocks", "ignore_index"), "i32")
                 | {"target_limit": "fp32", "logprob_limit": "fp32", "ENTROPY": entropy},
                 matmul.COMBINE_CONFIG,
-                ("m", "blocks", "ignore_index"),
+                ("n", "blocks", "ignore_index"),
             )
         )
     for longest in (1, 512, 1024, 4096, 8192):

@@ -83,6 +83,9 @@ COLUMNS: dict[str, Column] = {
     "bound_over_floor": Column(
         "ratio", "busiest part of the chip, were nothing to wait, over the floor", "lower", True
     ),
+    "epilogue_over_product": Column(
+        "ratio", "busiest part of the chip outside of the K loop, over the tensor cores inside", "lower", True
+    ),
     "loaded_bytes": Column("B", "global memory that kernels ask for", "lower", True),
     "stored_bytes": Column("B", "global memory that kernels write", "lower", True),
     "flops": Column("FLOP", "of matrix products; a multiply-add is two", "lower", True),

@@ -25,7 +25,7 @@ REPORT = ROOT / "benchmarks" / "results" / "kernels_mutation.md"
 TESTS = {
     "_row_kernels.py": "token_logprob or policy or nan or without_weight",
     "_policy_kernels.py": "policy or nan or without_weight",
-    "_matmul_kernels.py": "linear_logprob or infonce",
+    "_matmul_kernels.py": "linear_logprob or infonce or policy",
     "policy_loss.py": "value_loss or without_weight",
     "value_pool.py": "value_pool",
     "masked_infonce.py": "infonce",

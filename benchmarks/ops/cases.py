@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import carft_kernels as ck
+from carft_kernels._runtime import chunk_size
 from carft_kernels.gae import gae_reference, kl_shaped_reward_reference, whiten_reference
 from carft_kernels.lcs import lcs_mask_reference
 from carft_kernels.linear_logprob import linear_logprob_reference
@@ -146,7 +147,6 @@ def token_logprob(make: Maker, T: int, V: int) -> Variants:
 
 CHUNKED = "chunks by cuBLAS"
 """Logits of a chunk of tokens in memory, by cuBLAS: what a fused kernel has to beat on a GPU."""
-CHUNK_LOGITS = 1 << 28
 
 
 def linear_logprob(make: Maker, T: int, V: int, D: int) -> Variants:
@@ -180,7 +180,7 @@ def in_torch(make: Maker, function: Callable[..., Tensor], *leaves: Tensor) -> V
 def linear_logprob_forward(make: Maker, T: int, V: int, D: int) -> Variants:
     """The log-prob pass: the fused forward against cuBLAS and a pass over each chunk's logits."""
     hidden, weight, target = make.randn(T, D), make.randn(V, D, scale=D**-0.5), make.randint(V, T)
-    tokens = max(1, CHUNK_LOGITS // V)
+    tokens = chunk_size(T, V, torch.device("cuda"))
 
     def plain() -> Tensor:
         return linear_logprob_reference(hidden, weight, target)[0]

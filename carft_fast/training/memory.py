@@ -13,16 +13,18 @@ Share of each that one of n devices holds, by strategy:
     fsdp2       1/n       1/n       1/n       1/n
 """
 
+import math
 from typing import Any
+
+import torch
 
 from carft_fast.config import Config, Strategy
 from carft_fast.models import ModelCost
 from carft_fast.training.batch import Needs
 from carft_fast.training.parallel import BUCKET
+from carft_kernels._runtime import chunk_size
 
 FLOAT32 = 4
-CHUNK_LOGITS = 1 << 28
-"""`carft_kernels` keeps so many logits at a time on a GPU."""
 
 
 def estimate_memory(
@@ -111,7 +113,7 @@ def _head_scratch(config: Config, cost: ModelCost, tokens: int, compute: int) ->
     """Of the two linear operators on a GPU: a chunk's logits and their gradient, the head's in the compute dtype, and
     its gradient in float32."""
     completion_tokens = tokens * config.rollout.max_new_tokens / config.data.max_length
-    chunk = min(completion_tokens, CHUNK_LOGITS / cost.vocabulary)
+    chunk = chunk_size(math.ceil(completion_tokens), cost.vocabulary, torch.device("cuda"))
     logits = chunk * cost.vocabulary * (FLOAT32 + (compute if compute < FLOAT32 else 0))
     cast = cost.head_weights * compute if compute < FLOAT32 else 0
     gradient = 0 if config.lora.rank else cost.head_weights * FLOAT32

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from carft_kernels._row_kernels import soft_cap
-from carft_kernels._runtime import FUSED, INTERPRETED, LOG2E, on_device
+from carft_kernels._row_kernels import RowOptions, RowStatistics, soft_cap
+from carft_kernels._runtime import FUSED, INTERPRETED, LOG2E, launch
 
 _LOWEST = tl.constexpr(-1e4)  # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -28,8 +28,8 @@ _ROWS_PER_LAUNCH = 16_384  # bounds the [tiles, rows] scratch: 117 MB for a voca
 class TileConfig:
     """Tile of the product, depth of a step along the inner dimension, and how the launch runs it."""
 
-    block_n: int
     block_m: int
+    block_n: int
     block_k: int
     num_warps: int
     num_stages: int
@@ -37,10 +37,10 @@ class TileConfig:
 
     def launch(self, dtype: torch.dtype) -> dict[str, Any]:
         return {
-            "BLOCK_N": self.block_n,
             "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
-            "GROUP_N": 16,
+            "GROUP_M": 16,
             "TMA": self.tma,
             # three TF32 products give float32 accuracy on the tensor cores
             "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee",
@@ -89,44 +89,44 @@ def operand(x: Tensor, rows: int, config: TileConfig) -> Any:
 
 
 @triton.jit
-def tile_of(pid, n, m, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, GROUP_N: tl.constexpr):
-    """Row and column block of a program: GROUP_N row blocks share the columns that pass by."""
-    n_blocks = tl.cdiv(n, BLOCK_N)
+def tile_of(pid, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column block of a program: GROUP_M row blocks share the columns that pass by."""
     m_blocks = tl.cdiv(m, BLOCK_M)
-    group = pid // (GROUP_N * m_blocks)
-    first = group * GROUP_N
-    height = tl.minimum(n_blocks - first, GROUP_N)
-    inside = pid % (GROUP_N * m_blocks)
+    n_blocks = tl.cdiv(n, BLOCK_N)
+    group = pid // (GROUP_M * n_blocks)
+    first = group * GROUP_M
+    height = tl.minimum(m_blocks - first, GROUP_M)
+    inside = pid % (GROUP_M * n_blocks)
     return first + inside % height, inside // height
 
 
 @triton.jit
 def product_tile(
-    a,  # [n, k]
-    b,  # [m, k]
+    a,  # [m, k]
+    b,  # [n, k]
     row_block,
     column_block,
-    n,
     m,
+    n,
     k,
     stride_a,
     stride_b,
-    BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """float32 tile of a @ b^T. Rows beyond n or m hold anything finite or not: mask them."""
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    """float32 tile of a @ b^T. Rows beyond m or n hold anything finite or not: mask them."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
         for i in range(0, k, BLOCK_K):
-            x = a.load([row_block * BLOCK_N, i])
-            y = b.load([column_block * BLOCK_M, i])
+            x = a.load([row_block * BLOCK_M, i])
+            y = b.load([column_block * BLOCK_N, i])
             acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
     else:
-        rows = ((row_block * BLOCK_N + tl.arange(0, BLOCK_N)) % n).to(tl.int64)
-        columns = ((column_block * BLOCK_M + tl.arange(0, BLOCK_M)) % m).to(tl.int64)
+        rows = ((row_block * BLOCK_M + tl.arange(0, BLOCK_M)) % m).to(tl.int64)
+        columns = ((column_block * BLOCK_N + tl.arange(0, BLOCK_N)) % n).to(tl.int64)
         inner = tl.arange(0, BLOCK_K)
         x_ptr = a + rows[:, None] * stride_a + inner[None, :]
         y_ptr = b + columns[None, :] * stride_b + inner[:, None]
@@ -140,31 +140,31 @@ def product_tile(
 
 
 @triton.jit
-def tile_logits(acc, row_factor, column_factor, bias, rows, columns, n, m, NORMS: tl.constexpr, BIAS: tl.constexpr):
+def tile_logits(acc, row_factor, column_factor, bias, rows, columns, m, n, NORMS: tl.constexpr, BIAS: tl.constexpr):
     """Logits before the temperature: the product, its rows and columns scaled, plus the bias."""
     if NORMS:
-        x = tl.load(row_factor + rows, mask=rows < n, other=0.0)
-        y = tl.load(column_factor + columns, mask=columns < m, other=0.0)
+        x = tl.load(row_factor + rows, mask=rows < m, other=0.0)
+        y = tl.load(column_factor + columns, mask=columns < n, other=0.0)
         acc = acc * x[:, None] * y[None, :]
     if BIAS:
-        acc += tl.load(bias + columns, mask=columns < m, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
 @triton.jit
-def tile_mask(mask, rows, columns, n, m, MASK: tl.constexpr):
+def tile_mask(mask, rows, columns, m, n, MASK: tl.constexpr):
     """The columns that exist and are allowed: MASK 0 all, 1 by column, 2 by row and column."""
-    allowed = (columns < m)[None, :] & (rows < n)[:, None]
+    allowed = (columns < n)[None, :] & (rows < m)[:, None]
     if MASK == 1:
-        allowed = allowed & (tl.load(mask + columns, mask=columns < m, other=0) != 0)[None, :]
+        allowed = allowed & (tl.load(mask + columns, mask=columns < n, other=0) != 0)[None, :]
     if MASK == 2:
-        place = rows.to(tl.int64)[:, None] * m + columns[None, :]
+        place = rows.to(tl.int64)[:, None] * n + columns[None, :]
         allowed = allowed & (tl.load(mask + place, mask=allowed, other=0) != 0)
     return allowed
 
 
-# The number of rows, which every packed batch changes, is not compiled in. m, the vocabulary, is: it stays what it is.
-@triton.jit(do_not_specialize=["n"])
+# The number of rows, which every packed batch changes, is not compiled in. n, the vocabulary, is: it stays what it is.
+@triton.jit(do_not_specialize=["m"])
 def matmul_lse_kernel(
     a,
     b,
@@ -173,55 +173,61 @@ def matmul_lse_kernel(
     column_factor,
     mask,
     target,
-    top,  # [column blocks, n], as total and spread
+    top,  # [column blocks, m], as total and spread
     total,
     spread,
-    target_logit,  # [n]
-    n,
+    target_logit,  # [m]
+    logits,  # float32 [m, n], rows `stride_logits` apart, before the soft cap; or None
     m,
+    n,
     k,
     stride_a,
     stride_b,
+    stride_logits,
     scale,
     softcap,  # or None: logits as they are
     NORMS: tl.constexpr,
     BIAS: tl.constexpr,
     MASK: tl.constexpr,
     ENTROPY: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_block, column_block = tile_of(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, GROUP_N)
+    row_block, column_block = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     acc = product_tile(
-        a, b, row_block, column_block, n, m, k, stride_a, stride_b, BLOCK_N, BLOCK_M, BLOCK_K, TMA, PRECISION
+        a, b, row_block, column_block, m, n, k, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION
     )
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, n, m, NORMS, BIAS)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, m, n, NORMS, BIAS)
+    if logits is not None:
+        logits += row_block.to(tl.int64) * BLOCK_M * stride_logits + column_block * BLOCK_N
+        place = tl.arange(0, BLOCK_M)[:, None] * stride_logits + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(logits + place, x, mask=(rows < m)[:, None] & (columns < n)[None, :])
     if softcap is not None:
         x, _ = soft_cap(x, softcap)
-    wanted = tl.load(target + rows, mask=rows < n, other=-1).to(tl.int32)
-    here = (wanted >= column_block * BLOCK_M) & (wanted < (column_block + 1) * BLOCK_M)
+    wanted = tl.load(target + rows, mask=rows < m, other=-1).to(tl.int32)
+    here = (wanted >= column_block * BLOCK_N) & (wanted < (column_block + 1) * BLOCK_N)
     x_target = tl.sum(tl.where(columns[None, :] == wanted[:, None], x, 0.0), 1)
     tl.store(target_logit + rows, x_target, mask=here)
 
-    x = tl.where(tile_mask(mask, rows, columns, n, m, MASK), x, float("-inf"))
+    x = tl.where(tile_mask(mask, rows, columns, m, n, MASK), x, float("-inf"))
     tile_top = tl.max(x, 1) * scale
     shift = tl.where(tile_top == float("-inf"), 0.0, tile_top)
     z = tl.fma(x, scale, -shift[:, None])
     e = tl.exp2(z)
-    place = column_block.to(tl.int64) * n + rows
-    tl.store(top + place, tile_top, mask=rows < n)
-    tl.store(total + place, tl.sum(e, 1), mask=rows < n)
+    place = column_block.to(tl.int64) * m + rows
+    tl.store(top + place, tile_top, mask=rows < m)
+    tl.store(total + place, tl.sum(e, 1), mask=rows < m)
     if ENTROPY:
-        tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < n)
+        tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < m)
 
 
-@triton.jit(do_not_specialize=["n", "ignore_index"])
+@triton.jit(do_not_specialize=["m", "ignore_index"])
 def combine_kernel(
     top,
     total,
@@ -232,10 +238,10 @@ def combine_kernel(
     entropy,
     row_top,
     log_total,
-    n,
     m,
+    n,
     blocks,
-    ignore_index,  # or None: no target is ignored
+    ignore_index,
     scale,
     target_limit,  # the target's logit counts as at most this
     logprob_limit,  # 0 where the target is one of the columns: rounding must not make it more
@@ -245,13 +251,13 @@ def combine_kernel(
 ):
     """Statistics of a row's tiles into log-prob, entropy, maximum and log2 of the sum of exponentials below it."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
+    inside = rows < m
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     row_total = tl.zeros([ROWS], tl.float32)
     row_spread = tl.zeros([ROWS], tl.float32)
     for i in range(0, blocks, BLOCKS):
         block = i + tl.arange(0, BLOCKS)
-        place = block.to(tl.int64)[:, None] * n + rows[None, :]
+        place = block.to(tl.int64)[:, None] * m + rows[None, :]
         here = (block < blocks)[:, None] & inside[None, :]
         t = tl.load(top + place, mask=here, other=float("-inf"))
         s = tl.load(total + place, mask=here, other=0.0)
@@ -268,18 +274,17 @@ def combine_kernel(
         largest = new_top
     # a target outside the columns, which nothing checks on a GPU, has a log-prob of NaN
     wanted = tl.load(target + rows, mask=inside, other=0)
-    x = tl.load(target_logit + rows, mask=inside & (wanted >= 0) & (wanted < m), other=float("nan"))
+    x = tl.load(target_logit + rows, mask=inside & (wanted >= 0) & (wanted < n), other=float("nan"))
     row_total = tl.where(inside, row_total, 1.0)
     log2_total = tl.log2(row_total)
     value = (tl.fma(tl.where(x > target_limit, target_limit, x), scale, -largest) - log2_total) * _LN2
     value = tl.where(value > logprob_limit, logprob_limit, value)
     h = (log2_total - row_spread / row_total) * _LN2
-    if ignore_index is not None:
-        ignored = wanted == ignore_index
-        value = tl.where(ignored, 0.0, value)
-        h = tl.where(ignored, 0.0, h)
-        largest = tl.where(ignored, 0.0, largest)
-        log2_total = tl.where(ignored, 0.0, log2_total)
+    ignored = wanted == ignore_index
+    value = tl.where(ignored, 0.0, value)
+    h = tl.where(ignored, 0.0, h)
+    largest = tl.where(ignored, 0.0, largest)
+    log2_total = tl.where(ignored, 0.0, log2_total)
     tl.store(logprob + rows, value, mask=inside)
     tl.store(row_top + rows, largest, mask=inside)
     tl.store(log_total + rows, log2_total, mask=inside)
@@ -291,89 +296,86 @@ COMBINE_CONFIG = {"ROWS": 64, "BLOCKS": 16, "num_warps": 4, **FUSED}
 
 
 def matmul_logprob(
-    a_NK: Tensor,
-    b_MK: Tensor,
-    target_N: Tensor,
-    temperature: float,
+    a_MK: Tensor,
+    b_NK: Tensor,
+    target_M: Tensor,
+    options: RowOptions,
     *,
-    bias_M: Tensor | None = None,
-    row_factor_N: Tensor | None = None,
-    column_factor_M: Tensor | None = None,
+    bias_N: Tensor | None = None,
+    row_factor_M: Tensor | None = None,
+    column_factor_N: Tensor | None = None,
     mask: Tensor | None = None,
     target_limit: float = float("inf"),
     logprob_limit: float = 0.0,
-    ignore_index: int | None = None,
     with_entropy: bool = False,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob of the targets, entropy (empty unless asked), row maximum, log2 of the sum below it, targets' logits.
+    logits_MN: Tensor | None = None,
+) -> RowStatistics:
+    """Statistics of the rows of x, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j, capped and over the
+    temperature by the options.
 
-    The logits are x_ij / temperature, x_ij = row_factor_i column_factor_j a_i . b_j + bias_j, or with a `softcap`
-    softcap tanh(x_ij / softcap). `mask` (uint8, [M] or
-    [N, M]) leaves columns out of the sum; a target's x counts as at most `target_limit`. All is 0 where the target is
-    `ignore_index`; the log-prob of any other target outside [0, M) is NaN. FLOP: 2 N M K, once.
+    x itself, in float32 and not capped, goes into `logits_MN` where that is given. `mask` (uint8, [N] or [M, N]) leaves
+    columns out of the sum; a target's x counts as at most `target_limit`. All is 0 where the target is ignored; the
+    log-prob of any other target outside [0, N) is NaN. FLOP: 2 M N K, once.
     """
-    n, m = len(a_NK), len(b_MK)
-    scale = LOG2E / temperature
-    logprob_N, top_N, log_total_N, target_logit_N = (a_NK.new_empty(n, dtype=torch.float32) for _ in range(4))
-    entropy_N = a_NK.new_empty(n if with_entropy else 0, dtype=torch.float32)
-    if n == 0:
-        return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
-    config = config_for(a_NK, b_MK, plain=row_factor_N is None and bias_M is None and softcap is None)
-    blocks = triton.cdiv(m, config.block_m)
-    b_operand = operand(b_MK, config.block_m, config)
-    options = config.launch(a_NK.dtype)
-    combine: dict[str, Any] = COMBINE_CONFIG
-    for s in range(0, n, _ROWS_PER_LAUNCH):
+    (m, k), n = a_MK.shape, len(b_NK)
+    scale = LOG2E / options.temperature
+    found = RowStatistics.empty(a_MK, with_entropy)
+    if m == 0:
+        return found
+    target_logit_M = torch.empty_like(found.logprob_T)
+    plain = row_factor_M is None and bias_N is None and options.logit_softcap is None
+    config = config_for(a_MK, b_NK, plain=plain)
+    blocks = triton.cdiv(n, config.block_n)
+    b = operand(b_NK, config.block_n, config)
+    for s in range(0, m, _ROWS_PER_LAUNCH):
         rows = slice(s, s + _ROWS_PER_LAUNCH)
-        a = a_NK[rows]
+        a, target, target_logit = a_MK[rows], target_M[rows], target_logit_M[rows]
         # apart, so that where they start does not depend on the number of rows
-        top, total = (a_NK.new_empty(blocks, len(a), dtype=torch.float32) for _ in range(2))
-        spread = torch.empty_like(total) if with_entropy else None
-        with on_device(a_NK):
-            matmul_lse_kernel[(triton.cdiv(len(a), config.block_n) * blocks,)](
-                operand(a, config.block_n, config),
-                b_operand,
-                bias_M,
-                None if row_factor_N is None else row_factor_N[rows],
-                column_factor_M,
-                mask if mask is None or mask.ndim == 1 else mask[rows],
-                target_N[rows],
-                top,
-                total,
-                spread,
-                target_logit_N[rows],
-                len(a),
-                m,
-                a_NK.shape[1],
-                a_NK.stride(0),
-                b_MK.stride(0),
-                scale,
-                softcap,
-                NORMS=row_factor_N is not None,
-                BIAS=bias_M is not None,
-                MASK=0 if mask is None else mask.ndim,
-                ENTROPY=with_entropy,
-                **options,
-            )
-            combine_kernel[(triton.cdiv(len(a), COMBINE_CONFIG["ROWS"]),)](
-                top,
-                total,
-                spread,
-                target_logit_N[rows],
-                target_N[rows],
-                logprob_N[rows],
-                entropy_N[rows],
-                top_N[rows],
-                log_total_N[rows],
-                len(a),
-                m,
-                blocks,
-                ignore_index,
-                scale,
-                target_limit,
-                logprob_limit,
-                ENTROPY=with_entropy,
-                **combine,
-            )
-    return logprob_N, entropy_N, top_N, log_total_N, target_logit_N
+        top, total = (a_MK.new_empty(blocks, len(a), dtype=torch.float32) for _ in range(2))
+        tiles = top, total, torch.empty_like(total) if with_entropy else None
+        logits = None if logits_MN is None else logits_MN[rows]
+        launch(
+            matmul_lse_kernel,
+            triton.cdiv(len(a), config.block_m) * blocks,
+            operand(a, config.block_m, config),
+            b,
+            bias_N,
+            None if row_factor_M is None else row_factor_M[rows],
+            column_factor_N,
+            mask if mask is None or mask.ndim == 1 else mask[rows],
+            target,
+            *tiles,
+            target_logit,
+            logits,
+            len(a),
+            n,
+            k,
+            a_MK.stride(0),
+            b_NK.stride(0),
+            0 if logits is None else logits.stride(0),
+            scale,
+            options.logit_softcap,
+            NORMS=row_factor_M is not None,
+            BIAS=bias_N is not None,
+            MASK=0 if mask is None else mask.ndim,
+            ENTROPY=with_entropy,
+            **config.launch(a_MK.dtype),
+        )
+        launch(
+            combine_kernel,
+            triton.cdiv(len(a), COMBINE_CONFIG["ROWS"]),
+            *tiles,
+            target_logit,
+            target,
+            *(x[rows] for x in found),
+            len(a),
+            n,
+            blocks,
+            options.ignore_index,
+            scale,
+            target_limit,
+            logprob_limit,
+            ENTROPY=with_entropy,
+            **COMBINE_CONFIG,
+        )
+    return found

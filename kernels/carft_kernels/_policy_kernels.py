@@ -5,14 +5,14 @@ their Triton kernel and torch expression. One launch of one program; the loss an
 # mypy: disable-error-code="no-untyped-def"
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, on_device
+from carft_kernels._runtime import FUSED, launch
 
 PolicyLoss = Literal["clip", "cispo"]
 KlEstimate = Literal["k3", "k2"]
@@ -49,6 +49,19 @@ class TokenTerms(NamedTuple):
             raise ValueError(f"kl_estimate = {self.kl_estimate!r}: allowed are 'k3' and 'k2'")
         if self.kl_clamp is not None and not self.kl_clamp > 0:
             raise ValueError(f"kl_clamp = {self.kl_clamp}: expected a number above 0, or None")
+
+
+class TokenVectors(NamedTuple):
+    """float [T] each, contiguous; of what is None, old_logprob_T is the log-prob itself, and the rest takes no part."""
+
+    advantage_T: Tensor
+    old_logprob_T: Tensor | None
+    weight_T: Tensor
+    correction_T: Tensor | None = None
+    ref_logprob_T: Tensor | None = None
+
+    def at(self, rows: slice) -> "TokenVectors":
+        return TokenVectors._make(None if x is None else x[rows] for x in self)
 
 
 def policy_terms_reference(
@@ -187,64 +200,44 @@ TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8, **FUSED}
 
 def policy_terms(
     logprob_T: Tensor,
-    old_logprob_T: Tensor,
-    advantage_T: Tensor,
-    weight_T: Tensor,
+    vectors: TokenVectors,
     stats: Tensor,
     terms: TokenTerms,
-    *,
-    correction_T: Tensor | None = None,
-    ref_logprob_T: Tensor | None = None,
     entropy_T: Tensor | None = None,
+    *,
     via_triton: bool,
 ) -> Tensor:
     """d loss / d logprob [T]; adds to `stats` [5]: loss, tokens with weight, clipped ones, approximate KL, entropy."""
-    if not terms.kl_coef:
-        ref_logprob_T = None
+    advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T = vectors
+    old_logprob_T = logprob_T if old_logprob_T is None else old_logprob_T
+    ref_logprob_T = ref_logprob_T if terms.kl_coef else None
+    vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T)
     if not via_triton:
-        return _policy_terms_torch(
-            logprob_T, old_logprob_T, advantage_T, weight_T, stats, terms, correction_T, ref_logprob_T, entropy_T
-        )
+        return _policy_terms_torch(logprob_T, vectors, stats, terms, entropy_T)
     d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
-    options: dict[str, Any] = TOKEN_CONFIG
-    with on_device(logprob_T):
-        policy_kernel[(1,)](
-            logprob_T,
-            old_logprob_T,
-            advantage_T,
-            weight_T,
-            correction_T,
-            ref_logprob_T,
-            entropy_T,
-            d_logprob_T,
-            stats,
-            len(logprob_T),
-            terms.clip_low,
-            terms.clip_high,
-            terms.dual_clip,
-            terms.kl_coef,
-            terms.kl_clamp,
-            terms.entropy_coef,
-            CISPO=terms.loss == "cispo",
-            HAS_REF=ref_logprob_T is not None,
-            K2=terms.kl_estimate == "k2",
-            HAS_ENTROPY=entropy_T is not None,
-            **options,
-        )
+    tensors = logprob_T, old_logprob_T, advantage_T, weight_T, correction_T, ref_logprob_T, entropy_T, d_logprob_T
+    bounds = terms.clip_low, terms.clip_high, terms.dual_clip, terms.kl_coef, terms.kl_clamp, terms.entropy_coef
+    launch(
+        policy_kernel,
+        1,
+        *tensors,
+        stats,
+        len(logprob_T),
+        *bounds,
+        CISPO=terms.loss == "cispo",
+        HAS_REF=ref_logprob_T is not None,
+        K2=terms.kl_estimate == "k2",
+        HAS_ENTROPY=entropy_T is not None,
+        **TOKEN_CONFIG,
+    )
     return d_logprob_T
 
 
 def _policy_terms_torch(
-    logprob_T: Tensor,
-    old_logprob_T: Tensor,
-    advantage_T: Tensor,
-    weight_T: Tensor,
-    stats: Tensor,
-    terms: TokenTerms,
-    correction_T: Tensor | None,
-    ref_logprob_T: Tensor | None,
-    entropy_T: Tensor | None,
+    logprob_T: Tensor, vectors: TokenVectors, stats: Tensor, terms: TokenTerms, entropy_T: Tensor | None
 ) -> Tensor:
+    advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T = vectors
+    assert old_logprob_T is not None
     # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
     live = weight_T != 0
     log_ratio = torch.where(live, logprob_T - old_logprob_T, 0.0)

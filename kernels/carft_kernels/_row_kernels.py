@@ -1,19 +1,108 @@
-"""Triton kernels over rows of logits, shared by the log-prob operators and the policy loss; and where a packed sequence
-begins and ends.
+"""Statistics of rows of logits and their gradient, shared by the log-prob operators and the policy loss; and where a
+packed sequence begins and ends.
 
-Row kernels: one program a row of V logits, in float32 whatever the logits' dtype, powers of two instead of e.
+Torch: rows in chunks, so that a float32 copy of half-precision logits is never whole. Triton: one program a row of V
+logits, in float32 whatever the logits' dtype, powers of two instead of e.
 A row is cut in three, so that every load but a few is 128 bits wide whatever V and the row's address: full tiles from
 the first 16-byte boundary, one tile masked by whole vectors, and up to seven elements at either end.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 
+import math
+from typing import NamedTuple, TypedDict
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, LN2, LOG2E, on_device
+from carft_kernels._runtime import (
+    FUSED,
+    LN2,
+    LOG2E,
+    Impl,
+    accumulation_dtype,
+    check_integer,
+    check_like,
+    check_positive,
+    chunk_size,
+    launch,
+    token_chunks,
+)
+
+
+class RowOptions(NamedTuple):
+    """What the softmax over a row is of: logits, capped by `logit_softcap` tanh(x / `logit_softcap`), over the
+    temperature. A row whose target is `ignore_index` is not read."""
+
+    temperature: float
+    logit_softcap: float | None
+    ignore_index: int
+    via_triton: bool
+
+    def checked(self, name: str, target_T: Tensor, like_name: str, like: Tensor) -> Tensor:
+        """The targets, one for each row of `like`. Raises ValueError for them and for the options."""
+        check_like(name, target_T, (len(like),), like_name, like)
+        check_integer(name, target_T)
+        check_positive("temperature", self.temperature)
+        if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
+            raise ValueError(f"logit_softcap = {self.logit_softcap}: expected a finite number above 0, or None")
+        if not -(1 << 31) <= self.ignore_index < 1 << 31:
+            raise ValueError(f"ignore_index = {self.ignore_index}: expected a 32-bit integer")
+        return target_T.contiguous()
+
+
+class LogprobOptions(TypedDict, total=False):
+    """Keyword arguments of the log-prob operators."""
+
+    temperature: float
+    with_entropy: bool
+    logit_softcap: float | None
+    ignore_index: int
+    impl: Impl
+
+
+class RowStatistics(NamedTuple):
+    """[T] each: log-prob of the target, entropy (empty unless asked), row maximum, log of the sum of exponentials below
+    it. The last two in powers of two with Triton."""
+
+    logprob_T: Tensor
+    entropy_T: Tensor
+    top_T: Tensor
+    log_total_T: Tensor
+
+    @staticmethod
+    def empty(like: Tensor, with_entropy: bool) -> "RowStatistics":
+        """Without their values, for the rows of `like`."""
+        tokens, dtype = like.shape[0], accumulation_dtype(like)
+        sizes = (tokens, tokens if with_entropy else 0, tokens, tokens)
+        return RowStatistics._make(like.new_empty(size, dtype=dtype) for size in sizes)
+
+    def lse(self, options: RowOptions) -> Tensor:
+        """log-sum-exp [T]."""
+        return (self.top_T + self.log_total_T) * (LN2 if options.via_triton else 1.0)
+
+
+class RowGradients(NamedTuple):
+    """[T] each, of log-prob, entropy and log-sum-exp. None: the latter two take no part."""
+
+    d_logprob_T: Tensor
+    d_entropy_T: Tensor | None
+    d_lse_T: Tensor | None
+
+    @staticmethod
+    def given(
+        d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, logprob_T: Tensor
+    ) -> "RowGradients":
+        """As autograd has them; contiguous, where the gradient of a sum is an expanded scalar."""
+        d_logprob_T = torch.zeros_like(logprob_T) if d_logprob_T is None else d_logprob_T.contiguous()
+        d_entropy_T, d_lse_T = (None if d is None or not d.numel() else d.contiguous() for d in (d_entropy_T, d_lse_T))
+        return RowGradients(d_logprob_T, d_entropy_T, d_lse_T)
+
+    def at(self, rows: slice | Tensor) -> "RowGradients":
+        return RowGradients._make(None if d is None else d[rows] for d in self)
+
 
 # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
 _LOWEST = tl.constexpr(-1e4)
@@ -187,7 +276,7 @@ def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, softcap
 )
 def logprob_bwd_kernel(
     logits,  # [rows, V], rows `stride` apart
-    out,  # d_logits, [programs, V], rows `out_stride` apart; may be the logits themselves
+    out,  # d_logits, [programs, V], rows `out_stride` apart; may be in the memory of the logits, row by row
     row_index,  # int64: the row of each program (COMPACT)
     target,
     row_top,
@@ -204,6 +293,7 @@ def logprob_bwd_kernel(
     ignore_index,  # a row with this target is not read: its gradient is 0
     softcap,  # or None: logits as they are
     COMPACT: tl.constexpr,
+    NARROW: tl.constexpr,  # a row of half precision at the beginning of its own float32 row
     ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -218,9 +308,9 @@ def logprob_bwd_kernel(
     end = start + vocabulary
     aligned = (start + 7) // 8 * 8
     aligned_end = tl.maximum(end // 8 * 8, aligned)
-    # An out offset is the logit's plus `move`. Without compaction that is 0, which the compiler must know; with it both
-    # strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
-    if COMPACT:
+    # An out offset is the logit's plus `move`. Where a gradient takes its logit's place that is 0, which the compiler
+    # must know; elsewhere both strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
+    if COMPACT or NARROW:
         out += program * out_stride - start
     wanted = tl.load(target + row)
     live = wanted != ignore_index
@@ -246,6 +336,8 @@ def logprob_bwd_kernel(
         column = base + offset
         x = tl.load(logits + column).to(tl.float32)
         d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+        if NARROW:  # a store reaches columns that other threads have read in this round, and none that come later
+            tl.debug_barrier()
         tl.store(out + column, d.to(out.dtype.element_ty))
     for base in range(live_rest, rest, tile):
         tl.store(out + base + offset, tl.zeros([GROUPS, LANES, VECTOR], out.dtype.element_ty))
@@ -254,6 +346,8 @@ def logprob_bwd_kernel(
     whole = vector < vectors
     x = tl.load(logits + column, mask=vector < tl.where(live, vectors, 0), other=0.0).to(tl.float32)
     d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+    if NARROW:
+        tl.debug_barrier()
     tl.store(out + column, d.to(out.dtype.element_ty), mask=whole)
     k = tl.arange(0, 16)
     column = tl.where(k < 8, start + k, aligned_end + k - 8)
@@ -262,91 +356,187 @@ def logprob_bwd_kernel(
     read = tl.where(k < 8, column < tl.minimum(aligned, live_end), column < live_end)
     x = tl.load(logits + column, mask=read, other=0.0).to(tl.float32)
     d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+    if NARROW:
+        tl.debug_barrier()
     tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
 
 
-def logprob_forward(
-    logits_TV: Tensor,
-    target_T: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    ignore_index: int,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy (empty unless asked), row maximum, log2 of the sum of exponentials below it; float32 [T]."""
+def narrow_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[rows, V] of `dtype` in the memory of float32 rows, each at the beginning of its own: for their gradient."""
+    return x.view(dtype)[:, : x.shape[1]]
+
+
+def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [N, 1] that can be gathered with, bool [N] which are ignored, bool [N] which are outside [0, size).
+
+    Nothing is read back. What is outside gets NaN: without index checks it would be somebody else's number.
+    """
+    ignored_N = torch.zeros_like(index_N, dtype=torch.bool) if ignore_index is None else index_N == ignore_index
+    outside_N = ((index_N < 0) | (index_N >= size)) & ~ignored_N
+    return index_N.long().clamp(0, size - 1)[:, None], ignored_N, outside_N
+
+
+def gradient_or_nan(d_N: Tensor, outside_N: Tensor) -> Tensor:
+    """The gradient of a number that is NaN because its index is outside; 0 stays 0."""
+    return d_N.masked_fill(outside_N & (d_N != 0), math.nan)
+
+
+def soft_cap_reference(x: Tensor, cap: float) -> Tensor:
+    """The obvious expression of `_scaled_`."""
+    return torch.where(x == -math.inf, x, cap * (x / cap).tanh())
+
+
+def logprob_reference(
+    logits_TV: Tensor, target_T: Tensor, temperature: float, logit_softcap: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The obvious expression: log-prob and entropy [T], 0 where a target is ignored, and the scaled logits [T, V]."""
+    counted_T = target_T != ignore_index
+    x_TV = logits_TV.to(accumulation_dtype(logits_TV))
+    x_TV = (x_TV if logit_softcap is None else soft_cap_reference(x_TV, logit_softcap)) / temperature
+    logp_TV = x_TV.log_softmax(-1)
+    logprob_T = logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0]
+    return logprob_T * counted_T, torch.special.entr(logp_TV.exp()).sum(-1) * counted_T, x_TV
+
+
+def _scaled_(x: Tensor, options: RowOptions) -> Tensor | None:
+    """Logits over the temperature, in place, and the derivative of their cap where there is one."""
+    slope = None
+    if cap := options.logit_softcap:
+        excluded = x == -math.inf
+        x.div_(cap).tanh_()
+        slope = x.square().neg_().add_(1.0)
+        x.mul_(cap).masked_fill_(excluded, -math.inf)
+    if options.temperature != 1.0:
+        x.div_(options.temperature)
+    return slope
+
+
+def logprob_forward(logits_TV: Tensor, target_T: Tensor, options: RowOptions, with_entropy: bool) -> RowStatistics:
+    """Every log-prob of this package that torch finds is found here: two operators agree to the bit on the same logits,
+    and the ratio of a policy to itself is exactly 1."""
+    found = RowStatistics.empty(logits_TV, with_entropy)
     tokens, vocabulary = logits_TV.shape
-    logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=torch.float32) for _ in range(3))
-    entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=torch.float32)
-    if tokens:
-        with on_device(logits_TV):
-            logprob_fwd_kernel[(tokens,)](
-                logits_TV,
-                target_T,
-                logprob_T,
-                entropy_T,
-                top_T,
-                log_total_T,
-                vocabulary,
-                logits_TV.stride(0),
-                LOG2E / temperature,
-                ignore_index,
-                softcap,
-                ENTROPY=with_entropy,
-                **row_config(logits_TV.dtype),
-            )
-    return logprob_T, entropy_T, top_T, log_total_T
-
-
-def lse_of(top_T: Tensor, log_total_T: Tensor) -> Tensor:
-    """log-sum-exp [T] of the statistics that the kernels keep in powers of two."""
-    return (top_T + log_total_T) * LN2
+    if options.via_triton:
+        launch(
+            logprob_fwd_kernel,
+            tokens,
+            logits_TV,
+            target_T,
+            *found,
+            vocabulary,
+            logits_TV.stride(0),
+            LOG2E / options.temperature,
+            options.ignore_index,
+            options.logit_softcap,
+            ENTROPY=with_entropy,
+            **row_config(logits_TV.dtype),
+        )
+        return found
+    logprob_T, entropy_T, top_T, log_total_T = found
+    target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, options.ignore_index)
+    for rows in token_chunks(tokens, chunk_size(tokens, vocabulary, logits_TV.device)):
+        x = logits_TV[rows].to(top_T.dtype, copy=True)
+        _scaled_(x, options)
+        top_T[rows] = x.amax(-1)
+        x.sub_(top_T[rows, None])
+        exp = x.exp()
+        total = exp.sum(-1)
+        log_total_T[rows] = total.log()
+        logprob_T[rows] = x.gather(1, target_T1[rows])[:, 0] - log_total_T[rows]
+        if with_entropy:  # exp * logit is 0 * -inf for an excluded column: its share is 0
+            entropy_T[rows] = log_total_T[rows] - x.mul_(exp).nansum(-1) / total
+    logprob_T.masked_fill_(outside_T, math.nan)
+    for x_T in found:
+        if len(x_T):
+            x_T.masked_fill_(ignored_T, 0.0)
+    return found
 
 
 def logprob_backward(
     logits_TV: Tensor,
     out_NV: Tensor,
     target_T: Tensor,
-    top_T: Tensor,
-    log_total_T: Tensor,
-    d_logprob_T: Tensor,
-    temperature: float,
-    ignore_index: int,
-    *,
-    entropy_T: Tensor | None = None,
-    d_entropy_T: Tensor | None = None,
-    d_lse_T: Tensor | None = None,
-    softcap: float | None = None,
+    statistics: RowStatistics,
+    gradients: RowGradients,
+    options: RowOptions,
     index_N: Tensor | None = None,
 ) -> None:
     """Gradient with respect to the logits into `out_NV`, of the rows in `index_N` if given.
 
-    Bytes: each logit read once, each gradient written once. Entropy and log-sum-exp take part when their gradient is
-    given.
+    Bytes: each logit read once, each gradient written once. `out_NV` may be the logits, or their `narrow_rows`.
     """
-    if len(out_NV) == 0:
+    over = index_N is None and out_NV.data_ptr() == logits_TV.data_ptr()
+    if not options.via_triton:
+        _logprob_backward_torch(logits_TV, out_NV, target_T, statistics, gradients, options, index_N, over)
         return
-    if index_N is None and logits_TV.stride(0) != out_NV.stride(0):  # logits that are a view with a gap between rows
+    narrow = over and out_NV.dtype != logits_TV.dtype
+    # logits that are a view with a gap between rows
+    if index_N is None and not narrow and logits_TV.stride(0) != out_NV.stride(0):
         index_N = torch.arange(len(out_NV), device=out_NV.device)
-    with on_device(logits_TV):
-        logprob_bwd_kernel[(len(out_NV),)](
-            logits_TV,
-            out_NV,
-            index_N,
-            target_T,
-            top_T,
-            log_total_T,
-            entropy_T,
-            d_logprob_T,
-            d_entropy_T,
-            d_lse_T,
-            logits_TV.shape[1],
-            logits_TV.stride(0),
-            out_NV.stride(0),
-            LOG2E / temperature,
-            1 / temperature,
-            ignore_index,
-            softcap,
-            COMPACT=index_N is not None,
-            ENTROPY=d_entropy_T is not None,
-            **row_config(logits_TV.dtype, group=8),
-        )
+    launch(
+        logprob_bwd_kernel,
+        len(out_NV),
+        logits_TV,
+        out_NV,
+        index_N,
+        target_T,
+        statistics.top_T,
+        statistics.log_total_T,
+        statistics.entropy_T,
+        *gradients,
+        logits_TV.shape[1],
+        logits_TV.stride(0),
+        out_NV.stride(0),
+        LOG2E / options.temperature,
+        1 / options.temperature,
+        options.ignore_index,
+        options.logit_softcap,
+        COMPACT=index_N is not None,
+        NARROW=narrow,
+        ENTROPY=gradients.d_entropy_T is not None,
+        **row_config(logits_TV.dtype, group=8),
+    )
+
+
+def _logprob_backward_torch(
+    logits_TV: Tensor,
+    out_NV: Tensor,
+    target_T: Tensor,
+    statistics: RowStatistics,
+    gradients: RowGradients,
+    options: RowOptions,
+    index_N: Tensor | None,
+    over: bool,
+) -> None:
+    target_T1, ignored_T, outside_T = split_index(target_T, logits_TV.shape[1], options.ignore_index)
+    gradients = gradients._replace(d_logprob_T=gradient_or_nan(gradients.d_logprob_T, outside_T))
+    _, entropy_T, top_T, log_total_T = statistics
+    for rows in token_chunks(len(out_NV), chunk_size(len(out_NV), logits_TV.shape[1], out_NV.device)):
+        at = rows if index_N is None else index_N[rows]
+        x = logits_TV[at].to(top_T.dtype, copy=not over)
+        slope = _scaled_(x, options)
+        logp = x.sub_(top_T[at, None]).sub_(log_total_T[at, None])
+        d_logprob, d_entropy, d_lse = gradients.at(at)
+        d_sum = d_logprob if d_lse is None else d_logprob - d_lse  # of what every logit takes part in
+        if d_entropy is None:
+            d = logp.exp_().mul_(-d_sum[:, None])
+        else:
+            p = logp.exp()
+            # p (log p + H) is 0 where p is 0, though log p is -inf there
+            d = torch.where(p > 0, p * logp.add_(entropy_T[at, None]), 0.0).mul_(-d_entropy[:, None])
+            d.sub_(p.mul_(d_sum[:, None]))
+        d.scatter_add_(1, target_T1[at], d_logprob[:, None])
+        if options.temperature != 1.0:
+            d.div_(options.temperature)
+        if slope is not None:
+            d.mul_(slope)
+        zero_rows_(d, ignored_T[at])
+        out_NV[rows] = d.to(out_NV.dtype)  # a copy first: a narrow row overlaps its own logits
+
+
+def zero_rows_(x: Tensor, rows: Tensor) -> None:
+    """x[rows] = 0 for bool rows, whatever x holds; nothing is read back from a GPU."""
+    if x.device.type == "cpu":
+        x.index_fill_(0, rows.nonzero()[:, 0], 0.0)  # touches those rows alone
+    else:
+        x.masked_fill_(rows[:, None], 0.0)

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
@@ -91,9 +91,45 @@ def to_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
     return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
 
 
-def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels launch on the current device: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **options: Any) -> None:
+    """On the device of the first tensor: kernels launch on the current one."""
+    x = next(x for x in arguments if isinstance(x, Tensor))
+    grid = programs if isinstance(programs, tuple) else (programs,)
+    if all(grid):
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            kernel[grid](*arguments, **options)
+
+
+_SCHEMA: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?"}
+_SCHEMA |= {int: "SymInt", bool: "bool", str: "str"}
+
+
+def unflatten(kinds: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
+    """NamedTuples of these kinds, of their fields one after the other."""
+    values = iter(flat)
+    return [kind._make(itertools.islice(values, len(kind._fields))) for kind in kinds]
+
+
+def define_operator(
+    name: str, kinds: Sequence[Any], returns: str, function: Any, fake: Any, *, mutates: str = "", tags: Any = ()
+) -> Any:
+    """The operator carft::`name`, whose arguments are the fields of NamedTuples; `function` and `fake` get these.
+
+    `returns` is the schema's, such as "(Tensor, Tensor)". `mutates`: the argument that the operator writes to.
+    """
+
+    def whole(of_kinds: Any) -> Any:
+        return lambda *flat: of_kinds(*unflatten(kinds, flat))
+
+    fields = {field: _SCHEMA[kind] for x in kinds for field, kind in get_type_hints(x).items()}
+    if mutates:
+        fields[mutates] = "Tensor(a!)"
+    schema = f"({', '.join(f'{kind} {field}' for field, kind in fields.items())}) -> {returns}"
+    operator = torch.library.custom_op(
+        f"carft::{name}", whole(function), mutates_args=[mutates] if mutates else (), schema=schema, tags=tags
+    )
+    operator.register_fake(whole(fake))
+    return operator
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -209,16 +245,6 @@ def check_positive(name: str, x: float) -> None:
         raise ValueError(f"{name} = {x}: expected a finite number above 0")
 
 
-def check_softcap(logit_softcap: float | None) -> None:
-    if logit_softcap is not None and not 0 < logit_softcap < math.inf:
-        raise ValueError(f"logit_softcap = {logit_softcap}: expected a finite number above 0, or None")
-
-
-def check_ignore_index(ignore_index: int) -> None:
-    if not -(1 << 31) <= ignore_index < 1 << 31:
-        raise ValueError(f"ignore_index = {ignore_index}: expected a 32-bit integer")
-
-
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -231,96 +257,32 @@ def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk so that a chunk's float32 logits take 32 MB on a CPU, where its cache matters, 1 GB on a GPU.
+    """The most tokens of a chunk: float32 logits of 32 MB on a CPU, where its cache matters; 4,096 on a GPU.
 
-    On a GPU every chunk reads and writes the float32 d_weight once; with a chunk of n tokens that is n FLOP for each of
-    its 4 bytes, and 1,765 tokens (a vocabulary of 152,064) outweigh what an H100 computes in that time.
+    On a GPU every chunk but the first reads and writes the float32 d_weight, 8 bytes for every 6 FLOP a token: at 4,096
+    tokens 10% of the time of the chunk's three products on an H100, by vendor's figures. Their logits take 2.5 GB at a
+    vocabulary of 152,064; more than 3 GiB they never take (3,072 tokens, 13%, at 262,144).
     """
-    elements = 1 << (28 if device.type == "cuda" else 23)
-    return max(1, min(tokens, max(32, elements // max(vocabulary, 1))))
-
-
-def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 [N, 1] that can be gathered with, bool [N] which are ignored, bool [N] which are outside [0, size).
-
-    Nothing is read back. What is outside gets NaN: without index checks it would be somebody else's number.
-    """
-    ignored_N = torch.zeros_like(index_N, dtype=torch.bool) if ignore_index is None else index_N == ignore_index
-    outside_N = ((index_N < 0) | (index_N >= size)) & ~ignored_N
-    return index_N.long().clamp(0, size - 1)[:, None], ignored_N, outside_N
-
-
-def given_gradients(
-    d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, like_T: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of log-prob, entropy and log-sum-exp, None where autograd has none, as the backward operators take
-    them.
-
-    Contiguous: the gradient of a sum is an expanded scalar, which a kernel cannot index.
-    """
-    d_logprob_T = torch.zeros_like(like_T) if d_logprob_T is None else d_logprob_T.contiguous()
-    d_entropy_T, d_lse_T = (None if d is None or not d.numel() else d.contiguous() for d in (d_entropy_T, d_lse_T))
-    return d_logprob_T, d_entropy_T, d_lse_T
-
-
-def gradient_or_nan(d_N: Tensor, outside_N: Tensor) -> Tensor:
-    """The gradient of a number that is NaN because its index is outside; 0 stays 0."""
-    return d_N.masked_fill(outside_N & (d_N != 0), math.nan)
-
-
-def zero_rows_(x: Tensor, rows: Tensor) -> None:
-    """x[rows] = 0 for bool rows, whatever x holds; nothing is read back from a GPU."""
-    if x.device.type == "cpu":
-        x.index_fill_(0, rows.nonzero()[:, 0], 0.0)  # touches those rows alone
+    vocabulary = max(vocabulary, 1)
+    if device.type == "cuda":
+        most = min(4096, max(128, (3 << 28) // vocabulary // 128 * 128))
     else:
-        x.masked_fill_(rows[:, None], 0.0)
+        most = max(32, (1 << 23) // vocabulary)
+    return max(1, min(tokens, most))
 
 
-def soft_cap_reference(x: Tensor, cap: float) -> Tensor:
-    """The obvious expression of `soft_cap_`."""
-    return torch.where(x == -math.inf, x, cap * (x / cap).tanh())
+def token_chunks(tokens: int, most: int) -> list[slice]:
+    """As few chunks of at most `most` tokens as it takes, equal within the blocks of 128 tokens in which they come, or
+    within one token where `most` is below 1,024."""
+    block = 128 if most >= 1024 else 1
+    blocks = -(-tokens // block)
+    count = max(1, -(-blocks // (most // block)))
+    edges = [min(i * blocks // count * block, tokens) for i in range(count + 1)]
+    return [slice(s, e) for s, e in itertools.pairwise(edges) if s < e]
 
 
-def soft_cap_(x: Tensor, cap: float) -> Tensor:
-    """cap * tanh(x / cap) in place of logits [n, V], and its derivative [n, V]. What is -inf stays so."""
-    excluded = x == -math.inf
-    x.div_(cap).tanh_()
-    slope = x.square().neg_().add_(1.0)
-    x.mul_(cap).masked_fill_(excluded, -math.inf)
-    return slope
-
-
-def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shift logits [n, V] in place by their row maximum; returns log-prob of the target, maximum, exp(x), its row sums.
-
-    Every log-prob of this package goes through here, so that two operators agree to the bit on the same logits: the
-    ratio of a policy to itself is exactly 1.
-    """
-    top = x.amax(-1)
-    x.sub_(top[:, None])
-    exp = x.exp()
-    sum_exp = exp.sum(-1)
-    return x.gather(1, target_n1)[:, 0] - sum_exp.log(), top, exp, sum_exp
-
-
-def d_logits_(
-    logp: Tensor,
-    target_n1: Tensor,
-    d_logprob: Tensor,
-    entropy: Tensor,
-    d_entropy: Tensor | None,
-    d_lse: Tensor | None = None,
-) -> Tensor:
-    """Gradient [n, V] with respect to the logits, in the place of their log-softmax."""
-    d_sum = d_logprob if d_lse is None else d_logprob - d_lse  # of what every logit takes part in
-    if d_entropy is None:
-        d = logp.exp_().mul_(-d_sum[:, None])
-    else:
-        p = logp.exp()
-        # p (log p + H) is 0 where p is 0, though log p is -inf there
-        d = torch.where(p > 0, p * logp.add_(entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
-        d.sub_(p.mul_(d_sum[:, None]))
-    return d.scatter_add_(1, target_n1, d_logprob[:, None])
+def most_rows(chunks: Sequence[slice]) -> int:
+    return max((rows.stop - rows.start for rows in chunks), default=0)
 
 
 def rows_scratch(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -384,12 +346,6 @@ def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = No
         return linear(hidden_ND, weight_VD, bias_V).to(accumulation_dtype(hidden_ND))
 
 
-def head_logits_into(out: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
-    """out = hidden @ weight.T; see head_logits."""
-    with full_float32():
-        wide_matmul(hidden_ND, weight_VD.T, out=out)
-
-
 def _on_cuda(x: Tensor) -> bool:
     """Where torch has products of half-precision factors with a float32 result."""
     return x.is_cuda
@@ -421,16 +377,20 @@ def wide_matmul(a: Tensor, b: Tensor, *, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where `total` may be float32 for half-precision factors."""
+def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """total += a @ b, where `total` may be float32 for half-precision factors. The `first` product overwrites it:
+    zeros need not be written and read before."""
     if _by_onednn(a, b.T):
         step = max(1, (1 << 20) // total.shape[1])  # a few rows at a time: the product of all would be as large again
         for s in range(0, total.shape[0], step):
-            total[s : s + step] += linear(a[s : s + step], b.T)
+            part = linear(a[s : s + step], b.T)
+            total[s : s + step] = part if first else part.add_(total[s : s + step])
     elif total.dtype == a.dtype:
-        total.addmm_(a, b)
+        total.addmm_(a, b, beta=0.0 if first else 1.0)
     elif _on_cuda(a):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
+    elif first:
+        total.copy_(linear(a, b.T))
     else:
         total += linear(a, b.T)
 

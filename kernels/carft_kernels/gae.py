@@ -32,8 +32,8 @@ from carft_kernels._runtime import (
     check_like,
     check_offsets,
     check_positive,
+    launch,
     log_implementation,
-    on_device,
     sequence_index,
     usable_offsets,
     use_triton,
@@ -159,12 +159,8 @@ def _gae(
     dtype = accumulation_dtype(reward_T)
     if via_triton:
         advantage_T, return_T = (reward_T.new_empty(tokens, dtype=dtype) for _ in range(2))
-        options: dict[str, Any] = SEQUENCE_CONFIG
-        if sequences:
-            with on_device(reward_T):
-                gae_kernel[(sequences,)](
-                    reward_T, value_T, cu_seqlens, advantage_T, return_T, tokens, gamma, gamma * lam, **options
-                )
+        tensors = reward_T, value_T, cu_seqlens, advantage_T, return_T
+        launch(gae_kernel, sequences, *tensors, tokens, gamma, gamma * lam, **SEQUENCE_CONFIG)
         return advantage_T, return_T
     reward_T, value_T = reward_T.to(dtype), value_T.to(dtype)
     if tokens == 0:
@@ -202,12 +198,8 @@ def _kl_shaped_reward(
     dtype = accumulation_dtype(old_logprob_T)
     if via_triton:
         reward_T = torch.empty_like(old_logprob_T, dtype=dtype)
-        options: dict[str, Any] = SEQUENCE_CONFIG
-        if len(score_B):
-            with on_device(old_logprob_T):
-                kl_shaped_reward_kernel[(len(score_B),)](
-                    score_B, old_logprob_T, ref_logprob_T, cu_seqlens, reward_T, len(reward_T), kl_coef, **options
-                )
+        tensors = score_B, old_logprob_T, ref_logprob_T, cu_seqlens, reward_T
+        launch(kl_shaped_reward_kernel, len(score_B), *tensors, len(reward_T), kl_coef, **SEQUENCE_CONFIG)
         return reward_T
     reward_T = -kl_coef * (old_logprob_T.to(dtype) - ref_logprob_T.to(dtype))
     if len(reward_T) == 0:
@@ -231,17 +223,8 @@ def _whiten(x_T: Tensor, mask_T: Tensor | None, eps: float, via_triton: bool) ->
     if not via_triton:
         return _whiten_torch(x_T, mask_T, eps, None)
     out_T = torch.empty_like(x_T, dtype=torch.float32)
-    options: dict[str, Any] = WHITEN_CONFIG
-    with on_device(x_T):
-        whiten_kernel[(1,)](
-            x_T,
-            None if mask_T is None else mask_T.view(torch.uint8),
-            out_T,
-            len(x_T),
-            eps,
-            MASKED=mask_T is not None,
-            **options,
-        )
+    mask = None if mask_T is None else mask_T.view(torch.uint8)
+    launch(whiten_kernel, 1, x_T, mask, out_T, len(x_T), eps, MASKED=mask is not None, **WHITEN_CONFIG)
     return out_T
 
 

@@ -26,8 +26,8 @@ from carft_kernels._runtime import (
     check_cu_seqlens,
     check_integer,
     check_rising,
+    launch,
     log_implementation,
-    on_device,
     to_device,
     use_triton,
 )
@@ -182,16 +182,14 @@ def _lcs_mask(
     cells = [(a_end - a_start) * (b_end - b_start) for (a_start, a_end), (b_start, b_end) in pairs]
     if not any(cells):
         return mask_a, mask_b
-    options: dict[str, Any] = table_config(longest_b)
     groups = _groups(cells)
     starts = [start for first, end in groups for start in itertools.accumulate([0, *cells[first : end - 1]])]
     a_cu, b_cu, tables = to_device([a_offsets, b_offsets, [*starts, 0]], a.device)
     for first, end in groups:
         steps = a.new_empty(sum(cells[first:end]), dtype=torch.int8)
         shared = a, a_cu, b, b_cu, steps, tables[first:], first
-        with on_device(a):
-            lcs_table_kernel[(end - first,)](*shared, **options)
-            lcs_walk_kernel[(end - first,)](*shared, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1)
+        launch(lcs_table_kernel, end - first, *shared, **table_config(longest_b))
+        launch(lcs_walk_kernel, end - first, *shared, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1)
     return mask_a, mask_b
 
 

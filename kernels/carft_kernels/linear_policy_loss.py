@@ -9,44 +9,35 @@ can be differentiated as soon as its logits exist: one matmul for them, one for 
 (F = 2 T V D) and no recomputation. So a token's loss may depend on its own logits alone: a ratio of whole sequences
 takes `linear_logprob` and then `policy_loss`, 4F. Tokens whose gradient is exactly zero (no weight, no advantage,
 clipped) are left out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for
-backward: d_hidden, d_weight and d_bias. Accumulation: float32 past the matmul and for d_weight (float64 for float64
-input). Half-precision matmuls run on the weight as it is: only a chunk's logits are widened, never the weight. Triton:
-row kernels between cuBLAS products.
+backward: d_hidden, d_weight and d_bias, the latter two in float32. Accumulation: float32 past the matmul and for
+d_weight (float64 for float64 input). The loop over chunks is in `_head.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from carft_kernels._policy_kernels import KlEstimate, PolicyLoss, TokenTerms, policy_terms, policy_terms_reference
-from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
+from carft_kernels._head import Head, Needs, checked_head, over_chunks
+from carft_kernels._policy_kernels import (
+    KlEstimate,
+    PolicyLoss,
+    TokenTerms,
+    TokenVectors,
+    policy_terms,
+    policy_terms_reference,
+)
+from carft_kernels._row_kernels import RowGradients, RowOptions, RowStatistics, logprob_reference
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
-    add_product_,
     check_float,
-    check_ignore_index,
-    check_integer,
     check_like,
-    check_positive,
-    check_rows,
-    check_same_dtype,
-    check_softcap,
     check_targets,
-    chunk_size,
-    head_logits,
-    head_logits_into,
+    define_operator,
     log_implementation,
-    product,
-    rows_scratch,
     scaled_gradient,
-    soft_cap_,
-    soft_cap_reference,
-    softmax_parts_,
-    split_index,
-    use_triton,
-    wide_matmul,
+    unflatten,
 )
 
 
@@ -59,236 +50,105 @@ def linear_policy_loss_reference(
     old_logprob_T: Tensor | None,
     weight_T: Tensor,
     bias: Tensor | None = None,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    loss: PolicyLoss = "clip",
     correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimate: KlEstimate = "k3",
-    kl_clamp: float | None = None,
     entropy_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     logit_softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
+    **terms: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The obvious expression: loss and log-probs [T], all logits at once."""
+    """The obvious expression: loss and log-probs [T], all logits at once. `terms`: other fields of TokenTerms."""
     counted_T = target_T != ignore_index
     weight_T = torch.where(counted_T, weight_T, 0.0)
     logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
-    logits_TV = logits_TV.to(accumulation_dtype(hidden_TD))
-    if logit_softcap is not None:
-        logits_TV = soft_cap_reference(logits_TV, logit_softcap)
-    logp_TV = (logits_TV / temperature).log_softmax(-1)
-    logprob_T = logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T
+    logprob_T, entropy_T, logits_TV = logprob_reference(logits_TV, target_T, temperature, logit_softcap, ignore_index)
     loss_T = policy_terms_reference(
         logprob_T,
         logprob_T.detach() if old_logprob_T is None else old_logprob_T,
         advantage_T,
-        TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp),
+        TokenTerms(**terms),
         correction_T=correction_T,
         ref_logprob_T=ref_logprob_T,
     )
-    loss_T = loss_T - entropy_coef * torch.special.entr(logp_TV.exp()).sum(-1)
-    loss_T = loss_T + z_loss_coef * (logits_TV / temperature).logsumexp(-1).square()
+    loss_T = loss_T - entropy_coef * entropy_T + z_loss_coef * logits_TV.logsumexp(-1).square()
     return (weight_T * loss_T).sum(), logprob_T
 
 
-def _loss_and_gradients(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias: Tensor | None,
-    target_T: Tensor,
-    advantage_T: Tensor,
-    old_logprob_T: Tensor | None,
-    weight_T: Tensor,
-    correction_T: Tensor | None,
-    ref_logprob_T: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    loss: str,
-    kl_coef: float,
-    kl_estimate: str,
-    kl_clamp: float | None,
-    entropy_coef: float,
-    z_loss_coef: float,
-    logit_softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    chunk_tokens: int,
-    skip_dead: bool,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-    via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed)."""
-    log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
-    tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-    check_targets("target_T", target_T, vocabulary, ignore_index)
-    dtype = accumulation_dtype(hidden_TD)
-    d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
-    d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
-    d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
-    terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
-    logprob_T = hidden_TD.new_empty(tokens, dtype=dtype)
-    stats = hidden_TD.new_zeros(5, dtype=dtype)
-    target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
-    weight_T = weight_T.masked_fill(ignored_T, 0.0)
-    chunk_tokens = min(chunk_tokens, tokens)
-    if via_triton:
-        x_scratch = rows_scratch(hidden_TD, chunk_tokens, vocabulary, torch.float32)
-        d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, chunk_tokens, vocabulary)
-    for s in range(0, tokens, max(chunk_tokens, 1)):
-        rows = slice(s, s + chunk_tokens)
-        h, weight = hidden_TD[rows], weight_T[rows]
-        if via_triton:
-            x = x_scratch[: len(h)]
-            head_logits_into(x, h, weight_VD)
-            if bias is not None:
-                x += bias
-            logprob, entropy, top, log_total = logprob_forward(
-                x, target_T[rows], temperature, True, ignore_index, logit_softcap
-            )
-            lse = lse_of(top, log_total) if z_loss_coef else None
-        else:
-            x = head_logits(h, weight_VD, bias)
-            slope = None if logit_softcap is None else soft_cap_(x, logit_softcap)
-            if temperature != 1.0:
-                x.div_(temperature)
-            logprob, top, p, sum_exp = softmax_parts_(x, target_T1[rows])
-            # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
-            entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
-            lse = top + sum_exp.log() if z_loss_coef else None
-            logprob.masked_fill_(outside_T[rows], torch.nan).masked_fill_(ignored_T[rows], 0.0)
-        logprob_T[rows] = logprob
-        d_logprob = policy_terms(
-            logprob,
-            logprob if old_logprob_T is None else old_logprob_T[rows],
-            advantage_T[rows],
-            weight,
-            stats,
-            terms,
-            correction_T=None if correction_T is None else correction_T[rows],
-            ref_logprob_T=None if ref_logprob_T is None else ref_logprob_T[rows],
-            entropy_T=entropy,
-            via_triton=via_triton,
-        )
-        d_lse = None
-        if lse is not None:
-            lse = torch.where(weight != 0, lse, 0.0)
-            stats[0] += z_loss_coef * (weight * lse.square()).sum()
-            d_lse = 2 * z_loss_coef * weight * lse
-        if not (need_hidden or need_weight or need_bias):
-            continue
+class _More(NamedTuple):
+    z_loss_coef: float
+    chunk_tokens: int
+    skip_dead: bool
 
-        live = weight != 0 if entropy_coef or z_loss_coef else d_logprob != 0
-        if skip_dead:
-            index = live.nonzero()[:, 0]
-            if len(index) == 0:
-                continue
-            everyone = len(index) == len(h)
-        else:
-            # whatever a token without gradient holds must not reach d_weight: 0 * NaN is NaN
-            everyone, h = True, h.masked_fill(~live[:, None], 0.0)
-        d_entropy = -entropy_coef * weight if entropy_coef else None
-        if via_triton:
-            # rows beyond `index` are neither read nor written; without a gap the gradient goes over its own logits
-            d = d_scratch[: len(h) if everyone else len(index)]
-            target = target_T[rows] if skip_dead else target_T[rows].masked_fill(~live, ignore_index)
-            if not everyone and d_scratch is x_scratch:
-                d = rows_scratch(hidden_TD, len(index), vocabulary)
-            logprob_backward(
-                x,
-                d,
-                target,
-                top,
-                log_total,
-                d_logprob,
-                temperature,
-                ignore_index,
-                entropy_T=entropy,
-                d_entropy_T=d_entropy,
-                d_lse_T=d_lse,
-                softcap=logit_softcap,
-                index_N=None if everyone else index,
-            )
-        else:
-            target = target_T1[rows]
-            if not everyone:
-                p, target, sum_exp, entropy, d_logprob = (z[index] for z in (p, target, sum_exp, entropy, d_logprob))
-                d_entropy, d_lse, slope = (None if z is None else z[index] for z in (d_entropy, d_lse, slope))
-            p.div_(sum_exp[:, None])
-            d_sum = d_logprob if d_lse is None else d_logprob - d_lse  # of what every logit takes part in
-            if d_entropy is None:
-                d = p.mul_(-d_sum[:, None])
-            else:
-                d = torch.where(p > 0, p * (p.log() + entropy[:, None]), 0.0).mul_(-d_entropy[:, None])
-                d.sub_(p.mul_(d_sum[:, None]))
-            d.scatter_add_(1, target, d_logprob[:, None])
-            if temperature != 1.0:
-                d.div_(temperature)
-            if slope is not None:
-                d.mul_(slope)
-            if not skip_dead:
-                d.masked_fill_(~live[:, None], 0.0)
-            d = d.to(hidden_TD.dtype)
-        if need_bias:
-            d_bias_V += d.sum(0, dtype=dtype)
-        if need_hidden:
-            if everyone:
-                wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
-            else:
-                d_hidden_TD[s + index] = product(d, weight_VD)
-        if need_weight:
-            add_product_(d_weight_VD, d.T, h if everyone else h[index])
-    gradients = d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
+
+_ARGUMENTS = Head, TokenVectors, TokenTerms, RowOptions, _More, Needs
+
+
+def _loss_and_gradients(
+    head: Head, vectors: TokenVectors, terms: TokenTerms, options: RowOptions, more: _More, needs: Needs
+) -> tuple[Tensor, ...]:
+    """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed).
+
+    The last two in the accumulation dtype: the backward pass casts them as it scales them, so d_weight is read once.
+    """
+    hidden_TD, weight_VD, _, target_T = head
+    log_implementation("linear_policy_loss", options.via_triton, hidden_TD.device.type)
+    check_targets("target_T", target_T, weight_VD.shape[0], options.ignore_index)
+    logprob_T = hidden_TD.new_empty(len(target_T), dtype=accumulation_dtype(hidden_TD))
+    stats = logprob_T.new_zeros(5)
+    vectors = vectors._replace(weight_T=vectors.weight_T.masked_fill(target_T == options.ignore_index, 0.0))
+
+    def differentiate(rows: slice, statistics: RowStatistics) -> tuple[RowGradients, Tensor]:
+        of_chunk = vectors.at(rows)
+        weight, logprob, entropy = of_chunk.weight_T, statistics.logprob_T, statistics.entropy_T
+        logprob_T[rows] = logprob
+        d_logprob = policy_terms(logprob, of_chunk, stats, terms, entropy, via_triton=options.via_triton)
+        d_entropy = -terms.entropy_coef * weight if terms.entropy_coef else None
+        d_lse = None
+        if more.z_loss_coef:
+            lse = torch.where(weight != 0, statistics.lse(options), 0.0)
+            stats[0] += more.z_loss_coef * (weight * lse.square()).sum()
+            d_lse = 2 * more.z_loss_coef * weight * lse
+        live = weight != 0 if terms.entropy_coef or more.z_loss_coef else d_logprob != 0
+        return RowGradients(d_logprob, d_entropy, d_lse), live
+
+    gradients = over_chunks(
+        head, options, more.chunk_tokens, differentiate, needs, with_entropy=True, skip_dead=more.skip_dead
+    )
     return stats[0].clone(), logprob_T, stats, *gradients
 
 
-# the number of tokens with a gradient is read back, which no CUDA graph can hold
-_forward = torch.library.custom_op(
-    "carft::linear_policy_loss", _loss_and_gradients, mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
-_forward_of_all = torch.library.custom_op("carft::linear_policy_loss_of_all", _loss_and_gradients, mutates_args=())
-
-
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    need_hidden, need_weight, need_bias = rest[-4:-1]
-    dtype = accumulation_dtype(hidden_TD)
-    return (
-        hidden_TD.new_empty((), dtype=dtype),
-        hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype),
-        hidden_TD.new_empty(5, dtype=dtype),
-        torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
-        torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),
-        weight_VD.new_empty(weight_VD.shape[0] if need_bias else 0),
-    )
+def _fake(head: Head, *rest: Any) -> tuple[Tensor, ...]:
+    dtype, needs = accumulation_dtype(head.hidden_TD), rest[-1]
+    sizes: tuple[Any, ...] = ((), head.hidden_TD.shape[0], 5)
+    return *(head.hidden_TD.new_empty(size, dtype=dtype) for size in sizes), *needs.empty(head, dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, logprob_T, stats, *gradients = output
-    ctx.needed, ctx.inputs = inputs[-4:-1], len(inputs)
+    head, *_, ctx.needs = unflatten(_ARGUMENTS, inputs)
+    ctx.dtype, ctx.others = head.hidden_TD.dtype, len(inputs) - 3
     ctx.set_materialize_grads(False)  # no zeros of the head's size for the outputs that carry no gradient
     ctx.mark_non_differentiable(logprob_T, stats, *gradients)
     ctx.save_for_backward(*gradients)
 
 
 def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if d_loss is None:
-        return (None,) * ctx.inputs
     gradients = [
-        scaled_gradient(gradient, d_loss, gradient.dtype) if needed else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
+        None if d_loss is None or not needed else scaled_gradient(gradient, d_loss, ctx.dtype)
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
     ]
-    return *gradients, *([None] * (ctx.inputs - 3))
+    return *gradients, *([None] * ctx.others)
 
 
+_RETURNS = f"({', '.join(['Tensor'] * 6)})"
+# the number of tokens with a gradient is read back, which no CUDA graph can hold
+_forward = define_operator(
+    *("linear_policy_loss", _ARGUMENTS, _RETURNS, _loss_and_gradients, _fake), tags=(torch.Tag.cudagraph_unsafe,)
+)
+_forward_of_all = define_operator("linear_policy_loss_of_all", _ARGUMENTS, _RETURNS, _loss_and_gradients, _fake)
 for _operator in (_forward, _forward_of_all):
-    _operator.register_fake(_fake)
     _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
@@ -355,7 +215,8 @@ def linear_policy_loss(
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
-        chunk_tokens: tokens per chunk; by default what keeps a chunk's logits small.
+        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
+            logits hold; on a CPU what 32 MB hold.
         skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.
@@ -376,63 +237,29 @@ def linear_policy_loss(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    check_float("hidden_TD", hidden_TD, 2)
-    via_triton = use_triton("linear_policy_loss", impl, hidden_TD)
-    check_float("weight_VD", weight_VD, 2)
-    tokens = hidden_TD.shape[0]
-    check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
-    check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
-    check_like("target_T", target_T, (tokens,), "hidden_TD", hidden_TD)
-    check_integer("target_T", target_T)
-    if bias is not None:
-        check_like("bias", bias, (weight_VD.shape[0],), "weight_VD", hidden_TD)
-        check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
-        bias = bias.contiguous()
-    per_token = {"advantage_T": advantage_T, "old_logprob_T": old_logprob_T, "weight_T": weight_T}
-    per_token |= {"correction_T": correction_T, "ref_logprob_T": ref_logprob_T}
-    for name, x in per_token.items():
-        if x is None and name in ("old_logprob_T", "correction_T", "ref_logprob_T"):
-            continue
-        if x is None:
-            raise ValueError(f"{name} is None: expected a tensor of shape ({tokens},)")
-        check_like(name, x, (tokens,), "hidden_TD", hidden_TD)
-        check_float(name, x, 1)
+    head, options, most = checked_head(
+        *("linear_policy_loss", hidden_TD, weight_VD, bias, target_T),
+        *(temperature, logit_softcap, ignore_index, chunk_tokens, impl),
+    )
+    vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T)
+    for name, x in vectors._asdict().items():
+        if x is not None:
+            check_like(name, x, target_T.shape, "hidden_TD", hidden_TD)
+            check_float(name, x, 1)
+        elif name in ("advantage_T", "weight_T"):
+            raise ValueError(f"{name} is None: expected a tensor of shape ({len(target_T)},)")
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     terms.check()
     if kl_coef and ref_logprob_T is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T, which is None")
     if not z_loss_coef >= 0:
         raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
-    check_softcap(logit_softcap)
-    check_positive("temperature", temperature)
-    check_ignore_index(ignore_index)
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
-    if via_triton:
-        check_rows("hidden_TD", hidden_TD)
-        check_rows("weight_VD", weight_VD)
     dtype = accumulation_dtype(hidden_TD)
-    vectors = (None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values())
-    differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
+    vectors = TokenVectors._make(None if x is None else x.detach().to(dtype).contiguous() for x in vectors)
+    # inside the operator gradient mode always reads False
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
     operator = _forward if skip_dead else _forward_of_all
-    total, logprob_T, stats, *_ = operator(
-        hidden_TD,
-        weight_VD,
-        bias,
-        target_T.contiguous(),
-        *vectors,
-        *terms,
-        z_loss_coef,
-        logit_softcap,
-        temperature,
-        ignore_index,
-        chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),
-        skip_dead,
-        differentiate and hidden_TD.requires_grad,
-        differentiate and weight_VD.requires_grad,
-        differentiate and bias is not None and bias.requires_grad,
-        via_triton,
-    )
+    total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, z_loss_coef, most, skip_dead, *needs)
     count = stats[1].clamp(min=1)
     metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
     return total, logprob_T, metrics

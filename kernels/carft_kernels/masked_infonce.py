@@ -29,6 +29,7 @@ from carft_kernels._matmul_kernels import (
     tile_mask,
     tile_of,
 )
+from carft_kernels._row_kernels import RowOptions, gradient_or_nan, split_index
 from carft_kernels._runtime import (
     FUSED,
     LOG2E,
@@ -44,18 +45,19 @@ from carft_kernels._runtime import (
     check_rows,
     check_same_dtype,
     chunk_size,
-    gradient_or_nan,
     head_logits,
     index_checks_on,
+    launch,
     log_implementation,
-    on_device,
+    most_rows,
     rows_scratch,
-    split_index,
+    token_chunks,
     use_triton,
     wide_matmul,
 )
 
 _NORM_EPS = 1e-8  # that of torch.cosine_similarity
+_NO_INDEX = -(1 << 31)  # no positive is ignored
 
 
 def masked_infonce_reference(
@@ -105,9 +107,9 @@ def infonce_gradient_kernel(
     row_top,
     log_total,
     d_row,
-    out,  # [n, m], rows `stride_out` apart: d loss / d (a_i . b_j)
-    n,
+    out,  # [m, n], rows `stride_out` apart: d loss / d (a_i . b_j)
     m,
+    n,
     k,
     stride_a,
     stride_b,
@@ -116,32 +118,32 @@ def infonce_gradient_kernel(
     inverse_temperature,
     positive_clamp,
     MASK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of similarities, computed again, into the gradient of its products."""
-    row_block, column_block = tile_of(tl.program_id(0), n, m, BLOCK_N, BLOCK_M, GROUP_N)
+    row_block, column_block = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N, GROUP_M)
     acc = product_tile(
-        a, b, row_block, column_block, n, m, k, stride_a, stride_b, BLOCK_N, BLOCK_M, BLOCK_K, TMA, PRECISION
+        a, b, row_block, column_block, m, n, k, stride_a, stride_b, BLOCK_M, BLOCK_N, BLOCK_K, TMA, PRECISION
     )
-    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = column_block * BLOCK_M + tl.arange(0, BLOCK_M)
-    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, n, m, True, False)
-    top = tl.load(row_top + rows, mask=rows < n, other=0.0)
-    total = tl.load(log_total + rows, mask=rows < n, other=0.0)
-    allowed = tile_mask(mask, rows, columns, n, m, MASK)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, m, n, True, False)
+    top = tl.load(row_top + rows, mask=rows < m, other=0.0)
+    total = tl.load(log_total + rows, mask=rows < m, other=0.0)
+    allowed = tile_mask(mask, rows, columns, m, n, MASK)
     p = tl.where(allowed, tl.exp2(tl.fma(x, scale, -top[:, None]) - total[:, None]), 0.0)
-    pulled = (columns[None, :] == tl.load(positive + rows, mask=rows < n, other=-1)[:, None]) & (x <= positive_clamp)
+    pulled = (columns[None, :] == tl.load(positive + rows, mask=rows < m, other=-1)[:, None]) & (x <= positive_clamp)
     # d (a . b) = factors x d similarity
-    factor = tl.load(d_row + rows, mask=rows < n, other=0.0) * inverse_temperature
-    factor *= tl.load(row_factor + rows, mask=rows < n, other=0.0)
-    column = tl.load(column_factor + columns, mask=columns < m, other=0.0)
+    factor = tl.load(d_row + rows, mask=rows < m, other=0.0) * inverse_temperature
+    factor *= tl.load(row_factor + rows, mask=rows < m, other=0.0)
+    column = tl.load(column_factor + columns, mask=columns < n, other=0.0)
     d = tl.where(pulled, p - 1.0, p) * factor[:, None] * column[None, :]
-    inside = (rows < n)[:, None] & (columns < m)[None, :]
+    inside = (rows < m)[:, None] & (columns < n)[None, :]
     place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(place, d.to(out.dtype.element_ty), mask=inside)
 
@@ -153,12 +155,8 @@ def _inverse_norm(x_ND: Tensor, via_triton: bool) -> Tensor:
     if not via_triton:
         return x_ND.to(accumulation_dtype(x_ND)).norm(dim=1).clamp(min=_NORM_EPS).reciprocal()
     out_N = x_ND.new_empty(len(x_ND), dtype=torch.float32)
-    options: dict[str, Any] = NORM_CONFIG
-    if len(x_ND):
-        with on_device(x_ND):
-            inverse_norm_kernel[(triton.cdiv(len(x_ND), options["BLOCK_N"]),)](
-                x_ND, out_N, len(x_ND), x_ND.shape[1], x_ND.stride(0), _NORM_EPS, **options
-            )
+    programs = triton.cdiv(len(x_ND), NORM_CONFIG["BLOCK_N"])
+    launch(inverse_norm_kernel, programs, x_ND, out_N, *x_ND.shape, x_ND.stride(0), _NORM_EPS, **NORM_CONFIG)
     return out_N
 
 
@@ -182,13 +180,13 @@ def _forward(
     inverse_N, inverse_M = _inverse_norm(anchor_ND, via_triton), _inverse_norm(candidate_MD, via_triton)
     stats_2N = inverse_N.new_empty(2, n)
     if via_triton:
-        logprob_N, _, top_N, log_total_N, _ = matmul_logprob(
+        logprob_N, _, top_N, log_total_N = matmul_logprob(
             anchor_ND,
             candidate_MD,
             positive_N,
-            temperature,
-            row_factor_N=inverse_N,
-            column_factor_M=inverse_M,
+            RowOptions(temperature, None, _NO_INDEX, True),
+            row_factor_M=inverse_N,
+            column_factor_N=inverse_M,
             mask=None if candidate_mask is None else candidate_mask.view(torch.uint8),
             target_limit=positive_clamp,
             logprob_limit=float("inf"),
@@ -236,9 +234,9 @@ def _check_positives_allowed(positive_N: Tensor, row_mask_N: Tensor | None, allo
 
 
 def _similarity_chunks(anchor_ND: Tensor, candidate_MD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    step = chunk_size(len(anchor_ND), len(candidate_MD), anchor_ND.device)
-    for s in range(0, len(anchor_ND), step):
-        yield slice(s, s + step), head_logits(anchor_ND[s : s + step], candidate_MD)
+    n = len(anchor_ND)
+    for rows in token_chunks(n, chunk_size(n, len(candidate_MD), anchor_ND.device)):
+        yield rows, head_logits(anchor_ND[rows], candidate_MD)
 
 
 def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tensor:
@@ -287,42 +285,41 @@ def _backward(
         d_candidate_MD.mul_(inverse_M[:, None])
         return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
     config = config_for(anchor_ND, candidate_MD, plain=False)
-    step = chunk_size(n, m, anchor_ND.device)
+    chunks = token_chunks(n, chunk_size(n, m, anchor_ND.device))
     # one gradient among thousands of candidates is below what float16 holds
     product_dtype = torch.float32 if anchor_ND.dtype == torch.float16 else anchor_ND.dtype
     candidate_product_MD = candidate_MD.to(product_dtype)
-    scratch = rows_scratch(anchor_ND, min(step, n), m, product_dtype)
+    scratch = rows_scratch(anchor_ND, most_rows(chunks), m, product_dtype)
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
-    candidates = operand(candidate_MD, config.block_m, config)
-    options = config.launch(anchor_ND.dtype)
-    for s in range(0, n, step):
-        rows = slice(s, s + step)
+    candidates = operand(candidate_MD, config.block_n, config)
+    for rows in chunks:
         a = anchor_ND[rows]
         d = scratch[: len(a)]
-        with on_device(a):
-            infonce_gradient_kernel[(triton.cdiv(len(a), config.block_n) * triton.cdiv(m, config.block_m),)](
-                operand(a, config.block_n, config),
-                candidates,
-                inverse_N[rows],
-                inverse_M,
-                mask if mask is None or mask.ndim == 1 else mask[rows],
-                positive_N[rows],
-                top_N[rows],
-                log_total_N[rows],
-                d_row_N[rows],
-                d,
-                len(a),
-                m,
-                a.shape[1],
-                a.stride(0),
-                candidate_MD.stride(0),
-                d.stride(0),
-                LOG2E / temperature,
-                1 / temperature,
-                positive_clamp,
-                MASK=0 if mask is None else mask.ndim,
-                **options,
-            )
+        launch(
+            infonce_gradient_kernel,
+            triton.cdiv(len(a), config.block_m) * triton.cdiv(m, config.block_n),
+            operand(a, config.block_m, config),
+            candidates,
+            inverse_N[rows],
+            inverse_M,
+            mask if mask is None or mask.ndim == 1 else mask[rows],
+            positive_N[rows],
+            top_N[rows],
+            log_total_N[rows],
+            d_row_N[rows],
+            d,
+            len(a),
+            m,
+            a.shape[1],
+            a.stride(0),
+            candidate_MD.stride(0),
+            d.stride(0),
+            LOG2E / temperature,
+            1 / temperature,
+            positive_clamp,
+            MASK=0 if mask is None else mask.ndim,
+            **config.launch(anchor_ND.dtype),
+        )
         wide_matmul(d, candidate_product_MD, out=d_anchor_ND[rows])
         add_product_(d_candidate_MD, d.T, a.to(product_dtype))
     return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)

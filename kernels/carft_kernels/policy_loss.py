@@ -21,7 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._policy_kernels import TOKEN_CONFIG, PolicyLoss, TokenTerms, policy_terms, policy_terms_reference
+from carft_kernels._policy_kernels import (
+    TOKEN_CONFIG,
+    PolicyLoss,
+    TokenTerms,
+    TokenVectors,
+    policy_terms,
+    policy_terms_reference,
+)
 from carft_kernels._row_kernels import offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
     FUSED,
@@ -31,8 +38,8 @@ from carft_kernels._runtime import (
     check_float,
     check_like,
     check_offsets,
+    launch,
     log_implementation,
-    on_device,
     scaled_gradient,
     sequence_index,
     usable_offsets,
@@ -126,10 +133,7 @@ def _sequence_mean(
     tokens, sequences = len(x_T), cu_seqlens.numel() - 1
     if via_triton:
         out_T = torch.empty_like(x_T, dtype=torch.float32)
-        options: dict[str, Any] = SEQUENCE_CONFIG
-        if sequences:
-            with on_device(x_T):
-                sequence_mean_kernel[(sequences,)](x_T, less_T, weight_T, cu_seqlens, out_T, tokens, **options)
+        launch(sequence_mean_kernel, sequences, x_T, less_T, weight_T, cu_seqlens, out_T, tokens, **SEQUENCE_CONFIG)
         return out_T
     cu_seqlens, wrong = usable_offsets(cu_seqlens, tokens)
     sequence_T, live_T = sequence_index(cu_seqlens, tokens), weight_T != 0
@@ -169,16 +173,9 @@ def _policy_forward(
         logprob_T = _sequence_mean(logprob_T, old_logprob_T, weight_T, cu_seqlens, via_triton)
         old_logprob_T = torch.zeros_like(logprob_T)
     stats = logprob_T.new_zeros(5, dtype=dtype)
-    d_logprob_T = policy_terms(
-        logprob_T,
-        old_logprob_T,
-        advantage_T,
-        weight_T,
-        stats,
-        TokenTerms(clip_low, clip_high, dual_clip, loss),
-        correction_T=correction_T,
-        via_triton=via_triton,
-    )
+    vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T)
+    terms = TokenTerms(clip_low, clip_high, dual_clip, loss)
+    d_logprob_T = policy_terms(logprob_T, vectors, stats, terms, via_triton=via_triton)
     if cu_seqlens is not None:
         d_logprob_T = _sequence_mean(d_logprob_T, None, weight_T, cu_seqlens, via_triton)
     return stats[0].clone(), d_logprob_T, stats
@@ -242,11 +239,8 @@ def _value_forward(
     if via_triton:
         stats = value_T.new_empty(3, dtype=dtype)
         d_value_T = torch.empty_like(value_T, dtype=dtype)
-        options: dict[str, Any] = TOKEN_CONFIG
-        with on_device(value_T):
-            value_kernel[(1,)](
-                value_T, old_value_T, return_T, weight_T, d_value_T, stats, len(value_T), clip, **options
-            )
+        vectors = value_T, old_value_T, return_T, weight_T, d_value_T
+        launch(value_kernel, 1, *vectors, stats, len(value_T), clip, **TOKEN_CONFIG)
         return stats[0].clone(), d_value_T, stats
     v, old, r, w = (x.to(dtype) for x in (value_T, old_value_T, return_T, weight_T))
     live = w != 0

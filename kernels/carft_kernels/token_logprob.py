@@ -3,39 +3,34 @@
     logprob_t = x_t[target_t] - logsumexp_v x_t[v],   x = logits / temperature
     entropy_t = -sum_v p_t[v] log p_t[v],             p = softmax(x)
 
-Kept for backward: the logits, logsumexp and entropy. Accumulation: float32 (float64 for float64 input). Bytes: forward
-reads each logit once; backward reads each once and writes its gradient once, over the logit itself on request. Triton:
-one program a row. Torch: rows in chunks, so the float32 copy of half-precision logits is never whole.
+Kept for backward: the logits and their statistics. Accumulation: float32 (float64 for float64 input). Bytes: forward
+reads each logit once; backward reads each once and writes its gradient once, over the logit itself on request. Both are
+in `_row_kernels.py`.
 """
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from carft_kernels._row_kernels import logprob_backward, logprob_forward, lse_of
+from carft_kernels._row_kernels import (
+    LogprobOptions,
+    RowGradients,
+    RowOptions,
+    RowStatistics,
+    logprob_backward,
+    logprob_forward,
+    logprob_reference,
+)
 from carft_kernels._runtime import (
     Impl,
-    accumulation_dtype,
     check_float,
-    check_ignore_index,
-    check_integer,
-    check_like,
-    check_positive,
     check_rows,
-    check_softcap,
     check_targets,
-    chunk_size,
-    d_logits_,
-    given_gradients,
-    gradient_or_nan,
+    define_operator,
     log_implementation,
-    soft_cap_,
-    soft_cap_reference,
-    softmax_parts_,
-    split_index,
+    unflatten,
     use_triton,
-    zero_rows_,
 )
 
 
@@ -49,190 +44,79 @@ def token_logprob_reference(
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression."""
-    counted_T = target_T != ignore_index
-    logits_TV = torch.where(counted_T[:, None], logits_TV, 0.0)
-    logits_TV = logits_TV.to(accumulation_dtype(logits_TV))
-    if logit_softcap is not None:
-        logits_TV = soft_cap_reference(logits_TV, logit_softcap)
-    logp_TV = (logits_TV / temperature).log_softmax(-1)
-    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) * counted_T if with_entropy else None
-    return logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T, entropy_T
+    logits_TV = torch.where((target_T != ignore_index)[:, None], logits_TV, 0.0)
+    logprob_T, entropy_T, _ = logprob_reference(logits_TV, target_T, temperature, logit_softcap, ignore_index)
+    return logprob_T, entropy_T if with_entropy else None
 
 
-def _chunk_logits(
-    logits_nV: Tensor, dtype: torch.dtype, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """A copy in `dtype` that may be overwritten, and the derivative of its soft cap where there is one."""
-    if softcap is None:
-        return logits_nV.to(dtype) / temperature, None
-    x = logits_nV.to(dtype, copy=True)
-    slope = soft_cap_(x, softcap)
-    return x.div_(temperature), slope
+class _Rows(NamedTuple):
+    logits_TV: Tensor
+    target_T: Tensor
 
 
-@torch.library.custom_op("carft::token_logprob", mutates_args=())
-def _forward(
-    logits_TV: Tensor,
-    target_T: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    with_lse: bool,
-    logit_softcap: float | None,
-    ignore_index: int,
-    inplace: bool,
-    via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """log-prob, entropy and log-sum-exp (empty unless asked), row maximum and log of the sum of exponentials below it.
-
-    The last two serve this implementation's own backward: Triton keeps them in units of its own.
-    """
-    log_implementation("token_logprob", via_triton, logits_TV.device.type)
-    tokens, vocabulary = logits_TV.shape
-    check_targets("target_T", target_T, vocabulary, ignore_index)
-    if via_triton:
-        logprob_T, entropy_T, top_T, log_total_T = logprob_forward(
-            logits_TV, target_T, temperature, with_entropy, ignore_index, logit_softcap
-        )
-        lse_T = lse_of(top_T, log_total_T) if with_lse else top_T.new_empty(0)
-        return logprob_T, entropy_T, lse_T, top_T, log_total_T
-    dtype = accumulation_dtype(logits_TV)
-    logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
-    entropy_T = logits_TV.new_empty(tokens if with_entropy else 0, dtype=dtype)
-    target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
-    step = chunk_size(tokens, vocabulary, logits_TV.device)
-    for s in range(0, tokens, step):
-        e = s + step
-        x, _ = _chunk_logits(logits_TV[s:e], dtype, temperature, logit_softcap)
-        logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
-        log_total_T[s:e] = sum_exp.log()
-        if with_entropy:
-            entropy_T[s:e] = torch.special.entr(exp.div_(sum_exp[:, None])).sum(-1)
-    logprob_T.masked_fill_(outside_T, torch.nan)
-    for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
-        x_T.masked_fill_(ignored_T, 0.0)
-    return logprob_T, entropy_T, top_T + log_total_T if with_lse else top_T.new_empty(0), top_T, log_total_T
+class _Wanted(NamedTuple):
+    with_entropy: bool
+    with_lse: bool
+    inplace: bool
 
 
-@_forward.register_fake
-def _(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, with_entropy: bool, with_lse: bool, *_: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, dtype = logits_TV.shape[0], accumulation_dtype(logits_TV)
-    logprob_T, top_T, log_total_T = (logits_TV.new_empty(tokens, dtype=dtype) for _ in range(3))
-    entropy_T, lse_T = (logits_TV.new_empty(tokens if asked else 0, dtype=dtype) for asked in (with_entropy, with_lse))
-    return logprob_T, entropy_T, lse_T, top_T, log_total_T
+_FORWARD = _Rows, RowOptions, _Wanted
+_BACKWARD = _Rows, RowStatistics, RowGradients, RowOptions
 
 
-def _write_gradient(
-    out_TV: Tensor,
-    logits_TV: Tensor,
-    target_T: Tensor,
-    top_T: Tensor,
-    log_total_T: Tensor,
-    entropy_T: Tensor,
-    d_logprob_T: Tensor,
-    d_entropy_T: Tensor | None,
-    d_lse_T: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    via_triton: bool,
-) -> None:
-    if via_triton:
-        logprob_backward(
-            logits_TV,
-            out_TV,
-            target_T,
-            top_T,
-            log_total_T,
-            d_logprob_T,
-            temperature,
-            ignore_index,
-            entropy_T=entropy_T,
-            d_entropy_T=d_entropy_T,
-            d_lse_T=d_lse_T,
-            softcap=logit_softcap,
-        )
-        return
-    step = chunk_size(len(target_T), logits_TV.shape[1], logits_TV.device)
-    target_T1, ignored_T, outside_T = split_index(target_T, logits_TV.shape[1], ignore_index)
-    d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
-    for s in range(0, len(target_T), step):
-        rows = slice(s, s + step)
-        x, slope = _chunk_logits(logits_TV[rows], top_T.dtype, temperature, logit_softcap)
-        d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))
-        logp = x.sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
-        d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n, d_lse_n)
-        d.div_(temperature)
-        out_TV[rows] = d if slope is None else d.mul_(slope)
-    zero_rows_(out_TV, ignored_T)
+def _logprob(rows: _Rows, options: RowOptions, wanted: _Wanted) -> tuple[Tensor, ...]:
+    """The rows' statistics, and log-sum-exp (empty unless asked)."""
+    log_implementation("token_logprob", options.via_triton, rows.logits_TV.device.type)
+    check_targets("target_T", rows.target_T, rows.logits_TV.shape[1], options.ignore_index)
+    found = logprob_forward(*rows, options, wanted.with_entropy)
+    return *found, found.lse(options) if wanted.with_lse else found.top_T.new_empty(0)
 
 
-@torch.library.custom_op("carft::token_logprob_backward", mutates_args=())
-def _backward(
-    logits_TV: Tensor,
-    target_T: Tensor,
-    top_T: Tensor,
-    log_total_T: Tensor,
-    entropy_T: Tensor,
-    d_logprob_T: Tensor,
-    d_entropy_T: Tensor | None,
-    d_lse_T: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    via_triton: bool,
-) -> Tensor:
-    out_TV = torch.empty_like(logits_TV)
-    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, d_lse_T)
-    _write_gradient(out_TV, logits_TV, *tensors, temperature, logit_softcap, ignore_index, via_triton)
+def _fake(rows: _Rows, _: RowOptions, wanted: _Wanted) -> tuple[Tensor, ...]:
+    found = RowStatistics.empty(rows.logits_TV, wanted.with_entropy)
+    return *found, found.top_T.new_empty(len(found.top_T) if wanted.with_lse else 0)
+
+
+def _gradient(rows: _Rows, statistics: RowStatistics, gradients: RowGradients, options: RowOptions) -> Tensor:
+    out_TV = torch.empty_like(rows.logits_TV)
+    logprob_backward(rows.logits_TV, out_TV, rows.target_T, statistics, gradients, options)
     return out_TV
 
 
-@_backward.register_fake
-def _(logits_TV: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits_TV)
+def _gradient_(rows: _Rows, statistics: RowStatistics, gradients: RowGradients, options: RowOptions) -> None:
+    logprob_backward(rows.logits_TV, *rows, statistics, gradients, options)
 
 
-@torch.library.custom_op("carft::token_logprob_backward_", mutates_args=("logits_TV",))
-def _backward_(
-    logits_TV: Tensor,
-    target_T: Tensor,
-    top_T: Tensor,
-    log_total_T: Tensor,
-    entropy_T: Tensor,
-    d_logprob_T: Tensor,
-    d_entropy_T: Tensor | None,
-    d_lse_T: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-    ignore_index: int,
-    via_triton: bool,
-) -> None:
-    tensors = (target_T, top_T, log_total_T, entropy_T, d_logprob_T, d_entropy_T, d_lse_T)
-    _write_gradient(logits_TV, logits_TV, *tensors, temperature, logit_softcap, ignore_index, via_triton)
+_forward = define_operator("token_logprob", _FORWARD, f"({', '.join(['Tensor'] * 5)})", _logprob, _fake)
+_backward = define_operator(
+    "token_logprob_backward", _BACKWARD, "Tensor", _gradient, lambda rows, *_: torch.empty_like(rows.logits_TV)
+)
+_backward_ = define_operator(
+    "token_logprob_backward_", _BACKWARD, "()", _gradient_, lambda *_: None, mutates="logits_TV"
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits_TV, target_T, ctx.temperature, _, _, ctx.logit_softcap, ctx.ignore_index, *last = inputs
-    ctx.inplace, ctx.via_triton = last
-    _, entropy_T, _, top_T, log_total_T = output
+    rows, ctx.options, wanted = unflatten(_FORWARD, inputs)
+    ctx.inplace, ctx.inputs = wanted.inplace, len(inputs)
+    *statistics, _ = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
-    ctx.mark_non_differentiable(top_T, log_total_T)
-    ctx.save_for_backward(logits_TV, target_T, top_T, log_total_T, entropy_T)
+    ctx.mark_non_differentiable(*statistics[2:])
+    ctx.save_for_backward(*rows, *statistics)
 
 
 def _autograd(
-    ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None, *_: Any
+    ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, _top: None, _total: None, d_lse_T: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    logits_TV, *saved = ctx.saved_tensors
-    given = given_gradients(d_logprob_T, d_entropy_T, d_lse_T, saved[1])
-    arguments = (*saved, *given, ctx.temperature, ctx.logit_softcap, ctx.ignore_index, ctx.via_triton)
+    logits_TV, target_T, *statistics = ctx.saved_tensors
+    gradients = RowGradients.given(d_logprob_T, d_entropy_T, d_lse_T, statistics[0])
+    rest = target_T, *statistics, *gradients, *ctx.options
     if ctx.inplace:
-        logits_TV = logits_TV.detach()
-        _backward_(logits_TV, *arguments)
-        return logits_TV, *([None] * 8)
-    return _backward(logits_TV, *arguments), *([None] * 8)
+        d_logits_TV = logits_TV.detach()
+        _backward_(d_logits_TV, *rest)
+    else:
+        d_logits_TV = _backward(logits_TV, *rest)
+    return d_logits_TV, *([None] * (ctx.inputs - 1))
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -243,13 +127,9 @@ def token_logprob(
     logits_TV: Tensor,
     target_T: Tensor,
     *,
-    temperature: float = ...,
-    with_entropy: bool = ...,
     with_lse: Literal[False] = ...,
-    logit_softcap: float | None = ...,
-    ignore_index: int = ...,
     inplace_backward: bool = ...,
-    impl: Impl = ...,
+    **options: Unpack[LogprobOptions],
 ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -258,13 +138,9 @@ def token_logprob(
     logits_TV: Tensor,
     target_T: Tensor,
     *,
-    temperature: float = ...,
-    with_entropy: bool = ...,
     with_lse: Literal[True],
-    logit_softcap: float | None = ...,
-    ignore_index: int = ...,
     inplace_backward: bool = ...,
-    impl: Impl = ...,
+    **options: Unpack[LogprobOptions],
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
 
@@ -309,17 +185,14 @@ def token_logprob(
         ValueError: naming the argument, what was seen and what is allowed.
     """
     check_float("logits_TV", logits_TV, 2)
-    via_triton = use_triton("token_logprob", impl, logits_TV)
-    check_like("target_T", target_T, (logits_TV.shape[0],), "logits_TV", logits_TV)
-    check_integer("target_T", target_T)
-    check_positive("temperature", temperature)
-    check_softcap(logit_softcap)
-    check_ignore_index(ignore_index)
-    if via_triton:
+    options = RowOptions(
+        temperature, logit_softcap, ignore_index, via_triton=use_triton("token_logprob", impl, logits_TV)
+    )
+    target_T = options.checked("target_T", target_T, "logits_TV", logits_TV)
+    if options.via_triton:
         check_rows("logits_TV", logits_TV)
     apart = len(logits_TV) < 2 or logits_TV.stride(0) >= logits_TV.shape[1]
     inplace = inplace_backward and apart and not torch.compiler.is_compiling()
-    options = (temperature, with_entropy, with_lse, logit_softcap, ignore_index, inplace, via_triton)
-    logprob_T, entropy_T, lse_T, *_ = _forward(logits_TV, target_T.contiguous(), *options)
+    logprob_T, entropy_T, _, _, lse_T = _forward(logits_TV, target_T, *options, with_entropy, with_lse, inplace)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

@@ -31,8 +31,8 @@ from carft_kernels._runtime import (
     check_like,
     check_offsets,
     check_rows,
+    launch,
     log_implementation,
-    on_device,
     sequence_index,
     usable_offsets,
     use_triton,
@@ -165,22 +165,13 @@ def _forward(
     if via_triton:
         weight_T = hidden_TD.new_empty(tokens, dtype=dtype)
         pooled_BD = hidden_TD.new_empty(sequences, width, dtype=dtype)
-        if sequences:
-            weight_options: dict[str, Any] = WEIGHT_CONFIG
-            options: dict[str, Any] = forward_config(hidden_TD.dtype)
-            with on_device(hidden_TD):
-                value_pool_weight_kernel[(sequences,)](
-                    value_T,
-                    None if mask_T is None else mask_T.view(torch.uint8),
-                    cu_seqlens,
-                    weight_T,
-                    tokens,
-                    MASKED=mask_T is not None,
-                    **weight_options,
-                )
-                value_pool_fwd_kernel[(sequences, triton.cdiv(width, options["BLOCK_D"]))](
-                    hidden_TD, weight_T, cu_seqlens, pooled_BD, tokens, width, hidden_TD.stride(0), **options
-                )
+        mask = None if mask_T is None else mask_T.view(torch.uint8)
+        vectors = value_T, mask, cu_seqlens, weight_T
+        launch(value_pool_weight_kernel, sequences, *vectors, tokens, MASKED=mask is not None, **WEIGHT_CONFIG)
+        options = forward_config(hidden_TD.dtype)
+        grid = sequences, triton.cdiv(width, options["BLOCK_D"])
+        tensors = hidden_TD, weight_T, cu_seqlens, pooled_BD
+        launch(value_pool_fwd_kernel, grid, *tensors, tokens, width, hidden_TD.stride(0), **options)
         return pooled_BD, weight_T
     cu_seqlens, wrong = usable_offsets(cu_seqlens, tokens)
     sequence_T = sequence_index(cu_seqlens, tokens)
@@ -214,23 +205,11 @@ def _backward(
         d_value_T = torch.empty_like(weight_T)
         sequences = cu_seqlens.numel() - 1
         if sequences and tokens:
-            options: dict[str, Any] = backward_config(width)
             # each program reads two vectors of its sequence: 64 tokens on average make that 3% of its traffic
             splits = max(1, min(16, tokens // (sequences * 64)))
-            with on_device(hidden_TD):
-                value_pool_bwd_kernel[(sequences, splits)](
-                    hidden_TD,
-                    weight_T,
-                    d_pooled_BD,
-                    pooled_BD,
-                    cu_seqlens,
-                    d_hidden_TD,
-                    d_value_T,
-                    tokens,
-                    width,
-                    hidden_TD.stride(0),
-                    **options,
-                )
+            tensors = hidden_TD, weight_T, d_pooled_BD, pooled_BD, cu_seqlens, d_hidden_TD, d_value_T
+            sizes = tokens, width, hidden_TD.stride(0)
+            launch(value_pool_bwd_kernel, (sequences, splits), *tensors, *sizes, **backward_config(width))
         return d_hidden_TD, d_value_T
     sequence_T = sequence_index(usable_offsets(cu_seqlens, tokens)[0], tokens)
     g_TD = d_pooled_BD[sequence_T]

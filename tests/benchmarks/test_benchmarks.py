@@ -202,6 +202,13 @@ def test_counts_are_what_the_kernels_do_now(tmp_path: Path) -> None:
     assert units["linear_logprob, forward"] == 1
     assert units["linear_logprob, forward and backward"] == 4
     assert units["linear_policy_loss, forward and backward"] == 3
+    # two chunks of 4,096 tokens: d_weight is written, read and written, read and cast; the weight is read for the
+    # logits and for d_hidden, by linear_logprob once more
+    gpu = {row["what"]: row for row in old if row["case"] == "bfloat16 T=8192 V=152064 D=3584"}
+    elements = 152_064 * 3584
+    for what, reads in (("linear_policy_loss", 4), ("linear_logprob", 5)):
+        assert gpu[f"{what} on a GPU"]["gradient_of_the_weight_bytes"] == (4 + 8 + 4 + 2) * elements
+        assert gpu[f"{what} on a GPU"]["weight_bytes"] == 2 * reads * elements
 
 
 # --- operators --------------------------------------------------------------------------------------------------------

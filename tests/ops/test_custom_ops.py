@@ -1,7 +1,6 @@
 """Operators as PyTorch sees them: registration, torch.compile, allocations."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
-from carft_kernels import _runtime, lcs
+from carft_kernels import _head, _row_kernels, _runtime, lcs
 from carft_kernels._runtime import chunk_size, use_triton
 from carft_kernels.lcs import lcs_mask_reference
 
@@ -313,7 +312,7 @@ def test_nothing_of_the_size_of_all_logits(
     target, ones = randint(2, vocabulary, tokens), torch.ones(tokens, device=DEVICE)
     chunk = chunk_size(tokens, vocabulary, torch.device("cpu"))  # a GPU's would hold all these tokens
     assert chunk < tokens
-    monkeypatch.setattr(sys.modules[f"carft_kernels.{name}"], "chunk_size", lambda *_: chunk)
+    monkeypatch.setattr(_head, "chunk_size", lambda *_: chunk)
     if name == "linear_logprob" and impl == "triton":
         few = weight[:8001].clone()
         with largest_tensor, torch.no_grad():
@@ -375,8 +374,8 @@ def test_operators_that_read_back_say_so(name: str, impl: str, monkeypatch: pyte
     lists: list[Tensor] = []
     tolist = Tensor.tolist
     monkeypatch.setattr(Tensor, "tolist", lambda x: (lists.append(x), tolist(x))[1])
-    for module in ("token_logprob", "linear_logprob"):  # a CPU takes another way than a GPU's
-        monkeypatch.setattr(sys.modules[f"carft_kernels.{module}"], "zero_rows_", _zero_rows_of_a_gpu)
+    # a CPU takes another way than a GPU's
+    monkeypatch.setattr(_row_kernels, "zero_rows_", _zero_rows_of_a_gpu)
     function, inputs = calls(impl)[name]
     with Recorded(inside=True) as inside:
         outputs = function(*inputs)

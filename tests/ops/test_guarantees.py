@@ -11,7 +11,7 @@ from torch import Tensor
 
 import carft_kernels as ck
 from carft_kernels import _runtime
-from carft_kernels._runtime import _index_checks_from, chunk_size
+from carft_kernels._runtime import _index_checks_from, chunk_size, token_chunks
 from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 from carft_kernels.masked_infonce import masked_infonce_reference
@@ -66,8 +66,33 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(operator: str, largest_tenso
             ck.linear_policy_loss(
                 hidden, weight, target, advantage_T=flat + 1, old_logprob_T=flat, weight_T=flat + 1, entropy_coef=0.1
             )[0].backward()
-    assert largest_tensor.numel == chunk_size(tokens, vocabulary, hidden.device) * vocabulary
-    assert largest_tensor.numel * 4 <= 32 << 20
+    assert largest_tensor.numel == 100 * vocabulary, "119 would fit: four equal chunks"
+    assert chunk_size(tokens, vocabulary, hidden.device) * vocabulary * 4 <= 32 << 20
+
+
+@settings(deadline=None, derandomize=True)
+@given(tokens=st.integers(0, 20_000), most=st.integers(1, 9_000))
+def test_chunks_are_equal_and_as_few_as_it_takes(tokens: int, most: int) -> None:
+    chunks = token_chunks(tokens, most)
+    sizes, block = [c.stop - c.start for c in chunks], 128 if most >= 1024 else 1
+    assert [t for c in chunks for t in (c.start, c.stop)] == sorted(
+        [0, tokens] * bool(tokens) + [c.start for c in chunks[1:]] * 2
+    )
+    assert all(0 < size <= most for size in sizes)
+    assert all(c.start % block == 0 for c in chunks)
+    assert max(sizes, default=0) - min(sizes, default=0) < 2 * block
+    assert len(chunks) == -(-tokens // (most // block * block))
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 128_256, 152_064, 202_048, 262_144])
+def test_chunks_of_a_gpu_are_large_enough_for_the_gradient_of_the_weight(vocabulary: int) -> None:
+    """By an H100's figures: 8 bytes of d_weight for the chunk's three products, 6 n FLOP, of the same elements."""
+    n = chunk_size(100_000, vocabulary, torch.device("cuda"))
+    assert n % 128 == 0
+    assert 0.15 * 6 * n / 989e12 > 8 / 3.35e12
+    assert n * vocabulary * 4 <= 3 << 30
+    assert chunk_size(1000, vocabulary, torch.device("cuda")) == 1000
+    assert vocabulary > 152_064 or n == 4096
 
 
 def test_chunk_tokens_bounds_the_scratch(largest_tensor: Any) -> None:
@@ -75,7 +100,7 @@ def test_chunk_tokens_bounds_the_scratch(largest_tensor: Any) -> None:
     rest = at_ratio_one(hidden, weight, target)
     with largest_tensor:
         ck.linear_policy_loss(hidden.requires_grad_(), weight.requires_grad_(), target, **rest, chunk_tokens=7)
-    assert largest_tensor.numel == 7 * 1001
+    assert largest_tensor.numel == 7 * 1001  # 29 chunks of 6 or 7
 
 
 # --- skipped work -----------------------------------------------------------------------------------------------------
@@ -136,6 +161,41 @@ def test_gradients_nobody_needs_are_not_computed(
     with largest_tensor:
         ck.linear_policy_loss(hidden, weight, target, **rest)
     assert largest_tensor.matmul_flops == matmuls * 2 * 20 * VOCABULARY * WIDTH
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dead", [0, 16, 32])
+def test_gradients_do_not_hold_what_was_in_their_memory(impl: Any, dtype: torch.dtype, dead: int) -> None:
+    """d_weight is not set to zero: the first product overwrites it, whichever chunk that is. There may be none."""
+    hidden, weight, target = randn(0, 32, WIDTH), randn(1, VOCABULARY, WIDTH, scale=0.3), targets(32, VOCABULARY)
+    rest = at_ratio_one(hidden, weight, target)
+    rest["weight_T"][:dead] = 0
+    expected = gradients(lambda h, w: linear_policy_loss_reference(h, w, target, **rest)[0], hidden, weight)
+    inputs = [x.to(dtype).to(DEVICE) for x in (hidden, weight)]
+    rest = {name: x.to(DEVICE) for name, x in rest.items()}
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        options: Any = {"old_logprob_T": None, "chunk_tokens": CHUNK, "impl": impl}
+        return ck.linear_policy_loss(h, w, target.to(DEVICE), **rest | options)[0]
+
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new memory holds NaN
+    try:
+        assert torch.empty(1).isnan()
+        found = gradients(loss, *inputs)
+        none = gradients(
+            lambda h, w: ck.linear_logprob(h, w, target[:0].to(DEVICE), impl=impl)[0].sum(), inputs[0][:0], inputs[1]
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(
+            ours.double().cpu(),
+            exact,
+            rtol=0,
+            atol=(1e-5 if dtype == torch.float32 else 0.02) * float(exact.abs().max()),
+        )
+    assert not none[1].any()
 
 
 # --- half precision ---------------------------------------------------------------------------------------------------

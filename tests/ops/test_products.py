@@ -1,6 +1,5 @@
 """Which matrix products the operators ask for: their dtypes on CUDA, without one, and torch's float32 precision."""
 
-import sys
 from typing import Any
 
 import pytest
@@ -9,8 +8,9 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
-from carft_kernels import _runtime
+from carft_kernels import _head, _runtime
 from carft_kernels._policy_kernels import TokenTerms
+from carft_kernels._row_kernels import RowOptions
 
 from .conftest import computed
 from .test_triton import DEVICE, randint, randn
@@ -45,8 +45,8 @@ HALF = [torch.bfloat16, torch.float16]
 def like_cuda(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     """Tensors on the device "meta" take the way of a GPU's; they have no data, and no kernel runs."""
     monkeypatch.setattr(_runtime, "_on_cuda", lambda x: x.device.type == "meta")
-    for module in ("linear_logprob", "linear_policy_loss"):
-        monkeypatch.setattr(sys.modules[f"carft_kernels.{module}"], "logprob_backward", lambda *_, **__: None)
+    for kernels in ("logprob_backward", "matmul_logprob"):
+        monkeypatch.setattr(_head, kernels, lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -65,23 +65,23 @@ def test_half_precision_products_on_cuda_are_summed_in_float32(dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.usefixtures("like_cuda")
 def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton: bool) -> None:
-    """Logits, d_hidden and d_weight: every product between the kernels."""
+    """Logits, d_hidden and d_weight: every product between the kernels, one of which computes Triton's logits."""
     hidden, weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((T, D), (V, D), (V,)))
     target = torch.empty(T, dtype=torch.int64, device="meta")
     vector = torch.empty(T, device="meta")
     with Products() as products:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        options = (None, None, 1.0, None, -100, True, True, True, via_triton)
-        gradients = backward(hidden, weight, target, bias, *[vector] * 4, *options)
+        options = RowOptions(1.0, None, -100, via_triton)
+        gradients = backward(hidden, weight, bias, target, *options, T, False, False, vector, None, None, *[True] * 3)
     assert [g.dtype for g in gradients] == [dtype] * 3
-    assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
+    assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * (2 if via_triton else 3)
     if via_triton:
         return
     with Products() as products:
         forward = OPDEFS["carft::linear_policy_loss_of_all"]._init_fn
-        options = (*TokenTerms(), 0.0, None, 1.0, -100, T, False, True, True, True, via_triton)
-        *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *options)
-    assert d_hidden.dtype == d_weight.dtype == d_bias.dtype == dtype
+        rest = (*TokenTerms(), *options, 0.0, T, False, *[True] * 3)
+        *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *rest)
+    assert [d_hidden.dtype, d_weight.dtype, d_bias.dtype] == [dtype, torch.float32, torch.float32]
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
 
 
@@ -92,8 +92,8 @@ def test_flop_of_the_products_on_cuda_are_counted(largest_tensor: Any) -> None:
     target, vector = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     with largest_tensor:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        options = (None, None, 1.0, None, -100, True, True, False, True)
-        backward(hidden, weight, target, None, *[vector] * 4, *options)
+        options = (*RowOptions(1.0, None, -100, False), T, False, False, vector, None, None, True, True, False)
+        backward(hidden, weight, None, target, *options)
     assert largest_tensor.matmul_flops == 3 * 2 * T * V * D
 
 
@@ -122,9 +122,8 @@ def test_logits_are_float32_whatever_torch_may_round_to(operator: str, impl: Any
         torch.set_float32_matmul_precision(before)
     assert after == setting
     # kernels compute the products of theirs as three TF32 products, within float32
-    of_kernels = {"linear_logprob": 1, "linear_policy_loss": 0, "masked_infonce": 2}[operator]
     passes = 1 if operator == "linear_policy_loss" else 2
-    logits = passes - of_kernels if impl == "triton" else passes
+    logits = 0 if impl == "triton" else passes
     assert [x[3] for x in products.found].count("highest") == logits + (2 if setting == "highest" else 0)
     assert len(products.found) == logits + 2
 

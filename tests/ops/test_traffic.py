@@ -46,6 +46,34 @@ def test_each_logit_is_read_once_forward_and_read_and_written_once_backward(dtyp
     check(backward, size, size)
 
 
+@pytest.mark.parametrize(("dtype", "row_kernels"), [(torch.float32, 8), (torch.bfloat16, 6)])
+@pytest.mark.parametrize("operator", ["linear_logprob", "linear_policy_loss"])
+def test_each_logit_of_the_head_is_written_once_read_once_and_overwritten(
+    operator: str, dtype: torch.dtype, row_kernels: int
+) -> None:
+    """Bytes a logit: 4 that the product writes; the gradient's kernel reads 4 and writes those of the dtype."""
+    tokens, vocabulary, width = 16, 2501, 16
+    hidden, weight = (randn(i, n, width).to(dtype).requires_grad_() for i, n in enumerate((tokens, vocabulary)))
+    target, ones, logits = randint(1, vocabulary, tokens), torch.ones(tokens), tokens * vocabulary
+    operands = (tokens + vocabulary) * width * dtype.itemsize
+    if operator == "linear_logprob":
+        loss = ck.linear_logprob(hidden, weight, target, impl="triton")[0].sum()
+        with count_traffic() as traffic:
+            loss.backward()
+    else:
+        vectors = {"advantage_T": ones, "old_logprob_T": None, "weight_T": ones}
+        with count_traffic() as traffic:
+            ck.linear_policy_loss(hidden, weight, target, **vectors, impl="triton")
+    loaded, stored = traffic.distinct("load") - operands, traffic.distinct("store")
+    # where sizes are the same, addresses that were written twice count once
+    written = (4 if dtype == torch.float32 else row_kernels) * logits
+    statistics = 3 * 4 * tokens * (vocabulary // 32 + 2)
+    assert 4 * logits <= loaded <= 4.02 * logits + statistics
+    assert written <= stored <= 1.02 * written + statistics
+    requested = traffic.stored - 4 * logits
+    assert (row_kernels - 4) * logits <= requested <= (row_kernels - 4) * 1.02 * logits + statistics
+
+
 def test_pooling_reads_each_hidden_state_once() -> None:
     lengths = [120, 0, 160, 80]
     hidden = randn(0, sum(lengths), 1024).bfloat16().requires_grad_()

@@ -15,6 +15,7 @@ import carft_kernels as ck
 from carft_kernels._runtime import INTERPRETED
 from carft_kernels.gae import gae_reference, kl_shaped_reward_reference, whiten_reference
 from carft_kernels.lcs import lcs_mask_reference
+from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.masked_infonce import masked_infonce_reference
 from carft_kernels.policy_loss import policy_loss_reference, value_loss_reference
 from carft_kernels.value_pool import value_pool_reference
@@ -342,6 +343,36 @@ def test_linear_policy_loss(
         lambda h, w: plain_policy(h, w, plain, kl_coef, entropy_coef),
         (inputs["hidden_TD"].to(dtype), inputs["weight_VD"].to(dtype)),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_operators_have_the_same_logits_to_the_bit(dtype: torch.dtype) -> None:
+    """The ratio of a policy to itself is 1, also where chunks begin at other rows of tiles."""
+    hidden, weight = (randn(i, n, 40, scale=2.0).to(dtype).to(DEVICE) for i, n in enumerate((48, 90)))
+    target, ones = randint(2, 90, 48), torch.ones(48, device=DEVICE)
+    old, _ = ck.linear_logprob(hidden, weight, target, impl="triton")
+    vectors = {"advantage_T": ones, "old_logprob_T": old, "weight_T": ones}
+    for chunk in (None, 16):  # rows of the interpreter's tiles, whose products depend on where a row is in one
+        _, logprob, metrics = ck.linear_policy_loss(
+            hidden.requires_grad_(), weight, target, **vectors, chunk_tokens=chunk, impl="triton"
+        )
+        assert torch.equal(logprob, old)
+        assert metrics["approx_kl"] == 0
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("vocabulary", [5, 2048, 6151])
+def test_gradients_over_their_own_logits(vocabulary: int, dtype: torch.dtype) -> None:
+    """Rows of several tiles, and of none: half precision overwrites the float32 row that it is made of."""
+    target = randint(2, vocabulary, 6)
+    target[3] = -100
+    inputs = tuple(randn(i, n, 16, scale=0.7).to(dtype) for i, n in enumerate((6, vocabulary)))
+
+    def plain(h: Tensor, w: Tensor) -> Tensor:
+        logprob, _ = linear_logprob_reference(h, w, target)
+        return logprob.to(torch.promote_types(h.dtype, torch.float32))
+
+    compare(lambda h, w: ck.linear_logprob(h, w, target, impl="triton")[0], plain, inputs)
 
 
 @pytest.mark.parametrize("need", [(True, True), (True, False), (False, True), (False, False)])

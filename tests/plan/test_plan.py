@@ -115,9 +115,9 @@ def test_lasting_memory_by_hand(config: Callable[..., Config], workers: Callable
     assert found["rollout"]["parts"]["moments"] == pytest.approx(8 * size, rel=1e-3), "and a count each"
     assert found["rollout"]["parts"]["reference"] == pytest.approx(reference, rel=1e-3), "and rotary frequencies"
     assert found["update: optimizer"]["peak"] == pytest.approx(16 * size + reference, rel=5e-3)
-    # the LM head: logits in float32 and bfloat16; its gradient in float32 and its cast in bfloat16; the states'
-    # gradient in bfloat16 and, before it is rounded, in float32
-    scratch = 8 * NEW * (VOCABULARY + d) * (4 + 2) + VOCABULARY * d * (4 + 2)
+    # the LM head: logits in float32, whose gradient takes their place; its gradient in float32 and its cast in
+    # bfloat16; the states' gradient in bfloat16 and, before it is rounded, in float32
+    scratch = 8 * NEW * (VOCABULARY * 4 + d * (4 + 2)) + VOCABULARY * d * (4 + 2)
     parts = found["update"]["parts"]
     assert parts["LM-head scratch"] + parts["cast weights"] == pytest.approx(scratch, rel=5e-3)
 

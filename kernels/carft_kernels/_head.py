@@ -1,0 +1,171 @@
+"""The one loop of the LM head's operators: logits of a chunk of tokens, their statistics, the gradients' products.
+
+    x_t = hidden_t weight^T + bias,   statistics of softmax(cap(x_t) / temperature) as in token_logprob
+
+Only a chunk's logits exist at a time, in float32. Their gradient takes their place, in the dtype of the inputs, if
+every token of the chunk has one. d_weight is added up in float32, and d_hidden is one product over the whole
+vocabulary. Half-precision products run on the weight as it is: only a chunk's logits are widened, never the weight.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from carft_kernels._matmul_kernels import matmul_logprob
+from carft_kernels._row_kernels import (
+    RowGradients,
+    RowOptions,
+    RowStatistics,
+    logprob_backward,
+    logprob_forward,
+    narrow_rows,
+)
+from carft_kernels._runtime import (
+    accumulation_dtype,
+    add_product_,
+    check_float,
+    check_like,
+    check_rows,
+    check_same_dtype,
+    chunk_size,
+    head_logits,
+    most_rows,
+    product,
+    rows_scratch,
+    token_chunks,
+    use_triton,
+    wide_matmul,
+)
+
+
+class Head(NamedTuple):
+    hidden_TD: Tensor
+    weight_VD: Tensor
+    bias: Tensor | None
+    target_T: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+
+    def empty(self, head: Head, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """d_hidden in the dtype of hidden, d_weight and d_bias in `dtype`, without their values; what is not wanted
+        has no element."""
+        hidden_TD, weight_VD, *_ = head
+        return (
+            torch.empty_like(hidden_TD) if self.need_hidden else hidden_TD.new_empty(0),
+            torch.empty_like(weight_VD, dtype=dtype) if self.need_weight else weight_VD.new_empty(0, dtype=dtype),
+            weight_VD.new_empty(weight_VD.shape[0] if self.need_bias else 0, dtype=dtype),
+        )
+
+
+def checked_head(
+    operator: str,
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias: Tensor | None,
+    target_T: Tensor,
+    temperature: float,
+    logit_softcap: float | None,
+    ignore_index: int,
+    chunk_tokens: int | None,
+    impl: str,
+) -> tuple[Head, RowOptions, int]:
+    """Both operators' arguments, and the most tokens of a chunk. Raises ValueError."""
+    check_float("hidden_TD", hidden_TD, 2)
+    options = RowOptions(temperature, logit_softcap, ignore_index, use_triton(operator, impl, hidden_TD))
+    check_float("weight_VD", weight_VD, 2)
+    tokens, vocabulary = len(hidden_TD), len(weight_VD)
+    check_like("weight_VD", weight_VD, (vocabulary, hidden_TD.shape[1]), "hidden_TD", hidden_TD)
+    check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
+    if bias is not None:
+        check_like("bias", bias, (vocabulary,), "weight_VD", hidden_TD)
+        check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
+        bias = bias.contiguous()
+    target_T = options.checked("target_T", target_T, "hidden_TD", hidden_TD)
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
+    if options.via_triton:
+        check_rows("hidden_TD", hidden_TD)
+        check_rows("weight_VD", weight_VD)
+    most = chunk_tokens or chunk_size(tokens, vocabulary, hidden_TD.device)
+    return Head(hidden_TD, weight_VD, bias, target_T), options, most
+
+
+Differentiate = Callable[[slice, RowStatistics], tuple[RowGradients, Tensor] | None]
+"""From a chunk's tokens and statistics to the gradients of these and bool [n], which tokens have one. None: none."""
+
+
+def over_chunks(
+    head: Head,
+    options: RowOptions,
+    chunk_tokens: int,
+    differentiate: Differentiate,
+    needs: Needs,
+    *,
+    with_entropy: bool,
+    skip_dead: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d_hidden, d_weight, d_bias as of `Needs.empty`, of what `differentiate` is called with for each chunk.
+
+    Tokens without a gradient are left out of the products, if `skip_dead`: their number is read back.
+    """
+    hidden_TD, weight_VD, bias, target_T = head
+    tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    dtype, via_triton, wanted = accumulation_dtype(hidden_TD), options.via_triton, any(needs)
+    d_hidden_TD, d_weight_VD, d_bias_V = needs.empty(head, dtype)
+    d_bias_V.zero_()
+    if skip_dead:
+        d_hidden_TD.zero_()
+    first = True  # no product is in d_weight yet
+    # without a gradient Triton writes no logit
+    chunks = token_chunks(tokens, chunk_tokens if wanted or not via_triton else max(tokens, 1))
+    scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, dtype) if wanted and via_triton else None
+    for rows in chunks:
+        h, target = hidden_TD[rows], target_T[rows]
+        if via_triton:
+            x = None if scratch is None else scratch[: len(h)]
+            statistics = matmul_logprob(
+                h, weight_VD, target, options, bias_N=bias, with_entropy=with_entropy, logits_MN=x
+            )
+        else:
+            x = head_logits(h, weight_VD, bias)
+            statistics = logprob_forward(x, target, options, with_entropy)
+        # What changes logits or combines statistics goes here: x holds the chunk's logits in float32, bias included,
+        # before cap and temperature (None where Triton streams them); logprob_forward has statistics of changed ones.
+        found = differentiate(rows, statistics)
+        if found is None or x is None or not wanted:
+            continue
+        gradients, live = found
+        index = None
+        if skip_dead:
+            index = live.nonzero()[:, 0]
+            if len(index) == 0:
+                continue
+            if len(index) == len(h):
+                index = None
+        else:  # whatever a token without gradient holds must not reach d_weight: 0 * NaN is NaN
+            h, target = h.masked_fill(~live[:, None], 0.0), target.masked_fill(~live, options.ignore_index)
+        if index is None:
+            d = narrow_rows(x, hidden_TD.dtype)
+        else:
+            d = rows_scratch(hidden_TD, len(index), vocabulary)
+        logprob_backward(x, d, target, statistics, gradients, options, index)
+        if needs.need_bias:
+            d_bias_V += d.sum(0, dtype=dtype)
+        if needs.need_hidden and index is None:
+            wide_matmul(d, weight_VD, out=d_hidden_TD[rows])
+        elif needs.need_hidden:
+            d_hidden_TD[rows.start + index] = product(d, weight_VD)
+        if needs.need_weight:
+            add_product_(d_weight_VD, d.T, h if index is None else h[index], first=first)
+            first = False
+    if first:
+        d_weight_VD.zero_()
+    return d_hidden_TD, d_weight_VD, d_bias_V
