@@ -7,12 +7,13 @@ backward computes the logits again, a chunk of tokens at a time. Triton: the for
 through registers and never writes one. Torch: chunks of tokens whose logits fit the cache. Accumulation: float32 for
 d_weight and for everything past the matmul (float64 for float64 input), and d_hidden is one matmul over the whole
 vocabulary, so it is never summed in half precision. Half-precision matmuls run on the weight as it is: only a chunk's
-logits are widened, never the weight.
+logits are widened, never the weight. With a `group` the vocabulary is divided over its ranks: `_vocab_parallel.py`.
 """
 
 from typing import Any, Literal, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from carft_kernels._matmul_kernels import matmul_logprob
@@ -46,6 +47,7 @@ from carft_kernels._runtime import (
     wide_matmul,
     zero_rows_,
 )
+from carft_kernels._vocab_parallel import IGNORED, VocabShard, combine_shards, own_shard, shard_inputs
 
 
 def linear_logprob_reference(
@@ -288,6 +290,7 @@ def linear_logprob(
     with_lse: Literal[False] = ...,
     logit_softcap: float | None = ...,
     ignore_index: int = ...,
+    group: dist.ProcessGroup | None = ...,
     impl: Impl = ...,
 ) -> tuple[Tensor, Tensor | None]: ...
 
@@ -304,6 +307,7 @@ def linear_logprob(
     with_lse: Literal[True],
     logit_softcap: float | None = ...,
     ignore_index: int = ...,
+    group: dist.ProcessGroup | None = ...,
     impl: Impl = ...,
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 
@@ -319,6 +323,7 @@ def linear_logprob(
     with_lse: bool = False,
     logit_softcap: float | None = None,
     ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of `target_T` under softmax((hidden @ weight.T + bias) / temperature), and its entropy if asked.
@@ -340,19 +345,28 @@ def linear_logprob(
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
+        group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
+            this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
+            on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states
+            are the same, and targets are of the whole vocabulary. Each rank gets the whole result, and the whole
+            gradient of `hidden_TD`: the operator sums it over the ranks, do not sum it again. Gradients of `weight_VD`
+            and `bias` are of this rank's rows. Collectives, by the group's backend where the tensors are: two small
+            all-gathers forward, one all-reduce of d_hidden backward. Never run on a GPU.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         log-prob [T] and entropy [T] or None, with `with_lse` the logsumexp [T] as a third; float32 (float64 for float64
         input). Gradients to hidden, weight, bias.
 
-    Source: selective log-softmax of RLHF trainers; chunked over tokens as in fused linear cross-entropy.
+    Source: selective log-softmax of RLHF trainers; chunked over tokens as in fused linear cross-entropy; divided over
+    ranks as in Megatron-LM's vocabulary-parallel cross entropy.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
     check_float("hidden_TD", hidden_TD, 2)
     via_triton = use_triton("linear_logprob", impl, hidden_TD)
+    weight_VD, bias = own_shard(weight_VD, bias, group)
     check_float("weight_VD", weight_VD, 2)
     check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
     check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
@@ -368,17 +382,23 @@ def linear_logprob(
     if via_triton:
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
-    logprob_T, entropy_T, lse_T, *_ = _forward(
+    if group is not None:
+        shard = VocabShard.of(target_T, len(weight_VD), bias, ignore_index, group.group_name)
+        hidden_TD, weight_VD, bias = shard_inputs(hidden_TD, weight_VD, bias, group.group_name)
+        target_T, ignore_index = shard.target_T.masked_fill(shard.absent, IGNORED), IGNORED
+    logprob_T, entropy_T, lse_T, *statistics = _forward(
         hidden_TD,
         weight_VD,
         target_T.contiguous(),
         bias,
         temperature,
         with_entropy,
-        with_lse,
+        with_lse or group is not None,
         logit_softcap,
         ignore_index,
         via_triton,
     )
+    if group is not None:
+        logprob_T, entropy_T, lse_T = combine_shards(shard, logprob_T, entropy_T, lse_T, statistics, via_triton)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

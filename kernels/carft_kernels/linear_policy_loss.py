@@ -11,12 +11,13 @@ takes `linear_logprob` and then `policy_loss`, 4F. Tokens whose gradient is exac
 clipped) are left out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for
 backward: d_hidden, d_weight and d_bias. Accumulation: float32 past the matmul and for d_weight (float64 for float64
 input). Half-precision matmuls run on the weight as it is: only a chunk's logits are widened, never the weight. Triton:
-row kernels between cuBLAS products.
+row kernels between cuBLAS products. With a `group` the vocabulary is divided over its ranks: `_vocab_parallel.py`.
 """
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from carft_kernels._policy_kernels import KlEstimate, PolicyLoss, TokenTerms, policy_terms, policy_terms_reference
@@ -48,6 +49,7 @@ from carft_kernels._runtime import (
     use_triton,
     wide_matmul,
 )
+from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_shard, shard_inputs
 
 
 def linear_policy_loss_reference(
@@ -120,6 +122,8 @@ def _loss_and_gradients(
     ignore_index: int,
     chunk_tokens: int,
     skip_dead: bool,
+    shard_rows: int,
+    group: str | None,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -128,7 +132,14 @@ def _loss_and_gradients(
     """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed)."""
     log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
-    check_targets("target_T", target_T, vocabulary, ignore_index)
+    shard = None
+    if group is None:
+        check_targets("target_T", target_T, vocabulary, ignore_index)
+    else:
+        shard = VocabShard.of(target_T, shard_rows, bias, ignore_index, group)
+        target_T, ignore_index = shard.target_T, IGNORED
+        # the same on every rank, since each chunk has a collective
+        chunk_tokens = chunk_tokens or chunk_size(tokens, int(shard.rows_R.max()), hidden_TD.device)
     dtype = accumulation_dtype(hidden_TD)
     d_hidden_TD = torch.zeros_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0)
     d_weight_VD = torch.zeros_like(weight_VD, dtype=dtype) if need_weight else weight_VD.new_empty(0)
@@ -160,10 +171,17 @@ def _loss_and_gradients(
             if temperature != 1.0:
                 x.div_(temperature)
             logprob, top, p, sum_exp = softmax_parts_(x, target_T1[rows])
+            log_total = sum_exp.log()
             # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
-            entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
-            lse = top + sum_exp.log() if z_loss_coef else None
+            entropy = log_total - x.mul_(p).nansum(-1) / sum_exp
+            lse = top + log_total if z_loss_coef else None
             logprob.masked_fill_(outside_T[rows], torch.nan).masked_fill_(ignored_T[rows], 0.0)
+        if shard is not None:
+            own_entropy = entropy
+            logprob, entropy, whole_lse, log_share = shard.combine(
+                logprob, entropy, top, log_total, rows, base_2=via_triton
+            )
+            lse = whole_lse if z_loss_coef else None
         logprob_T[rows] = logprob
         d_logprob = policy_terms(
             logprob,
@@ -186,6 +204,8 @@ def _loss_and_gradients(
             continue
 
         live = weight != 0 if entropy_coef or z_loss_coef else d_logprob != 0
+        if shard is not None:
+            live &= ~shard.absent
         if skip_dead:
             index = live.nonzero()[:, 0]
             if len(index) == 0:
@@ -195,6 +215,11 @@ def _loss_and_gradients(
             # whatever a token without gradient holds must not reach d_weight: 0 * NaN is NaN
             everyone, h = True, h.masked_fill(~live[:, None], 0.0)
         d_entropy = -entropy_coef * weight if entropy_coef else None
+        if shard is not None:
+            d_logprob, d_entropy, d_lse = shard.gradients(
+                d_logprob, d_entropy, d_lse, own_entropy, entropy, log_share, rows
+            )
+            entropy = own_entropy
         if via_triton:
             # rows beyond `index` are neither read nor written; without a gap the gradient goes over its own logits
             d = d_scratch[: len(h) if everyone else len(index)]
@@ -317,6 +342,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     skip_dead: bool = True,
+    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """PPO / GRPO policy loss straight from hidden states, never holding [T, V].
@@ -359,6 +385,15 @@ def linear_policy_loss(
         skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.
+        group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
+            this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
+            on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states,
+            vectors and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole
+            loss, log-probs and metrics, and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do
+            not sum it again. Gradients of `weight_VD` and `bias` are of this rank's rows. Collectives, by the group's
+            backend where the tensors are: a small all-gather, and one a chunk, forward; one all-reduce of d_hidden
+            backward. Without `chunk_tokens` the largest shard decides, which is read back once, also where `skip_dead`
+            is False. Never run on a GPU.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
@@ -372,12 +407,14 @@ def linear_policy_loss(
     Source: paper eq. 5 (PPO); the k3 estimate and the clip bounds of either side as in GRPO and DAPO. Dual clip: Ye et
     al. 2020 (arXiv 1912.09729). CISPO: MiniMax-M1 2025 (arXiv 2506.13585). k2: Schulman 2020, "Approximating KL
     Divergence"; a bound on an estimate as in verl. Z-loss: PaLM, Chowdhery et al. 2022. Soft cap: Gemma 2, 2024.
+    Vocabulary over ranks: Megatron-LM, Shoeybi et al. 2019.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
     check_float("hidden_TD", hidden_TD, 2)
     via_triton = use_triton("linear_policy_loss", impl, hidden_TD)
+    weight_VD, bias = own_shard(weight_VD, bias, group)
     check_float("weight_VD", weight_VD, 2)
     tokens = hidden_TD.shape[0]
     check_like("weight_VD", weight_VD, (weight_VD.shape[0], hidden_TD.shape[1]), "hidden_TD", hidden_TD)
@@ -415,6 +452,11 @@ def linear_policy_loss(
     vectors = (None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values())
     differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
     operator = _forward if skip_dead else _forward_of_all
+    chunk_tokens, shard_rows = chunk_tokens or 0, len(weight_VD)
+    if group is None:
+        chunk_tokens = chunk_tokens or chunk_size(tokens, len(weight_VD), hidden_TD.device)
+    else:
+        hidden_TD, weight_VD, bias = shard_inputs(hidden_TD, weight_VD, bias, group.group_name)
     total, logprob_T, stats, *_ = operator(
         hidden_TD,
         weight_VD,
@@ -426,8 +468,10 @@ def linear_policy_loss(
         logit_softcap,
         temperature,
         ignore_index,
-        chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),
+        chunk_tokens,
         skip_dead,
+        shard_rows,
+        None if group is None else group.group_name,
         differentiate and hidden_TD.requires_grad,
         differentiate and weight_VD.requires_grad,
         differentiate and bias is not None and bias.requires_grad,
