@@ -27,6 +27,7 @@ from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 
 from .conftest import LargestTensor
+from .test_custom_ops import Recorded
 from .test_operators import FAST
 from .test_triton import FEW, policy_inputs, randn, seeds
 from .test_variants import TERMS
@@ -320,6 +321,20 @@ def logprob_plain(leaves: list[Tensor], target: Tensor, up: Tensor) -> list[Tens
     return [*(x.detach() for x in values), *torch.autograd.grad(total + 0.1 * values[-1].square().sum(), low)]
 
 
+def summed_on_rank(group: Group) -> list[float]:
+    x = torch.full((RANKS,), 2.0**-8, dtype=torch.bfloat16)
+    x[group.rank()] = 1
+    hidden = torch.zeros(RANKS, 1, dtype=torch.bfloat16, requires_grad=True)
+    _vocab_parallel._SumGradient.apply(hidden, group.group_name).backward(x[:, None])
+    assert hidden.grad is not None
+    return hidden.grad[:, 0].tolist()
+
+
+def test_d_hidden_is_summed_in_float32(run: Run) -> None:
+    """1 + 2^-8 is 1 in bfloat16, and 1 + 2 * 2^-8 is not; on each rank 1 is somewhere else."""
+    assert run("three", summed_on_rank) == [[1 + 2.0**-7] * RANKS] * RANKS
+
+
 # --- hard inputs ------------------------------------------------------------------------------------------------------
 
 EYE = torch.eye(6)  # hidden states that make logits of the weight, without rounding
@@ -515,7 +530,7 @@ def cost_on_rank(group: Group, rows: list[int], tokens: int) -> list[Any]:
     calls: list[Callable[[], Tensor]] = [
         lambda: ck.linear_logprob(hidden, weight, target, group=group)[0].sum(),
         lambda: ck.linear_policy_loss(
-            hidden, weight, target, advantage_T=one, old_logprob_T=None, weight_T=one, chunk_tokens=8, group=group
+            hidden, weight, target, advantage_T=one, old_logprob_T=None, weight_T=one, chunk_tokens=10, group=group
         )[0],
     ]
     for call in calls:
@@ -533,8 +548,29 @@ def test_what_it_costs(run: Run) -> None:
     sizes = ("allgather", 2)
     backward = [("allreduce", 20 * 8)]
     logprob = (4.0, [sizes, ("allgather", 3 * 20)], backward)
-    policy = (3.0, [sizes, *(("allgather", 4 * n) for n in (8, 8, 4))], backward)
+    policy = (3.0, [sizes, *[("allgather", 4 * 10)] * 2], backward)
     assert run("three", cost_on_rank, [5, 9, 30], 20) == [[logprob, policy]] * 3
+
+
+def readbacks_on_rank(group: Group, impl: Any) -> set[str]:
+    leaves, target, _ = logprob_case(1, ("three", [5, 9, 30]), 20, True, torch.float32)
+    hidden, weight, bias = (x.requires_grad_() for x in (leaves[0], *(cut(x, [5, 9, 30], group) for x in leaves[1:])))
+    one = torch.ones(20)
+    policy: dict[str, Any] = {"advantage_T": one, "old_logprob_T": None, "weight_T": one, "chunk_tokens": 10}
+    ck.set_index_checks(False)  # as on CUDA by default
+    with Recorded(inside=True) as inside:
+        options: dict[str, Any] = {"bias": bias, "group": group, "impl": impl}
+        ck.linear_logprob(hidden, weight, target, with_entropy=True, **options)
+        loss, *_ = ck.linear_policy_loss(hidden, weight, target, **policy, skip_dead=False, **options)
+        loss.backward()
+    ck.set_index_checks(None)
+    return inside.readbacks()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_is_read_back(run: Run, impl: str) -> None:
+    """Where chunks are given and all tokens take part, and no index is checked."""
+    assert run("three", readbacks_on_rank, impl) == [set()] * 3
 
 
 # --- as PyTorch sees it -----------------------------------------------------------------------------------------------
