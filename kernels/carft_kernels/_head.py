@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from carft_kernels._matmul_kernels import matmul_logprob
@@ -23,6 +24,7 @@ from carft_kernels._row_kernels import (
     narrow_rows,
 )
 from carft_kernels._runtime import (
+    LN2,
     accumulation_dtype,
     add_product_,
     check_float,
@@ -38,6 +40,7 @@ from carft_kernels._runtime import (
     use_triton,
     wide_matmul,
 )
+from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_shard
 
 
 class Head(NamedTuple):
@@ -65,6 +68,16 @@ class Needs(NamedTuple):
         )
 
 
+class Parts(NamedTuple):
+    """How the loop divides tokens, and the ranks the vocabulary."""
+
+    chunk_tokens: int
+    """At most; 0: as the largest shard asks."""
+    group: str | None
+    shard_rows: int
+    """Of this rank, before a row was put into an empty shard."""
+
+
 def checked_head(
     operator: str,
     hidden_TD: Tensor,
@@ -75,11 +88,13 @@ def checked_head(
     logit_softcap: float | None,
     ignore_index: int,
     chunk_tokens: int | None,
+    group: dist.ProcessGroup | None,
     impl: str,
-) -> tuple[Head, RowOptions, int]:
-    """Both operators' arguments, and the most tokens of a chunk. Raises ValueError."""
+) -> tuple[Head, RowOptions, Parts]:
+    """Both operators' arguments. Raises ValueError."""
     check_float("hidden_TD", hidden_TD, 2)
     options = RowOptions(temperature, logit_softcap, ignore_index, use_triton(operator, impl, hidden_TD))
+    weight_VD, bias = own_shard(weight_VD, bias, group)
     check_float("weight_VD", weight_VD, 2)
     tokens, vocabulary = len(hidden_TD), len(weight_VD)
     check_like("weight_VD", weight_VD, (vocabulary, hidden_TD.shape[1]), "hidden_TD", hidden_TD)
@@ -94,8 +109,14 @@ def checked_head(
     if options.via_triton:
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
-    most = chunk_tokens or chunk_size(tokens, vocabulary, hidden_TD.device)
-    return Head(hidden_TD, weight_VD, bias, target_T), options, most
+    if group is None:
+        parts = Parts(chunk_tokens or chunk_size(tokens, vocabulary, hidden_TD.device), None, vocabulary)
+    else:
+        parts = Parts(chunk_tokens or 0, group.group_name, vocabulary)
+        if vocabulary == 0:  # a row of zeros, which the kernels need; it is left out of every result
+            weight_VD = torch.nn.functional.pad(weight_VD, (0, 0, 0, 1))
+            bias = None if bias is None else torch.nn.functional.pad(bias, (0, 1))
+    return Head(hidden_TD, weight_VD, bias, target_T), options, parts
 
 
 Differentiate = Callable[[slice, RowStatistics], tuple[RowGradients, Tensor] | None]
@@ -105,7 +126,7 @@ Differentiate = Callable[[slice, RowStatistics], tuple[RowGradients, Tensor] | N
 def over_chunks(
     head: Head,
     options: RowOptions,
-    chunk_tokens: int,
+    parts: Parts,
     differentiate: Differentiate,
     needs: Needs,
     *,
@@ -114,10 +135,18 @@ def over_chunks(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias as of `Needs.empty`, of what `differentiate` is called with for each chunk.
 
+    With a group `head` is this rank's shard, and `differentiate` sees statistics of the whole vocabulary.
+
     Tokens without a gradient are left out of the products, if `skip_dead`: their number is read back.
     """
     hidden_TD, weight_VD, bias, target_T = head
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
+    most, shard = parts.chunk_tokens, None
+    if parts.group is not None:
+        shard = VocabShard.of(target_T, parts.shard_rows, bias, options.ignore_index, parts.group)
+        target_T, options = shard.target_T, options._replace(ignore_index=IGNORED)
+        # the same on every rank, since each chunk has a collective
+        most = most or chunk_size(tokens, int(shard.rows_R.max()), hidden_TD.device)
     dtype, via_triton, wanted = accumulation_dtype(hidden_TD), options.via_triton, any(needs)
     d_hidden_TD, d_weight_VD, d_bias_V = needs.empty(head, dtype)
     d_bias_V.zero_()
@@ -125,7 +154,7 @@ def over_chunks(
         d_hidden_TD.zero_()
     first = True  # no product is in d_weight yet
     # without a gradient Triton writes no logit
-    chunks = token_chunks(tokens, chunk_tokens if wanted or not via_triton else max(tokens, 1))
+    chunks = token_chunks(tokens, most if wanted or not via_triton else max(tokens, 1))
     scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, dtype) if wanted and via_triton else None
     for rows in chunks:
         h, target = hidden_TD[rows], target_T[rows]
@@ -137,12 +166,16 @@ def over_chunks(
         else:
             x = head_logits(h, weight_VD, bias)
             statistics = logprob_forward(x, target, options, with_entropy)
-        # What changes logits or combines statistics goes here: x holds the chunk's logits in float32, bias included,
-        # before cap and temperature (None where Triton streams them); logprob_forward has statistics of changed ones.
-        found = differentiate(rows, statistics)
+        whole = statistics
+        if shard is not None:
+            whole, log_share = shard.combine(statistics, rows, LN2 if via_triton else 1.0)
+        found = differentiate(rows, whole)
         if found is None or x is None or not wanted:
             continue
         gradients, live = found
+        if shard is not None:
+            gradients = shard.gradients(gradients, statistics, whole, log_share, rows)
+            live = live & ~shard.absent
         index = None
         if skip_dead:
             index = live.nonzero()[:, 0]
@@ -168,4 +201,6 @@ def over_chunks(
             first = False
     if first:
         d_weight_VD.zero_()
+    if shard is not None and needs.need_hidden:
+        d_hidden_TD = shard.sum(d_hidden_TD)
     return d_hidden_TD, d_weight_VD, d_bias_V

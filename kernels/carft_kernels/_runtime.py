@@ -101,7 +101,7 @@ def launch(kernel: Any, programs: int | tuple[int, int], *arguments: Any, **opti
 
 
 _SCHEMA: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", float | None: "float?"}
-_SCHEMA |= {int: "SymInt", bool: "bool", str: "str"}
+_SCHEMA |= {int: "SymInt", bool: "bool", str: "str", str | None: "str?"}
 
 
 def unflatten(kinds: Sequence[Any], flat: Sequence[Any]) -> list[Any]:
@@ -144,8 +144,9 @@ def check_local(name: str, x: Tensor) -> None:
     """An operator computes on the memory of one process; torch's own message does not say which argument it means."""
     if hasattr(x, "full_tensor"):
         raise ValueError(
-            f"{name} is a DTensor: expected a torch.Tensor; pass {name}.full_tensor(), or call the operator where "
-            "FSDP has gathered its module's parameters"
+            f"{name} is a DTensor: expected a torch.Tensor; pass {name}.full_tensor() (to train it, with "
+            "grad_placements=[Partial()]: the ranks' gradients add up), or call the operator where FSDP has gathered "
+            "the parameters of its module"
         )
 
 

@@ -12,9 +12,10 @@ precision.
 from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from carft_kernels._head import Head, Needs, checked_head, over_chunks
+from carft_kernels._head import Head, Needs, Parts, checked_head, over_chunks
 from carft_kernels._row_kernels import (
     LogprobOptions,
     RowGradients,
@@ -44,44 +45,44 @@ def linear_logprob_reference(
 
 
 class _Wanted(NamedTuple):
-    chunk_tokens: int
     with_entropy: bool
     with_lse: bool
 
 
-_FORWARD = Head, RowOptions, _Wanted
-_BACKWARD = Head, RowOptions, _Wanted, RowGradients, Needs
+_FORWARD = Head, RowOptions, Parts, _Wanted
+_BACKWARD = Head, RowOptions, Parts, RowGradients, Needs
 
 
-def _logprob(head: Head, options: RowOptions, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _logprob(head: Head, options: RowOptions, parts: Parts, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor]:
     """log-prob, entropy and log-sum-exp (empty unless asked)."""
     log_implementation("linear_logprob", options.via_triton, head.hidden_TD.device.type)
-    check_targets("target_T", head.target_T, head.weight_VD.shape[0], options.ignore_index)
+    if parts.group is None:
+        check_targets("target_T", head.target_T, head.weight_VD.shape[0], options.ignore_index)
     found_T = RowStatistics.empty(head.hidden_TD, wanted.with_entropy)
 
     def keep(rows: slice, statistics: RowStatistics) -> None:
         for whole_T, part in zip(found_T, statistics, strict=True):
             whole_T[rows] = part
 
-    over_chunks(head, options, wanted.chunk_tokens, keep, Needs(False, False, False), with_entropy=wanted.with_entropy)
+    over_chunks(head, options, parts, keep, Needs(False, False, False), with_entropy=wanted.with_entropy)
     lse_T = found_T.lse(options) if wanted.with_lse else found_T.top_T.new_empty(0)
     return found_T.logprob_T, found_T.entropy_T, lse_T
 
 
-def _fake(head: Head, _: RowOptions, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(head: Head, _: RowOptions, __: Parts, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor]:
     found_T = RowStatistics.empty(head.hidden_TD, wanted.with_entropy)
     return found_T.logprob_T, found_T.entropy_T, found_T.top_T.new_empty(len(found_T.top_T) if wanted.with_lse else 0)
 
 
 def _gradient(
-    head: Head, options: RowOptions, wanted: _Wanted, gradients: RowGradients, needs: Needs
+    head: Head, options: RowOptions, parts: Parts, gradients: RowGradients, needs: Needs
 ) -> tuple[Tensor, ...]:
     """d_hidden, d_weight, d_bias; empty where not needed."""
     counted_T = head.target_T != options.ignore_index
     found = over_chunks(
         head,
         options,
-        wanted.chunk_tokens,
+        parts,
         lambda rows, _: (gradients.at(rows), counted_T[rows]),
         needs,
         with_entropy=gradients.d_entropy_T is not None,
@@ -111,9 +112,9 @@ def _autograd(
     *head, logprob_T = ctx.saved_tensors
     need_hidden, need_weight, need_bias, *rest = ctx.needs_input_grad
     needs = Needs(need_hidden, need_weight, need_bias)
-    options, wanted = ctx.rest
+    options, parts, _ = ctx.rest
     gradients = RowGradients.given(d_logprob_T, d_entropy_T, d_lse_T, logprob_T)
-    found = _backward(*head, *options, *wanted, *gradients, *needs)
+    found = _backward(*head, *options, *parts, *gradients, *needs)
     return *(d if need else None for d, need in zip(found, needs, strict=True)), *([None] * len(rest))
 
 
@@ -128,6 +129,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = ...,
     chunk_tokens: int | None = ...,
+    group: dist.ProcessGroup | None = ...,
     with_lse: Literal[False] = ...,
     **options: Unpack[LogprobOptions],
 ) -> tuple[Tensor, Tensor | None]: ...
@@ -141,6 +143,7 @@ def linear_logprob(
     *,
     bias: Tensor | None = ...,
     chunk_tokens: int | None = ...,
+    group: dist.ProcessGroup | None = ...,
     with_lse: Literal[True],
     **options: Unpack[LogprobOptions],
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...
@@ -158,6 +161,7 @@ def linear_logprob(
     logit_softcap: float | None = None,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
+    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
     """Log-prob of `target_T` under softmax((hidden @ weight.T + bias) / temperature), and its entropy if asked.
@@ -181,21 +185,30 @@ def linear_logprob(
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
             logits hold; on a CPU what 32 MB hold.
+        group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
+            this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
+            on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states
+            and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole result,
+            and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do not sum it again. Gradients
+            of `weight_VD` and `bias` are of this rank's rows. Collectives, by the group's backend where the tensors
+            are: a small all-gather, and one a chunk, in either pass; one all-reduce of d_hidden. Without `chunk_tokens`
+            the largest shard decides, which is read back. Never run on a GPU.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
         log-prob [T] and entropy [T] or None, with `with_lse` the logsumexp [T] as a third; float32 (float64 for float64
         input). Gradients to hidden, weight, bias.
 
-    Source: selective log-softmax of RLHF trainers; chunked over tokens as in fused linear cross-entropy.
+    Source: selective log-softmax of RLHF trainers; chunked over tokens as in fused linear cross-entropy; divided over
+    ranks as in Megatron-LM's vocabulary-parallel cross entropy.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    head, options, most = checked_head(
+    head, options, parts = checked_head(
         *("linear_logprob", hidden_TD, weight_VD, bias, target_T),
-        *(temperature, logit_softcap, ignore_index, chunk_tokens, impl),
+        *(temperature, logit_softcap, ignore_index, chunk_tokens, group, impl),
     )
-    logprob_T, entropy_T, lse_T = _forward(*head, *options, most, with_entropy, with_lse)
+    logprob_T, entropy_T, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

@@ -16,9 +16,10 @@ d_weight (float64 for float64 input). The loop over chunks is in `_head.py`.
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from carft_kernels._head import Head, Needs, checked_head, over_chunks
+from carft_kernels._head import Head, Needs, Parts, checked_head, over_chunks
 from carft_kernels._policy_kernels import (
     KlEstimate,
     PolicyLoss,
@@ -78,15 +79,14 @@ def linear_policy_loss_reference(
 
 class _More(NamedTuple):
     z_loss_coef: float
-    chunk_tokens: int
     skip_dead: bool
 
 
-_ARGUMENTS = Head, TokenVectors, TokenTerms, RowOptions, _More, Needs
+_ARGUMENTS = Head, TokenVectors, TokenTerms, RowOptions, Parts, _More, Needs
 
 
 def _loss_and_gradients(
-    head: Head, vectors: TokenVectors, terms: TokenTerms, options: RowOptions, more: _More, needs: Needs
+    head: Head, vectors: TokenVectors, terms: TokenTerms, options: RowOptions, parts: Parts, more: _More, needs: Needs
 ) -> tuple[Tensor, ...]:
     """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed).
 
@@ -94,7 +94,8 @@ def _loss_and_gradients(
     """
     hidden_TD, weight_VD, _, target_T = head
     log_implementation("linear_policy_loss", options.via_triton, hidden_TD.device.type)
-    check_targets("target_T", target_T, weight_VD.shape[0], options.ignore_index)
+    if parts.group is None:
+        check_targets("target_T", target_T, weight_VD.shape[0], options.ignore_index)
     logprob_T = hidden_TD.new_empty(len(target_T), dtype=accumulation_dtype(hidden_TD))
     stats = logprob_T.new_zeros(5)
     vectors = vectors._replace(weight_T=vectors.weight_T.masked_fill(target_T == options.ignore_index, 0.0))
@@ -113,9 +114,7 @@ def _loss_and_gradients(
         live = weight != 0 if terms.entropy_coef or more.z_loss_coef else d_logprob != 0
         return RowGradients(d_logprob, d_entropy, d_lse), live
 
-    gradients = over_chunks(
-        head, options, more.chunk_tokens, differentiate, needs, with_entropy=True, skip_dead=more.skip_dead
-    )
+    gradients = over_chunks(head, options, parts, differentiate, needs, with_entropy=True, skip_dead=more.skip_dead)
     return stats[0].clone(), logprob_T, stats, *gradients
 
 
@@ -177,6 +176,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     skip_dead: bool = True,
+    group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """PPO / GRPO policy loss straight from hidden states, never holding [T, V].
@@ -220,6 +220,15 @@ def linear_policy_loss(
         skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.
+        group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
+            this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
+            on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states,
+            vectors and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole
+            loss, log-probs and metrics, and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do
+            not sum it again. Gradients of `weight_VD` and `bias` are of this rank's rows. Collectives, by the group's
+            backend where the tensors are: a small all-gather, one more a chunk, and one all-reduce of d_hidden, all
+            forward. Without `chunk_tokens` the largest shard decides, which is read back, also where `skip_dead` is
+            False. Never run on a GPU.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
@@ -233,13 +242,14 @@ def linear_policy_loss(
     Source: paper eq. 5 (PPO); the k3 estimate and the clip bounds of either side as in GRPO and DAPO. Dual clip: Ye et
     al. 2020 (arXiv 1912.09729). CISPO: MiniMax-M1 2025 (arXiv 2506.13585). k2: Schulman 2020, "Approximating KL
     Divergence"; a bound on an estimate as in verl. Z-loss: PaLM, Chowdhery et al. 2022. Soft cap: Gemma 2, 2024.
+    Vocabulary over ranks: Megatron-LM, Shoeybi et al. 2019.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    head, options, most = checked_head(
+    head, options, parts = checked_head(
         *("linear_policy_loss", hidden_TD, weight_VD, bias, target_T),
-        *(temperature, logit_softcap, ignore_index, chunk_tokens, impl),
+        *(temperature, logit_softcap, ignore_index, chunk_tokens, group, impl),
     )
     vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T)
     for name, x in vectors._asdict().items():
@@ -259,7 +269,7 @@ def linear_policy_loss(
     # inside the operator gradient mode always reads False
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
     operator = _forward if skip_dead else _forward_of_all
-    total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, z_loss_coef, most, skip_dead, *needs)
+    total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, *parts, z_loss_coef, skip_dead, *needs)
     count = stats[1].clamp(min=1)
     metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
     return total, logprob_T, metrics
