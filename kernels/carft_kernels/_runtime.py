@@ -29,6 +29,8 @@ ONEDNN_FROM = 1 << 20
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _TRITON_DTYPES = _FLOAT_DTYPES[1:]
+_SORTED_LOGITS = 1 << 25
+"""Logits that top-k and top-p sort at once: about 1 GB with the sort's own memory."""
 _log = logging.getLogger("carft_kernels")
 
 
@@ -214,6 +216,13 @@ def check_softcap(logit_softcap: float | None) -> None:
         raise ValueError(f"logit_softcap = {logit_softcap}: expected a finite number above 0, or None")
 
 
+def check_top(top_k: int, top_p: float) -> None:
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k = {top_k}: expected an integer of at least 0, where 0 keeps every token")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p = {top_p}: expected a number above 0 and at most 1, where 1 keeps every token")
+
+
 def check_ignore_index(ignore_index: int) -> None:
     if not -(1 << 31) <= ignore_index < 1 << 31:
         raise ValueError(f"ignore_index = {ignore_index}: expected a 32-bit integer")
@@ -288,6 +297,57 @@ def soft_cap_(x: Tensor, cap: float) -> Tensor:
     slope = x.square().neg_().add_(1.0)
     x.mul_(cap).masked_fill_(excluded, -math.inf)
     return slope
+
+
+def keep_top_reference(x: Tensor, target_n1: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The obvious expression of `keep_top_`, of logits over the temperature."""
+    if not top_k and top_p == 1:
+        return x
+    sorted_x, order = x.sort(dim=-1, descending=True, stable=True)
+    if top_k:
+        least = sorted_x[:, min(top_k, x.shape[1]) - 1 :][:, :1]
+        sorted_x = sorted_x.masked_fill(sorted_x < least, -math.inf)
+    if top_p < 1:
+        p = sorted_x.softmax(-1)
+        sorted_x = sorted_x.masked_fill(p.cumsum(-1) - p >= top_p, -math.inf)
+    cut = (sorted_x == -math.inf) & (order != target_n1)
+    return x.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -math.inf)
+
+
+def keep_top_(
+    x: Tensor,
+    target_n1: Tensor,
+    top_k: int,
+    top_p: float,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """-inf in place of the logits [n, V] that top-k, then top-p leave out of softmax(softcap(x) / temperature).
+
+    Top-k keeps what is as likely as the k-th; top-p the fewest of these that have its mass, those of equal likelihood
+    in the order of their ids. The target stays in any case. Nothing is read back.
+    """
+    if not top_k and top_p == 1:
+        return
+    step = max(1, _SORTED_LOGITS // max(x.shape[1], 1))
+    for rows, target in zip(x.split(step), target_n1.split(step), strict=True):
+        z = rows.to(accumulation_dtype(rows), copy=True)
+        if softcap is not None:
+            soft_cap_(z, softcap)
+        z.div_(temperature)
+        if top_k:
+            z.masked_fill_(z < z.topk(min(top_k, z.shape[1])).values[:, -1:], -math.inf)
+        if top_p < 1:
+            sorted_z, order = z.sort(dim=-1, descending=True, stable=True)
+            p = sorted_z.softmax(-1)
+            cut = p.cumsum(-1) - p >= top_p
+            z.masked_fill_(torch.zeros_like(cut).scatter_(1, order, cut), -math.inf)
+        rows.masked_fill_((z == -math.inf).scatter_(1, target, False), -math.inf)
+
+
+def entropy_reference(logp_TV: Tensor) -> Tensor:
+    """Entropy [T] of log-probs. One of 1e-35 is as good as none, and at 0 the derivative of entr is infinite."""
+    return torch.special.entr(logp_TV.clamp(min=-80.0).exp()).sum(-1)
 
 
 def softmax_parts_(x: Tensor, target_n1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -388,6 +448,36 @@ def head_logits_into(out: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
     """out = hidden @ weight.T; see head_logits."""
     with full_float32():
         wide_matmul(hidden_ND, weight_VD.T, out=out)
+
+
+def chunk_logits(
+    h: Tensor,
+    weight_VD: Tensor,
+    bias: Tensor | None,
+    target_n1: Tensor,
+    temperature: float,
+    softcap: float | None,
+    top_k: int,
+    top_p: float,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [n, V] of a chunk of tokens, -inf where `keep_top_` leaves one out, and the derivative of their soft cap.
+
+    Capped and over the temperature; or in the first rows of `out`, for the row kernels, which do both by themselves.
+    """
+    if out is not None:
+        x = out[: len(h)]
+        head_logits_into(x, h, weight_VD)
+        if bias is not None:
+            x += bias
+        keep_top_(x, target_n1, top_k, top_p, temperature, softcap)
+        return x, None
+    x = head_logits(h, weight_VD, bias)
+    slope = None if softcap is None else soft_cap_(x, softcap)
+    if temperature != 1.0:
+        x.div_(temperature)
+    keep_top_(x, target_n1, top_k, top_p)
+    return x, slope
 
 
 def _on_cuda(x: Tensor) -> bool:

@@ -30,15 +30,16 @@ from carft_kernels._runtime import (
     check_same_dtype,
     check_softcap,
     check_targets,
+    check_top,
+    chunk_logits,
     chunk_size,
     d_logits_,
+    entropy_reference,
     given_gradients,
     gradient_or_nan,
-    head_logits,
-    head_logits_into,
+    keep_top_reference,
     log_implementation,
     rows_scratch,
-    soft_cap_,
     soft_cap_reference,
     softmax_parts_,
     split_index,
@@ -57,6 +58,8 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     with_entropy: bool = False,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression: all logits at once."""
@@ -65,18 +68,10 @@ def linear_logprob_reference(
     logits_TV = logits_TV.to(accumulation_dtype(logits_TV))
     if logit_softcap is not None:
         logits_TV = soft_cap_reference(logits_TV, logit_softcap)
-    logp_TV = (logits_TV / temperature).log_softmax(-1)
-    entropy_T = torch.special.entr(logp_TV.exp()).sum(-1) * counted_T if with_entropy else None
-    return logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T, entropy_T
-
-
-def _chunk_logits(
-    h: Tensor, weight_VD: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Logits, and the derivative of their soft cap where there is one."""
-    x = head_logits(h, weight_VD, bias)
-    slope = None if softcap is None else soft_cap_(x, softcap)
-    return x if temperature == 1.0 else x.div_(temperature), slope
+    target_T1 = target_T.long()[:, None] * counted_T[:, None]
+    logp_TV = keep_top_reference(logits_TV / temperature, target_T1, top_k, top_p).log_softmax(-1)
+    entropy_T = entropy_reference(logp_TV) * counted_T if with_entropy else None
+    return logp_TV.gather(1, target_T1)[:, 0] * counted_T, entropy_T
 
 
 @torch.library.custom_op("carft::linear_logprob", mutates_args=())
@@ -89,6 +84,8 @@ def _forward(
     with_entropy: bool,
     with_lse: bool,
     logit_softcap: float | None,
+    top_k: int,
+    top_p: float,
     ignore_index: int,
     via_triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -98,7 +95,7 @@ def _forward(
     """
     log_implementation("linear_logprob", via_triton, hidden_TD.device.type)
     check_targets("target_T", target_T, weight_VD.shape[0], ignore_index)
-    if via_triton:
+    if via_triton and not top_k and top_p == 1:
         logprob_T, entropy_T, top_T, log_total_T, _ = matmul_logprob(
             hidden_TD,
             weight_VD,
@@ -117,9 +114,16 @@ def _forward(
     entropy_T = hidden_TD.new_empty(tokens if with_entropy else 0, dtype=dtype)
     target_T1, ignored_T, outside_T = split_index(target_T, weight_VD.shape[0], ignore_index)
     step = chunk_size(tokens, weight_VD.shape[0], hidden_TD.device)
+    options = (temperature, logit_softcap, top_k, top_p)
+    scratch = rows_scratch(hidden_TD, step, weight_VD.shape[0], torch.float32) if via_triton else None
     for s in range(0, tokens, step):
         e = s + step
-        x, _ = _chunk_logits(hidden_TD[s:e], weight_VD, bias, temperature, logit_softcap)
+        x, _ = chunk_logits(hidden_TD[s:e], weight_VD, bias, target_T1[s:e], *options, out=scratch)
+        if via_triton:
+            logprob_T[s:e], entropy_T[s:e], top_T[s:e], log_total_T[s:e] = logprob_forward(
+                x, target_T[s:e], temperature, with_entropy, ignore_index, logit_softcap
+            )
+            continue
         logprob_T[s:e], top_T[s:e], exp, sum_exp = softmax_parts_(x, target_T1[s:e])
         log_total_T[s:e] = sum_exp.log()
         if with_entropy:
@@ -127,7 +131,10 @@ def _forward(
     logprob_T.masked_fill_(outside_T, torch.nan)
     for x_T in (logprob_T, top_T, log_total_T, *([entropy_T] if with_entropy else [])):
         x_T.masked_fill_(ignored_T, 0.0)
-    return logprob_T, entropy_T, top_T + log_total_T if with_lse else top_T.new_empty(0), top_T, log_total_T
+    lse_T = top_T.new_empty(0)
+    if with_lse:
+        lse_T = lse_of(top_T, log_total_T) if via_triton else top_T + log_total_T
+    return logprob_T, entropy_T, lse_T, top_T, log_total_T
 
 
 @_forward.register_fake
@@ -161,6 +168,8 @@ def _backward(
     d_lse_T: Tensor | None,
     temperature: float,
     logit_softcap: float | None,
+    top_k: int,
+    top_p: float,
     ignore_index: int,
     need_hidden: bool,
     need_weight: bool,
@@ -176,6 +185,8 @@ def _backward(
     step = chunk_size(tokens, vocabulary, hidden_TD.device)
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
     d_logprob_T = gradient_or_nan(d_logprob_T, outside_T)
+    options = (temperature, logit_softcap, top_k, top_p)
+    x_scratch = None
     if via_triton:
         x_scratch = rows_scratch(hidden_TD, step, vocabulary, torch.float32)
         d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, step, vocabulary)
@@ -184,11 +195,9 @@ def _backward(
         # whatever an ignored token's state holds must not reach d_weight: 0 * NaN is NaN
         h = hidden_TD[rows].masked_fill(ignored_T[rows, None], 0.0)
         d_entropy_n, d_lse_n = (None if d is None else d[rows] for d in (d_entropy_T, d_lse_T))
+        x, slope = chunk_logits(h, weight_VD, bias, target_T1[rows], *options, out=x_scratch)
         if via_triton:
-            x, d = x_scratch[: len(h)], d_scratch[: len(h)]
-            head_logits_into(x, h, weight_VD)
-            if bias is not None:
-                x += bias
+            d = d_scratch[: len(h)]
             top, log_total = top_T[rows], log_total_T[rows]
             if hidden_TD.dtype == dtype:
                 # The two matmuls round differently: with float32 logits in the hundreds that would show in
@@ -211,7 +220,6 @@ def _backward(
                 softcap=logit_softcap,
             )
         else:
-            x, slope = _chunk_logits(h, weight_VD, bias, temperature, logit_softcap)
             logp = x.sub_(top_T[rows, None]).sub_(log_total_T[rows, None])
             d = d_logits_(logp, target_T1[rows], d_logprob_T[rows], entropy_T[rows], d_entropy_n, d_lse_n)
             zero_rows_(d, ignored_T[rows])
@@ -240,8 +248,7 @@ def _(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden_TD, weight_VD, target_T, bias, ctx.temperature, _, _, ctx.logit_softcap, *last = inputs
-    ctx.ignore_index, ctx.via_triton = last
+    hidden_TD, weight_VD, target_T, bias, ctx.temperature, _, _, *ctx.options, ctx.via_triton = inputs
     _, entropy_T, _, top_T, log_total_T = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
     ctx.mark_non_differentiable(top_T, log_total_T)
@@ -257,8 +264,7 @@ def _autograd(
         *saved,
         *given_gradients(d_logprob_T, d_entropy_T, d_lse_T, saved[4]),
         ctx.temperature,
-        ctx.logit_softcap,
-        ctx.ignore_index,
+        *ctx.options,
         need_hidden,
         need_weight,
         need_bias,
@@ -269,7 +275,7 @@ def _autograd(
         d_weight_VD if need_weight else None,
         None,
         d_bias_V if need_bias else None,
-        *([None] * 6),
+        *([None] * 8),
     )
 
 
@@ -287,6 +293,8 @@ def linear_logprob(
     with_entropy: bool = ...,
     with_lse: Literal[False] = ...,
     logit_softcap: float | None = ...,
+    top_k: int = ...,
+    top_p: float = ...,
     ignore_index: int = ...,
     impl: Impl = ...,
 ) -> tuple[Tensor, Tensor | None]: ...
@@ -303,6 +311,8 @@ def linear_logprob(
     with_entropy: bool = ...,
     with_lse: Literal[True],
     logit_softcap: float | None = ...,
+    top_k: int = ...,
+    top_p: float = ...,
     ignore_index: int = ...,
     impl: Impl = ...,
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...
@@ -318,6 +328,8 @@ def linear_logprob(
     with_entropy: bool = False,
     with_lse: bool = False,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ignore_index: int = -100,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, Tensor]:
@@ -338,6 +350,12 @@ def linear_logprob(
         with_lse: also return the logsumexp of the logits over the temperature, differentiable; such as for a z-loss,
             its square.
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+        top_k: the log-prob, entropy and log-sum-exp are those of the `top_k` most likely tokens alone, and of all that
+            are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
+            sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no
+            gradient.
+        top_p: likewise, behind top-k: the fewest most likely tokens whose probabilities add up to `top_p`, those of
+            equal likelihood in the order of their ids. In (0, 1]; 1 keeps every token. It sorts the logits.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
@@ -364,6 +382,7 @@ def linear_logprob(
     check_integer("target_T", target_T)
     check_positive("temperature", temperature)
     check_softcap(logit_softcap)
+    check_top(top_k, top_p)
     check_ignore_index(ignore_index)
     if via_triton:
         check_rows("hidden_TD", hidden_TD)
@@ -377,6 +396,8 @@ def linear_logprob(
         with_entropy,
         with_lse,
         logit_softcap,
+        top_k,
+        top_p,
         ignore_index,
         via_triton,
     )

@@ -34,14 +34,15 @@ from carft_kernels._runtime import (
     check_same_dtype,
     check_softcap,
     check_targets,
+    check_top,
+    chunk_logits,
     chunk_size,
-    head_logits,
-    head_logits_into,
+    entropy_reference,
+    keep_top_reference,
     log_implementation,
     product,
     rows_scratch,
     scaled_gradient,
-    soft_cap_,
     soft_cap_reference,
     softmax_parts_,
     split_index,
@@ -71,6 +72,8 @@ def linear_policy_loss_reference(
     entropy_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
@@ -81,8 +84,10 @@ def linear_policy_loss_reference(
     logits_TV = logits_TV.to(accumulation_dtype(hidden_TD))
     if logit_softcap is not None:
         logits_TV = soft_cap_reference(logits_TV, logit_softcap)
-    logp_TV = (logits_TV / temperature).log_softmax(-1)
-    logprob_T = logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0] * counted_T
+    target_T1 = target_T.long()[:, None] * counted_T[:, None]
+    kept_TV = keep_top_reference(logits_TV / temperature, target_T1, top_k, top_p)
+    logp_TV = kept_TV.log_softmax(-1)
+    logprob_T = logp_TV.gather(1, target_T1)[:, 0] * counted_T
     loss_T = policy_terms_reference(
         logprob_T,
         logprob_T.detach() if old_logprob_T is None else old_logprob_T,
@@ -91,8 +96,8 @@ def linear_policy_loss_reference(
         correction_T=correction_T,
         ref_logprob_T=ref_logprob_T,
     )
-    loss_T = loss_T - entropy_coef * torch.special.entr(logp_TV.exp()).sum(-1)
-    loss_T = loss_T + z_loss_coef * (logits_TV / temperature).logsumexp(-1).square()
+    loss_T = loss_T - entropy_coef * entropy_reference(logp_TV)
+    loss_T = loss_T + z_loss_coef * kept_TV.logsumexp(-1).square()
     return (weight_T * loss_T).sum(), logprob_T
 
 
@@ -116,6 +121,8 @@ def _loss_and_gradients(
     entropy_coef: float,
     z_loss_coef: float,
     logit_softcap: float | None,
+    top_k: int,
+    top_p: float,
     temperature: float,
     ignore_index: int,
     chunk_tokens: int,
@@ -139,26 +146,21 @@ def _loss_and_gradients(
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
     weight_T = weight_T.masked_fill(ignored_T, 0.0)
     chunk_tokens = min(chunk_tokens, tokens)
+    options = (temperature, logit_softcap, top_k, top_p)
+    x_scratch = None
     if via_triton:
         x_scratch = rows_scratch(hidden_TD, chunk_tokens, vocabulary, torch.float32)
         d_scratch = x_scratch if hidden_TD.dtype == dtype else rows_scratch(hidden_TD, chunk_tokens, vocabulary)
     for s in range(0, tokens, max(chunk_tokens, 1)):
         rows = slice(s, s + chunk_tokens)
         h, weight = hidden_TD[rows], weight_T[rows]
+        x, slope = chunk_logits(h, weight_VD, bias, target_T1[rows], *options, out=x_scratch)
         if via_triton:
-            x = x_scratch[: len(h)]
-            head_logits_into(x, h, weight_VD)
-            if bias is not None:
-                x += bias
             logprob, entropy, top, log_total = logprob_forward(
                 x, target_T[rows], temperature, True, ignore_index, logit_softcap
             )
             lse = lse_of(top, log_total) if z_loss_coef else None
         else:
-            x = head_logits(h, weight_VD, bias)
-            slope = None if logit_softcap is None else soft_cap_(x, logit_softcap)
-            if temperature != 1.0:
-                x.div_(temperature)
             logprob, top, p, sum_exp = softmax_parts_(x, target_T1[rows])
             # exp * logit is 0 * -inf for an excluded column: its share of the entropy is 0
             entropy = sum_exp.log() - x.mul_(p).nansum(-1) / sum_exp
@@ -313,6 +315,8 @@ def linear_policy_loss(
     entropy_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
@@ -352,6 +356,8 @@ def linear_policy_loss(
             reaches every token with weight.
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
             Where torch computes, it takes a second chunk of logits.
+        top_k, top_p: log-prob, entropy and z term are those of the distribution that they leave, renormalised, as in
+            `linear_logprob`. 0 and 1 keep every token.
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
@@ -404,6 +410,7 @@ def linear_policy_loss(
     if not z_loss_coef >= 0:
         raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
     check_softcap(logit_softcap)
+    check_top(top_k, top_p)
     check_positive("temperature", temperature)
     check_ignore_index(ignore_index)
     if chunk_tokens is not None and chunk_tokens < 1:
@@ -424,6 +431,8 @@ def linear_policy_loss(
         *terms,
         z_loss_coef,
         logit_softcap,
+        top_k,
+        top_p,
         temperature,
         ignore_index,
         chunk_tokens or chunk_size(tokens, weight_VD.shape[0], hidden_TD.device),

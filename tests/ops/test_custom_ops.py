@@ -84,6 +84,8 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
                 entropy_coef=0.1,
                 z_loss_coef=0.1,
                 logit_softcap=5.0,
+                top_k=9,
+                top_p=0.8,
                 impl=impl,
             ),
             (leaf(5, T, D), leaf(6, V, D), leaf(7, V)),
@@ -94,6 +96,14 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
         ),
         "token_logprob, soft cap and log-sum-exp": (
             lambda x: ck.token_logprob(x * 1, target, with_lse=True, logit_softcap=5.0, impl=impl),
+            (leaf(4, T, V),),
+        ),
+        "linear_logprob, top-k and top-p": (
+            lambda h, x: ck.linear_logprob(h, x, target, with_entropy=True, top_k=9, top_p=0.8, impl=impl),
+            (leaf(5, T, D), leaf(6, V, D)),
+        ),
+        "token_logprob, top-k and top-p": (
+            lambda x: ck.token_logprob(x * 1, target, with_entropy=True, top_k=9, top_p=0.8, impl=impl),
             (leaf(4, T, V),),
         ),
         "policy_loss, ratios of sequences": (

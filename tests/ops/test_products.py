@@ -61,17 +61,18 @@ def test_half_precision_products_on_cuda_are_summed_in_float32(dtype: torch.dtyp
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 4
 
 
+@pytest.mark.parametrize("top", [(0, 1.0), (5, 0.9)])
 @pytest.mark.parametrize("via_triton", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.usefixtures("like_cuda")
-def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton: bool) -> None:
+def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton: bool, top: tuple[int, float]) -> None:
     """Logits, d_hidden and d_weight: every product between the kernels."""
     hidden, weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((T, D), (V, D), (V,)))
     target = torch.empty(T, dtype=torch.int64, device="meta")
     vector = torch.empty(T, device="meta")
     with Products() as products:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        options = (None, None, 1.0, None, -100, True, True, True, via_triton)
+        options = (None, None, 1.0, None, *top, -100, True, True, True, via_triton)
         gradients = backward(hidden, weight, target, bias, *[vector] * 4, *options)
     assert [g.dtype for g in gradients] == [dtype] * 3
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
@@ -79,7 +80,7 @@ def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton:
         return
     with Products() as products:
         forward = OPDEFS["carft::linear_policy_loss_of_all"]._init_fn
-        options = (*TokenTerms(), 0.0, None, 1.0, -100, T, False, True, True, True, via_triton)
+        options = (*TokenTerms(), 0.0, None, *top, 1.0, -100, T, False, True, True, True, via_triton)
         *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *options)
     assert d_hidden.dtype == d_weight.dtype == d_bias.dtype == dtype
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
@@ -92,7 +93,7 @@ def test_flop_of_the_products_on_cuda_are_counted(largest_tensor: Any) -> None:
     target, vector = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     with largest_tensor:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        options = (None, None, 1.0, None, -100, True, True, False, True)
+        options = (None, None, 1.0, None, 0, 1.0, -100, True, True, False, True)
         backward(hidden, weight, target, None, *[vector] * 4, *options)
     assert largest_tensor.matmul_flops == 3 * 2 * T * V * D
 
