@@ -11,7 +11,10 @@ takes `linear_logprob` and then `policy_loss`, 4F. Tokens whose gradient is exac
 clipped) are left out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for
 backward: d_hidden, d_weight and d_bias. Accumulation: float32 past the matmul and for d_weight (float64 for float64
 input). Half-precision matmuls run on the weight as it is: only a chunk's logits are widened, never the weight. Triton:
-row kernels between cuBLAS products.
+row kernels between cuBLAS products. From a reference model's hidden states its log-probs come in the same loop, over
+the same memory: 1F more.
+
+T tokens, D hidden size, E the reference model's, V vocabulary.
 """
 
 from typing import Any
@@ -66,6 +69,9 @@ def linear_policy_loss_reference(
     loss: PolicyLoss = "clip",
     correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
+    reference_hidden_TE: Tensor | None = None,
+    reference_weight_VE: Tensor | None = None,
+    reference_bias: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimate: KlEstimate = "k3",
     kl_clamp: float | None = None,
@@ -80,14 +86,22 @@ def linear_policy_loss_reference(
     """The obvious expression: loss and log-probs [T], all logits at once."""
     counted_T = target_T != ignore_index
     weight_T = torch.where(counted_T, weight_T, 0.0)
-    logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
-    logits_TV = logits_TV.to(accumulation_dtype(hidden_TD))
-    if logit_softcap is not None:
-        logits_TV = soft_cap_reference(logits_TV, logit_softcap)
     target_T1 = target_T.long()[:, None] * counted_T[:, None]
-    kept_TV = keep_top_reference(logits_TV / temperature, target_T1, top_k, top_p)
+
+    def kept_logits(hidden_TD: Tensor, weight_VD: Tensor, bias: Tensor | None) -> Tensor:
+        logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
+        logits_TV = logits_TV.to(accumulation_dtype(hidden_TD))
+        if logit_softcap is not None:
+            logits_TV = soft_cap_reference(logits_TV, logit_softcap)
+        return keep_top_reference(logits_TV / temperature, target_T1, top_k, top_p)
+
+    kept_TV = kept_logits(hidden_TD, weight_VD, bias)
     logp_TV = kept_TV.log_softmax(-1)
     logprob_T = logp_TV.gather(1, target_T1)[:, 0] * counted_T
+    if reference_hidden_TE is not None:
+        head = (weight_VD, bias) if reference_weight_VE is None else (reference_weight_VE, reference_bias)
+        with torch.no_grad():
+            ref_logprob_T = kept_logits(reference_hidden_TE, *head).log_softmax(-1).gather(1, target_T1)[:, 0]
     loss_T = policy_terms_reference(
         logprob_T,
         logprob_T.detach() if old_logprob_T is None else old_logprob_T,
@@ -111,6 +125,9 @@ def _loss_and_gradients(
     weight_T: Tensor,
     correction_T: Tensor | None,
     ref_logprob_T: Tensor | None,
+    reference_hidden_TE: Tensor | None,
+    reference_weight_VE: Tensor | None,
+    reference_bias: Tensor | None,
     clip_low: float,
     clip_high: float,
     dual_clip: float | None,
@@ -131,8 +148,9 @@ def _loss_and_gradients(
     need_weight: bool,
     need_bias: bool,
     via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, log-probs, the sums [5] of policy_terms, d_hidden, d_weight and d_bias (empty where not needed)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, log-probs, those of `reference_hidden_TE` (empty without it), the sums [5] of policy_terms, d_hidden,
+    d_weight and d_bias (empty where not needed)."""
     log_implementation("linear_policy_loss", via_triton, hidden_TD.device.type)
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
     check_targets("target_T", target_T, vocabulary, ignore_index)
@@ -142,6 +160,11 @@ def _loss_and_gradients(
     d_bias_V = weight_VD.new_zeros(vocabulary if need_bias else 0, dtype=dtype)
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     logprob_T = hidden_TD.new_empty(tokens, dtype=dtype)
+    found_ref_T = hidden_TD.new_empty(0 if reference_hidden_TE is None else tokens, dtype=dtype)
+    if reference_hidden_TE is not None:
+        ref_logprob_T = found_ref_T
+        if reference_weight_VE is None:
+            reference_weight_VE, reference_bias = weight_VD, bias
     stats = hidden_TD.new_zeros(5, dtype=dtype)
     target_T1, ignored_T, outside_T = split_index(target_T, vocabulary, ignore_index)
     weight_T = weight_T.masked_fill(ignored_T, 0.0)
@@ -154,6 +177,16 @@ def _loss_and_gradients(
     for s in range(0, tokens, max(chunk_tokens, 1)):
         rows = slice(s, s + chunk_tokens)
         h, weight = hidden_TD[rows], weight_T[rows]
+        if reference_hidden_TE is not None:
+            assert reference_weight_VE is not None
+            h_ref = reference_hidden_TE[rows]
+            x, _ = chunk_logits(h_ref, reference_weight_VE, reference_bias, target_T1[rows], *options, out=x_scratch)
+            if via_triton:
+                row_options = (temperature, False, ignore_index, logit_softcap)
+                found_ref_T[rows] = logprob_forward(x, target_T[rows], *row_options)[0]
+            else:
+                ref = softmax_parts_(x, target_T1[rows])[0]
+                found_ref_T[rows] = ref.masked_fill_(outside_T[rows], torch.nan).masked_fill_(ignored_T[rows], 0.0)
         x, slope = chunk_logits(h, weight_VD, bias, target_T1[rows], *options, out=x_scratch)
         if via_triton:
             logprob, entropy, top, log_total = logprob_forward(
@@ -248,7 +281,7 @@ def _loss_and_gradients(
         if need_weight:
             add_product_(d_weight_VD, d.T, h if everyone else h[index])
     gradients = d_hidden_TD, d_weight_VD.to(weight_VD.dtype), d_bias_V.to(weight_VD.dtype)
-    return stats[0].clone(), logprob_T, stats, *gradients
+    return stats[0].clone(), logprob_T, found_ref_T, stats, *gradients
 
 
 # the number of tokens with a gradient is read back, which no CUDA graph can hold
@@ -258,12 +291,14 @@ _forward = torch.library.custom_op(
 _forward_of_all = torch.library.custom_op("carft::linear_policy_loss_of_all", _loss_and_gradients, mutates_args=())
 
 
-def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     need_hidden, need_weight, need_bias = rest[-4:-1]
+    reference_hidden_TE = rest[7]
     dtype = accumulation_dtype(hidden_TD)
     return (
         hidden_TD.new_empty((), dtype=dtype),
         hidden_TD.new_empty(hidden_TD.shape[0], dtype=dtype),
+        hidden_TD.new_empty(0 if reference_hidden_TE is None else hidden_TD.shape[0], dtype=dtype),
         hidden_TD.new_empty(5, dtype=dtype),
         torch.empty_like(hidden_TD) if need_hidden else hidden_TD.new_empty(0),
         torch.empty_like(weight_VD) if need_weight else weight_VD.new_empty(0),
@@ -272,10 +307,11 @@ def _fake(hidden_TD: Tensor, weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, logprob_T, stats, *gradients = output
+    _, *without_gradient, d_hidden_TD, d_weight_VD, d_bias_V = output
+    gradients = d_hidden_TD, d_weight_VD, d_bias_V
     ctx.needed, ctx.inputs = inputs[-4:-1], len(inputs)
     ctx.set_materialize_grads(False)  # no zeros of the head's size for the outputs that carry no gradient
-    ctx.mark_non_differentiable(logprob_T, stats, *gradients)
+    ctx.mark_non_differentiable(*without_gradient, *gradients)
     ctx.save_for_backward(*gradients)
 
 
@@ -294,6 +330,31 @@ for _operator in (_forward, _forward_of_all):
     _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _check_reference(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias: Tensor | None,
+    reference_hidden_TE: Tensor,
+    reference_weight_VE: Tensor | None,
+    reference_bias: Tensor | None,
+) -> None:
+    check_float("reference_hidden_TE", reference_hidden_TE, 2)
+    vocabulary, width = weight_VD.shape
+    if reference_weight_VE is not None:
+        check_float("reference_weight_VE", reference_weight_VE, 2)
+        width = reference_weight_VE.shape[1]
+        check_like("reference_weight_VE", reference_weight_VE, (vocabulary, width), "weight_VD", hidden_TD)
+        check_same_dtype("reference_weight_VE", reference_weight_VE, "hidden_TD", hidden_TD)
+    check_like("reference_hidden_TE", reference_hidden_TE, (len(hidden_TD), width), "hidden_TD", hidden_TD)
+    check_same_dtype("reference_hidden_TE", reference_hidden_TE, "hidden_TD", hidden_TD)
+    if (reference_bias is None) == (reference_weight_VE is not None and bias is not None):
+        seen = f"None: expected ({vocabulary},)" if reference_bias is None else "a tensor: expected None"
+        raise ValueError(f"reference_bias is {seen}; it goes with both reference_weight_VE and bias")
+    if reference_bias is not None:
+        check_like("reference_bias", reference_bias, (vocabulary,), "weight_VD", hidden_TD)
+        check_same_dtype("reference_bias", reference_bias, "hidden_TD", hidden_TD)
+
+
 def linear_policy_loss(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -309,6 +370,9 @@ def linear_policy_loss(
     loss: PolicyLoss = "clip",
     correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
+    reference_hidden_TE: Tensor | None = None,
+    reference_weight_VE: Tensor | None = None,
+    reference_bias: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimate: KlEstimate = "k3",
     kl_clamp: float | None = None,
@@ -348,7 +412,14 @@ def linear_policy_loss(
         correction_T: float [T], a factor of each token's policy term, such as an importance weight, and not of the KL,
             entropy and z terms; at least 0, no gradient.
         ref_logprob_T: float [T] of the reference model, for the KL term; no gradient.
-        kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T`.
+        reference_hidden_TE: [T, E] in place of `ref_logprob_T`: the states of the reference model, a frozen one, that
+            predict the targets. Its log-probs are found with the same temperature, soft cap, top_k and top_p, in the
+            same loop and memory, for 1F. Dtype and device of `hidden_TD`; no gradient.
+        reference_weight_VE: [V, E] of the reference model's LM head, dtype and device of `hidden_TD`; no gradient.
+            None: it has the policy's weight and bias, as they are now.
+        reference_bias: [V] beside `reference_weight_VE`, where `bias` is given; no gradient.
+        kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T` or
+            `reference_hidden_TE`.
         kl_estimate: of a token, with d = ref_logprob - logprob: "k3" `d.exp() - d - 1`, "k2" `0.5 * d ** 2`.
         kl_clamp: a token's estimate counts as at most this, and has no gradient beyond; above 0. None: no bound.
         entropy_coef: weight of the entropy bonus.
@@ -369,8 +440,9 @@ def linear_policy_loss(
 
     Returns:
         loss (scalar), log-probs [T] without gradient, and metrics, means over the tokens with weight: `clip_fraction`,
-        `approx_kl` (mean of (r - 1) - log r), `entropy`. float32 (float64 for float64 input). The loss can be
-        differentiated once, with respect to hidden, weight and bias.
+        `approx_kl` (mean of (r - 1) - log r), `entropy`; with `reference_hidden_TE` also `ref_logprob_T`, the
+        reference model's log-probs [T]. float32 (float64 for float64 input). The loss can be differentiated once, with
+        respect to hidden, weight and bias.
 
     A ratio of whole sequences (GSPO) needs every log-prob before the first gradient: take `linear_logprob`, then
     `policy_loss` with `cu_seqlens`, 4F in place of 3F.
@@ -405,8 +477,15 @@ def linear_policy_loss(
         check_float(name, x, 1)
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     terms.check()
-    if kl_coef and ref_logprob_T is None:
-        raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T, which is None")
+    if reference_hidden_TE is not None:
+        if ref_logprob_T is not None:
+            raise ValueError("ref_logprob_T and reference_hidden_TE are both given: expected one of them")
+        _check_reference(hidden_TD, weight_VD, bias, reference_hidden_TE, reference_weight_VE, reference_bias)
+    elif reference_weight_VE is not None or reference_bias is not None:
+        name = "reference_bias" if reference_weight_VE is None else "reference_weight_VE"
+        raise ValueError(f"{name} needs reference_hidden_TE, which is None")
+    elif kl_coef and ref_logprob_T is None:
+        raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T or reference_hidden_TE, both are None")
     if not z_loss_coef >= 0:
         raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
     check_softcap(logit_softcap)
@@ -422,12 +501,13 @@ def linear_policy_loss(
     vectors = (None if x is None else x.detach().to(dtype).contiguous() for x in per_token.values())
     differentiate = torch.is_grad_enabled()  # inside the operator it always reads False
     operator = _forward if skip_dead else _forward_of_all
-    total, logprob_T, stats, *_ = operator(
+    total, logprob_T, found_ref_T, stats, *_ = operator(
         hidden_TD,
         weight_VD,
         bias,
         target_T.contiguous(),
         *vectors,
+        *(None if x is None else x.detach() for x in (reference_hidden_TE, reference_weight_VE, reference_bias)),
         *terms,
         z_loss_coef,
         logit_softcap,
@@ -444,4 +524,6 @@ def linear_policy_loss(
     )
     count = stats[1].clamp(min=1)
     metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
+    if reference_hidden_TE is not None:
+        metrics["ref_logprob_T"] = found_ref_T
     return total, logprob_T, metrics

@@ -41,6 +41,7 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
     target[2] = -100
     a, b, w = vector(1), vector(2), vector(3).abs()
     mask = torch.arange(T, device=DEVICE) % 3 > 0
+    frozen = leaf(9, T, D + 2), leaf(10, V, D + 2), leaf(11, V)
     return {
         "token_logprob": (
             lambda x: ck.token_logprob(x * 1, target, with_entropy=True, impl=impl),
@@ -77,7 +78,9 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
                 bias=c,
                 dual_clip=3.0,
                 correction_T=w,
-                ref_logprob_T=a - 4,
+                reference_hidden_TE=frozen[0],
+                reference_weight_VE=frozen[1],
+                reference_bias=frozen[2],
                 kl_coef=0.1,
                 kl_estimate="k2",
                 kl_clamp=2.0,

@@ -81,7 +81,7 @@ def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton:
     with Products() as products:
         forward = OPDEFS["carft::linear_policy_loss_of_all"]._init_fn
         options = (*TokenTerms(), 0.0, None, *top, 1.0, -100, T, False, True, True, True, via_triton)
-        *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *options)
+        *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, *[None] * 5, *options)
     assert d_hidden.dtype == d_weight.dtype == d_bias.dtype == dtype
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
 
