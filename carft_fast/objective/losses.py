@@ -19,9 +19,6 @@ from carft_kernels import (
     value_pool,
 )
 
-_SUPPORT_CHUNK_LOGITS = 2**25
-"""Logits at once (128 MiB in float32) where the vocabulary has to be sorted."""
-
 
 class RolloutTargets(NamedTuple):
     """What the update needs to know of the completion tokens it trains on; all float32 [C], without gradient.
@@ -48,14 +45,14 @@ def tokens_of(x_C: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> Tenso
     return torch.cat([by_row[i] for i in rows])
 
 
-def completion_logprobs(
-    model: CarftModel, output: ModelOutput, batch: PackedBatch, *, temperature: float = 1.0
-) -> Tensor:
-    """float32 [C]: log-prob of every completion token at `temperature`, from the state before it."""
+def completion_logprobs(model: CarftModel, output: ModelOutput, batch: PackedBatch, **sampling: Any) -> Tensor:
+    """float32 [C]: log-prob of every completion token, from the state before it.
+
+    `sampling`: temperature, top_k and top_p, as the operators take them.
+    """
     if output.logits_CV is not None:
-        return token_logprob(output.logits_CV, batch.target_C, temperature=temperature)[0]
-    hidden_CD, weight_VD = _head_inputs(model, output, batch)
-    return linear_logprob(hidden_CD, weight_VD, batch.target_C, temperature=temperature)[0]
+        return token_logprob(output.logits_CV, batch.target_C, **sampling)[0]
+    return linear_logprob(*_head_inputs(model, output, batch), batch.target_C, **sampling)[0]
 
 
 @torch.no_grad()
@@ -73,34 +70,11 @@ def sampler_support_logprobs(
 
     What a sampler reports is normalised over the tokens it kept. Against the full vocabulary's log-prob the ratio
     would carry the kept mass, which is no disagreement; so the trainer makes the same cut in its own distribution.
-    The sampled token is always kept: it may fall out at the border by rounding. A chunk's logits exist at a time.
+    The sampled token is always kept: it may fall out at the border by rounding.
     """
     if top_p >= 1 and not top_k:
         return logprob_C
-    if output.logits_CV is not None:
-        rows: Tensor = output.logits_CV
-        weight_VD = None
-    else:
-        rows, weight_VD = _head_inputs(model, output, batch)
-    result_C = torch.empty_like(logprob_C)
-    vocabulary = model.head_weight_VD.shape[0]
-    step = max(1, _SUPPORT_CHUNK_LOGITS // vocabulary)
-    for start in range(0, len(logprob_C), step):
-        s = slice(start, start + step)
-        logits_CV = rows[s] if weight_VD is None else rows[s] @ weight_VD.T
-        full_CV = (logits_CV.float() / temperature).log_softmax(-1)
-        sorted_CV, order_CV = full_CV.sort(descending=True)
-        if top_k:
-            least_C1 = sorted_CV[:, min(top_k, vocabulary) - 1 :][:, :1]
-            sorted_CV = sorted_CV.masked_fill(sorted_CV < least_C1, -torch.inf).log_softmax(-1)
-        if top_p < 1:
-            before_CV = sorted_CV.exp().cumsum(-1) - sorted_CV.exp()
-            sorted_CV = sorted_CV.masked_fill(before_CV >= top_p, -torch.inf)
-        cut_CV = sorted_CV == -torch.inf
-        cut_CV &= order_CV != batch.target_C[s, None]
-        kept_CV = full_CV.gather(1, order_CV).masked_fill(cut_CV, -torch.inf)
-        result_C[s] = logprob_C[s] - kept_CV.logsumexp(-1)
-    return result_C
+    return completion_logprobs(model, output, batch, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
 def correction_weights(

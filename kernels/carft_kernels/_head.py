@@ -19,6 +19,7 @@ from carft_kernels._row_kernels import (
     RowGradients,
     RowOptions,
     RowStatistics,
+    keep_top_,
     logprob_backward,
     logprob_forward,
     narrow_rows,
@@ -86,6 +87,8 @@ def checked_head(
     target_T: Tensor,
     temperature: float,
     logit_softcap: float | None,
+    top_k: int,
+    top_p: float,
     ignore_index: int,
     chunk_tokens: int | None,
     group: dist.ProcessGroup | None,
@@ -93,7 +96,8 @@ def checked_head(
 ) -> tuple[Head, RowOptions, Parts]:
     """Both operators' arguments. Raises ValueError."""
     check_float("hidden_TD", hidden_TD, 2)
-    options = RowOptions(temperature, logit_softcap, ignore_index, use_triton(operator, impl, hidden_TD))
+    via_triton = use_triton(operator, impl, hidden_TD)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
     weight_VD, bias = own_shard(weight_VD, bias, group)
     check_float("weight_VD", weight_VD, 2)
     tokens, vocabulary = len(hidden_TD), len(weight_VD)
@@ -104,9 +108,13 @@ def checked_head(
         check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
         bias = bias.contiguous()
     target_T = options.checked("target_T", target_T, "hidden_TD", hidden_TD)
+    if group is not None and options.cuts:
+        raise ValueError(
+            f"top_k = {top_k}, top_p = {top_p}: not with a group, whose ranks see a part of the logits each"
+        )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
-    if options.via_triton:
+    if via_triton:
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
     if group is None:
@@ -147,25 +155,31 @@ def over_chunks(
         target_T, options = shard.target_T, options._replace(ignore_index=IGNORED)
         # the same on every rank, since each chunk has a collective
         most = most or chunk_size(tokens, int(shard.rows_R.max()), hidden_TD.device)
-    dtype, via_triton, wanted = accumulation_dtype(hidden_TD), options.via_triton, any(needs)
+    dtype, via_triton, wanted, uncut = accumulation_dtype(hidden_TD), options.via_triton, any(needs), options.uncut()
     d_hidden_TD, d_weight_VD, d_bias_V = needs.empty(head, dtype)
     d_bias_V.zero_()
     if skip_dead:
         d_hidden_TD.zero_()
     first = True  # no product is in d_weight yet
-    # without a gradient Triton writes no logit
-    chunks = token_chunks(tokens, most if wanted or not via_triton else max(tokens, 1))
-    scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, dtype) if wanted and via_triton else None
+    streamed = via_triton and not wanted and not options.cuts  # no logit is written
+    chunks = token_chunks(tokens, max(tokens, 1) if streamed else most)
+    scratch = None
+    if via_triton and not streamed:
+        scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, dtype)
     for rows in chunks:
         h, target = hidden_TD[rows], target_T[rows]
         if via_triton:
             x = None if scratch is None else scratch[: len(h)]
             statistics = matmul_logprob(
-                h, weight_VD, target, options, bias_N=bias, with_entropy=with_entropy, logits_MN=x
+                h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x
             )
         else:
             x = head_logits(h, weight_VD, bias)
-            statistics = logprob_forward(x, target, options, with_entropy)
+        if x is not None and options.cuts:
+            keep_top_(x, target, options)
+        if not via_triton or options.cuts:
+            assert x is not None
+            statistics = logprob_forward(x, target, uncut, with_entropy)
         whole = statistics
         if shard is not None:
             whole, log_share = shard.combine(statistics, rows, LN2 if via_triton else 1.0)
@@ -189,7 +203,7 @@ def over_chunks(
             d = narrow_rows(x, hidden_TD.dtype)
         else:
             d = rows_scratch(hidden_TD, len(index), vocabulary)
-        logprob_backward(x, d, target, statistics, gradients, options, index)
+        logprob_backward(x, d, target, statistics, gradients, uncut, index)
         if needs.need_bias:
             d_bias_V += d.sum(0, dtype=dtype)
         if needs.need_hidden and index is None:

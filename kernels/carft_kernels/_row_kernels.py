@@ -10,6 +10,7 @@ the first 16-byte boundary, one tile masked by whole vectors, and up to seven el
 # mypy: disable-error-code="no-untyped-def"
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -34,12 +35,22 @@ from carft_kernels._runtime import (
 
 class RowOptions(NamedTuple):
     """What the softmax over a row is of: logits, capped by `logit_softcap` tanh(x / `logit_softcap`), over the
-    temperature. A row whose target is `ignore_index` is not read."""
+    temperature, of these what `keep_top_` leaves. A row whose target is `ignore_index` is not read."""
 
     temperature: float
     logit_softcap: float | None
+    top_k: int
+    top_p: float
     ignore_index: int
     via_triton: bool
+
+    @property
+    def cuts(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1
+
+    def uncut(self) -> "RowOptions":
+        """Of logits that `keep_top_` has seen."""
+        return self._replace(top_k=0, top_p=1.0)
 
     def checked(self, name: str, target_T: Tensor, like_name: str, like: Tensor) -> Tensor:
         """The targets, one for each row of `like`. Raises ValueError for them and for the options."""
@@ -48,6 +59,12 @@ class RowOptions(NamedTuple):
         check_positive("temperature", self.temperature)
         if self.logit_softcap is not None and not 0 < self.logit_softcap < math.inf:
             raise ValueError(f"logit_softcap = {self.logit_softcap}: expected a finite number above 0, or None")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}: expected an integer of at least 0, where 0 keeps every token")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(
+                f"top_p = {self.top_p}: expected a number above 0 and at most 1, where 1 keeps every token"
+            )
         if not -(1 << 31) <= self.ignore_index < 1 << 31:
             raise ValueError(f"ignore_index = {self.ignore_index}: expected a 32-bit integer")
         return target_T.contiguous()
@@ -59,6 +76,8 @@ class LogprobOptions(TypedDict, total=False):
     temperature: float
     with_entropy: bool
     logit_softcap: float | None
+    top_k: int
+    top_p: float
     ignore_index: int
     impl: Impl
 
@@ -78,6 +97,9 @@ class RowStatistics(NamedTuple):
         tokens, dtype = like.shape[0], accumulation_dtype(like)
         sizes = (tokens, tokens if with_entropy else 0, tokens, tokens)
         return RowStatistics._make(like.new_empty(size, dtype=dtype) for size in sizes)
+
+    def at(self, rows: slice) -> "RowStatistics":
+        return RowStatistics._make(x[rows] for x in self)
 
     def lse(self, options: RowOptions) -> Tensor:
         """log-sum-exp [T]."""
@@ -104,6 +126,8 @@ class RowGradients(NamedTuple):
         return RowGradients._make(None if d is None else d[rows] for d in self)
 
 
+_SORTED_LOGITS = 1 << 25
+"""Logits that top-k and top-p sort at once: about 1 GB with the sort's own memory."""
 # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
 _LOWEST = tl.constexpr(-1e4)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -386,16 +410,61 @@ def soft_cap_reference(x: Tensor, cap: float) -> Tensor:
     return torch.where(x == -math.inf, x, cap * (x / cap).tanh())
 
 
-def logprob_reference(
-    logits_TV: Tensor, target_T: Tensor, temperature: float, logit_softcap: float | None, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def logprob_reference(logits_TV: Tensor, target_T: Tensor, options: RowOptions) -> tuple[Tensor, Tensor, Tensor]:
     """The obvious expression: log-prob and entropy [T], 0 where a target is ignored, and the scaled logits [T, V]."""
-    counted_T = target_T != ignore_index
+    counted_T = target_T != options.ignore_index
+    target_T1 = target_T.long()[:, None] * counted_T[:, None]
     x_TV = logits_TV.to(accumulation_dtype(logits_TV))
-    x_TV = (x_TV if logit_softcap is None else soft_cap_reference(x_TV, logit_softcap)) / temperature
+    if options.logit_softcap is not None:
+        x_TV = soft_cap_reference(x_TV, options.logit_softcap)
+    x_TV = keep_top_reference(x_TV / options.temperature, target_T1, options.top_k, options.top_p)
     logp_TV = x_TV.log_softmax(-1)
-    logprob_T = logp_TV.gather(1, target_T.long()[:, None] * counted_T[:, None])[:, 0]
-    return logprob_T * counted_T, torch.special.entr(logp_TV.exp()).sum(-1) * counted_T, x_TV
+    # one of 1e-35 has no part in an entropy, and at 0 its derivative is infinite
+    entropy_T = torch.special.entr(logp_TV.clamp(min=-80.0).exp()).sum(-1)
+    return logp_TV.gather(1, target_T1)[:, 0] * counted_T, entropy_T * counted_T, x_TV
+
+
+def keep_top_reference(x: Tensor, target_n1: Tensor, top_k: int, top_p: float) -> Tensor:
+    """The obvious expression of `keep_top_`, of logits over the temperature."""
+    if not top_k and top_p == 1:
+        return x
+    kept = x.sort(dim=-1, descending=True).values[:, : top_k or None]
+    p = kept.softmax(-1)
+    last_n1 = ((p.cumsum(-1) - p) < top_p).sum(-1, keepdim=True) - 1
+    cut = (x < kept.gather(1, last_n1)).scatter(1, target_n1, False)
+    return x.masked_fill(cut, -math.inf)
+
+
+def keep_top_(x: Tensor, target_T: Tensor, options: RowOptions) -> None:
+    """-inf in place of the logits [n, V] that top-k, then top-p leave out of the softmax of the options.
+
+    Top-k keeps the k most likely; top-p the fewest of these that have its mass; both what is as likely as the last one
+    kept. The target stays in any case. Nothing is read back.
+    """
+    if not options.cuts:
+        return
+    target_n1, *_ = split_index(target_T, x.shape[1], options.ignore_index)
+    step = max(1, _SORTED_LOGITS // max(x.shape[1], 1))
+    for rows, target in zip(x.split(step), target_n1.split(step), strict=True):
+        z = rows.to(accumulation_dtype(rows), copy=True)
+        _scaled_(z, options)
+        k = min(options.top_k, z.shape[1])
+        kept = z.topk(k).values if k else z.sort(dim=-1, descending=True).values
+        if options.top_p < 1:
+            p = kept.softmax(-1)
+            kept.masked_fill_(p.cumsum(-1) - p >= options.top_p, math.inf)
+        rows.masked_fill_((z < kept.amin(-1, keepdim=True)).scatter_(1, target, False), -math.inf)
+
+
+def kept_rows(logits_TV: Tensor, target_T: Tensor, options: RowOptions) -> Iterator[tuple[slice, Tensor, RowOptions]]:
+    """Rows, their logits, and the options of these: all as they are, or chunks of copies that `keep_top_` has seen."""
+    if not options.cuts:
+        yield slice(None), logits_TV, options
+        return
+    for rows in token_chunks(len(logits_TV), chunk_size(*logits_TV.shape, logits_TV.device)):
+        x = logits_TV[rows].clone()
+        keep_top_(x, target_T[rows], options)
+        yield rows, x, options.uncut()
 
 
 def _scaled_(x: Tensor, options: RowOptions) -> Tensor | None:

@@ -35,12 +35,15 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     with_entropy: bool = False,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression: all logits at once."""
     hidden_TD = torch.where((target_T != ignore_index)[:, None], hidden_TD, 0.0)
     logits_TV = torch.nn.functional.linear(hidden_TD, weight_VD, bias)
-    logprob_T, entropy_T, _ = logprob_reference(logits_TV, target_T, temperature, logit_softcap, ignore_index)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton=False)
+    logprob_T, entropy_T, _ = logprob_reference(logits_TV, target_T, options)
     return logprob_T, entropy_T if with_entropy else None
 
 
@@ -159,6 +162,8 @@ def linear_logprob(
     with_entropy: bool = False,
     with_lse: bool = False,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
     group: dist.ProcessGroup | None = None,
@@ -181,6 +186,12 @@ def linear_logprob(
         with_lse: also return the logsumexp of the logits over the temperature, differentiable; such as for a z-loss,
             its square.
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+        top_k: the log-prob, entropy and log-sum-exp are those of the `top_k` most likely tokens alone, and of all that
+            are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
+            sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no
+            gradient.
+        top_p: likewise, behind top-k: the fewest most likely tokens whose probabilities add up to `top_p`, and all that
+            are as likely as the last of them. In (0, 1]; 1 keeps every token. It sorts the logits.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
@@ -207,7 +218,7 @@ def linear_logprob(
     """
     head, options, parts = checked_head(
         *("linear_logprob", hidden_TD, weight_VD, bias, target_T),
-        *(temperature, logit_softcap, ignore_index, chunk_tokens, group, impl),
+        *(temperature, logit_softcap, top_k, top_p, ignore_index, chunk_tokens, group, impl),
     )
     logprob_T, entropy_T, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
     found = logprob_T, entropy_T if with_entropy else None

@@ -34,12 +34,14 @@ from carft_kernels._runtime import (
     accumulation_dtype,
     check_float,
     check_like,
+    check_same_dtype,
     check_targets,
     define_operator,
     log_implementation,
     scaled_gradient,
     unflatten,
 )
+from carft_kernels.linear_logprob import linear_logprob
 
 
 def linear_policy_loss_reference(
@@ -53,9 +55,14 @@ def linear_policy_loss_reference(
     bias: Tensor | None = None,
     correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
+    reference_hidden_TE: Tensor | None = None,
+    reference_weight_VE: Tensor | None = None,
+    reference_bias: Tensor | None = None,
     entropy_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
     **terms: Any,
@@ -64,7 +71,13 @@ def linear_policy_loss_reference(
     counted_T = target_T != ignore_index
     weight_T = torch.where(counted_T, weight_T, 0.0)
     logits_TV = torch.nn.functional.linear(torch.where(counted_T[:, None], hidden_TD, 0.0), weight_VD, bias)
-    logprob_T, entropy_T, logits_TV = logprob_reference(logits_TV, target_T, temperature, logit_softcap, ignore_index)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton=False)
+    logprob_T, entropy_T, logits_TV = logprob_reference(logits_TV, target_T, options)
+    if reference_hidden_TE is not None:
+        head = (weight_VD, bias) if reference_weight_VE is None else (reference_weight_VE, reference_bias)
+        hidden_TE = torch.where(counted_T[:, None], reference_hidden_TE, 0.0)
+        with torch.no_grad():
+            ref_logprob_T = logprob_reference(torch.nn.functional.linear(hidden_TE, *head), target_T, options)[0]
     loss_T = policy_terms_reference(
         logprob_T,
         logprob_T.detach() if old_logprob_T is None else old_logprob_T,
@@ -151,6 +164,31 @@ for _operator in (_forward, _forward_of_all):
     _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _check_reference(
+    hidden_TD: Tensor,
+    weight_VD: Tensor,
+    bias: Tensor | None,
+    reference_hidden_TE: Tensor,
+    reference_weight_VE: Tensor | None,
+    reference_bias: Tensor | None,
+) -> None:
+    check_float("reference_hidden_TE", reference_hidden_TE, 2)
+    vocabulary, width = weight_VD.shape
+    if reference_weight_VE is not None:
+        check_float("reference_weight_VE", reference_weight_VE, 2)
+        width = reference_weight_VE.shape[1]
+        check_like("reference_weight_VE", reference_weight_VE, (vocabulary, width), "weight_VD", hidden_TD)
+        check_same_dtype("reference_weight_VE", reference_weight_VE, "hidden_TD", hidden_TD)
+    check_like("reference_hidden_TE", reference_hidden_TE, (len(hidden_TD), width), "hidden_TD", hidden_TD)
+    check_same_dtype("reference_hidden_TE", reference_hidden_TE, "hidden_TD", hidden_TD)
+    if (reference_bias is None) == (reference_weight_VE is not None and bias is not None):
+        seen = f"None: expected ({vocabulary},)" if reference_bias is None else "a tensor: expected None"
+        raise ValueError(f"reference_bias is {seen}; it goes with both reference_weight_VE and bias")
+    if reference_bias is not None:
+        check_like("reference_bias", reference_bias, (vocabulary,), "weight_VD", hidden_TD)
+        check_same_dtype("reference_bias", reference_bias, "hidden_TD", hidden_TD)
+
+
 def linear_policy_loss(
     hidden_TD: Tensor,
     weight_VD: Tensor,
@@ -166,12 +204,17 @@ def linear_policy_loss(
     loss: PolicyLoss = "clip",
     correction_T: Tensor | None = None,
     ref_logprob_T: Tensor | None = None,
+    reference_hidden_TE: Tensor | None = None,
+    reference_weight_VE: Tensor | None = None,
+    reference_bias: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimate: KlEstimate = "k3",
     kl_clamp: float | None = None,
     entropy_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_tokens: int | None = None,
@@ -204,7 +247,14 @@ def linear_policy_loss(
         correction_T: float [T], a factor of each token's policy term, such as an importance weight, and not of the KL,
             entropy and z terms; at least 0, no gradient.
         ref_logprob_T: float [T] of the reference model, for the KL term; no gradient.
-        kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T`.
+        reference_hidden_TE: [T, E] in place of `ref_logprob_T`: the states of the reference model, a frozen one, that
+            predict the targets. `linear_logprob` finds its log-probs, with the same temperature, soft cap, top_k, top_p
+            and group, for 1F. Dtype and device of `hidden_TD`; no gradient.
+        reference_weight_VE: [V, E] of the reference model's LM head, dtype and device of `hidden_TD`; no gradient.
+            None: it has the policy's weight and bias, as they are now.
+        reference_bias: [V] beside `reference_weight_VE`, where `bias` is given; no gradient.
+        kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T` or
+            `reference_hidden_TE`.
         kl_estimate: of a token, with d = ref_logprob - logprob: "k3" `d.exp() - d - 1`, "k2" `0.5 * d ** 2`.
         kl_clamp: a token's estimate counts as at most this, and has no gradient beyond; above 0. None: no bound.
         entropy_coef: weight of the entropy bonus.
@@ -212,6 +262,8 @@ def linear_policy_loss(
             reaches every token with weight.
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
             Where torch computes, it takes a second chunk of logits.
+        top_k, top_p: log-prob, entropy and z term are those of the distribution that they leave, renormalised, as in
+            `linear_logprob`. 0 and 1 keep every token.
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
@@ -233,8 +285,9 @@ def linear_policy_loss(
 
     Returns:
         loss (scalar), log-probs [T] without gradient, and metrics, means over the tokens with weight: `clip_fraction`,
-        `approx_kl` (mean of (r - 1) - log r), `entropy`. float32 (float64 for float64 input). The loss can be
-        differentiated once, with respect to hidden, weight and bias.
+        `approx_kl` (mean of (r - 1) - log r), `entropy`; with `reference_hidden_TE` also `ref_logprob_T`, the
+        reference model's log-probs [T]. float32 (float64 for float64 input). The loss can be differentiated once, with
+        respect to hidden, weight and bias.
 
     A ratio of whole sequences (GSPO) needs every log-prob before the first gradient: take `linear_logprob`, then
     `policy_loss` with `cu_seqlens`, 4F in place of 3F.
@@ -249,8 +302,31 @@ def linear_policy_loss(
     """
     head, options, parts = checked_head(
         *("linear_policy_loss", hidden_TD, weight_VD, bias, target_T),
-        *(temperature, logit_softcap, ignore_index, chunk_tokens, group, impl),
+        *(temperature, logit_softcap, top_k, top_p, ignore_index, chunk_tokens, group, impl),
     )
+    if reference_hidden_TE is not None:
+        if ref_logprob_T is not None:
+            raise ValueError("ref_logprob_T and reference_hidden_TE are both given: expected one of them")
+        _check_reference(hidden_TD, weight_VD, bias, reference_hidden_TE, reference_weight_VE, reference_bias)
+        own = reference_weight_VE is None
+        with torch.no_grad():
+            ref_logprob_T, _ = linear_logprob(
+                reference_hidden_TE,
+                weight_VD if reference_weight_VE is None else reference_weight_VE,
+                target_T,
+                bias=bias if own else reference_bias,
+                temperature=temperature,
+                logit_softcap=logit_softcap,
+                top_k=top_k,
+                top_p=top_p,
+                ignore_index=ignore_index,
+                chunk_tokens=chunk_tokens,
+                group=group,
+                impl=impl,
+            )
+    elif reference_weight_VE is not None or reference_bias is not None:
+        name = "reference_bias" if reference_weight_VE is None else "reference_weight_VE"
+        raise ValueError(f"{name} needs reference_hidden_TE, which is None")
     vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T)
     for name, x in vectors._asdict().items():
         if x is not None:
@@ -261,7 +337,7 @@ def linear_policy_loss(
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     terms.check()
     if kl_coef and ref_logprob_T is None:
-        raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T, which is None")
+        raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T or reference_hidden_TE, both are None")
     if not z_loss_coef >= 0:
         raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
     dtype = accumulation_dtype(hidden_TD)
@@ -272,4 +348,7 @@ def linear_policy_loss(
     total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, *parts, z_loss_coef, skip_dead, *needs)
     count = stats[1].clamp(min=1)
     metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
+    if reference_hidden_TE is not None:
+        assert ref_logprob_T is not None
+        metrics["ref_logprob_T"] = ref_logprob_T
     return total, logprob_T, metrics

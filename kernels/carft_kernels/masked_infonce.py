@@ -184,7 +184,7 @@ def _forward(
             anchor_ND,
             candidate_MD,
             positive_N,
-            RowOptions(temperature, None, _NO_INDEX, True),
+            RowOptions(temperature, None, 0, 1.0, _NO_INDEX, True),
             row_factor_M=inverse_N,
             column_factor_N=inverse_M,
             mask=None if candidate_mask is None else candidate_mask.view(torch.uint8),

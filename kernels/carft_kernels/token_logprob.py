@@ -18,6 +18,7 @@ from carft_kernels._row_kernels import (
     RowGradients,
     RowOptions,
     RowStatistics,
+    kept_rows,
     logprob_backward,
     logprob_forward,
     logprob_reference,
@@ -41,11 +42,14 @@ def token_logprob_reference(
     temperature: float = 1.0,
     with_entropy: bool = False,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor | None]:
     """The obvious expression."""
     logits_TV = torch.where((target_T != ignore_index)[:, None], logits_TV, 0.0)
-    logprob_T, entropy_T, _ = logprob_reference(logits_TV, target_T, temperature, logit_softcap, ignore_index)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton=False)
+    logprob_T, entropy_T, _ = logprob_reference(logits_TV, target_T, options)
     return logprob_T, entropy_T if with_entropy else None
 
 
@@ -68,7 +72,11 @@ def _logprob(rows: _Rows, options: RowOptions, wanted: _Wanted) -> tuple[Tensor,
     """The rows' statistics, and log-sum-exp (empty unless asked)."""
     log_implementation("token_logprob", options.via_triton, rows.logits_TV.device.type)
     check_targets("target_T", rows.target_T, rows.logits_TV.shape[1], options.ignore_index)
-    found = logprob_forward(*rows, options, wanted.with_entropy)
+    parts = [
+        logprob_forward(x, rows.target_T[at], uncut, wanted.with_entropy) for at, x, uncut in kept_rows(*rows, options)
+    ]
+    parts = parts or [RowStatistics.empty(rows.logits_TV, wanted.with_entropy)]
+    found = parts[0] if len(parts) == 1 else RowStatistics._make(map(torch.cat, zip(*parts, strict=True)))
     return *found, found.lse(options) if wanted.with_lse else found.top_T.new_empty(0)
 
 
@@ -79,12 +87,19 @@ def _fake(rows: _Rows, _: RowOptions, wanted: _Wanted) -> tuple[Tensor, ...]:
 
 def _gradient(rows: _Rows, statistics: RowStatistics, gradients: RowGradients, options: RowOptions) -> Tensor:
     out_TV = torch.empty_like(rows.logits_TV)
-    logprob_backward(rows.logits_TV, out_TV, rows.target_T, statistics, gradients, options)
+    _write_gradient(out_TV, rows, statistics, gradients, options)
     return out_TV
 
 
-def _gradient_(rows: _Rows, statistics: RowStatistics, gradients: RowGradients, options: RowOptions) -> None:
-    logprob_backward(rows.logits_TV, *rows, statistics, gradients, options)
+def _gradient_(rows: _Rows, *rest: Any) -> None:
+    _write_gradient(rows.logits_TV, rows, *rest)
+
+
+def _write_gradient(
+    out_TV: Tensor, rows: _Rows, statistics: RowStatistics, gradients: RowGradients, options: RowOptions
+) -> None:
+    for at, x, uncut in kept_rows(*rows, options):
+        logprob_backward(x, out_TV[at], rows.target_T[at], statistics.at(at), gradients.at(at), uncut)
 
 
 _forward = define_operator("token_logprob", _FORWARD, f"({', '.join(['Tensor'] * 5)})", _logprob, _fake)
@@ -152,6 +167,8 @@ def token_logprob(
     with_entropy: bool = False,
     with_lse: bool = False,
     logit_softcap: float | None = None,
+    top_k: int = 0,
+    top_p: float = 1.0,
     ignore_index: int = -100,
     inplace_backward: bool = False,
     impl: Impl = "auto",
@@ -169,6 +186,12 @@ def token_logprob(
         with_entropy: also return the entropy (nats), differentiable.
         with_lse: also return logsumexp(logits / temperature), differentiable; such as for a z-loss, its square.
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+        top_k: the log-prob, entropy and log-sum-exp are those of the `top_k` most likely tokens alone, and of all that
+            are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
+            sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no
+            gradient.
+        top_p: likewise, behind top-k: the fewest most likely tokens whose probabilities add up to `top_p`, and all that
+            are as likely as the last of them. In (0, 1]; 1 keeps every token. It sorts the logits.
         ignore_index: a token with this target takes no part, whatever its row of logits holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
         inplace_backward: backward overwrites the logits with their gradient; they must not be used afterwards. It is
@@ -185,11 +208,10 @@ def token_logprob(
         ValueError: naming the argument, what was seen and what is allowed.
     """
     check_float("logits_TV", logits_TV, 2)
-    options = RowOptions(
-        temperature, logit_softcap, ignore_index, via_triton=use_triton("token_logprob", impl, logits_TV)
-    )
+    via_triton = use_triton("token_logprob", impl, logits_TV)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
     target_T = options.checked("target_T", target_T, "logits_TV", logits_TV)
-    if options.via_triton:
+    if via_triton:
         check_rows("logits_TV", logits_TV)
     apart = len(logits_TV) < 2 or logits_TV.stride(0) >= logits_TV.shape[1]
     inplace = inplace_backward and apart and not torch.compiler.is_compiling()

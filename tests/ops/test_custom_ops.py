@@ -40,6 +40,7 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
     target[2] = -100
     a, b, w = vector(1), vector(2), vector(3).abs()
     mask = torch.arange(T, device=DEVICE) % 3 > 0
+    frozen = leaf(9, T, D + 2), leaf(10, V, D + 2), leaf(11, V)
     return {
         "token_logprob": (
             lambda x: ck.token_logprob(x * 1, target, with_entropy=True, impl=impl),
@@ -76,13 +77,17 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
                 bias=c,
                 dual_clip=3.0,
                 correction_T=w,
-                ref_logprob_T=a - 4,
+                reference_hidden_TE=frozen[0],
+                reference_weight_VE=frozen[1],
+                reference_bias=frozen[2],
                 kl_coef=0.1,
                 kl_estimate="k2",
                 kl_clamp=2.0,
                 entropy_coef=0.1,
                 z_loss_coef=0.1,
                 logit_softcap=5.0,
+                top_k=9,
+                top_p=0.8,
                 impl=impl,
             ),
             (leaf(5, T, D), leaf(6, V, D), leaf(7, V)),
@@ -93,6 +98,14 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
         ),
         "token_logprob, soft cap and log-sum-exp": (
             lambda x: ck.token_logprob(x * 1, target, with_lse=True, logit_softcap=5.0, impl=impl),
+            (leaf(4, T, V),),
+        ),
+        "linear_logprob, top-k and top-p": (
+            lambda h, x: ck.linear_logprob(h, x, target, with_entropy=True, top_k=9, top_p=0.8, impl=impl),
+            (leaf(5, T, D), leaf(6, V, D)),
+        ),
+        "token_logprob, top-k and top-p": (
+            lambda x: ck.token_logprob(x * 1, target, with_entropy=True, top_k=9, top_p=0.8, impl=impl),
             (leaf(4, T, V),),
         ),
         "policy_loss, ratios of sequences": (

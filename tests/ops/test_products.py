@@ -8,7 +8,7 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
-from carft_kernels import _head, _runtime
+from carft_kernels import _matmul_kernels, _row_kernels, _runtime
 from carft_kernels._policy_kernels import TokenTerms
 from carft_kernels._row_kernels import RowOptions
 
@@ -45,8 +45,8 @@ HALF = [torch.bfloat16, torch.float16]
 def like_cuda(monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     """Tensors on the device "meta" take the way of a GPU's; they have no data, and no kernel runs."""
     monkeypatch.setattr(_runtime, "_on_cuda", lambda x: x.device.type == "meta")
-    for kernels in ("logprob_backward", "matmul_logprob"):
-        monkeypatch.setattr(_head, kernels, lambda *_, **__: None)
+    for module in (_row_kernels, _matmul_kernels):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -61,25 +61,27 @@ def test_half_precision_products_on_cuda_are_summed_in_float32(dtype: torch.dtyp
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 4
 
 
+@pytest.mark.parametrize("top", [(0, 1.0), (5, 0.9)])
 @pytest.mark.parametrize("via_triton", [False, True])
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.usefixtures("like_cuda")
-def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton: bool) -> None:
+def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton: bool, top: tuple[int, float]) -> None:
     """Logits, d_hidden and d_weight: every product between the kernels, one of which computes Triton's logits."""
     hidden, weight, bias = (torch.empty(*shape, dtype=dtype, device="meta") for shape in ((T, D), (V, D), (V,)))
     target = torch.empty(T, dtype=torch.int64, device="meta")
     vector = torch.empty(T, device="meta")
     with Products() as products:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        options = RowOptions(1.0, None, -100, via_triton)
-        gradients = backward(hidden, weight, bias, target, *options, T, False, False, vector, None, None, *[True] * 3)
+        options = RowOptions(1.0, None, *top, -100, via_triton)
+        rest = (*options, T, None, V, vector, None, None, *[True] * 3)
+        gradients = backward(hidden, weight, bias, target, *rest)
     assert [g.dtype for g in gradients] == [dtype] * 3
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * (2 if via_triton else 3)
     if via_triton:
         return
     with Products() as products:
         forward = OPDEFS["carft::linear_policy_loss_of_all"]._init_fn
-        rest = (*TokenTerms(), *options, 0.0, T, False, *[True] * 3)
+        rest = (*TokenTerms(), *options, T, None, V, 0.0, False, *[True] * 3)
         *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *rest)
     assert [d_hidden.dtype, d_weight.dtype, d_bias.dtype] == [dtype, torch.float32, torch.float32]
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
@@ -92,7 +94,7 @@ def test_flop_of_the_products_on_cuda_are_counted(largest_tensor: Any) -> None:
     target, vector = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(T, device="meta")
     with largest_tensor:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
-        options = (*RowOptions(1.0, None, -100, False), T, False, False, vector, None, None, True, True, False)
+        options = (*RowOptions(1.0, None, 0, 1.0, -100, False), T, None, V, vector, None, None, True, True, False)
         backward(hidden, weight, None, target, *options)
     assert largest_tensor.matmul_flops == 3 * 2 * T * V * D
 
