@@ -551,6 +551,25 @@ def test_what_it_costs(run: Run) -> None:
     assert run("three", cost_on_rank, [5, 9, 30], 20) == [[logprob, policy]] * 3
 
 
+def chunks_on_rank(group: Group, rows: list[int], tokens: int) -> tuple[int, float]:
+    target, weight = torch.arange(tokens), torch.ones(rows[group.rank()], 4)
+    vectors: dict[str, Any] = {"advantage_T": torch.ones(tokens), "old_logprob_T": None, "weight_T": torch.ones(tokens)}
+    with Counted() as counted:
+        loss, *_ = ck.linear_policy_loss(
+            torch.ones(tokens, 4), weight, target, **vectors, entropy_coef=1.0, group=group
+        )
+    return len(counted.collectives), float(loss)
+
+
+def test_the_largest_shard_decides_on_the_chunks(run: Run) -> None:
+    """By their own sizes the ranks would not have the same number of chunks, and wait for each other."""
+    rows, tokens = [3, 100_003, 0], 130
+    (count, loss), *others = run("three", chunks_on_rank, rows, tokens)
+    assert others == [(count, loss)] * 2
+    assert count == 1 + 2  # sizes, and 2^23 / 100,003 = 83 tokens a chunk
+    assert loss == pytest.approx(-tokens * (1 + math.log(sum(rows))), rel=1e-5)
+
+
 def readbacks_on_rank(group: Group, impl: Any) -> set[str]:
     leaves, target, _ = logprob_case(1, ("three", [5, 9, 30]), 20, True, torch.float32)
     hidden, weight, bias = (x.requires_grad_() for x in (leaves[0], *(cut(x, [5, 9, 30], group) for x in leaves[1:])))
