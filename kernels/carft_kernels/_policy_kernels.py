@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, on_device
+from carft_kernels._runtime import FUSED, all_count, on_device, zero_where_less
 
 PolicyLoss = Literal["clip", "cispo"]
 KlEstimate = Literal["k3", "k2"]
@@ -202,9 +202,11 @@ def policy_terms(
     if not terms.kl_coef:
         ref_logprob_T = None
     if not via_triton:
-        return _policy_terms_torch(
-            logprob_T, old_logprob_T, advantage_T, weight_T, stats, terms, correction_T, ref_logprob_T, entropy_T
+        d_logprob_T, sums = policy_terms_torch(
+            logprob_T, old_logprob_T, advantage_T, weight_T, terms, correction_T, ref_logprob_T, entropy_T
         )
+        stats += torch.stack(sums)
+        return d_logprob_T
     d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
     options: dict[str, Any] = TOKEN_CONFIG
     with on_device(logprob_T):
@@ -234,41 +236,47 @@ def policy_terms(
     return d_logprob_T
 
 
-def _policy_terms_torch(
+def policy_terms_torch(
     logprob_T: Tensor,
     old_logprob_T: Tensor,
     advantage_T: Tensor,
     weight_T: Tensor,
-    stats: Tensor,
     terms: TokenTerms,
-    correction_T: Tensor | None,
-    ref_logprob_T: Tensor | None,
-    entropy_T: Tensor | None,
-) -> Tensor:
-    # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
-    live = weight_T != 0
-    log_ratio = torch.where(live, logprob_T - old_logprob_T, 0.0)
-    advantage = torch.where(live, advantage_T, 0.0)
-    ratio = log_ratio.exp()
+    correction_T: Tensor | None = None,
+    ref_logprob_T: Tensor | None = None,
+    entropy_T: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """d loss / d logprob [T], and what policy_terms adds to its `stats`."""
+    count = weight_T.count_nonzero()
+    log_ratio = logprob_T - old_logprob_T
+    difference = None if ref_logprob_T is None else ref_logprob_T - logprob_T
+    if not all_count(count, len(weight_T)):
+        # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+        live_T = weight_T != 0
+        log_ratio, logprob_T, advantage_T = (torch.where(live_T, x, 0.0) for x in (log_ratio, logprob_T, advantage_T))
+        correction_T, difference, entropy_T = (
+            x if x is None else torch.where(live_T, x, 0.0) for x in (correction_T, difference, entropy_T)
+        )
+    ratio, loss_slope = log_ratio.exp(), -advantage_T
     clipped_ratio = ratio.clamp(1 - terms.clip_low, 1 + terms.clip_high)
+    outside = ratio != clipped_ratio
     if terms.loss == "cispo":
-        d = -advantage * clipped_ratio
-        token_loss = d * torch.where(live, logprob_T, 0.0)
+        d = loss_slope * clipped_ratio
+        token_loss = d * logprob_T
     else:
-        plain, clipped = -advantage * ratio, -advantage * clipped_ratio
+        plain, clipped = loss_slope * ratio, loss_slope * clipped_ratio
         token_loss = torch.maximum(plain, clipped)
         # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
-        d = torch.where(plain < clipped, 0.0, plain)
+        d = zero_where_less(plain, plain, clipped)
         if terms.dual_clip is not None:
-            bound = -advantage * terms.dual_clip
-            beyond = (advantage < 0) & (token_loss > bound)
+            bound = loss_slope * terms.dual_clip
+            beyond = (advantage_T < 0) & (token_loss > bound)
             token_loss, d = torch.where(beyond, bound, token_loss), d.masked_fill(beyond, 0.0)
     if correction_T is not None:
         # a factor of 0 leaves the term out, whatever the ratio: 0 * inf would be NaN
         left_out = correction_T == 0
         token_loss, d = ((correction_T * x).masked_fill(left_out, 0.0) for x in (token_loss, d))
-    if ref_logprob_T is not None:
-        difference = torch.where(live, ref_logprob_T - logprob_T, 0.0)
+    if difference is not None:
         if terms.kl_estimate == "k2":
             kl, slope = 0.5 * difference.square(), difference
         else:
@@ -278,18 +286,10 @@ def _policy_terms_torch(
             slope, kl = slope.masked_fill(kl > terms.kl_clamp, 0.0), kl.clamp(max=terms.kl_clamp)
         token_loss = token_loss + terms.kl_coef * kl
         d = d - terms.kl_coef * slope
-    entropy_sum = stats.new_zeros(())
+    entropy_sum = weight_T.new_zeros(())
     if entropy_T is not None:
-        entropy = torch.where(live, entropy_T, 0.0)
-        token_loss = token_loss - terms.entropy_coef * entropy
-        entropy_sum = entropy.sum()
-    outside = (ratio < 1 - terms.clip_low) | (ratio > 1 + terms.clip_high)
-    sums = (
-        torch.where(live, weight_T * token_loss, 0.0).sum(),
-        live.sum(),
-        outside.sum(),
-        (log_ratio.expm1() - log_ratio).sum(),
-        entropy_sum,
-    )
-    stats += torch.stack([x.to(stats.dtype) for x in sums])
-    return torch.where(live, weight_T * d, 0.0)
+        token_loss = token_loss - terms.entropy_coef * entropy_T
+        entropy_sum = entropy_T.sum()
+    approx_kl = log_ratio.expm1().sub_(log_ratio).sum()
+    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl, entropy_sum]
+    return d.mul_(weight_T), sums
