@@ -1,5 +1,6 @@
 """The token losses of a policy, shared by the operator on log-probs and the one on hidden states: which there are, and
-their Triton kernel and torch expression. One launch of one program; the loss and its derivative in one pass.
+their Triton kernel and torch expression. One launch, of one program up to 65,536 tokens; the loss and its derivative in
+one pass.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -102,7 +103,7 @@ def policy_kernel(
     ref_logprob,
     entropy,
     d_logprob,
-    stats,  # [5], added to: loss, tokens with weight, of these outside the clip, sum of approximate KL, of entropy
+    stats,  # [programs, 5], added to: loss, tokens with weight, of these outside the clip, approximate KL, entropy
     tokens,
     clip_low,
     clip_high,
@@ -116,13 +117,14 @@ def policy_kernel(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: the sums are the same in every run."""
+    """Every program has its blocks and its sums: they are the same in every run."""
+    stats += tl.program_id(0) * 5
     loss = tl.zeros([BLOCK], tl.float32)
     counted = tl.zeros([BLOCK], tl.float32)
     outside = tl.zeros([BLOCK], tl.float32)
     approx_kl = tl.zeros([BLOCK], tl.float32)
     entropy_sum = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tokens, BLOCK):
+    for i in range(tl.program_id(0) * BLOCK, tokens, tl.num_programs(0) * BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < tokens
         w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
@@ -181,8 +183,12 @@ def policy_kernel(
     tl.store(stats + 4, tl.load(stats + 4) + tl.sum(entropy_sum, 0))
 
 
-# One program over [T] vectors: launch-bound up to tens of thousands of tokens, and its sums are always the same.
 TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8, **FUSED}
+
+
+def token_programs(tokens: int) -> int:
+    """One up to 65,536 tokens, where a launch takes as long; beyond, one for 8,192, whose sums a second launch adds."""
+    return 1 if tokens <= 65_536 else min(128, triton.cdiv(tokens, 8_192))
 
 
 def policy_terms(
@@ -209,8 +215,10 @@ def policy_terms(
         return d_logprob_T
     d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
     options: dict[str, Any] = TOKEN_CONFIG
+    programs = token_programs(len(logprob_T))
+    partial = stats if programs == 1 else stats.new_zeros(programs, 5)
     with on_device(logprob_T):
-        policy_kernel[(1,)](
+        policy_kernel[(programs,)](
             logprob_T,
             old_logprob_T,
             advantage_T,
@@ -219,7 +227,7 @@ def policy_terms(
             ref_logprob_T,
             entropy_T,
             d_logprob_T,
-            stats,
+            partial,
             len(logprob_T),
             terms.clip_low,
             terms.clip_high,
@@ -233,6 +241,8 @@ def policy_terms(
             HAS_ENTROPY=entropy_T is not None,
             **options,
         )
+    if programs > 1:
+        stats += partial.sum(0)
     return d_logprob_T
 
 

@@ -6,8 +6,8 @@
 
 Source: paper eq. 5; PPO. weight_t carries every normaliser. Variants of the policy loss: a dual clip, CISPO, a factor
 of each token, and one ratio for a sequence, exp of the mean of its tokens' log-ratios (GSPO). Kept for backward: the
-gradient, computed in the forward pass. Accumulation: float32 (float64 for float64 input). Triton: one launch of one
-program, each vector read once; ratios of sequences take two launches more, of a program for each sequence.
+gradient, computed in the forward pass. Accumulation: float32 (float64 for float64 input). Triton: one launch, of one
+program up to 65,536 tokens, each vector read once; ratios of sequences take two more, of a program for each sequence.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,6 +28,7 @@ from carft_kernels._policy_kernels import (
     policy_terms,
     policy_terms_reference,
     policy_terms_torch,
+    token_programs,
 )
 from carft_kernels._row_kernels import offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
@@ -213,16 +214,17 @@ def value_kernel(
     return_,
     weight,
     d_value,
-    stats,  # [3]: loss, tokens with weight, of these outside the clip
+    stats,  # [programs, 3]: loss, tokens with weight, of these outside the clip
     tokens,
     clip,
     BLOCK: tl.constexpr,
 ):
-    """One program: the sums are the same in every run."""
+    """Every program has its blocks and its sums: they are the same in every run."""
+    stats += tl.program_id(0) * 3
     loss = tl.zeros([BLOCK], tl.float32)
     counted = tl.zeros([BLOCK], tl.float32)
     outside = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tokens, BLOCK):
+    for i in range(tl.program_id(0) * BLOCK, tokens, tl.num_programs(0) * BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < tokens
         w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
@@ -252,14 +254,16 @@ def _value_forward(
     log_implementation("value_loss", via_triton, value_T.device.type)
     dtype = accumulation_dtype(value_T)
     if via_triton:
-        stats = value_T.new_empty(3, dtype=dtype)
+        programs = token_programs(len(value_T))
+        sums = value_T.new_empty(programs, 3, dtype=dtype)
         d_value_T = torch.empty_like(value_T, dtype=dtype)
         options: dict[str, Any] = TOKEN_CONFIG
         with on_device(value_T):
-            value_kernel[(1,)](
-                value_T, old_value_T, return_T, weight_T, d_value_T, stats, len(value_T), clip, **options
+            value_kernel[(programs,)](
+                value_T, old_value_T, return_T, weight_T, d_value_T, sums, len(value_T), clip, **options
             )
-        return stats[0].clone(), d_value_T, stats[2] / stats[1].clamp(min=1)
+        loss, count, outside = sums.sum(0).unbind()
+        return loss.clone(), d_value_T, outside / count.clamp(min=1)
     v, old, r, w = (x.to(dtype) for x in (value_T, old_value_T, return_T, weight_T))
     count = w.count_nonzero()
     if not all_count(count, len(w)):  # a token without weight takes no part, whatever it holds: 0 * inf would be NaN

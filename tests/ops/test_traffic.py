@@ -94,15 +94,19 @@ def test_flop_of_the_matrix_products(name: str, largest_tensor: Any) -> None:
     assert traffic.dot_flop + largest_tensor.matmul_flops <= allowed * unit
 
 
+@pytest.mark.parametrize("tokens", [3000, 70_000])
+def test_every_token_is_read_once_by_the_token_losses(tokens: int) -> None:
+    """Of one program, and of several."""
+    a, b, c, w = (randn(i, tokens).float() for i in range(4))
+    for operator in (ck.policy_loss, ck.value_loss):
+        with count_traffic() as traffic:
+            operator(a, b, c, weight_T=w.abs(), impl="triton")
+        check(traffic, 4 * 4 * tokens, 4 * tokens)
+
+
 def test_every_token_is_read_once_by_the_one_launch_kernels() -> None:
     tokens, cu = 3000, offsets([1000, 2000])
-    a, b, c, w = (randn(i, tokens).float() for i in range(4))
-    with count_traffic() as traffic:
-        ck.policy_loss(a, b, c, weight_T=w.abs(), impl="triton")
-    check(traffic, 4 * 4 * tokens, 4 * tokens)
-    with count_traffic() as traffic:
-        ck.value_loss(a, b, c, weight_T=w.abs(), impl="triton")
-    check(traffic, 4 * 4 * tokens, 4 * tokens)
+    a, b, c = (randn(i, tokens).float() for i in range(3))
     with count_traffic() as traffic:
         ck.kl_shaped_reward(a[:2], b, c, cu, kl_coef=0.1, impl="triton")
     check(traffic, 2 * 4 * tokens, 4 * tokens)

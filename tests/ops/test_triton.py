@@ -402,6 +402,29 @@ def test_policy_and_value_loss(seed: int, tokens: int, dtype: torch.dtype) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [65_536, 65_537, 100_000])
+def test_policy_and_value_loss_of_several_programs(tokens: int) -> None:
+    """Sums of programs that are added in their order: right, and the same bits in every run."""
+    a, c, share = (randn(i, tokens) for i in range(3))
+    inputs = [x.float().to(DEVICE) for x in (a, a + randn(3, tokens, scale=0.3), c, share.abs() / tokens)]
+    for operator, reference in ((ck.policy_loss, policy_loss_reference), (ck.value_loss, value_loss_reference)):
+        runs = []
+        for function, impl, dtype in (
+            (operator, {"impl": "triton"}, torch.float32),
+            (operator, {"impl": "triton"}, torch.float32),
+            (operator, {"impl": "torch"}, torch.float64),
+            (reference, {}, torch.float64),
+        ):
+            x, old, third, weight = (y.to(dtype) for y in inputs)
+            result = function(x.requires_grad_(), old, third, weight_T=weight, **impl)  # type: ignore[operator]
+            loss, metrics = result if isinstance(result, tuple) else (result, {})
+            runs.append([loss, *torch.autograd.grad(loss, x), *metrics.values()])
+        assert all(map(torch.equal, *runs[:2]))
+        for wanted in runs[2:]:
+            for ours, truth in zip(runs[0], wanted, strict=False):  # the plain expression has no metrics
+                assert (ours.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
 @pytest.mark.parametrize("broken", [float("-inf"), float("nan"), -200.0])
 def test_tokens_without_weight_take_no_part(broken: float) -> None:
     x, old, advantage, share = randn(0, 40), randn(1, 40), randn(2, 40), torch.ones(40, dtype=torch.float64)
