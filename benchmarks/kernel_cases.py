@@ -18,6 +18,7 @@ from carft_kernels.policy_loss import sequence_mean_kernel, value_kernel
 from carft_kernels.value_pool import (
     WEIGHT_CONFIG,
     backward_config,
+    backward_splits,
     forward_config,
     value_pool_bwd_kernel,
     value_pool_fwd_kernel,
@@ -235,6 +236,7 @@ def other_cases() -> list[Case]:
     cases = []
     sequences, length = 64, 512
     tokens = sequences * length
+    splits = backward_splits(tokens, sequences)
     for dtype in (*HALF, torch.float32):
         name, size = NAMES[dtype], dtype.itemsize
         forward = forward_config(dtype)
@@ -278,8 +280,8 @@ def other_cases() -> list[Case]:
                         "stride": "i32",
                     },
                     backward_config(width),
-                    grid=sequences,
-                    loop_bytes=length * backward_config(width)["BLOCK_D"] * size,
+                    grid=sequences * splits,
+                    loop_bytes=length / splits * backward_config(width)["BLOCK_D"] * size,
                     floor_bytes=2 * tokens * width * size,
                 )
             )
