@@ -214,16 +214,15 @@ def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
 
 def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     cases = []
-    out = "*fp32" if dtype == torch.float16 else f"*{NAMES[dtype]}"
     for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
         own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
         forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
         forward |= dict.fromkeys(("spread", "softcap"))
         backward = {
-            **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
-            **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
+            **dict.fromkeys(("row_top", "log_total", "row_scale", "column_scale"), "*fp32"),
+            "positive_clamp": "fp32",
             "positive": "*i64",
-            "out": out,
+            "out": f"*{NAMES[dtype]}",
             "stride_out": "i32",
         }
         for kernel, more in ((matmul.matmul_lse_kernel, forward), (infonce_gradient_kernel, backward)):

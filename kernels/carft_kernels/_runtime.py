@@ -476,6 +476,8 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
     elif _on_cuda(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.float16:  # which may not hold the product
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         total += linear(a, b.T)
 

@@ -110,8 +110,9 @@ def infonce_gradient_kernel(
     positive,
     row_top,
     log_total,
-    d_row,
-    out,  # [n, m], rows `stride_out` apart: d loss / d (a_i . b_j)
+    row_scale,
+    column_scale,
+    out,  # [n, m], rows `stride_out` apart: d row loss / d (similarity / temperature), times both scales
     n,
     m,
     k,
@@ -119,7 +120,6 @@ def infonce_gradient_kernel(
     stride_b,
     stride_out,
     scale,  # log2(e) / temperature
-    inverse_temperature,
     positive_clamp,
     MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,11 +142,9 @@ def infonce_gradient_kernel(
     allowed = tile_mask(mask, rows, columns, n, m, MASK)
     p = tl.where(allowed, tl.exp2(tl.fma(x, scale, -top[:, None]) - total[:, None]), 0.0)
     pulled = (columns[None, :] == tl.load(positive + rows, mask=rows < n, other=-1)[:, None]) & (x <= positive_clamp)
-    # d (a . b) = factors x d similarity
-    factor = tl.load(d_row + rows, mask=rows < n, other=0.0) * inverse_temperature
-    factor *= tl.load(row_factor + rows, mask=rows < n, other=0.0)
-    column = tl.load(column_factor + columns, mask=columns < m, other=0.0)
-    d = tl.where(pulled, p - 1.0, p) * factor[:, None] * column[None, :]
+    row = tl.load(row_scale + rows, mask=rows < n, other=0.0)
+    column = tl.load(column_scale + columns, mask=columns < m, other=0.0)
+    d = tl.where(pulled, p - 1.0, p) * row[:, None] * column[None, :]
     inside = (rows < n)[:, None] & (columns < m)[None, :]
     place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(place, d.to(out.dtype.element_ty), mask=inside)
@@ -260,6 +258,12 @@ def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tenso
     return gradient_ND.sub_(x * along_N1).to(x_ND.dtype)
 
 
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mantissa, in [0.5, 1) in size, and power of two, 0 for 0; x is their product."""
+    power = torch.exp2(torch.frexp(x).exponent.to(x.dtype))
+    return x / power, torch.where(x == 0, 0.0, power)
+
+
 @torch.library.custom_op("carft::masked_infonce_backward", mutates_args=())
 def _backward(
     anchor_ND: Tensor,
@@ -300,10 +304,21 @@ def _backward(
         return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
     config = config_for(anchor_ND, candidate_MD, plain=False)
     step = chunk_size(n, m, anchor_ND.device)
-    # one gradient among thousands of candidates is below what float16 holds
-    product_dtype = torch.float32 if anchor_ND.dtype == torch.float16 else anchor_ND.dtype
-    candidate_product_MD = candidate_MD.to(product_dtype)
-    scratch = rows_scratch(anchor_ND, min(step, n), m, product_dtype)
+    d_logit_N = d_row_N / temperature
+    row_scale_N, column_scale_M = d_logit_N * inverse_N, inverse_M
+    half = anchor_ND.dtype == torch.float16
+    if half:
+        # A gradient among thousands of candidates is below what float16 holds, so what is multiplied is scaled to 2^15.
+        # d takes the mantissas of the factors; their powers of two go, exactly, to the embeddings: about unit vectors.
+        (row_scale_N, row_power_N), (column_scale_M, column_power_M) = _split(inverse_N), _split(inverse_M)
+        logit_scale_N, logit_power_N = _split(d_logit_N)
+        largest = logit_power_N.amax().clamp(min=torch.finfo(dtype).tiny)
+        row_scale_N, column_scale_M = row_scale_N * logit_scale_N, column_scale_M * 2.0**15
+        anchor_power_N1 = (row_power_N * (logit_power_N / largest) * 2.0**14)[:, None]
+        factor_MD = (candidate_MD * (column_power_M * 2.0**14)[:, None]).to(anchor_ND.dtype)
+    else:
+        factor_MD = candidate_MD
+    scratch = rows_scratch(anchor_ND, min(step, n), m)
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     candidates = operand(candidate_MD, config.block_m, config)
     options = config.launch(anchor_ND.dtype)
@@ -321,7 +336,8 @@ def _backward(
                 positive_N[rows],
                 top_N[rows],
                 log_total_N[rows],
-                d_row_N[rows],
+                row_scale_N[rows],
+                column_scale_M,
                 d,
                 len(a),
                 m,
@@ -330,13 +346,15 @@ def _backward(
                 candidate_MD.stride(0),
                 d.stride(0),
                 LOG2E / temperature,
-                1 / temperature,
                 positive_clamp,
                 MASK=0 if mask is None else mask.ndim,
                 **options,
             )
-        wide_matmul(d, candidate_product_MD, out=d_anchor_ND[rows])
-        add_product_(d_candidate_MD, d.T, a.to(product_dtype))
+        wide_matmul(d, factor_MD, out=d_anchor_ND[rows])
+        add_product_(d_candidate_MD, d.T, (a * anchor_power_N1[rows]).to(a.dtype) if half else a)
+    if half:
+        d_anchor_ND.mul_((row_power_N * logit_power_N * 2.0**-29)[:, None])
+        d_candidate_MD.mul_((column_power_M * largest * 2.0**-29)[:, None])
     return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
 
 

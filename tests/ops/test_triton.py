@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -543,6 +544,31 @@ def test_masked_infonce(
     candidates = m if mask is None else int(mask.sum(-1).max())
     floor = max(1e-2, 0.01 / temperature) if candidates == 1 else 1e-2
     compare(operator, plain, (randn(seed, n, width).to(dtype), randn(seed + 1, m, width).to(dtype)), floor)
+
+
+@pytest.mark.parametrize("upstream", ["one", "wide", "loss scale", "tiny"])
+def test_masked_infonce_in_float16_holds_what_is_small(upstream: str) -> None:
+    """Row by row, to what float16 rounds: small probabilities, norms and gradients over many powers of ten."""
+    n, m, width = 24, 1500, 32
+    anchor, candidate = randn(0, n, width), randn(1, m, width)
+    anchor *= 10 ** (3 * torch.rand(n, 1, generator=rng(2), dtype=torch.float64) - 2)
+    candidate *= 10 ** (3 * torch.rand(m, 1, generator=rng(3), dtype=torch.float64) - 2)
+    candidate[7] = 0
+    wide = 10 ** (6 * torch.rand(n, generator=rng(4), dtype=torch.float64) - 4)
+    wide[3] = 0
+    factor = {"one": torch.ones(n), "wide": wide, "loss scale": torch.full((n,), 30.0), "tiny": wide * 1e-3}[upstream]
+    results = []
+    for dtype, function in (
+        (torch.float16, partial(ck.masked_infonce, impl="triton")),
+        (torch.float64, ck.masked_infonce),
+    ):
+        leaves = [x.half().to(dtype).to(DEVICE).requires_grad_() for x in (anchor, candidate)]
+        row_loss = function(*leaves, temperature=0.05)[1]
+        results.append(torch.autograd.grad((row_loss * factor.to(row_loss)).sum(), leaves))
+    for ours, truth in zip(*results, strict=True):
+        truth = truth.clamp(-65_504, 65_504)
+        error = (ours.double().clamp(-65_504, 65_504) - truth).norm(dim=1)
+        assert (error <= 2**-10 * truth.norm(dim=1) + 2**-25 * width**0.5).all()
 
 
 @pytest.mark.parametrize("pairs", [False, True])
