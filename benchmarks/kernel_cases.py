@@ -18,6 +18,7 @@ from carft_kernels.policy_loss import sequence_mean_kernel, value_kernel
 from carft_kernels.value_pool import (
     WEIGHT_CONFIG,
     backward_config,
+    backward_splits,
     forward_config,
     value_pool_bwd_kernel,
     value_pool_fwd_kernel,
@@ -218,16 +219,15 @@ def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
 
 def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     cases = []
-    out = "*fp32" if dtype == torch.float16 else f"*{NAMES[dtype]}"
     for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
         own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
         forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
         forward |= dict.fromkeys(("spread", "softcap", "logits")) | {"stride_logits": "i32"}
         backward = {
-            **dict.fromkeys(("row_top", "log_total", "d_row"), "*fp32"),
-            **dict.fromkeys(("inverse_temperature", "positive_clamp"), "fp32"),
+            **dict.fromkeys(("row_top", "log_total", "row_scale", "column_scale"), "*fp32"),
+            "positive_clamp": "fp32",
             "positive": "*i64",
-            "out": out,
+            "out": f"*{NAMES[dtype]}",
             "stride_out": "i32",
         }
         for kernel, more in ((matmul.matmul_lse_kernel, forward), (infonce_gradient_kernel, backward)):
@@ -240,6 +240,7 @@ def other_cases() -> list[Case]:
     cases = []
     sequences, length = 64, 512
     tokens = sequences * length
+    splits = backward_splits(tokens, sequences)
     for dtype in (*HALF, torch.float32):
         name, size = NAMES[dtype], dtype.itemsize
         forward = forward_config(dtype)
@@ -283,8 +284,8 @@ def other_cases() -> list[Case]:
                         "stride": "i32",
                     },
                     backward_config(width),
-                    grid=sequences,
-                    loop_bytes=length * backward_config(width)["BLOCK_D"] * size,
+                    grid=sequences * splits,
+                    loop_bytes=length / splits * backward_config(width)["BLOCK_D"] * size,
                     floor_bytes=2 * tokens * width * size,
                 )
             )

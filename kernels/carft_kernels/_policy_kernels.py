@@ -1,5 +1,6 @@
 """The token losses of a policy, shared by the operator on log-probs and the one on hidden states: which there are, and
-their Triton kernel and torch expression. One launch of one program; the loss and its derivative in one pass.
+their Triton kernel and torch expression. One launch, of one program up to 65,536 tokens; the loss and its derivative in
+one pass.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, launch
+from carft_kernels._runtime import FUSED, all_count, launch, zero_where_less
 
 PolicyLoss = Literal["clip", "cispo"]
 KlEstimate = Literal["k3", "k2"]
@@ -115,7 +116,7 @@ def policy_kernel(
     ref_logprob,
     entropy,
     d_logprob,
-    stats,  # [5], added to: loss, tokens with weight, of these outside the clip, sum of approximate KL, of entropy
+    stats,  # [programs, 5], added to: loss, tokens with weight, of these outside the clip, approximate KL, entropy
     tokens,
     clip_low,
     clip_high,
@@ -129,13 +130,14 @@ def policy_kernel(
     HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program: the sums are the same in every run."""
+    """Every program has its blocks and its sums: they are the same in every run."""
+    stats += tl.program_id(0) * 5
     loss = tl.zeros([BLOCK], tl.float32)
     counted = tl.zeros([BLOCK], tl.float32)
     outside = tl.zeros([BLOCK], tl.float32)
     approx_kl = tl.zeros([BLOCK], tl.float32)
     entropy_sum = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tokens, BLOCK):
+    for i in range(tl.program_id(0) * BLOCK, tokens, tl.num_programs(0) * BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < tokens
         w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
@@ -194,8 +196,12 @@ def policy_kernel(
     tl.store(stats + 4, tl.load(stats + 4) + tl.sum(entropy_sum, 0))
 
 
-# One program over [T] vectors: launch-bound up to tens of thousands of tokens, and its sums are always the same.
 TOKEN_CONFIG = {"BLOCK": 1024, "num_warps": 8, **FUSED}
+
+
+def token_programs(tokens: int) -> int:
+    """One up to 65,536 tokens, where a launch takes as long; beyond, one for 8,192, whose sums a second launch adds."""
+    return 1 if tokens <= 65_536 else min(128, triton.cdiv(tokens, 8_192))
 
 
 def policy_terms(
@@ -213,15 +219,19 @@ def policy_terms(
     ref_logprob_T = ref_logprob_T if terms.kl_coef else None
     vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T)
     if not via_triton:
-        return _policy_terms_torch(logprob_T, vectors, stats, terms, entropy_T)
+        d_logprob_T, sums = policy_terms_torch(logprob_T, vectors, terms, entropy_T)
+        stats += torch.stack(sums)
+        return d_logprob_T
     d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
     tensors = logprob_T, old_logprob_T, advantage_T, weight_T, correction_T, ref_logprob_T, entropy_T, d_logprob_T
     bounds = terms.clip_low, terms.clip_high, terms.dual_clip, terms.kl_coef, terms.kl_clamp, terms.entropy_coef
+    programs = token_programs(len(logprob_T))
+    partial = stats if programs == 1 else stats.new_zeros(programs, 5)
     launch(
         policy_kernel,
-        1,
+        programs,
         *tensors,
-        stats,
+        partial,
         len(logprob_T),
         *bounds,
         CISPO=terms.loss == "cispo",
@@ -230,38 +240,47 @@ def policy_terms(
         HAS_ENTROPY=entropy_T is not None,
         **TOKEN_CONFIG,
     )
+    if programs > 1:
+        stats += partial.sum(0)
     return d_logprob_T
 
 
-def _policy_terms_torch(
-    logprob_T: Tensor, vectors: TokenVectors, stats: Tensor, terms: TokenTerms, entropy_T: Tensor | None
-) -> Tensor:
+def policy_terms_torch(
+    logprob_T: Tensor, vectors: TokenVectors, terms: TokenTerms, entropy_T: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """d loss / d logprob [T], and what policy_terms adds to its `stats`."""
     advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T = vectors
     assert old_logprob_T is not None
-    # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
-    live = weight_T != 0
-    log_ratio = torch.where(live, logprob_T - old_logprob_T, 0.0)
-    advantage = torch.where(live, advantage_T, 0.0)
-    ratio = log_ratio.exp()
+    count = weight_T.count_nonzero()
+    log_ratio = logprob_T - old_logprob_T
+    difference = None if ref_logprob_T is None else ref_logprob_T - logprob_T
+    if not all_count(count, len(weight_T)):
+        # a token without weight takes no part, whatever its ratio: 0 * inf would be NaN
+        live_T = weight_T != 0
+        log_ratio, logprob_T, advantage_T = (torch.where(live_T, x, 0.0) for x in (log_ratio, logprob_T, advantage_T))
+        correction_T, difference, entropy_T = (
+            x if x is None else torch.where(live_T, x, 0.0) for x in (correction_T, difference, entropy_T)
+        )
+    ratio, loss_slope = log_ratio.exp(), -advantage_T
     clipped_ratio = ratio.clamp(1 - terms.clip_low, 1 + terms.clip_high)
+    outside = ratio != clipped_ratio
     if terms.loss == "cispo":
-        d = -advantage * clipped_ratio
-        token_loss = d * torch.where(live, logprob_T, 0.0)
+        d = loss_slope * clipped_ratio
+        token_loss = d * logprob_T
     else:
-        plain, clipped = -advantage * ratio, -advantage * clipped_ratio
+        plain, clipped = loss_slope * ratio, loss_slope * clipped_ratio
         token_loss = torch.maximum(plain, clipped)
         # where the two are equal the ratio is inside the clip range (or the advantage is 0): gradient flows, NaN too
-        d = torch.where(plain < clipped, 0.0, plain)
+        d = zero_where_less(plain, plain, clipped)
         if terms.dual_clip is not None:
-            bound = -advantage * terms.dual_clip
-            beyond = (advantage < 0) & (token_loss > bound)
+            bound = loss_slope * terms.dual_clip
+            beyond = (advantage_T < 0) & (token_loss > bound)
             token_loss, d = torch.where(beyond, bound, token_loss), d.masked_fill(beyond, 0.0)
     if correction_T is not None:
         # a factor of 0 leaves the term out, whatever the ratio: 0 * inf would be NaN
         left_out = correction_T == 0
         token_loss, d = ((correction_T * x).masked_fill(left_out, 0.0) for x in (token_loss, d))
-    if ref_logprob_T is not None:
-        difference = torch.where(live, ref_logprob_T - logprob_T, 0.0)
+    if difference is not None:
         if terms.kl_estimate == "k2":
             kl, slope = 0.5 * difference.square(), difference
         else:
@@ -271,18 +290,10 @@ def _policy_terms_torch(
             slope, kl = slope.masked_fill(kl > terms.kl_clamp, 0.0), kl.clamp(max=terms.kl_clamp)
         token_loss = token_loss + terms.kl_coef * kl
         d = d - terms.kl_coef * slope
-    entropy_sum = stats.new_zeros(())
+    entropy_sum = weight_T.new_zeros(())
     if entropy_T is not None:
-        entropy = torch.where(live, entropy_T, 0.0)
-        token_loss = token_loss - terms.entropy_coef * entropy
-        entropy_sum = entropy.sum()
-    outside = (ratio < 1 - terms.clip_low) | (ratio > 1 + terms.clip_high)
-    sums = (
-        torch.where(live, weight_T * token_loss, 0.0).sum(),
-        live.sum(),
-        outside.sum(),
-        (log_ratio.expm1() - log_ratio).sum(),
-        entropy_sum,
-    )
-    stats += torch.stack([x.to(stats.dtype) for x in sums])
-    return torch.where(live, weight_T * d, 0.0)
+        token_loss = token_loss - terms.entropy_coef * entropy_T
+        entropy_sum = entropy_T.sum()
+    approx_kl = log_ratio.expm1().sub_(log_ratio).sum()
+    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl, entropy_sum]
+    return d.mul_(weight_T), sums

@@ -7,11 +7,12 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -85,6 +86,45 @@ def log_implementation(op: str, triton: bool, device: str) -> None:
     _log.info("%s runs its %s implementation on %s", op, "triton" if triton else "torch", device)
 
 
+def alone(x: Tensor) -> bool:
+    """A CPU's tensor that no compiler, dispatch mode or function transform follows."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def call(operator: CustomOpDef, *arguments: Any) -> Any:
+    """operator(*arguments), its first a tensor; past the dispatcher, which takes 30 us, where nothing would notice."""
+    return (operator._init_fn if alone(arguments[0]) and not torch.is_grad_enabled() else operator)(*arguments)
+
+
+def differentiable(
+    operator: CustomOpDef, autograd: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """The operator with its autograd rule; past the dispatcher where only autograd would see it, see `call`."""
+    operator.register_autograd(autograd, setup_context=setup_context)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = operator._init_fn(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        backward = staticmethod(autograd)
+
+    return lambda *arguments: (Function.apply if alone(arguments[0]) else operator)(*arguments)
+
+
+def all_count(count: Tensor, tokens: int) -> bool:
+    """count == tokens; on a GPU, whose stream that would stop, it is not asked: False."""
+    return count.is_cpu and int(count) == tokens
+
+
 def to_device(values: Sequence[Any] | Tensor, device: torch.device) -> Tensor:
     """int64 numbers of the host on the device, from pinned memory: the host does not wait for the copy."""
     host = torch.as_tensor(values, dtype=torch.int64)
@@ -142,7 +182,7 @@ def check_rows(name: str, x: Tensor) -> None:
 
 def check_local(name: str, x: Tensor) -> None:
     """An operator computes on the memory of one process; torch's own message does not say which argument it means."""
-    if hasattr(x, "full_tensor"):
+    if type(x) is not Tensor and hasattr(x, "full_tensor"):
         raise ValueError(
             f"{name} is a DTensor: expected a torch.Tensor; pass {name}.full_tensor() (to train it, with "
             "grad_placements=[Partial()]: the ranks' gradients add up), or call the operator where FSDP has gathered "
@@ -282,6 +322,11 @@ def token_chunks(tokens: int, most: int) -> list[slice]:
     return [slice(s, e) for s, e in itertools.pairwise(edges) if s < e]
 
 
+def zero_where_less(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x, but 0 where a < b; NaN stays. A CPU takes a quarter of what a comparison and a selection take."""
+    return torch.ops.aten.threshold_backward.default(x, a - b, -1e-38)
+
+
 def most_rows(chunks: Sequence[slice]) -> int:
     return max((rows.stop - rows.start for rows in chunks), default=0)
 
@@ -390,6 +435,8 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor, *, first: bool = False) ->
         total.addmm_(a, b, beta=0.0 if first else 1.0)
     elif _on_cuda(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
+    elif a.dtype == torch.float16:  # which may not hold the product
+        total.addmm_(a.to(total.dtype), b.to(total.dtype), beta=0.0 if first else 1.0)
     elif first:
         total.copy_(linear(a, b.T))
     else:
@@ -404,6 +451,8 @@ def scaled_gradient(gradient: Tensor, d_loss: Tensor, dtype: torch.dtype) -> Ten
     As an array and not a scalar `d_loss` stays as wide as it is: rounded to half precision first, it would bias every
     element alike.
     """
+    if gradient.dtype == d_loss.dtype == dtype:
+        return gradient * d_loss
     return torch.mul(gradient, d_loss.reshape(1), out=torch.empty_like(gradient, dtype=dtype))
 
 

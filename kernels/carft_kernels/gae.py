@@ -26,6 +26,7 @@ from carft_kernels._runtime import (
     FUSED,
     Impl,
     accumulation_dtype,
+    call,
     check_bool,
     check_cu_seqlens,
     check_float,
@@ -235,17 +236,18 @@ def _(x_T: Tensor, *_: Any) -> Tensor:
 
 def _whiten_torch(x_T: Tensor, mask_T: Tensor | None, eps: float, group: dist.ProcessGroup | None) -> Tensor:
     x_T = x_T.to(accumulation_dtype(x_T))
-    if mask_T is None:
-        mask_T = torch.ones_like(x_T, dtype=torch.bool)
-    count_sum = torch.stack([mask_T.sum().to(x_T.dtype), torch.where(mask_T, x_T, 0.0).sum()])
+    if mask_T is not None:
+        x_T = torch.where(mask_T, x_T, 0.0)
+    count = x_T.new_tensor(len(x_T)) if mask_T is None else mask_T.sum().to(x_T.dtype)
+    count_sum = torch.stack([count, x_T.sum()])
     if group is not None:
         dist.all_reduce(count_sum, group=group)
     count, mean = count_sum[0], count_sum[1] / count_sum[0].clamp(min=1)
-    centred_T = torch.where(mask_T, x_T - mean, 0.0)
+    centred_T = x_T - mean if mask_T is None else torch.where(mask_T, x_T - mean, 0.0)
     squares = centred_T.square().sum()
     if group is not None:
         dist.all_reduce(squares, group=group)
-    return centred_T * (squares / (count - 1).clamp(min=1) + eps).rsqrt()
+    return centred_T.mul_((squares / (count - 1).clamp(min=1) + eps).rsqrt())
 
 
 @torch.no_grad()
@@ -366,4 +368,5 @@ def whiten(
     via_triton = use_triton("whiten", impl, x_T)
     if group is not None:
         return _whiten_torch(x_T, mask_T, eps, group)
-    return _whiten(x_T.contiguous(), mask_T, eps, via_triton)
+    whitened_T: Tensor = call(_whiten, x_T.contiguous(), mask_T, eps, via_triton)
+    return whitened_T

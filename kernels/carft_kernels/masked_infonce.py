@@ -6,8 +6,9 @@
 
 Source: paper eq. 7. The clamp is on the numerator only: where it binds, the pull towards the positive ends. Kept for
 backward: the inputs and two numbers a row; the similarities are computed again, which for embeddings of a few hundred
-dimensions costs less than writing and reading them. FLOP: 2 N M D forward, 6 N M D backward. Memory: forward none of
-[N, M] with Triton, a chunk of rows with torch; backward a chunk of rows. Accumulation: float32 (float64 for float64).
+dimensions costs less than writing and reading them; a CPU keeps up to 2^18. FLOP: 2 N M D forward, 6 N M D backward.
+Memory: forward none of [N, M] with Triton, a chunk of rows with torch; backward a chunk of rows. Accumulation: float32
+(float64 for float64).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -36,6 +37,8 @@ from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
     add_product_,
+    alone,
+    call,
     check_bool,
     check_float,
     check_index_range,
@@ -45,6 +48,8 @@ from carft_kernels._runtime import (
     check_rows,
     check_same_dtype,
     chunk_size,
+    differentiable,
+    full_float32,
     head_logits,
     index_checks_on,
     launch,
@@ -58,6 +63,7 @@ from carft_kernels._runtime import (
 
 _NORM_EPS = 1e-8  # that of torch.cosine_similarity
 _NO_INDEX = -(1 << 31)  # no positive is ignored
+_SMALL = 1 << 18  # similarities
 
 
 def masked_infonce_reference(
@@ -106,8 +112,9 @@ def infonce_gradient_kernel(
     positive,
     row_top,
     log_total,
-    d_row,
-    out,  # [m, n], rows `stride_out` apart: d loss / d (a_i . b_j)
+    row_scale,
+    column_scale,
+    out,  # [m, n], rows `stride_out` apart: d row loss / d (similarity / temperature), times both scales
     m,
     n,
     k,
@@ -115,7 +122,6 @@ def infonce_gradient_kernel(
     stride_b,
     stride_out,
     scale,  # log2(e) / temperature
-    inverse_temperature,
     positive_clamp,
     MASK: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,11 +144,9 @@ def infonce_gradient_kernel(
     allowed = tile_mask(mask, rows, columns, m, n, MASK)
     p = tl.where(allowed, tl.exp2(tl.fma(x, scale, -top[:, None]) - total[:, None]), 0.0)
     pulled = (columns[None, :] == tl.load(positive + rows, mask=rows < m, other=-1)[:, None]) & (x <= positive_clamp)
-    # d (a . b) = factors x d similarity
-    factor = tl.load(d_row + rows, mask=rows < m, other=0.0) * inverse_temperature
-    factor *= tl.load(row_factor + rows, mask=rows < m, other=0.0)
-    column = tl.load(column_factor + columns, mask=columns < n, other=0.0)
-    d = tl.where(pulled, p - 1.0, p) * factor[:, None] * column[None, :]
+    row = tl.load(row_scale + rows, mask=rows < m, other=0.0)
+    column = tl.load(column_scale + columns, mask=columns < n, other=0.0)
+    d = tl.where(pulled, p - 1.0, p) * row[:, None] * column[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     place = out + rows.to(tl.int64)[:, None] * stride_out + columns[None, :]
     tl.store(place, d.to(out.dtype.element_ty), mask=inside)
@@ -197,21 +201,14 @@ def _forward(
         positive_N1, _, outside_N = split_index(positive_N, m)
         anchor_ND, candidate_MD = (x * y[:, None] for x, y in ((anchor_ND, inverse_N), (candidate_MD, inverse_M)))
         for rows, x in _similarity_chunks(anchor_ND, candidate_MD):
-            positive = x.gather(1, positive_N1[rows])[:, 0].clamp(max=positive_clamp)
-            if candidate_mask is not None:
-                x.masked_fill_(~(candidate_mask if candidate_mask.ndim == 1 else candidate_mask[rows]), float("-inf"))
-            top = x.amax(1)
-            x.sub_(top.nan_to_num(neginf=0.0)[:, None])  # -inf - -inf where no candidate is allowed
-            log_total = x.div_(temperature).exp_().sum(1).log_()
-            row_loss_N[rows] = (top - positive) / temperature + log_total
-            stats_2N[0, rows], stats_2N[1, rows] = top, log_total
+            mask = candidate_mask if candidate_mask is None or candidate_mask.ndim == 1 else candidate_mask[rows]
+            positive_n1 = x.gather(1, positive_N1[rows])
+            row_loss_N[rows], top, total = _row_losses_(x, positive_n1, mask, temperature, positive_clamp)
+            stats_2N[0, rows], stats_2N[1, rows] = top, total.log_()
         row_loss_N.masked_fill_(outside_N, torch.nan)
     if candidate_mask is not None:  # a row that does not count may have no candidate
         row_loss_N = row_loss_N.masked_fill(stats_2N[0] == float("-inf"), 0.0)
-    if row_mask_N is None:
-        return row_loss_N.sum() / max(n, 1), row_loss_N, stats_2N
-    loss = torch.where(row_mask_N, row_loss_N, 0.0).sum() / row_mask_N.sum().clamp(min=1)
-    return loss, row_loss_N, stats_2N
+    return _mean(row_loss_N, row_mask_N), row_loss_N, stats_2N
 
 
 @_forward.register_fake
@@ -222,6 +219,19 @@ def _(anchor_ND: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
         anchor_ND.new_empty(n, dtype=dtype),
         anchor_ND.new_empty(2, n, dtype=dtype),
     )
+
+
+def _row_losses_(
+    x: Tensor, positive_n1: Tensor, candidate_mask: Tensor | None, temperature: float, positive_clamp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses, row maximum and sum of exponentials below it, which similarities [n, M] become in place."""
+    if candidate_mask is None:
+        top = shift = x.amax(1)
+    else:
+        top = x.masked_fill_(~candidate_mask, float("-inf")).amax(1)
+        shift = top.nan_to_num(neginf=0.0)  # -inf - -inf where no candidate is allowed
+    total = x.sub_(shift[:, None]).mul_(1 / temperature).exp_().sum(1)
+    return (top - positive_n1[:, 0].clamp(max=positive_clamp)).div_(temperature).add_(total.log()), top, total
 
 
 def _check_positives_allowed(positive_N: Tensor, row_mask_N: Tensor | None, allowed_NM: Tensor) -> None:
@@ -244,6 +254,12 @@ def _through_norm(gradient_ND: Tensor, x_ND: Tensor, inverse_N: Tensor) -> Tenso
     x = x_ND.to(gradient_ND.dtype)
     along_N1 = (gradient_ND * x).sum(1, keepdim=True) * inverse_N[:, None].square()
     return gradient_ND.sub_(x * along_N1).to(x_ND.dtype)
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mantissa, in [0.5, 1) in size, and power of two, 0 for 0; x is their product."""
+    power = torch.exp2(torch.frexp(x).exponent.to(x.dtype))
+    return x / power, torch.where(x == 0, 0.0, power)
 
 
 @torch.library.custom_op("carft::masked_infonce_backward", mutates_args=())
@@ -286,10 +302,21 @@ def _backward(
         return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
     config = config_for(anchor_ND, candidate_MD, plain=False)
     chunks = token_chunks(n, chunk_size(n, m, anchor_ND.device))
-    # one gradient among thousands of candidates is below what float16 holds
-    product_dtype = torch.float32 if anchor_ND.dtype == torch.float16 else anchor_ND.dtype
-    candidate_product_MD = candidate_MD.to(product_dtype)
-    scratch = rows_scratch(anchor_ND, most_rows(chunks), m, product_dtype)
+    d_logit_N = d_row_N / temperature
+    row_scale_N, column_scale_M = d_logit_N * inverse_N, inverse_M
+    half = anchor_ND.dtype == torch.float16
+    if half:
+        # A gradient among thousands of candidates is below what float16 holds, so what is multiplied is scaled to 2^15.
+        # d takes the mantissas of the factors; their powers of two go, exactly, to the embeddings: about unit vectors.
+        (row_scale_N, row_power_N), (column_scale_M, column_power_M) = _split(inverse_N), _split(inverse_M)
+        logit_scale_N, logit_power_N = _split(d_logit_N)
+        largest = logit_power_N.amax().clamp(min=torch.finfo(dtype).tiny)
+        row_scale_N, column_scale_M = row_scale_N * logit_scale_N, column_scale_M * 2.0**15
+        anchor_power_N1 = (row_power_N * (logit_power_N / largest) * 2.0**14)[:, None]
+        factor_MD = (candidate_MD * (column_power_M * 2.0**14)[:, None]).to(anchor_ND.dtype)
+    else:
+        factor_MD = candidate_MD
+    scratch = rows_scratch(anchor_ND, most_rows(chunks), m)
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     candidates = operand(candidate_MD, config.block_n, config)
     for rows in chunks:
@@ -306,7 +333,8 @@ def _backward(
             positive_N[rows],
             top_N[rows],
             log_total_N[rows],
-            d_row_N[rows],
+            row_scale_N[rows],
+            column_scale_M,
             d,
             len(a),
             m,
@@ -315,19 +343,37 @@ def _backward(
             candidate_MD.stride(0),
             d.stride(0),
             LOG2E / temperature,
-            1 / temperature,
             positive_clamp,
             MASK=0 if mask is None else mask.ndim,
             **config.launch(anchor_ND.dtype),
         )
-        wide_matmul(d, candidate_product_MD, out=d_anchor_ND[rows])
-        add_product_(d_candidate_MD, d.T, a.to(product_dtype))
+        wide_matmul(d, factor_MD, out=d_anchor_ND[rows])
+        add_product_(d_candidate_MD, d.T, (a * anchor_power_N1[rows]).to(a.dtype) if half else a)
+    if half:
+        d_anchor_ND.mul_((row_power_N * logit_power_N * 2.0**-29)[:, None])
+        d_candidate_MD.mul_((column_power_M * largest * 2.0**-29)[:, None])
     return _through_norm(d_anchor_ND, anchor_ND, inverse_N), _through_norm(d_candidate_MD, candidate_MD, inverse_M)
 
 
 @_backward.register_fake
 def _(anchor_ND: Tensor, candidate_MD: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return anchor_ND.new_empty(anchor_ND.shape), candidate_MD.new_empty(candidate_MD.shape)
+
+
+def _mean(row_loss_N: Tensor, row_mask_N: Tensor | None) -> Tensor:
+    """Over the rows that count; 0 where none does."""
+    if row_mask_N is None:
+        return row_loss_N.sum() / max(len(row_loss_N), 1)
+    return torch.where(row_mask_N, row_loss_N, 0.0).sum() / row_mask_N.sum().clamp(min=1)
+
+
+def _d_rows(stats_2N: Tensor, row_mask_N: Tensor | None, d_loss: Tensor | None, d_row_loss_N: Tensor | None) -> Tensor:
+    d_row_N = torch.zeros_like(stats_2N[0]) if d_row_loss_N is None else d_row_loss_N
+    if d_loss is None:
+        return d_row_N
+    if row_mask_N is None:
+        return d_row_N + d_loss / max(len(d_row_N), 1)
+    return d_row_N + row_mask_N * (d_loss / row_mask_N.sum().clamp(min=1))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -337,28 +383,71 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors, output[2])
 
 
-def _autograd(ctx: Any, d_loss: Tensor | None, d_row_loss_N: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-    anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask, stats_2N = ctx.saved_tensors
-    d_row_N = stats_2N.new_zeros(len(anchor_ND)) if d_row_loss_N is None else d_row_loss_N
-    if d_loss is not None and row_mask_N is None:
-        d_row_N = d_row_N + d_loss / max(len(anchor_ND), 1)
-    elif d_loss is not None:
-        d_row_N = d_row_N + row_mask_N * (d_loss / row_mask_N.sum().clamp(min=1))
-    d_anchor_ND, d_candidate_MD = _backward(
-        anchor_ND,
-        candidate_MD,
-        positive_N,
-        candidate_mask,
-        stats_2N,
-        d_row_N,
-        ctx.temperature,
-        ctx.positive_clamp,
-        ctx.via_triton,
-    )
-    return d_anchor_ND, d_candidate_MD, None, None, None, None, None, None
+def _autograd(ctx: Any, d_loss: Tensor | None, d_row_loss_N: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask, *_, stats_2N = ctx.saved_tensors
+    d_row_N = _d_rows(stats_2N, row_mask_N, d_loss, d_row_loss_N)
+    rest = ctx.temperature, ctx.positive_clamp, ctx.via_triton
+    gradients = call(_backward, anchor_ND, candidate_MD, positive_N, candidate_mask, stats_2N, d_row_N, *rest)
+    return *gradients, None, None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_infonce = differentiable(_forward, _autograd, _setup_context)
+
+
+class _Small(torch.autograd.Function):
+    """The torch implementation of few similarities, whose time is that of its operations: all rows at once, kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor_ND: Tensor,
+        candidate_MD: Tensor,
+        positive_N: Tensor,
+        row_mask_N: Tensor | None,
+        candidate_mask: Tensor | None,
+        temperature: float,
+        positive_clamp: float,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = accumulation_dtype(anchor_ND)
+        norm_N1, norm_M1 = (
+            torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype).clamp_(min=_NORM_EPS)
+            for x in (anchor_ND, candidate_MD)
+        )
+        anchor_hat, candidate_hat = anchor_ND / norm_N1, candidate_MD / norm_M1
+        with full_float32():
+            x = torch.mm(anchor_hat, candidate_hat.T, out=norm_N1.new_empty(len(norm_N1), len(norm_M1)))
+        positive_N1 = positive_N[:, None].long()
+        positive_n1 = x.gather(1, positive_N1)
+        row_loss_N, top_N, total_N = _row_losses_(x, positive_n1, candidate_mask, temperature, positive_clamp)
+        stats_2N = torch.stack([top_N, total_N.log()])
+        # d row loss / d (similarity / temperature); of a row with candidates the sum is at least 1
+        slope_NM = x.div_(total_N.clamp_(min=1.0)[:, None])
+        slope_NM.scatter_add_(1, positive_N1, (positive_n1 <= positive_clamp).to(dtype).neg_())
+        if candidate_mask is not None:  # a row that does not count may have no candidate
+            none_N = top_N == float("-inf")
+            row_loss_N.masked_fill_(none_N, 0.0)
+            slope_NM.masked_fill_(none_N[:, None], 0.0)
+        tensors = anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask
+        ctx.save_for_backward(*tensors, anchor_hat, candidate_hat, norm_N1, norm_M1, slope_NM, stats_2N)
+        ctx.temperature, ctx.positive_clamp, ctx.via_triton = temperature, positive_clamp, False
+        ctx.set_materialize_grads(False)
+        return _mean(row_loss_N, row_mask_N), row_loss_N
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor | None, d_row_loss_N: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # for second derivatives, which the operator refuses
+            return _autograd(ctx, d_loss, d_row_loss_N)[:-1]
+        anchor_ND, _, _, row_mask_N, _, anchor_hat, candidate_hat, norm_N1, norm_M1, slope_NM, stats_2N = (
+            ctx.saved_tensors
+        )
+        d_row_N = _d_rows(stats_2N, row_mask_N, d_loss, d_row_loss_N)
+        d = slope_NM * (d_row_N / ctx.temperature)[:, None]
+        found = []
+        for a, b, hat, norm in ((d, candidate_hat, anchor_hat, norm_N1), (d.T, anchor_hat, candidate_hat, norm_M1)):
+            gradient = torch.mm(a, b, out=torch.empty_like(hat))
+            along = (gradient * hat).sum(1, keepdim=True)
+            found.append(gradient.sub_(hat * along).div_(norm).to(anchor_ND.dtype))
+        return *found, None, None, None, None, None
 
 
 def masked_infonce(
@@ -406,6 +495,7 @@ def masked_infonce(
     check_like("candidate_MD", candidate_MD, (m, anchor_ND.shape[1]), "anchor_ND", anchor_ND)
     check_same_dtype("candidate_MD", candidate_MD, "anchor_ND", anchor_ND)
     check_positive("temperature", temperature)
+    given = positive_N is not None
     if positive_N is None:
         if m < n:
             raise ValueError(f"positive_N is None with {n} anchors and {m} candidates: anchor i needs candidate i")
@@ -424,7 +514,12 @@ def masked_infonce(
     if via_triton:
         check_rows("anchor_ND", anchor_ND)
         check_rows("candidate_MD", candidate_MD)
-    loss, row_loss_N, _ = _forward(
-        anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask, temperature, positive_clamp, via_triton
-    )
+    tensors = anchor_ND, candidate_MD, positive_N, row_mask_N, candidate_mask
+    if not via_triton and 0 < n * m <= _SMALL and alone(anchor_ND) and index_checks_on(anchor_ND):
+        if given:
+            check_index_range("positive_N", positive_N, m)
+        if candidate_mask is not None:
+            _check_positives_allowed(positive_N, row_mask_N, candidate_mask.expand(n, m))
+        return _Small.apply(*tensors, temperature, positive_clamp)
+    loss, row_loss_N, _ = _infonce(*tensors, temperature, positive_clamp, via_triton)
     return loss, row_loss_N

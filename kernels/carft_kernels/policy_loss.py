@@ -6,8 +6,8 @@
 
 Source: paper eq. 5; PPO. weight_t carries every normaliser. Variants of the policy loss: a dual clip, CISPO, a factor
 of each token, and one ratio for a sequence, exp of the mean of its tokens' log-ratios (GSPO). Kept for backward: the
-gradient, computed in the forward pass. Accumulation: float32 (float64 for float64 input). Triton: one launch of one
-program, each vector read once; ratios of sequences take two launches more, of a program for each sequence.
+gradient, computed in the forward pass. Accumulation: float32 (float64 for float64 input). Triton: one launch, of one
+program up to 65,536 tokens, each vector read once; ratios of sequences take two more, of a program for each sequence.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -28,22 +28,28 @@ from carft_kernels._policy_kernels import (
     TokenVectors,
     policy_terms,
     policy_terms_reference,
+    policy_terms_torch,
+    token_programs,
 )
 from carft_kernels._row_kernels import offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
     FUSED,
     Impl,
     accumulation_dtype,
+    all_count,
+    call,
     check_cu_seqlens,
     check_float,
     check_like,
     check_offsets,
+    differentiable,
     launch,
     log_implementation,
     scaled_gradient,
     sequence_index,
     usable_offsets,
     use_triton,
+    zero_where_less,
 )
 
 
@@ -91,6 +97,13 @@ def _checked(tensors: dict[str, Tensor]) -> list[Tensor]:
         check_float(name, x, 1)
         check_like(name, x, tuple(first.shape), first_name, first)
     return [(x if name == first_name else x.detach()).contiguous() for name, x in tensors.items()]
+
+
+def _fake(x_T: Tensor, metrics: int) -> tuple[Tensor, ...]:
+    """Loss, its gradient, metrics."""
+    dtype = accumulation_dtype(x_T)
+    loss, *rest = (x_T.new_empty((), dtype=dtype) for _ in range(1 + metrics))
+    return loss, torch.empty_like(x_T, dtype=dtype), *rest
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -158,8 +171,8 @@ def _policy_forward(
     dual_clip: float | None,
     loss: str,
     via_triton: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its gradient, and the sums [5] of policy_terms."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, its gradient, and the metrics: clipped share, approximate KL."""
     log_implementation("policy_loss", via_triton, logprob_T.device.type)
     dtype = accumulation_dtype(logprob_T)
     if not via_triton:  # a kernel widens what it reads
@@ -172,23 +185,24 @@ def _policy_forward(
         # the loss sees a sequence's log-ratio in the place of each of its tokens'
         logprob_T = _sequence_mean(logprob_T, old_logprob_T, weight_T, cu_seqlens, via_triton)
         old_logprob_T = torch.zeros_like(logprob_T)
-    stats = logprob_T.new_zeros(5, dtype=dtype)
     vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T)
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss)
-    d_logprob_T = policy_terms(logprob_T, vectors, stats, terms, via_triton=via_triton)
+    if via_triton:
+        stats = logprob_T.new_zeros(5, dtype=dtype)
+        d_logprob_T = policy_terms(logprob_T, vectors, stats, terms, via_triton=True)
+        sums = [stats[0].clone(), *stats[1:]]
+    else:
+        d_logprob_T, sums = policy_terms_torch(logprob_T, vectors, terms)
     if cu_seqlens is not None:
         d_logprob_T = _sequence_mean(d_logprob_T, None, weight_T, cu_seqlens, via_triton)
-    return stats[0].clone(), d_logprob_T, stats
+    total, count, outside, kl, _ = sums
+    count = count.clamp(min=1)
+    return total, d_logprob_T, (outside / count).to(dtype), kl / count
 
 
 @_policy_forward.register_fake
-def _(logprob_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(logprob_T)
-    return (
-        logprob_T.new_empty((), dtype=dtype),
-        torch.empty_like(logprob_T, dtype=dtype),
-        logprob_T.new_empty(5, dtype=dtype),
-    )
+def _(logprob_T: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _fake(logprob_T, metrics=2)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -198,16 +212,17 @@ def value_kernel(
     return_,
     weight,
     d_value,
-    stats,  # [3]: loss, tokens with weight, of these outside the clip
+    stats,  # [programs, 3]: loss, tokens with weight, of these outside the clip
     tokens,
     clip,
     BLOCK: tl.constexpr,
 ):
-    """One program: the sums are the same in every run."""
+    """Every program has its blocks and its sums: they are the same in every run."""
+    stats += tl.program_id(0) * 3
     loss = tl.zeros([BLOCK], tl.float32)
     counted = tl.zeros([BLOCK], tl.float32)
     outside = tl.zeros([BLOCK], tl.float32)
-    for i in range(0, tokens, BLOCK):
+    for i in range(tl.program_id(0) * BLOCK, tokens, tl.num_programs(0) * BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < tokens
         w = tl.load(weight + t, mask=inside, other=0.0).to(tl.float32)
@@ -233,39 +248,37 @@ def value_kernel(
 def _value_forward(
     value_T: Tensor, old_value_T: Tensor, return_T: Tensor, weight_T: Tensor, clip: float, via_triton: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its gradient, and the sums [3]: loss, tokens with weight, of these outside the clip."""
+    """Loss, its gradient, and the share of the tokens with weight that is outside the clip."""
     log_implementation("value_loss", via_triton, value_T.device.type)
     dtype = accumulation_dtype(value_T)
     if via_triton:
-        stats = value_T.new_empty(3, dtype=dtype)
+        programs = token_programs(len(value_T))
+        sums = value_T.new_empty(programs, 3, dtype=dtype)
         d_value_T = torch.empty_like(value_T, dtype=dtype)
         vectors = value_T, old_value_T, return_T, weight_T, d_value_T
-        launch(value_kernel, 1, *vectors, stats, len(value_T), clip, **TOKEN_CONFIG)
-        return stats[0].clone(), d_value_T, stats
+        launch(value_kernel, programs, *vectors, sums, len(value_T), clip, **TOKEN_CONFIG)
+        loss, count, outside = sums.sum(0).unbind()
+        return loss.clone(), d_value_T, outside / count.clamp(min=1)
     v, old, r, w = (x.to(dtype) for x in (value_T, old_value_T, return_T, weight_T))
-    live = w != 0
-    plain, clipped = v - r, v.clamp(old - clip, old + clip) - r
-    loss = torch.where(live, 0.5 * w * torch.maximum(plain.square(), clipped.square()), 0.0).sum()
-    d_value_T = torch.where(live & ~(plain.square() < clipped.square()), w * plain, 0.0)
-    outside = (live & ((v - old).abs() > clip)).sum()
-    return loss, d_value_T, torch.stack([loss, live.sum().to(dtype), outside.to(dtype)])
+    count = w.count_nonzero()
+    if not all_count(count, len(w)):  # a token without weight takes no part, whatever it holds: 0 * inf would be NaN
+        v, old, r = (torch.where(w != 0, x, 0.0) for x in (v, old, r))
+    difference, clipped_v = v - r, v.clamp(old - clip, old + clip)
+    plain, clipped = difference.square(), (clipped_v - r).square_()
+    loss = 0.5 * (w * torch.maximum(plain, clipped)).sum()
+    d_value_T = zero_where_less(w * difference, plain, clipped)
+    return loss, d_value_T, ((v != clipped_v).count_nonzero() / count.clamp(min=1)).to(dtype)
 
 
 @_value_forward.register_fake
-def _(value_T: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = accumulation_dtype(value_T)
-    return (
-        value_T.new_empty((), dtype=dtype),
-        torch.empty_like(value_T, dtype=dtype),
-        value_T.new_empty(3, dtype=dtype),
-    )
+def _(value_T: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return _fake(value_T, metrics=1)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, gradient_T, stats = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
-    ctx.mark_non_differentiable(gradient_T, stats)
-    ctx.save_for_backward(gradient_T)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1])
     ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
 
 
@@ -273,11 +286,11 @@ def _autograd(ctx: Any, d_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, 
     if d_loss is None:
         return (None,) * ctx.inputs
     (gradient_T,) = ctx.saved_tensors
-    return scaled_gradient(gradient_T, d_loss, ctx.dtype), *([None] * (ctx.inputs - 1))
+    return call(scaled_gradient, gradient_T, d_loss, ctx.dtype), *([None] * (ctx.inputs - 1))
 
 
-_policy_forward.register_autograd(_autograd, setup_context=_setup_context)
-_value_forward.register_autograd(_autograd, setup_context=_setup_context)
+_policy_terms = differentiable(_policy_forward, _autograd, _setup_context)
+_value_terms = differentiable(_value_forward, _autograd, _setup_context)
 
 
 def policy_loss(
@@ -336,15 +349,14 @@ def policy_loss(
         if loss != "clip":
             raise ValueError(f"cu_seqlens, the ratios of sequences, needs loss = 'clip', this is {loss!r}")
         cu_seqlens = cu_seqlens.contiguous()
-    total, _, stats = _policy_forward(
+    total, _, clip_fraction, approx_kl = _policy_terms(
         *inputs[:4],
         inputs[4] if correction_T is not None else None,
         cu_seqlens,
         *(clip_low, clip_high, dual_clip, loss),
         use_triton("policy_loss", impl, logprob_T),
     )
-    count = stats[1].clamp(min=1)
-    return total, {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count}
+    return total, {"clip_fraction": clip_fraction, "approx_kl": approx_kl}
 
 
 def value_loss(
@@ -380,5 +392,5 @@ def value_loss(
     if not clip > 0:
         raise ValueError(f"clip = {clip}: expected a number above 0")
     inputs = _checked({"value_T": value_T, "old_value_T": old_value_T, "return_T": return_T, "weight_T": weight_T})
-    loss, _, stats = _value_forward(*inputs, clip, use_triton("value_loss", impl, value_T))
-    return loss, {"clip_fraction": stats[2] / stats[1].clamp(min=1)}
+    loss, _, clip_fraction = _value_terms(*inputs, clip, use_triton("value_loss", impl, value_T))
+    return loss, {"clip_fraction": clip_fraction}

@@ -1,6 +1,8 @@
 """Operators as PyTorch sees them: registration, torch.compile, allocations."""
 
+import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
-from carft_kernels import _head, _row_kernels, _runtime, lcs
+from carft_kernels import _head, _policy_kernels, _row_kernels, _runtime, lcs
 from carft_kernels._runtime import chunk_size, use_triton
 from carft_kernels.lcs import lcs_mask_reference
 
@@ -185,9 +187,10 @@ def test_opcheck(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(operator, "__call__", call)
-    outputs = function(*inputs)
-    if inputs:
-        scalar(outputs).backward()
+    with Recorded(inside=False):  # a mode, under which every call goes through the dispatcher
+        outputs = function(*inputs)
+        if inputs:
+            scalar(outputs).backward()
     monkeypatch.undo()
     assert len(recorded) >= (2 if inputs else 1)
     for definition, arguments in recorded:
@@ -200,6 +203,21 @@ def test_opcheck(name: str, impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
         results = torch.library.opcheck(definition, arguments)
         assert set(results.values()) == {"SUCCESS"}
         assert len(results) == 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_past_the_dispatcher_is_as_through_it(name: str) -> None:
+    """A mode sees the operators; without one the same numbers come back, and the same tensors have a gradient."""
+    function, inputs = calls("torch")[name]
+    found = []
+    for through in (True, False):
+        with Recorded(inside=False) if through else contextlib.nullcontext() as mode:
+            outputs = flat(function(*inputs))
+            gradients = torch.autograd.grad(scalar(outputs), inputs) if inputs else ()
+        assert mode is None or any(call in str(NAMES) for call, _, _ in mode.calls)
+        found.append([x.detach() for x in (*outputs, *gradients)] + [torch.tensor(x.requires_grad) for x in outputs])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -389,6 +407,8 @@ def test_operators_that_read_back_say_so(name: str, impl: str, monkeypatch: pyte
     monkeypatch.setattr(Tensor, "tolist", lambda x: (lists.append(x), tolist(x))[1])
     # a CPU takes another way than a GPU's
     monkeypatch.setattr(_row_kernels, "zero_rows_", _zero_rows_of_a_gpu)
+    for module in (_policy_kernels, sys.modules["carft_kernels.policy_loss"]):
+        monkeypatch.setattr(module, "all_count", lambda *_: False)
     function, inputs = calls(impl)[name]
     with Recorded(inside=True) as inside:
         outputs = function(*inputs)

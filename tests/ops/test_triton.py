@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -433,6 +434,29 @@ def test_policy_and_value_loss(seed: int, tokens: int, dtype: torch.dtype) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("tokens", [65_536, 65_537, 100_000])
+def test_policy_and_value_loss_of_several_programs(tokens: int) -> None:
+    """Sums of programs that are added in their order: right, and the same bits in every run."""
+    a, c, share = (randn(i, tokens) for i in range(3))
+    inputs = [x.float().to(DEVICE) for x in (a, a + randn(3, tokens, scale=0.3), c, share.abs() / tokens)]
+    for operator, reference in ((ck.policy_loss, policy_loss_reference), (ck.value_loss, value_loss_reference)):
+        runs = []
+        for function, impl, dtype in (
+            (operator, {"impl": "triton"}, torch.float32),
+            (operator, {"impl": "triton"}, torch.float32),
+            (operator, {"impl": "torch"}, torch.float64),
+            (reference, {}, torch.float64),
+        ):
+            x, old, third, weight = (y.to(dtype) for y in inputs)
+            result = function(x.requires_grad_(), old, third, weight_T=weight, **impl)  # type: ignore[operator]
+            loss, metrics = result if isinstance(result, tuple) else (result, {})
+            runs.append([loss, *torch.autograd.grad(loss, x), *metrics.values()])
+        assert all(map(torch.equal, *runs[:2]))
+        for wanted in runs[2:]:
+            for ours, truth in zip(runs[0], wanted, strict=False):  # the plain expression has no metrics
+                assert (ours.double() - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
 @pytest.mark.parametrize("broken", [float("-inf"), float("nan"), -200.0])
 def test_tokens_without_weight_take_no_part(broken: float) -> None:
     x, old, advantage, share = randn(0, 40), randn(1, 40), randn(2, 40), torch.ones(40, dtype=torch.float64)
@@ -551,6 +575,31 @@ def test_masked_infonce(
     candidates = m if mask is None else int(mask.sum(-1).max())
     floor = max(1e-2, 0.01 / temperature) if candidates == 1 else 1e-2
     compare(operator, plain, (randn(seed, n, width).to(dtype), randn(seed + 1, m, width).to(dtype)), floor)
+
+
+@pytest.mark.parametrize("upstream", ["one", "wide", "loss scale", "tiny"])
+def test_masked_infonce_in_float16_holds_what_is_small(upstream: str) -> None:
+    """Row by row, to what float16 rounds: small probabilities, norms and gradients over many powers of ten."""
+    n, m, width = 24, 1500, 32
+    anchor, candidate = randn(0, n, width), randn(1, m, width)
+    anchor *= 10 ** (3 * torch.rand(n, 1, generator=rng(2), dtype=torch.float64) - 2)
+    candidate *= 10 ** (3 * torch.rand(m, 1, generator=rng(3), dtype=torch.float64) - 2)
+    candidate[7] = 0
+    wide = 10 ** (6 * torch.rand(n, generator=rng(4), dtype=torch.float64) - 4)
+    wide[3] = 0
+    factor = {"one": torch.ones(n), "wide": wide, "loss scale": torch.full((n,), 30.0), "tiny": wide * 1e-3}[upstream]
+    results = []
+    for dtype, function in (
+        (torch.float16, partial(ck.masked_infonce, impl="triton")),
+        (torch.float64, ck.masked_infonce),
+    ):
+        leaves = [x.half().to(dtype).to(DEVICE).requires_grad_() for x in (anchor, candidate)]
+        row_loss = function(*leaves, temperature=0.05)[1]
+        results.append(torch.autograd.grad((row_loss * factor.to(row_loss)).sum(), leaves))
+    for ours, truth in zip(*results, strict=True):
+        truth = truth.clamp(-65_504, 65_504)
+        error = (ours.double().clamp(-65_504, 65_504) - truth).norm(dim=1)
+        assert (error <= 2**-10 * truth.norm(dim=1) + 2**-25 * width**0.5).all()
 
 
 @pytest.mark.parametrize("pairs", [False, True])
