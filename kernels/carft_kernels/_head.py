@@ -111,10 +111,12 @@ def over_chunks(
     *,
     with_entropy: bool,
     skip_dead: bool = False,
+    known: RowStatistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias as of `Needs.empty`, of what `differentiate` is called with for each chunk.
 
-    Tokens without a gradient are left out of the products, if `skip_dead`: their number is read back.
+    Tokens without a gradient are left out of the products, if `skip_dead`: their number is read back. `known`: the
+    statistics [T], where a pass before has found them.
     """
     hidden_TD, weight_VD, bias, target_T = head
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
@@ -129,20 +131,20 @@ def over_chunks(
     scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, dtype) if wanted and via_triton else None
     for rows in chunks:
         h, target = hidden_TD[rows], target_T[rows]
+        statistics = known and known.at(rows)
         if via_triton:
             x = None if scratch is None else scratch[: len(h)]
-            statistics = matmul_logprob(
-                h, weight_VD, target, options, bias_N=bias, with_entropy=with_entropy, logits_MN=x
-            )
+            found = matmul_logprob(h, weight_VD, target, options, bias_N=bias, with_entropy=with_entropy, logits_MN=x)
         else:
             x = head_logits(h, weight_VD, bias)
-            statistics = logprob_forward(x, target, options, with_entropy)
+            found = statistics or logprob_forward(x, target, options, with_entropy)
+        statistics = statistics or found
         # What changes logits or combines statistics goes here: x holds the chunk's logits in float32, bias included,
         # before cap and temperature (None where Triton streams them); logprob_forward has statistics of changed ones.
-        found = differentiate(rows, statistics)
-        if found is None or x is None or not wanted:
+        differentiated = differentiate(rows, statistics)
+        if differentiated is None or x is None or not wanted:
             continue
-        gradients, live = found
+        gradients, live = differentiated
         index = None
         if skip_dead:
             index = live.nonzero()[:, 0]

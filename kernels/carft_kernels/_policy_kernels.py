@@ -220,10 +220,7 @@ def policy_terms(
     launch(
         policy_kernel,
         1,
-        *tensors,
-        stats,
-        len(logprob_T),
-        *bounds,
+        *(*tensors, stats, len(logprob_T), *bounds),
         CISPO=terms.loss == "cispo",
         HAS_REF=ref_logprob_T is not None,
         K2=terms.kl_estimate == "k2",
