@@ -105,7 +105,7 @@ def count_head() -> list[dict[str, Any]]:
                 if operator == "linear_logprob":
                     loss = ck.linear_logprob(hidden, weight, target, impl="triton")[0].sum()
                 else:
-                    vectors = {"advantage_T": vector, "old_logprob_T": vector, "weight_T": vector}
+                    vectors: Any = {"advantage_T": vector, "old_logprob_T": vector, "weight_T": vector}
                     loss = ck.linear_policy_loss(hidden, weight, target, **vectors, skip_dead=False, impl="triton")[0]
                 torch.autograd.grad(loss, (hidden, weight))
             counted = {f"{name.replace(' ', '_')}_bytes": size for name, size in sorted(traffic.bytes.items())}

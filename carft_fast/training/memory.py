@@ -22,7 +22,7 @@ from carft_fast.config import Config, Strategy
 from carft_fast.models import ModelCost
 from carft_fast.training.batch import Needs
 from carft_fast.training.parallel import BUCKET
-from carft_kernels._runtime import chunk_size
+from carft_kernels._runtime import chunk_size, most_rows, token_chunks
 
 FLOAT32 = 4
 
@@ -110,11 +110,11 @@ def _activations(config: Config, cost: ModelCost, stage: str, compute: int, devi
 
 
 def _head_scratch(config: Config, cost: ModelCost, tokens: int, compute: int) -> tuple[float, str]:
-    """Of the two linear operators on a GPU: a chunk's logits and their gradient, the head's in the compute dtype, and
-    its gradient in float32."""
-    completion_tokens = tokens * config.rollout.max_new_tokens / config.data.max_length
-    chunk = chunk_size(math.ceil(completion_tokens), cost.vocabulary, torch.device("cuda"))
-    logits = chunk * cost.vocabulary * (FLOAT32 + (compute if compute < FLOAT32 else 0))
+    """Of the two linear operators on a GPU: a chunk's logits, whose gradient takes their place where every token has
+    one, the head's weight in the compute dtype, and its gradient in float32."""
+    completion_tokens = math.ceil(tokens * config.rollout.max_new_tokens / config.data.max_length)
+    most = chunk_size(completion_tokens, cost.vocabulary, torch.device("cuda"))
+    logits = most_rows(token_chunks(completion_tokens, most)) * cost.vocabulary * FLOAT32
     cast = cost.head_weights * compute if compute < FLOAT32 else 0
     gradient = 0 if config.lora.rank else cost.head_weights * FLOAT32
     return logits + cast + gradient, "the LM head's logits, cast and gradient"

@@ -140,12 +140,13 @@ def over_chunks(
     *,
     with_entropy: bool,
     skip_dead: bool = False,
+    known: RowStatistics | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """d_hidden, d_weight, d_bias as of `Needs.empty`, of what `differentiate` is called with for each chunk.
 
-    With a group `head` is this rank's shard, and `differentiate` sees statistics of the whole vocabulary.
-
-    Tokens without a gradient are left out of the products, if `skip_dead`: their number is read back.
+    Tokens without a gradient are left out of the products, if `skip_dead`: their number is read back. `known`: the
+    statistics [T], where a pass before has found them. With a group `head` is this rank's shard, `differentiate` sees
+    statistics of the whole vocabulary, and none are known.
     """
     hidden_TD, weight_VD, bias, target_T = head
     tokens, vocabulary = hidden_TD.shape[0], weight_VD.shape[0]
@@ -170,25 +171,22 @@ def over_chunks(
         h, target = hidden_TD[rows], target_T[rows]
         if via_triton:
             x = None if scratch is None else scratch[: len(h)]
-            statistics = matmul_logprob(
-                h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x
-            )
+            found = matmul_logprob(h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x)
         else:
-            x = head_logits(h, weight_VD, bias)
+            x, found = head_logits(h, weight_VD, bias), None
         if x is not None and options.cuts:
             keep_top_(x, target, options)
-        if not via_triton or options.cuts:
-            assert x is not None
-            statistics = logprob_forward(x, target, uncut, with_entropy)
-        whole = statistics
+            found = None
+        own = (known and known.at(rows)) or found or logprob_forward(x, target, uncut, with_entropy)
+        statistics = own
         if shard is not None:
-            whole, log_share = shard.combine(statistics, rows, LN2 if via_triton else 1.0)
-        found = differentiate(rows, whole)
-        if found is None or x is None or not wanted:
+            statistics, log_share = shard.combine(own, rows, LN2 if via_triton else 1.0)
+        differentiated = differentiate(rows, statistics)
+        if differentiated is None or x is None or not wanted:
             continue
-        gradients, live = found
+        gradients, live = differentiated
         if shard is not None:
-            gradients = shard.gradients(gradients, statistics, whole, log_share, rows)
+            gradients = shard.gradients(gradients, own, statistics, log_share, rows)
             live = live & ~shard.absent
         index = None
         if skip_dead:
@@ -203,7 +201,7 @@ def over_chunks(
             d = narrow_rows(x, hidden_TD.dtype)
         else:
             d = rows_scratch(hidden_TD, len(index), vocabulary)
-        logprob_backward(x, d, target, statistics, gradients, uncut, index)
+        logprob_backward(x, d, target, own, gradients, uncut, index)
         if needs.need_bias:
             d_bias_V += d.sum(0, dtype=dtype)
         if needs.need_hidden and index is None:

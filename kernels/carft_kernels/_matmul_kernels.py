@@ -164,7 +164,7 @@ def tile_mask(mask, rows, columns, m, n, MASK: tl.constexpr):
 
 
 # The number of rows, which every packed batch changes, is not compiled in. n, the vocabulary, is: it stays what it is.
-@triton.jit(do_not_specialize=["m"])
+@triton.jit(do_not_specialize=["m"], do_not_specialize_on_alignment=["target"])
 def matmul_lse_kernel(
     a,
     b,
@@ -227,7 +227,7 @@ def matmul_lse_kernel(
         tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < m)
 
 
-@triton.jit(do_not_specialize=["m", "ignore_index"])
+@triton.jit(do_not_specialize=["m", "ignore_index"], do_not_specialize_on_alignment=["target"])
 def combine_kernel(
     top,
     total,
@@ -334,28 +334,15 @@ def matmul_logprob(
         top, total = (a_MK.new_empty(blocks, len(a), dtype=torch.float32) for _ in range(2))
         tiles = top, total, torch.empty_like(total) if with_entropy else None
         logits = None if logits_MN is None else logits_MN[rows]
+        row_factor = None if row_factor_M is None else row_factor_M[rows]
+        inputs = bias_N, row_factor, column_factor_N, mask if mask is None or mask.ndim == 1 else mask[rows], target
+        strides = a_MK.stride(0), b_NK.stride(0), 0 if logits is None else logits.stride(0)
         launch(
             matmul_lse_kernel,
             triton.cdiv(len(a), config.block_m) * blocks,
-            operand(a, config.block_m, config),
-            b,
-            bias_N,
-            None if row_factor_M is None else row_factor_M[rows],
-            column_factor_N,
-            mask if mask is None or mask.ndim == 1 else mask[rows],
-            target,
-            *tiles,
-            target_logit,
-            logits,
-            len(a),
-            n,
-            k,
-            a_MK.stride(0),
-            b_NK.stride(0),
-            0 if logits is None else logits.stride(0),
-            scale,
-            options.logit_softcap,
-            NORMS=row_factor_M is not None,
+            *(operand(a, config.block_m, config), b, *inputs, *tiles, target_logit, logits),
+            *(len(a), n, k, *strides, scale, options.logit_softcap),
+            NORMS=row_factor is not None,
             BIAS=bias_N is not None,
             MASK=0 if mask is None else mask.ndim,
             ENTROPY=with_entropy,
@@ -364,17 +351,8 @@ def matmul_logprob(
         launch(
             combine_kernel,
             triton.cdiv(len(a), COMBINE_CONFIG["ROWS"]),
-            *tiles,
-            target_logit,
-            target,
-            *(x[rows] for x in found),
-            len(a),
-            n,
-            blocks,
-            options.ignore_index,
-            scale,
-            target_limit,
-            logprob_limit,
+            *(*tiles, target_logit, target, *(x[rows] for x in found)),
+            *(len(a), n, blocks, options.ignore_index, scale, target_limit, logprob_limit),
             ENTROPY=with_entropy,
             **COMBINE_CONFIG,
         )

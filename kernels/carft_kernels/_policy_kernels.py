@@ -230,10 +230,7 @@ def policy_terms(
     launch(
         policy_kernel,
         programs,
-        *tensors,
-        partial,
-        len(logprob_T),
-        *bounds,
+        *(*tensors, partial, len(logprob_T), *bounds),
         CISPO=terms.loss == "cispo",
         HAS_REF=ref_logprob_T is not None,
         K2=terms.kl_estimate == "k2",

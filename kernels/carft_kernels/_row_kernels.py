@@ -387,7 +387,8 @@ def logprob_bwd_kernel(
 
 def narrow_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """[rows, V] of `dtype` in the memory of float32 rows, each at the beginning of its own: for their gradient."""
-    return x.view(dtype)[:, : x.shape[1]]
+    vocabulary = x.shape[1]
+    return x[:, : -(-vocabulary * dtype.itemsize // x.itemsize)].view(dtype)[:, :vocabulary]
 
 
 def split_index(index_N: Tensor, size: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -489,14 +490,8 @@ def logprob_forward(logits_TV: Tensor, target_T: Tensor, options: RowOptions, wi
         launch(
             logprob_fwd_kernel,
             tokens,
-            logits_TV,
-            target_T,
-            *found,
-            vocabulary,
-            logits_TV.stride(0),
-            LOG2E / options.temperature,
-            options.ignore_index,
-            options.logit_softcap,
+            *(logits_TV, target_T, *found, vocabulary, logits_TV.stride(0)),
+            *(LOG2E / options.temperature, options.ignore_index, options.logit_softcap),
             ENTROPY=with_entropy,
             **row_config(logits_TV.dtype),
         )
@@ -545,21 +540,9 @@ def logprob_backward(
     launch(
         logprob_bwd_kernel,
         len(out_NV),
-        logits_TV,
-        out_NV,
-        index_N,
-        target_T,
-        statistics.top_T,
-        statistics.log_total_T,
-        statistics.entropy_T,
-        *gradients,
-        logits_TV.shape[1],
-        logits_TV.stride(0),
-        out_NV.stride(0),
-        LOG2E / options.temperature,
-        1 / options.temperature,
-        options.ignore_index,
-        options.logit_softcap,
+        *(logits_TV, out_NV, index_N, target_T, statistics.top_T, statistics.log_total_T, statistics.entropy_T),
+        *(*gradients, logits_TV.shape[1], logits_TV.stride(0), out_NV.stride(0)),
+        *(LOG2E / options.temperature, 1 / options.temperature, options.ignore_index, options.logit_softcap),
         COMPACT=index_N is not None,
         NARROW=narrow,
         ENTROPY=gradients.d_entropy_T is not None,
@@ -600,7 +583,9 @@ def _logprob_backward_torch(
         if slope is not None:
             d.mul_(slope)
         zero_rows_(d, ignored_T[at])
-        out_NV[rows] = d.to(out_NV.dtype)  # a copy first: a narrow row overlaps its own logits
+        out = out_NV[rows]
+        if d.dtype != out.dtype or d.data_ptr() != out.data_ptr():
+            out.copy_(d.to(out.dtype))  # a copy first: a narrow row overlaps its own logits
 
 
 def zero_rows_(x: Tensor, rows: Tensor) -> None:

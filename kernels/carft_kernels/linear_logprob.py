@@ -2,11 +2,11 @@
 
     x_t = (hidden_t weight^T + bias) / temperature, the logits soft-capped first if asked, then as token_logprob
 
-Kept for backward: the inputs. Cost in units of F = 2 T V D: 1 without gradient, 4 with, since backward computes the
-logits again. Both passes are the loop over chunks of tokens in `_head.py`; without a gradient Triton streams tiles of
-logits through registers and never writes one. Accumulation: float32 for d_weight and for everything past the matmul
-(float64 for float64 input), and d_hidden is one matmul over the whole vocabulary, so it is never summed in half
-precision.
+Kept for backward: the inputs and their statistics. Cost in units of F = 2 T V D: 1 without gradient, 4 with, since
+backward computes the logits again. Both passes are the loop over chunks of tokens in `_head.py`; without a gradient
+Triton streams tiles of logits through registers and never writes one. Accumulation: float32 for d_weight and for
+everything past the matmul (float64 for float64 input), and d_hidden is one matmul over the whole vocabulary, so it is
+never summed in half precision.
 """
 
 from typing import Any, Literal, NamedTuple, Unpack, overload
@@ -53,11 +53,11 @@ class _Wanted(NamedTuple):
 
 
 _FORWARD = Head, RowOptions, Parts, _Wanted
-_BACKWARD = Head, RowOptions, Parts, RowGradients, Needs
+_BACKWARD = Head, RowStatistics, RowOptions, Parts, RowGradients, Needs
 
 
-def _logprob(head: Head, options: RowOptions, parts: Parts, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor]:
-    """log-prob, entropy and log-sum-exp (empty unless asked)."""
+def _logprob(head: Head, options: RowOptions, parts: Parts, wanted: _Wanted) -> tuple[Tensor, ...]:
+    """The tokens' statistics, and log-sum-exp (empty unless asked)."""
     log_implementation("linear_logprob", options.via_triton, head.hidden_TD.device.type)
     if parts.group is None:
         check_targets("target_T", head.target_T, head.weight_VD.shape[0], options.ignore_index)
@@ -68,32 +68,37 @@ def _logprob(head: Head, options: RowOptions, parts: Parts, wanted: _Wanted) -> 
             whole_T[rows] = part
 
     over_chunks(head, options, parts, keep, Needs(False, False, False), with_entropy=wanted.with_entropy)
-    lse_T = found_T.lse(options) if wanted.with_lse else found_T.top_T.new_empty(0)
-    return found_T.logprob_T, found_T.entropy_T, lse_T
+    return *found_T, found_T.lse(options) if wanted.with_lse else found_T.top_T.new_empty(0)
 
 
-def _fake(head: Head, _: RowOptions, __: Parts, wanted: _Wanted) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(head: Head, _: RowOptions, __: Parts, wanted: _Wanted) -> tuple[Tensor, ...]:
     found_T = RowStatistics.empty(head.hidden_TD, wanted.with_entropy)
-    return found_T.logprob_T, found_T.entropy_T, found_T.top_T.new_empty(len(found_T.top_T) if wanted.with_lse else 0)
+    return *found_T, found_T.top_T.new_empty(len(found_T.top_T) if wanted.with_lse else 0)
 
 
 def _gradient(
-    head: Head, options: RowOptions, parts: Parts, gradients: RowGradients, needs: Needs
+    head: Head, known: RowStatistics, options: RowOptions, parts: Parts, gradients: RowGradients, needs: Needs
 ) -> tuple[Tensor, ...]:
     """d_hidden, d_weight, d_bias; empty where not needed."""
     counted_T = head.target_T != options.ignore_index
+
+    def given(rows: slice, _: RowStatistics) -> tuple[RowGradients, Tensor]:
+        return gradients.at(rows), counted_T[rows]
+
+    # of a shard the statistics are found again: those known are of the whole vocabulary
     found = over_chunks(
         head,
         options,
         parts,
-        lambda rows, _: (gradients.at(rows), counted_T[rows]),
+        given,
         needs,
-        with_entropy=gradients.d_entropy_T is not None,
+        with_entropy=parts.group is not None and gradients.d_entropy_T is not None,
+        known=known if parts.group is None else None,
     )
     return tuple(d.to(head.hidden_TD.dtype) for d in found)
 
 
-_forward = define_operator("linear_logprob", _FORWARD, "(Tensor, Tensor, Tensor)", _logprob, _fake)
+_forward = define_operator("linear_logprob", _FORWARD, f"({', '.join(['Tensor'] * 5)})", _logprob, _fake)
 _backward = define_operator(
     "linear_logprob_backward",
     _BACKWARD,
@@ -105,19 +110,22 @@ _backward = define_operator(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     head, *ctx.rest = unflatten(_FORWARD, inputs)
+    *statistics, _ = output
     ctx.set_materialize_grads(False)  # no zeros for the outputs that carry no gradient
-    ctx.save_for_backward(*head, output[0])
+    ctx.mark_non_differentiable(*statistics[2:])
+    ctx.save_for_backward(*head, *statistics)
 
 
 def _autograd(
-    ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, d_lse_T: Tensor | None
+    ctx: Any, d_logprob_T: Tensor | None, d_entropy_T: Tensor | None, _top: None, _total: None, d_lse_T: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    *head, logprob_T = ctx.saved_tensors
+    hidden_TD, weight_VD, bias, target_T, *statistics = ctx.saved_tensors
     need_hidden, need_weight, need_bias, *rest = ctx.needs_input_grad
     needs = Needs(need_hidden, need_weight, need_bias)
     options, parts, _ = ctx.rest
-    gradients = RowGradients.given(d_logprob_T, d_entropy_T, d_lse_T, logprob_T)
-    found = _backward(*head, *options, *parts, *gradients, *needs)
+    gradients = RowGradients.given(d_logprob_T, d_entropy_T, d_lse_T, statistics[0])
+    head = Head(hidden_TD, weight_VD, bias, target_T)
+    found = _backward(*head, *statistics, *options, *parts, *gradients, *needs)
     return *(d if need else None for d, need in zip(found, needs, strict=True)), *([None] * len(rest))
 
 
@@ -220,6 +228,6 @@ def linear_logprob(
         *("linear_logprob", hidden_TD, weight_VD, bias, target_T),
         *(temperature, logit_softcap, top_k, top_p, ignore_index, chunk_tokens, group, impl),
     )
-    logprob_T, entropy_T, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
+    logprob_T, entropy_T, _, _, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

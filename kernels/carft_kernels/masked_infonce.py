@@ -322,28 +322,15 @@ def _backward(
     for rows in chunks:
         a = anchor_ND[rows]
         d = scratch[: len(a)]
+        masks = mask if mask is None or mask.ndim == 1 else mask[rows]
         launch(
             infonce_gradient_kernel,
             triton.cdiv(len(a), config.block_m) * triton.cdiv(m, config.block_n),
-            operand(a, config.block_m, config),
-            candidates,
-            inverse_N[rows],
-            inverse_M,
-            mask if mask is None or mask.ndim == 1 else mask[rows],
-            positive_N[rows],
-            top_N[rows],
-            log_total_N[rows],
-            row_scale_N[rows],
+            *(operand(a, config.block_m, config), candidates, inverse_N[rows], inverse_M, masks),
+            *(x[rows] for x in (positive_N, top_N, log_total_N, row_scale_N)),
             column_scale_M,
-            d,
-            len(a),
-            m,
-            a.shape[1],
-            a.stride(0),
-            candidate_MD.stride(0),
-            d.stride(0),
-            LOG2E / temperature,
-            positive_clamp,
+            *(d, len(a), m, a.shape[1], a.stride(0), candidate_MD.stride(0), d.stride(0)),
+            *(LOG2E / temperature, positive_clamp),
             MASK=0 if mask is None else mask.ndim,
             **config.launch(anchor_ND.dtype),
         )

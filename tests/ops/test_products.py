@@ -74,7 +74,7 @@ def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
         options = RowOptions(1.0, None, *top, -100, via_triton)
         rest = (*options, T, None, V, vector, None, None, *[True] * 3)
-        gradients = backward(hidden, weight, bias, target, *rest)
+        gradients = backward(hidden, weight, bias, target, *[vector] * 4, *rest)
     assert [g.dtype for g in gradients] == [dtype] * 3
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * (2 if via_triton else 3)
     if via_triton:
@@ -95,7 +95,7 @@ def test_flop_of_the_products_on_cuda_are_counted(largest_tensor: Any) -> None:
     with largest_tensor:
         backward = OPDEFS["carft::linear_logprob_backward"]._init_fn
         options = (*RowOptions(1.0, None, 0, 1.0, -100, False), T, None, V, vector, None, None, True, True, False)
-        backward(hidden, weight, None, target, *options)
+        backward(hidden, weight, None, target, *[vector] * 4, *options)
     assert largest_tensor.matmul_flops == 3 * 2 * T * V * D
 
 

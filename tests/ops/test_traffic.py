@@ -62,7 +62,7 @@ def test_each_logit_of_the_head_is_written_once_read_once_and_overwritten(
         with count_traffic() as traffic:
             loss.backward()
     else:
-        vectors = {"advantage_T": ones, "old_logprob_T": None, "weight_T": ones}
+        vectors: Any = {"advantage_T": ones, "old_logprob_T": None, "weight_T": ones}
         with count_traffic() as traffic:
             ck.linear_policy_loss(hidden, weight, target, **vectors, impl="triton")
     loaded, stored = traffic.distinct("load") - operands, traffic.distinct("store")

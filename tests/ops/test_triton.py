@@ -362,12 +362,12 @@ def test_both_operators_have_the_same_logits_to_the_bit(dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("vocabulary", [5, 2048, 6151])
+@pytest.mark.parametrize("vocabulary", [5, 2048, 4103])
 def test_gradients_over_their_own_logits(vocabulary: int, dtype: torch.dtype) -> None:
     """Rows of several tiles, and of none: half precision overwrites the float32 row that it is made of."""
-    target = randint(2, vocabulary, 6)
-    target[3] = -100
-    inputs = tuple(randn(i, n, 16, scale=0.7).to(dtype) for i, n in enumerate((6, vocabulary)))
+    target = randint(2, vocabulary, 3)
+    target[1] = -100
+    inputs = tuple(randn(i, n, 16, scale=0.7).to(dtype) for i, n in enumerate((3, vocabulary)))
 
     def plain(h: Tensor, w: Tensor) -> Tensor:
         logprob, _ = linear_logprob_reference(h, w, target)

@@ -26,7 +26,7 @@ COST = ModelCost(
     linear_width=400,
 )
 # The inputs of four layers in float32, and twice a layer's linear inputs and outputs in bfloat16. The LM head's are
-# less: 500 x 60 logits of 6 bytes, 600 weights of 2 and 4.
+# less: 500 x 60 logits of 4 bytes, 600 weights of 2 and 4.
 ACTIVATIONS = 1000 * (4 * 10 * 4 + 2 * 100 * 2)
 
 
