@@ -348,7 +348,7 @@ def other_cases() -> list[Case]:
             "",
             "small",
             dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64")
-            | {"steps": "*i8", "first": "i32", "mask_a": "*u8", "mask_b": "*u8"},
+            | {"rows_of_bits": "*i32", "first": "i32", "mask_a": "*u8", "mask_b": "*u8"},
             {"num_warps": 1},
         ),
     ]
@@ -407,7 +407,7 @@ def other_cases() -> list[Case]:
                 lcs_table_kernel,
                 f"up to {longest} tokens",
                 "small",
-                dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64") | {"steps": "*i8", "first": "i32"},
+                dict.fromkeys(("a", "a_cu", "b", "b_cu", "tables"), "*i64") | {"rows_of_bits": "*i32", "first": "i32"},
                 table_config(longest),
             )
         )

@@ -220,7 +220,7 @@ def policy_terms(
     vectors = TokenVectors(advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T)
     if not via_triton:
         d_logprob_T, sums = policy_terms_torch(logprob_T, vectors, terms, entropy_T)
-        stats += torch.stack(sums)
+        stats[: len(sums)].add_(torch.stack(sums))
         return d_logprob_T
     d_logprob_T = torch.empty_like(logprob_T, dtype=torch.float32)
     tensors = logprob_T, old_logprob_T, advantage_T, weight_T, correction_T, ref_logprob_T, entropy_T, d_logprob_T
@@ -287,10 +287,8 @@ def policy_terms_torch(
             slope, kl = slope.masked_fill(kl > terms.kl_clamp, 0.0), kl.clamp(max=terms.kl_clamp)
         token_loss = token_loss + terms.kl_coef * kl
         d = d - terms.kl_coef * slope
-    entropy_sum = weight_T.new_zeros(())
     if entropy_T is not None:
         token_loss = token_loss - terms.entropy_coef * entropy_T
-        entropy_sum = entropy_T.sum()
     approx_kl = log_ratio.expm1().sub_(log_ratio).sum()
-    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl, entropy_sum]
-    return d.mul_(weight_T), sums
+    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl]
+    return d.mul_(weight_T), sums if entropy_T is None else [*sums, entropy_T.sum()]

@@ -6,9 +6,9 @@ Of the subsequences of that length, the one found from the end: a pair of equal 
 token of `a` goes if L[i-1, j] > L[i, j-1], else that of `b`, ties too. The published code follows the same rule, on
 whole rows; here a caller passes what should be compared, completions only. Source: paper eq. 8.
 
-What the walk back needs of L is one bit a cell, whether it exceeds its left neighbour. Torch: that row of bits is one
-integer, and a whole row costs a handful of operations on it (Hyyrö 2004), O(n m / 64) in all. Triton: one program a
-pair, a row at a time; then one program a pair walks back.
+What the walk back needs of L is one bit a cell, whether it exceeds its left neighbour. That row of bits is one integer,
+and a whole row costs a handful of operations on it (Hyyrö 2004): O(n m / 64) in all. Triton: one program a pair, a row
+at a time, in words of 32 columns whose carries one scan finds; then one program a pair walks back.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -84,44 +84,49 @@ def _common_positions(x: list[int], y: list[int]) -> tuple[list[int], list[int]]
 
 
 @triton.jit
-def _larger(x, y):
-    return tl.maximum(x, y)
+def _carries(generate_a, propagate_a, generate_b, propagate_b):
+    """Whether two neighbours, a the lower, pass a carry on: one of their own, and one that comes to them."""
+    return generate_b | (propagate_b & generate_a), propagate_a & propagate_b
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["b_cu", "tables"])
-def lcs_table_kernel(a, a_cu, b, b_cu, steps, tables, first, BLOCK: tl.constexpr):
-    """One program a pair. steps[i, j] = L[i + 1, j + 1] - L[i + 1, j]."""
+def lcs_table_kernel(a, a_cu, b, b_cu, rows_of_bits, tables, first, WORDS: tl.constexpr):
+    """One program a pair. Bit j % 32 of rows_of_bits[i, j // 32] is 0 where L[i + 1, j + 1] = L[i + 1, j] + 1."""
     pair = first + tl.program_id(0)
     a_start = tl.load(a_cu + pair)
     b_start = tl.load(b_cu + pair)
     rows = tl.load(a_cu + pair + 1) - a_start
     columns = tl.load(b_cu + pair + 1) - b_start
-    out = steps + tl.load(tables + tl.program_id(0))
-    j = tl.arange(0, BLOCK)
+    words = (columns + 31) // 32
+    out = rows_of_bits + tl.load(tables + tl.program_id(0))
+    w = tl.arange(0, WORDS)
+    k = tl.arange(0, 32)
+    j = w[:, None] * 32 + k[None, :]
     inside = j < columns
     tokens = tl.load(b + b_start + j, mask=inside, other=0)
-    above = tl.zeros([BLOCK], tl.int32)
-    above_left = tl.zeros([BLOCK], tl.int32)
+    one = tl.where(inside, 1, 0).to(tl.uint32) << k[None, :].to(tl.uint32)
+    bits = tl.full([WORDS], 0xFFFFFFFF, tl.int64)
     for i in range(rows):
-        same = inside & (tokens == tl.load(a + a_start + i))
-        # L[i, j] is the largest, over the columns up to j, of what comes from above and along the diagonal
-        here = tl.associative_scan(tl.maximum(above, tl.where(same, above_left + 1, 0)), 0, _larger)
-        left = tl.where(j == 0, 0, tl.gather(here, tl.maximum(j - 1, 0), 0))
-        tl.store(out + i * columns + j, (here - left).to(tl.int8), mask=inside)
-        above = here
-        above_left = left
+        same = tokens == tl.load(a + a_start + i)
+        matching = bits & tl.sum(tl.where(same, one, 0), 1).to(tl.int64)
+        total = bits + matching
+        full = (total & 0xFFFFFFFF) == 0xFFFFFFFF
+        carries, _ = tl.associative_scan(((total >> 32).to(tl.int32), full.to(tl.int32)), 0, _carries)
+        carry = tl.where(w == 0, 0, tl.gather(carries, tl.maximum(w - 1, 0), 0))
+        bits = (total + carry | bits - matching) & 0xFFFFFFFF
+        tl.store(out + i * words + w, bits.to(tl.int32), mask=w < words)
 
 
 @triton.jit(do_not_specialize=["first"], do_not_specialize_on_alignment=["b_cu", "tables"])
-def lcs_walk_kernel(a, a_cu, b, b_cu, steps, tables, first, mask_a, mask_b):
+def lcs_walk_kernel(a, a_cu, b, b_cu, rows_of_bits, tables, first, mask_a, mask_b):
     """One program a pair, from the last cell of its table to an edge."""
     pair = first + tl.program_id(0)
     a_start = tl.load(a_cu + pair)
     b_start = tl.load(b_cu + pair)
     i = tl.load(a_cu + pair + 1) - a_start
     j = tl.load(b_cu + pair + 1) - b_start
-    columns = j
-    table = steps + tl.load(tables + tl.program_id(0))
+    words = (j + 31) // 32
+    table = rows_of_bits + tl.load(tables + tl.program_id(0))
     while (i > 0) & (j > 0):
         if tl.load(a + a_start + i - 1) == tl.load(b + b_start + j - 1):
             i -= 1
@@ -129,25 +134,25 @@ def lcs_walk_kernel(a, a_cu, b, b_cu, steps, tables, first, mask_a, mask_b):
             tl.store(mask_a + a_start + i, 1)
             tl.store(mask_b + b_start + j, 1)
         else:
-            step = tl.load(table + (i - 1) * columns + j - 1).to(tl.int64)
-            i -= step
-            j -= 1 - step
+            bit = tl.load(table + (i - 1) * words + (j - 1) // 32).to(tl.int64) >> (j - 1) % 32 & 1
+            i -= 1 - bit
+            j -= bit
 
 
 def table_config(longest_b: int) -> dict[str, int]:
-    block = max(32, triton.next_power_of_2(longest_b))
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+    words = max(2, triton.next_power_of_2(triton.cdiv(longest_b, 32)))
+    return {"WORDS": words, "num_warps": max(1, min(16, words // 16))}
 
 
-def _groups(cells: list[int]) -> list[tuple[int, int]]:
+def _groups(words: list[int]) -> list[tuple[int, int]]:
     """Ranges of pairs whose tables fit the scratch together; one pair always makes a group."""
     groups, start, used = [], 0, 0
-    for pair, size in enumerate(cells):
-        if used + size > _TABLE_BYTES and pair > start:
+    for pair, size in enumerate(words):
+        if 4 * (used + size) > _TABLE_BYTES and pair > start:
             groups.append((start, pair))
             start, used = pair, 0
         used += size
-    return [*groups, (start, len(cells))]
+    return [*groups, (start, len(words))]
 
 
 # offsets of the device are read back, which no CUDA graph can hold
@@ -179,15 +184,15 @@ def _lcs_mask(
         mask_a[to_device(in_a, a.device)] = True
         mask_b[to_device(in_b, b.device)] = True
         return mask_a, mask_b
-    cells = [(a_end - a_start) * (b_end - b_start) for (a_start, a_end), (b_start, b_end) in pairs]
-    if not any(cells):
+    words = [(a_end - a_start) * triton.cdiv(b_end - b_start, 32) for (a_start, a_end), (b_start, b_end) in pairs]
+    if not any(words):
         return mask_a, mask_b
-    groups = _groups(cells)
-    starts = [start for first, end in groups for start in itertools.accumulate([0, *cells[first : end - 1]])]
+    groups = _groups(words)
+    starts = [start for first, end in groups for start in itertools.accumulate([0, *words[first : end - 1]])]
     a_cu, b_cu, tables = to_device([a_offsets, b_offsets, [*starts, 0]], a.device)
     for first, end in groups:
-        steps = a.new_empty(sum(cells[first:end]), dtype=torch.int8)
-        shared = a, a_cu, b, b_cu, steps, tables[first:], first
+        rows_of_bits = a.new_empty(sum(words[first:end]), dtype=torch.int32)
+        shared = a, a_cu, b, b_cu, rows_of_bits, tables[first:], first
         launch(lcs_table_kernel, end - first, *shared, **table_config(longest_b))
         launch(lcs_walk_kernel, end - first, *shared, mask_a.view(torch.uint8), mask_b.view(torch.uint8), num_warps=1)
     return mask_a, mask_b

@@ -195,7 +195,7 @@ def _policy_forward(
         d_logprob_T, sums = policy_terms_torch(logprob_T, vectors, terms)
     if cu_seqlens is not None:
         d_logprob_T = _sequence_mean(d_logprob_T, None, weight_T, cu_seqlens, via_triton)
-    total, count, outside, kl, _ = sums
+    total, count, outside, kl, *_ = sums
     count = count.clamp(min=1)
     return total, d_logprob_T, (outside / count).to(dtype), kl / count
 

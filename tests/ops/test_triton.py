@@ -674,12 +674,40 @@ def test_whiten(seed: int, tokens: int, masked: bool, eps: float) -> None:
 
 
 @FEW
-@given(seed=seeds, lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=4))
-def test_lcs_mask(seed: int, lengths: list[tuple[int, int]]) -> None:
+@given(
+    seed=seeds,
+    letters=st.sampled_from([1, 2, 5, 300]),
+    lengths=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 100)), min_size=1, max_size=4),
+)
+def test_lcs_mask(seed: int, letters: int, lengths: list[tuple[int, int]]) -> None:
     a_lengths, b_lengths = ([pair[side] for pair in lengths] for side in (0, 1))
-    a, b = randint(seed, 5, sum(a_lengths)), randint(seed + 1, 5, sum(b_lengths))
+    a, b = randint(seed, letters, sum(a_lengths)), randint(seed + 1, letters, sum(b_lengths))
     arguments = (a, offsets(a_lengths), b, offsets(b_lengths))
     for ours, expected in zip(ck.lcs_mask(*arguments, impl="triton"), lcs_mask_reference(*arguments), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("columns", [31, 32, 33, 64, 1025, 1100])
+def test_lcs_mask_across_words(columns: int) -> None:
+    """Carries that run through whole words and stop at their edges: one letter, two, blocks, equal, nothing equal."""
+    same, period = torch.zeros(columns, dtype=torch.int64), torch.arange(columns) % 2
+    blocks = torch.arange(columns) // 32 % 2
+    rows = [
+        same[:5],
+        period[:9],
+        blocks[:70],
+        torch.tensor([1] * 4 + [0] * 4),
+        torch.arange(columns)[-40:],
+        same[:3] + 7,
+    ]
+    others = [same, same, blocks, 1 - blocks, torch.arange(columns), period]
+    far = torch.arange(columns) % 33 == 32  # matches one above each word's edge
+    rows, others = [*rows, same[:6] + 1], [*others, far.long()]
+    arguments = (torch.cat(rows), offsets([*map(len, rows)]), torch.cat(others), offsets([*map(len, others)]))
+    a, a_cu, b, b_cu = (x.to(DEVICE) for x in arguments)
+    with guarded() if INTERPRETED else nullcontext():
+        found = ck.lcs_mask(a, a_cu, b, b_cu, impl="triton")
+    for ours, expected in zip(found, lcs_mask_reference(a, a_cu, b, b_cu), strict=True):
         assert torch.equal(ours, expected)
 
 
