@@ -317,7 +317,7 @@ def token_chunks(tokens: int, most: int) -> list[slice]:
     within one token where `most` is below 1,024."""
     block = 128 if most >= 1024 else 1
     blocks = -(-tokens // block)
-    count = max(1, -(-blocks // (most // block)))
+    count = 1 if tokens <= most else -(-blocks // (most // block))
     edges = [min(i * blocks // count * block, tokens) for i in range(count + 1)]
     return [slice(s, e) for s, e in itertools.pairwise(edges) if s < e]
 

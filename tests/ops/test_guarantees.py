@@ -81,7 +81,7 @@ def test_chunks_are_equal_and_as_few_as_it_takes(tokens: int, most: int) -> None
     assert all(0 < size <= most for size in sizes)
     assert all(c.start % block == 0 for c in chunks)
     assert max(sizes, default=0) - min(sizes, default=0) < 2 * block
-    assert len(chunks) == -(-tokens // (most // block * block))
+    assert len(chunks) == (min(tokens, 1) if tokens <= most else -(-tokens // (most // block * block)))
 
 
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256, 152_064, 202_048, 262_144])
@@ -93,6 +93,7 @@ def test_chunks_of_a_gpu_are_large_enough_for_the_gradient_of_the_weight(vocabul
     assert n * vocabulary * 4 <= 3 << 30
     assert chunk_size(1000, vocabulary, torch.device("cuda")) == 1000
     assert vocabulary > 152_064 or n == 4096
+    assert token_chunks(1500, chunk_size(1500, vocabulary, torch.device("cuda"))) == [slice(0, 1500)]
 
 
 def test_chunk_tokens_bounds_the_scratch(largest_tensor: Any) -> None:
