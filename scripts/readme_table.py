@@ -9,7 +9,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
 
-from benchmarks.op_cases import PLAIN  # noqa: E402
+from benchmarks.ops.cases import PLAIN  # noqa: E402
 from benchmarks.rows import RESULTS, Row, read  # noqa: E402
 from carft_fast.reports import number  # noqa: E402
 

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks import gpu
-from benchmarks.op_cases import CASES, PLAIN, check_cases
+from benchmarks.ops.cases import CASES, PLAIN, check_cases
 from benchmarks.rows import read
 from tests.gpu_path import test_gpu_path
 
