@@ -183,8 +183,8 @@ def linear_logprob(
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
-        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
-            logits hold; on a CPU what 32 MB hold.
+        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096 as far as 3 GiB hold their
+            float32 logits, or what 1 GiB holds if that is more; on a CPU what 32 MB hold.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:

@@ -215,8 +215,8 @@ def linear_policy_loss(
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
-        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
-            logits hold; on a CPU what 32 MB hold.
+        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096 as far as 3 GiB hold their
+            float32 logits, or what 1 GiB holds if that is more; on a CPU what 32 MB hold.
         skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.
