@@ -38,7 +38,6 @@ from carft_kernels._runtime import (
     product,
     rows_scratch,
     token_chunks,
-    use_triton,
     wide_matmul,
 )
 from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_shard
@@ -80,24 +79,11 @@ class Parts(NamedTuple):
 
 
 def checked_head(
-    operator: str,
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
-    bias: Tensor | None,
-    target_T: Tensor,
-    temperature: float,
-    logit_softcap: float | None,
-    top_k: int,
-    top_p: float,
-    ignore_index: int,
-    chunk_tokens: int | None,
-    group: dist.ProcessGroup | None,
-    impl: str,
-) -> tuple[Head, RowOptions, Parts]:
+    head: Head, options: RowOptions, chunk_tokens: int | None, group: dist.ProcessGroup | None
+) -> tuple[Head, Parts]:
     """Both operators' arguments. Raises ValueError."""
+    hidden_TD, weight_VD, bias, target_T = head
     check_float("hidden_TD", hidden_TD, 2)
-    via_triton = use_triton(operator, impl, hidden_TD)
-    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
     weight_VD, bias = own_shard(weight_VD, bias, group)
     check_float("weight_VD", weight_VD, 2)
     tokens, vocabulary = len(hidden_TD), len(weight_VD)
@@ -110,11 +96,11 @@ def checked_head(
     target_T = options.checked("target_T", target_T, "hidden_TD", hidden_TD)
     if group is not None and options.cuts:
         raise ValueError(
-            f"top_k = {top_k}, top_p = {top_p}: not with a group, whose ranks see a part of the logits each"
+            f"top_k = {options.top_k}, top_p = {options.top_p}: not with a group, each of whose ranks sees some logits"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
-    if via_triton:
+    if options.via_triton:
         check_rows("hidden_TD", hidden_TD)
         check_rows("weight_VD", weight_VD)
     if group is None:
@@ -124,7 +110,7 @@ def checked_head(
         if vocabulary == 0:  # a row of zeros, which the kernels need; it is left out of every result
             weight_VD = torch.nn.functional.pad(weight_VD, (0, 0, 0, 1))
             bias = None if bias is None else torch.nn.functional.pad(bias, (0, 1))
-    return Head(hidden_TD, weight_VD, bias, target_T), options, parts
+    return Head(hidden_TD, weight_VD, bias, target_T), parts
 
 
 Differentiate = Callable[[slice, RowStatistics], tuple[RowGradients, Tensor] | None]
@@ -167,17 +153,23 @@ def over_chunks(
     scratch = None
     if via_triton and not streamed:
         scratch = rows_scratch(hidden_TD, most_rows(chunks), vocabulary, dtype)
+    found: RowStatistics | None
     for rows in chunks:
         h, target = hidden_TD[rows], target_T[rows]
         if via_triton:
             x = None if scratch is None else scratch[: len(h)]
-            found = matmul_logprob(h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x)
+            found: RowStatistics | None = matmul_logprob(
+                h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x
+            )
         else:
             x, found = head_logits(h, weight_VD, bias), None
         if x is not None and options.cuts:
             keep_top_(x, target, options)
             found = None
-        own = (known and known.at(rows)) or found or logprob_forward(x, target, uncut, with_entropy)
+        own = found if known is None else known.at(rows)
+        if own is None:
+            assert x is not None
+            own = logprob_forward(x, target, uncut, with_entropy)
         statistics = own
         if shard is not None:
             statistics, log_share = shard.combine(own, rows, LN2 if via_triton else 1.0)

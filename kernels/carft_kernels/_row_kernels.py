@@ -462,7 +462,8 @@ def kept_rows(logits_TV: Tensor, target_T: Tensor, options: RowOptions) -> Itera
     if not options.cuts:
         yield slice(None), logits_TV, options
         return
-    for rows in token_chunks(len(logits_TV), chunk_size(*logits_TV.shape, logits_TV.device)):
+    tokens, vocabulary = logits_TV.shape
+    for rows in token_chunks(tokens, chunk_size(tokens, vocabulary, logits_TV.device)):
         x = logits_TV[rows].clone()
         keep_top_(x, target_T[rows], options)
         yield rows, x, options.uncut()

@@ -298,7 +298,8 @@ def sequence_index(cu_seqlens: Tensor, tokens: int) -> Tensor:
 
 
 def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
-    """The most tokens of a chunk: float32 logits of 32 MB on a CPU, where its cache matters; 4,096 on a GPU.
+    """The most tokens of a chunk: float32 logits of 32 MB on a CPU, where its cache matters; 4,096 on a GPU, and more
+    where 1 GiB holds their logits.
 
     On a GPU every chunk but the first reads and writes the float32 d_weight, 8 bytes for every 6 FLOP a token: at 4,096
     tokens 10% of the time of the chunk's three products on an H100, by vendor's figures. Their logits take 2.5 GB at a
@@ -306,7 +307,7 @@ def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
     """
     vocabulary = max(vocabulary, 1)
     if device.type == "cuda":
-        most = min(4096, max(128, (3 << 28) // vocabulary // 128 * 128))
+        most = max(min(4096, (3 << 28) // vocabulary), (1 << 28) // vocabulary, 128) // 128 * 128
     else:
         most = max(32, (1 << 23) // vocabulary)
     return max(1, min(tokens, most))

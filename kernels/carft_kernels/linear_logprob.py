@@ -23,7 +23,7 @@ from carft_kernels._row_kernels import (
     RowStatistics,
     logprob_reference,
 )
-from carft_kernels._runtime import Impl, check_targets, define_operator, log_implementation, unflatten
+from carft_kernels._runtime import Impl, check_targets, define_operator, log_implementation, unflatten, use_triton
 
 
 def linear_logprob_reference(
@@ -202,8 +202,8 @@ def linear_logprob(
             are as likely as the last of them. In (0, 1]; 1 keeps every token. It sorts the logits.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
-        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
-            logits hold; on a CPU what 32 MB hold.
+        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096 as far as 3 GiB hold their
+            float32 logits, or what 1 GiB holds if that is more; on a CPU what 32 MB hold.
         group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
             this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
             on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states
@@ -224,10 +224,9 @@ def linear_logprob(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    head, options, parts = checked_head(
-        *("linear_logprob", hidden_TD, weight_VD, bias, target_T),
-        *(temperature, logit_softcap, top_k, top_p, ignore_index, chunk_tokens, group, impl),
-    )
+    via_triton = use_triton("linear_logprob", impl, hidden_TD)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
+    head, parts = checked_head(Head(hidden_TD, weight_VD, bias, target_T), options, chunk_tokens, group)
     logprob_T, entropy_T, _, _, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

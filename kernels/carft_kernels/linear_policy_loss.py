@@ -40,6 +40,7 @@ from carft_kernels._runtime import (
     log_implementation,
     scaled_gradient,
     unflatten,
+    use_triton,
 )
 from carft_kernels.linear_logprob import linear_logprob
 
@@ -267,8 +268,8 @@ def linear_policy_loss(
         temperature: divides the logits; above 0.
         ignore_index: a token with this target takes no part, whatever its state and its vectors hold: log-prob 0, no
             share in loss and metrics, no gradient to anything.
-        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096, or what 3 GiB of float32
-            logits hold; on a CPU what 32 MB hold.
+        chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096 as far as 3 GiB hold their
+            float32 logits, or what 1 GiB holds if that is more; on a CPU what 32 MB hold.
         skip_dead: leave tokens whose gradient is exactly zero out of the gradient's two matmuls. Their number is read
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.
@@ -300,10 +301,9 @@ def linear_policy_loss(
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
     """
-    head, options, parts = checked_head(
-        *("linear_policy_loss", hidden_TD, weight_VD, bias, target_T),
-        *(temperature, logit_softcap, top_k, top_p, ignore_index, chunk_tokens, group, impl),
-    )
+    via_triton = use_triton("linear_policy_loss", impl, hidden_TD)
+    options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
+    head, parts = checked_head(Head(hidden_TD, weight_VD, bias, target_T), options, chunk_tokens, group)
     if reference_hidden_TE is not None:
         if ref_logprob_T is not None:
             raise ValueError("ref_logprob_T and reference_hidden_TE are both given: expected one of them")
