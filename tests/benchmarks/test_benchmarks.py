@@ -301,12 +301,13 @@ def test_what_pytest_benchmark_measured_becomes_rows(tmp_path: Path) -> None:
     """Two runs; one operator is right, one wrong, one raises."""
     (tmp_path / "broken.py").write_text(WRONG_AND_BROKEN)
     files = [tmp_path / f"{turn}.json" for turn in (1, 2)]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     for file in files:
         words = ["-q", "benchmarks/ops", "-k", "(whiten or gae or kl_shaped) and not whiten-torch.compile"]
         words += ["--benchmark-min-rounds=2", "--benchmark-max-time=0.01", f"--benchmark-json={file}", "-p", "broken"]
         run = subprocess.run(
             [sys.executable, "-m", "pytest", *words],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
+            env=clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path)},
             cwd=ROOT,
             capture_output=True,
             text=True,
