@@ -158,9 +158,7 @@ def over_chunks(
         h, target = hidden_TD[rows], target_T[rows]
         if via_triton:
             x = None if scratch is None else scratch[: len(h)]
-            found: RowStatistics | None = matmul_logprob(
-                h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x
-            )
+            found = matmul_logprob(h, weight_VD, target, uncut, bias_N=bias, with_entropy=with_entropy, logits_MN=x)
         else:
             x, found = head_logits(h, weight_VD, bias), None
         if x is not None and options.cuts:
