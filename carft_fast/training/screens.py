@@ -50,7 +50,7 @@ def first_screen(run: Run, stages: Sequence[str], *, resume: bool) -> Table:
     count = torch.get_num_threads()
     threads = f", {count} thread{'s' * (count > 1)}" * (device.type == "cpu")
     several = f", {world_size()} processes, {strategy(config)}" * (world_size() > 1)
-    dtype = config.model.compute_dtype
+    dtype: str = config.model.compute_dtype
     if dtype == "bfloat16" and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         dtype += ", which this CPU computes many times slower than float32"
     table.add_row("device", f"{device}{on_gpu}{threads}{several}, {dtype}")
