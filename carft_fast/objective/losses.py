@@ -253,11 +253,13 @@ def contrastive_loss(z_2: Tensor, targets: ContrastTargets, config: ContrastiveC
     """The signals of `contrastive.mode`, weighed by `negative_weight` where there are both.
 
     z_2 [B, P, E] holds the rollouts' embeddings: whole, and for the negative signal common and excluded part, for
-    "answer" the state before the answer phrase. A rollout that a signal is not about has no part in it; a signal about
-    none is 0.
+    "answer" the state before the answer phrase, last. A rollout that a signal is not about has no part in it; a signal
+    about none is 0.
     """
-    if config.mode in ("positive", "answer"):
+    if config.mode == "answer":
         return positive_signal(z_2[:, -1], targets, config)
+    if config.mode == "positive":
+        return positive_signal(z_2[:, 0], targets, config)
     negative = negative_signal(z_2[:, 1], z_2[:, 2], targets, config)
     if config.mode == "negative":
         return negative
