@@ -81,9 +81,11 @@ def expected_from(lm: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def assert_holds(engine: VLLMEngine, lm: Any) -> None:
     found, expected = read_back(engine), expected_from(lm, engine._dtype)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(found[name].to(engine._dtype), tensor), name
+    assert found.keys() >= expected.keys()
+    for name, tensor in found.items():
+        # a CPU without AVX-512 does not pack in bfloat16, and has each weight as it is, too
+        known = expected[name] if name in expected else expected[f"{name} (packed)"]
+        assert torch.equal(tensor.to(engine._dtype), known), name
 
 
 @pytest.fixture
