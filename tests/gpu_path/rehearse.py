@@ -61,17 +61,18 @@ def stand_in_for_torch(audit: Audit) -> None:
 
 
 def cut_sizes() -> None:
-    from benchmarks import gpu, op_cases, ops
+    from benchmarks import gpu
+    from benchmarks.ops import cases, measure
 
     by = {"T": 32, "V": 64, "D": 16, "N": 2}
     loops = {"T": 32, "length": 16}
-    for i, case in enumerate(op_cases.CASES):
+    for i, case in enumerate(cases.CASES):
         shape = {name: max(size // by[name], 2) for name, size in case.shape.items() if name in by}
-        op_cases.CASES[i] = replace(case, shape=shape | (loops if "length" in case.shape else {}))
+        cases.CASES[i] = replace(case, shape=shape | (loops if "length" in case.shape else {}))
     checks = gpu.check_cases()
     checks = [(replace(c, shape=c.shape | loops) if "length" in c.shape else c, dtype) for c, dtype in checks]
     gpu.check_cases = lambda: checks
-    ops.FEWEST = ops.MOST = 2
+    measure.FEWEST = measure.MOST = 2
     gpu.ROWS, gpu.REPEATS = 8, 1
 
 
