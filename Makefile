@@ -95,7 +95,7 @@ bench: sampler build/peers
 # Five runs one after the other: the variants of an operator take turns. ARGS="--benchmark-timer=time.process_time" on a
 # machine with other work. One operator: pytest benchmarks/ops -k whiten
 bench-ops: sampler build/peers
-	rm -rf build/ops
+	rm -rf build/ops && mkdir -p build/ops
 	for turn in 1 2 3 4 5; do \
 		OMP_NUM_THREADS=1 PYTHONPATH=build/peers $(BIN)/python -m pytest -q benchmarks/ops --benchmark-quiet \
 			--benchmark-json=build/ops/$$turn.json --benchmark-min-rounds=2 --benchmark-max-time=0.4 \

@@ -216,9 +216,8 @@ def compare(
     else:
         if config is None or overrides:
             raise InputError("compare needs a config, or a study; overrides are a study's")
-        names = (
-            parse_methods(methods if isinstance(methods, str) else ",".join(methods)) if methods else DEFAULT_METHODS
-        )
+        given = methods if isinstance(methods, str) else ",".join(methods)
+        names = parse_methods(given) if given else DEFAULT_METHODS
         variants, chosen = expand(names, dict(map(parse_vary, vary)), config), chosen or [config.seed]
     console, folder = core.Console(), Path(output_dir or Path("runs") / f"{config.output.name}-compare")
     comparison = Comparison(

@@ -1,4 +1,4 @@
-"""The operators, each with a plain expression, torch.compile of it, and other libraries' ways; read by `ops`.
+"""The operators, each with a plain expression, torch.compile of it, and other libraries' ways; read by `measure`.
 
 Bytes and FLOPs are what the task cannot do without, whoever does it: a variant that recomputes is not credited for it.
 """

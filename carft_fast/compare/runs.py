@@ -269,9 +269,8 @@ class Comparison:
         for variant in self.variants:
             folder = self._folder(variant, seed)
             if (folder / "summary.json").is_file():
-                samples = (
-                    self.base.sft.batch_size if variant.stage == "sft" else self.config(variant, seed).rl.batch_size
-                )
+                config = self.config(variant, seed)
+                samples = config.sft.batch_size if variant.stage == "sft" else config.rl.batch_size
                 records = read_records(folder / "metrics.jsonl")
                 found.append(
                     trajectory(records, label=variant.label, method=variant.method, seed=seed, samples_per_step=samples)
