@@ -40,7 +40,8 @@ class _Backend(ABC):
     """Whether it does not know this run yet."""
 
     def __init__(self, config: Config, folder: Path, known_as: str | None) -> None:
-        self.config, self.folder, self.id = config, folder, known_as
+        # absolute: the process that serves wandb stays in the folder where the first run of this process began
+        self.config, self.folder, self.id = config, folder.absolute(), known_as
         self.name = redact(config.output.name)
         self.fresh = known_as is None
         self.tracker: Any = None

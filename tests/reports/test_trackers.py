@@ -36,27 +36,33 @@ def record(step: int, **values: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where each back end stores, with nothing that leaves the machine."""
-    root = tmp_path_factory.mktemp("places")
+def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "offline")
-        patch.setenv("MLFLOW_TRACKING_URI", f"file://{root}/mlflow")
-        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-        patch.setenv("FOLLOWED_API_KEY", SECRET)
-        for module in ("trackio.utils", "trackio.sqlite_storage"):  # read from TRACKIO_DIR when they are imported
-            patch.setattr(f"{module}.TRACKIO_DIR", root / "trackio")
-        yield root
+        yield patch
 
 
 @pytest.fixture(scope="module")
-def folder(places: Path) -> Path:
-    """Of a run that went on once, in another process as far as the back ends can tell."""
+def places(tmp_path_factory: pytest.TempPathFactory, patch: pytest.MonkeyPatch) -> Path:
+    """Where each back end stores, with nothing that leaves the machine."""
+    root = tmp_path_factory.mktemp("places")
+    patch.setenv("WANDB_MODE", "offline")
+    patch.setenv("MLFLOW_TRACKING_URI", f"file://{root}/mlflow")
+    patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    patch.setenv("FOLLOWED_API_KEY", SECRET)
+    for module in ("trackio.utils", "trackio.sqlite_storage"):  # read from TRACKIO_DIR when they are imported
+        patch.setattr(f"{module}.TRACKIO_DIR", root / "trackio")
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(places: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Of a run that went on once, in another process as far as the back ends tell, and named from another folder."""
     folder, config, said = places / "run", followed_by(*ALL), list[str]()
     folder.mkdir()
     check_trackers(config)
     for step, reward in REWARDS.items():
-        trackers = Trackers(config, folder, said.append)
+        patch.chdir(places if step == 2 else folder)
+        trackers = Trackers(config, Path("run" if step == 2 else "."), said.append)
         trackers.start([])
         rows = [{"question": f"who is {SECRET}?", "reward": reward, "extracted": i or None, "n": i} for i in range(20)]
         trackers.log_samples(f"rl-{step:06d}", rows)
