@@ -5,13 +5,15 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help lock setup sampler quickstart test test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
+.PHONY: help lock setup sampler quickstart test test-long test-quick test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
 	@echo "make sampler     add vLLM for the CPU to it, where there is no GPU; tests and benchmarks use it"
 	@echo "make quickstart  SFT and CARFT on a generated task, with a report, in minutes on a CPU"
-	@echo "make test        run every test"
+	@echo "make test        run the tests"
+	@echo "make test-long   those that make test leaves out: kills, hangs, whole runs on several processes"
+	@echo "make test-quick  those that need no model server and no second process, in two minutes"
 	@echo "make lint        ruff, mypy and which room may import which"
 	@echo "make test-page   the HTML reports in Chromium"
 	@echo "make bench       run the benchmarks, write rows and report.html to benchmarks/results"
@@ -73,8 +75,17 @@ quickstart: setup
 smollm2: models/smollm2
 
 # Two processes at a time, a file of tests in one of them; the servers and models of two need about 12 GiB.
+PYTEST = $(TEST_ENV) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile
+
 test: sampler
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(or $(WORKERS),2) --dist loadfile $(ARGS)
+	$(PYTEST) -m "not long" $(ARGS)
+
+test-long: sampler
+	$(PYTEST) -m long $(ARGS)
+
+test-quick: setup
+	$(PYTEST) -m "not long" $(addprefix tests/,config core data objective rewards compare ops/test_operators.py \
+		ops/test_guarantees.py ops/test_golden.py ops/test_variants.py) $(ARGS)
 
 lint: sampler
 	$(BIN)/ruff check .

@@ -17,6 +17,11 @@ from torch import Tensor
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # index ranges are checked on every device, a GPU's too
 os.environ.setdefault("CARFT_KERNELS_CHECK_INDICES", "1")
+# for the processes that tests start: those of a vLLM server are forks of its first
+FORKS = str(Path(__file__).parent / "forks")
+if FORKS not in sys.path:
+    sys.path.append(FORKS)
+    os.environ["PYTHONPATH"] = os.pathsep.join([FORKS, *filter(None, [os.environ.get("PYTHONPATH")])])
 # Triton reads this when it is imported, which nothing above does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -38,12 +43,35 @@ TINY_RUN = [
     "rl.eval_every=2",
     "rl.save_every=1",
     "rollout.max_new_tokens=24",
+    "data.train_rows=300",
     "data.eval_rows=20",
 ]
+DRAWING = ("reports", "compare", "cli", "benchmarks", "page")
+"""Folders of tests that look at what is drawn; single files of other folders are marked."""
 
 
 def as_set_options(overrides: list[str]) -> list[str]:
     return [word for override in overrides for word in ("--set", override)]
+
+
+def leave_out_drawing(patch: pytest.MonkeyPatch) -> None:
+    """Figures are made and saved without their contents, which would be 40% of a tiny run."""
+
+    def savefig(_figure: object, file: Any, **_options: object) -> None:
+        if isinstance(file, str | os.PathLike):
+            Path(file).write_bytes(b"")
+        else:
+            file.write('<svg width="1pt" height="1pt"></svg>')
+
+    patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name not in DRAWING and not request.node.get_closest_marker("draws"):
+            leave_out_drawing(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -246,7 +246,7 @@ def test_variants_of_a_group_do_the_same() -> None:
     assert tokens["carft_fast, shared prompts"] == 4 * 128 + 8 * 32
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_take_the_same_step() -> None:
     """`ranks` fails where their losses differ."""
     rows = growth.ranks(sizes=(2,), sequences=4, rounds=1)

@@ -144,7 +144,7 @@ def test_carfts_side_trains_on_its_annotated_cots(model):
     assert relative_difference(gradients[0], gradients[2]) > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sides_in_processes_take_turns_and_are_compared(tiny, tmp_path):
     specs = [ours("packed", "p", "rl.share_prompts=false"), ours("shared", "s", "rl.share_prompts=true")]
     rows, about = run_case("tiny", tiny, specs, tmp_path / "case")

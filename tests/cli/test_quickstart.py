@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reinforcement_lifts_accuracy_by_twenty_points(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "carft_fast", "quickstart", "--output-dir", str(folder)]

@@ -54,7 +54,7 @@ def test_the_process_that_compares_latex(planted: Path, monkeypatch: pytest.Monk
     assert stolen(planted) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_and_every_process_of_its_libraries(planted: Path, tmp_path: Path) -> None:
     """vLLM asks a process of its own about the model."""
     script = tmp_path / "carft-fast"

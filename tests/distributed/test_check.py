@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 
 from carft_fast.core.errors import InputError
@@ -16,6 +15,7 @@ from carft_fast.core.processes import leave
 from carft_fast.models.attention import PACKED
 from carft_fast.models.causal_lm import CarftModel
 from carft_fast.training.parallel import shard
+from tests.processes import spawn
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -60,7 +60,7 @@ def _rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def found() -> list[dict[Any, str]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (folder,), nprocs=2)
+        spawn(_rank, (folder,), 2)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
 
 

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from carft_fast.config.sections import ContrastiveConfig
 from carft_fast.objective.losses import ContrastTargets, contrastive_loss
+from tests.processes import spawn
 
 
 class Inputs(NamedTuple):
@@ -57,7 +57,7 @@ def _rank(rank: int, cuts: list[int], settings: dict[str, Any], folder: str) -> 
 def over_processes(cuts: list[int], **settings: Any) -> tuple[Tensor, Tensor]:
     """The sum of the processes' losses, and their gradients side by side."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (cuts, settings, folder), nprocs=len(cuts) - 1)
+        spawn(_rank, (cuts, settings, folder), len(cuts) - 1)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(len(cuts) - 1)]
     return torch.stack([loss for loss, _ in found]).sum(), torch.cat([gradient for _, gradient in found])
 

@@ -17,7 +17,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from carft_fast.training.pipeline import train as train_run
 from carft_fast.training.run import evaluate
 from carft_fast.training.step import Update
 from tests.conftest import TINY_RUN
+from tests.processes import spawn
 from tests.training.stepcase import CPU, METHODS, Case, look_at, quick_config, random_case, spread_out, with_answers
 
 OPTIONS = ["rl.lr=1e-3", "rl.eps=1e-4", "rl.max_grad_norm=1.0", "model.gradient_checkpointing=false"]
@@ -254,11 +254,19 @@ def together(group: str) -> dict[str, Any]:
     """By work: what each process found."""
     size, _ = GROUPS[group]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (group, folder), nprocs=size)
+        spawn(_rank, (group, folder), size)
         return {name: [torch.load(Path(folder) / f"{name}-{rank}.pt") for rank in range(size)] for name in works(group)}
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, setting.name) for group in GROUPS for setting in chosen(group)])
+def in_group(group: str, *rest: str) -> Any:
+    """Parameters of a test; two groups are with the quick ones."""
+    quick = group in ("ddp, 2 processes", "fsdp2, 2 processes")
+    return pytest.param(group, *rest, marks=() if quick else pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [in_group(group, setting.name) for group in GROUPS for setting in chosen(group)]
+)
 def test_several_processes_train_like_one(group: str, name: str) -> None:
     expected_metrics, expected_weights = alone(name)
     for metrics, _ in together(group)[name]:
@@ -274,7 +282,7 @@ def test_several_processes_train_like_one(group: str, name: str) -> None:
         torch.testing.assert_close(weights[key], expected, rtol=1e-5, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
 
 
-@pytest.mark.parametrize("group", [group for group, (size, _) in GROUPS.items() if size == 2])
+@pytest.mark.parametrize("group", [in_group(group) for group, (size, _) in GROUPS.items() if size == 2])
 def test_a_loss_that_is_not_finite_on_one_process_leaves_no_trace_on_any(group: str) -> None:
     for found, expected in zip(together(group)["spoilt"], together(group)["unspoilt"], strict=True):
         assert found["fine"]["skipped_updates"] == 0

@@ -33,6 +33,7 @@ from carft_fast.models.load import load_model
 from carft_fast.models.sampler_weights import gathered
 from carft_fast.training.parallel import build_learner, divide_frozen
 from carft_fast.training.reference import Reference
+from tests.processes import spawn
 
 CPU = torch.device("cpu")
 LARGE = transformers.LlamaConfig(
@@ -198,7 +199,7 @@ def together(models: Path) -> Callable[[str, str], list[Any]]:
     def found(strategy: str, name: str) -> list[Any]:
         if strategy not in folders:
             folders[strategy] = tempfile.TemporaryDirectory()
-            mp.spawn(_rank, (folders[strategy].name, models, strategy), nprocs=2)
+            spawn(_rank, (folders[strategy].name, models, strategy), 2)
         return [torch.load(f"{folders[strategy].name}/{name}-{rank}.pt") for rank in range(2)]
 
     return found

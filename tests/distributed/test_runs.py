@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from carft_fast.config.toml import load_config
 from carft_fast.data.synthetic import build_tokenizer
 from carft_fast.models.load import load_model
+from tests.processes import Command, on_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -45,13 +46,16 @@ def start(launcher: list[str], folder: Path, options: list[str]) -> subprocess.P
     )
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str] | Command) -> tuple[int, str]:
     output, _ = process.communicate(timeout=400)
+    assert process.returncode is not None
     return process.returncode, output
 
 
-def run(launcher: list[str], folder: Path, options: list[str]) -> Path:
-    code, output = finish(start(launcher, folder, options))
+def run(processes: int, folder: Path, options: list[str]) -> Path:
+    """Without a launcher."""
+    words = ["quickstart", "--output-dir", str(folder), *options]
+    code, output = on_ranks(processes, words, 400) if processes > 1 else finish(Command(words))
     assert code == 0, output[-4000:]
     return folder
 
@@ -134,14 +138,17 @@ def tiny_run(tiny_run: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
-    return run([], tmp_path_factory.mktemp("alone") / "run", tiny_run)
+    return run(1, tmp_path_factory.mktemp("alone") / "run", tiny_run)
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
     """By accelerate's launcher with the config of this repository."""
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "configs/accelerate/fsdp2.yaml"]
-    return run([*launcher, "--num_processes", "2"], tmp_path_factory.mktemp("fsdp2") / "run", tiny_run)
+    folder = tmp_path_factory.mktemp("fsdp2") / "run"
+    code, output = finish(start([*launcher, "--num_processes", "2"], folder, tiny_run))
+    assert code == 0, output[-4000:]
+    return folder
 
 
 def workers(folder: Path) -> dict[int, int]:
@@ -173,13 +180,13 @@ def kill_a_rank_after(process: subprocess.Popen[str], folder: Path, checkpoint: 
     return output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fsdp2_from_accelerate_is_the_run_of_one_process(alone: Path, fsdp2: Path) -> None:
     assert json.loads((fsdp2 / "run.json").read_text())["machine"]["strategy"] == "fsdp2"
     assert_same_run(fsdp2, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(
     tmp_path: Path, tiny_run: list[str], alone: Path, fsdp2: Path
 ) -> None:
@@ -188,30 +195,30 @@ def test_a_rank_that_dies_ends_the_job_and_the_run_goes_on(
     output = kill_a_rank_after(start([*TORCHRUN, "2"], killed, [*tiny_run, *FSDP2]), killed, "rl-000001")
     assert re.search(r"rank\s*: 1.*\n\s*exitcode\s*: -9", output), output[-2000:]
     shutil.copytree(killed, moved, symlinks=True)
-    run([*TORCHRUN, "2"], killed, [*tiny_run, *FSDP2, "--resume"])
+    run(2, killed, [*tiny_run, *FSDP2, "--resume"])
     assert digest(killed) == digest(fsdp2)
     assert records(killed) == records(fsdp2)
-    run([], moved, [*tiny_run, "--resume"])
+    run(1, moved, [*tiny_run, "--resume"])
     assert_same_run(moved, alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_zero3_goes_on_where_it_was_killed(tmp_path: Path, tiny_run: list[str], alone: Path) -> None:
     kill_a_rank_after(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *ZERO3]), tmp_path / "run", "rl-000001")
-    assert_same_run(run([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *ZERO3, "--resume"]), alone)
+    assert_same_run(run(2, tmp_path / "run", [*tiny_run, *ZERO3, "--resume"]), alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_under_zero3_go_on_with_as_many_processes_and_with_one(tmp_path: Path, tiny_run: list[str]) -> None:
     options = [*tiny_run, "--set", "lora.rank=4", "--set", "rl.lr=3e-3"]
-    whole = run([], tmp_path / "alone", options)
+    whole = run(1, tmp_path / "alone", options)
     before, after = (load_file(whole / stage / "model.safetensors") for stage in ("sft", "model"))
     assert max(float((after[name] - x).abs().max()) for name, x in before.items()) > 1e-3
     killed, moved = tmp_path / "killed", tmp_path / "moved"
     kill_a_rank_after(start([*TORCHRUN, "2"], killed, [*options, *ZERO3]), killed, "rl-000001")
     shutil.copytree(killed, moved, symlinks=True)
-    assert_same_run(run([*TORCHRUN, "2"], killed, [*options, *ZERO3, "--resume"]), whole)
-    assert_same_run(run([], moved, [*options, "--resume"]), whole)
+    assert_same_run(run(2, killed, [*options, *ZERO3, "--resume"]), whole)
+    assert_same_run(run(1, moved, [*options, "--resume"]), whole)
 
 
 def broken_on_rank_1(completions: list[str], examples: list[Any]) -> list[float]:
@@ -221,7 +228,7 @@ def broken_on_rank_1(completions: list[str], examples: list[Any]) -> list[float]
     return [0.0] * len(completions)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_fails_on_one_rank_ends_all_with_its_error(tmp_path: Path, tiny_run: list[str]) -> None:
     reward = ["--set", "reward.fn=distributed.test_runs:broken_on_rank_1", "--set", "reward.partial=constant"]
     code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *reward]))
@@ -247,7 +254,7 @@ run_cli()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_fails_on_one_rank_while_the_others_need_it_ends_all(tmp_path: Path, tiny_run: list[str]) -> None:
     """Under FSDP2 every forward is a collective: the others learn of it by the process's end."""
     words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run, *FSDP2]
@@ -277,7 +284,7 @@ run_cli()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero2"])
 def test_a_stage_leaves_no_model_and_no_optimizer_in_memory(tmp_path: Path, tiny_run: list[str], strategy: str) -> None:
     words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run]
@@ -323,23 +330,23 @@ CACHE = ["--set", "rollout.kv_cache_gib=0.25"]
 def sampled_by_vllm(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
     """Without drafts, which the other runs have."""
     options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm", "--set", "rollout.drafts=off"]
-    return run([], tmp_path_factory.mktemp("vllm") / "run", options)
+    return run(1, tmp_path_factory.mktemp("vllm") / "run", options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [FSDP2, ZERO3], ids=["fsdp2", "zero3"])
 def test_an_engine_in_every_process_samples_what_one_would(
     how: list[str], tmp_path: Path, tiny_run: list[str], sampled_by_vllm: Path
 ) -> None:
     options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm", *how]
-    folder = run([*TORCHRUN, "2"], tmp_path / "run", options)
+    folder = run(2, tmp_path / "run", options)
     assert_same_run(folder, sampled_by_vllm)
     differences = [r["sampler_diff_max"] for r in records(folder) if (r["stage"], r["kind"]) == ("rl", "train")]
     assert len(differences) == 4
     assert max(differences) < 1e-4, "the sampler has other weights"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [FSDP2, ZERO3], ids=["fsdp2", "zero3"])
 def test_servers_sample_ahead_for_processes_that_share_the_weights(
     how: list[str], tmp_path: Path, tiny_run: list[str]
@@ -347,7 +354,8 @@ def test_servers_sample_ahead_for_processes_that_share_the_weights(
     """The main process drives the server, with weights gathered from both; the probe compares them after every step."""
     more = [*CACHE, "--set", "rollout.engine=vllm-server", "--set", "rollout.async_depth=1"]
     more += ["--set", "rollout.probe_every=1"]
-    code, output = finish(start([*TORCHRUN, "2"], tmp_path / "run", [*tiny_run, *more, *how]))
+    words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run, *more, *how]
+    code, output = on_ranks(2, words, 400)
     assert code == 0, output[-4000:]
     probes = re.findall(r"trainer and sampler agree: .*? max (\S+) nats", output.replace("\n", " "))
     assert len(probes) == 5

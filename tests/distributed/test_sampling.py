@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -17,6 +16,7 @@ from carft_fast.models.causal_lm import CarftModel
 from carft_fast.models.load import load_model
 from carft_fast.rollout.base import Rollout, SamplingParams
 from carft_fast.rollout.hf import HFEngine
+from tests.processes import spawn
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14], [15, 16], [17, 18, 19]]
 SAMPLED, GREEDY = SamplingParams(12, samples_per_prompt=2, seed=1), SamplingParams(12, temperature=0)
@@ -54,7 +54,7 @@ def _rank(rank: int, folder: str) -> None:
 def test_processes_with_sharded_weights_sample_what_one_would() -> None:
     """Shares of 4 and 1 prompts, and of 5 and none: batches and lengths differ, and every forward is a collective."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (folder,), nprocs=2)
+        spawn(_rank, (folder,), 2)
         parts = [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(2)]
     for case, (sampling, _) in enumerate(CASES):
         found = [rollout for part in parts for rollout in part[case]]

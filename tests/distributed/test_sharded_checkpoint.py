@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -26,6 +25,7 @@ from carft_fast.models.packing import pack
 from carft_fast.training.checkpoint import CheckpointStore, has_sharded, load_sharded, load_trained
 from carft_fast.training.export import export_checkpoint
 from carft_fast.training.optim import build_optimizer
+from tests.processes import spawn
 
 CPU = torch.device("cpu")
 SMALL = ['model.path="synthetic"', "model.embedding_dim=3"]  # the value head has fewer rows than there are ranks
@@ -147,7 +147,7 @@ def _rank(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_rank, (folder,), nprocs=3)
+    spawn(_rank, (folder,), 3)
     return folder
 
 

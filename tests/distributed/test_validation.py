@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config.toml import load_config
@@ -17,6 +16,7 @@ from carft_fast.objective.passes import build_passes
 from carft_fast.training.parallel import build_learner
 from carft_fast.training.pipeline import prepare
 from carft_fast.training.sft import validation_figures
+from tests.processes import spawn
 
 from ..conftest import TINY_RUN
 
@@ -40,7 +40,7 @@ def _rank(rank: int, strategy: str, folder: str) -> None:
 
 def over_processes(strategy: str) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (strategy, folder), nprocs=2)
+        spawn(_rank, (strategy, folder), 2)
         return [float(Path(f"{folder}/{rank}").read_text()) for rank in range(2)]
 
 

@@ -16,6 +16,8 @@ from carft_fast.cli import QUICKSTART_CONFIG
 
 from ..conftest import TINY_RUN, as_set_options
 
+pytestmark = pytest.mark.draws
+
 UNTIMED = ("label", "seed", "step", "samples", "accuracy", "extractable", "completion_length", "reward", "kl")
 
 

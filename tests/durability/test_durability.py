@@ -103,6 +103,7 @@ def in_time(name: str) -> tuple[bool, str]:
     return name.startswith("rl"), name
 
 
+@pytest.mark.long
 def test_twenty_kills(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
     """At a random function call of every phase; clocks of the lives are years apart, folders' times are shuffled."""
     rng, folder = random.Random(0), tmp_path / "run"
@@ -129,6 +130,7 @@ def test_twenty_kills(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
     assert_same_outcome(folder, undisturbed)
 
 
+@pytest.mark.long
 def test_kills_while_checkpoints_are_written_asynchronously(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     for function, call in [("_sync", 3), ("_write_manifest", 2), ("publish", 2), ("remove_folder", 1), ("_sync", 20)]:
@@ -142,6 +144,7 @@ def test_kills_while_checkpoints_are_written_asynchronously(lives: Lives, undist
         assert path.read_bytes() == (undisturbed / path.relative_to(folder)).read_bytes()
 
 
+@pytest.mark.long
 def test_a_stop_while_a_checkpoint_is_written_asynchronously(lives: Lives, undisturbed: Path, tmp_path: Path) -> None:
     """The save under way is finished, and so is that of the step the run stops at."""
     folder, option = tmp_path / "run", "output.async_save=true"
@@ -190,6 +193,7 @@ def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
 def test_full_disk(lives: Lives, undisturbed: Path, small_disk: tuple[Path, Callable[[str], None]]) -> None:
     """In the third checkpoint, then where metrics and samples are written; with room again the run goes on."""

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,18 +25,19 @@ from carft_fast.training.checkpoint import CheckpointStore
 from carft_fast.training.evaluation import EvalResult, evaluate
 from carft_fast.training.pipeline import prepare, train
 
+from ..processes import Command
 from ..training.runs import run_pipeline, tiny_config
 
 TIMEOUT_SECONDS = 180
 
 
-def launch(folder: Path, options: list[str], *extra: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "carft_fast", "quickstart", "--output-dir", str(folder), *options, *extra]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def launch(folder: Path, options: list[str], *extra: str) -> Command:
+    return Command(["quickstart", "--output-dir", str(folder), *options, *extra])
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+def finish(process: Command) -> tuple[int, str]:
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+    assert process.returncode is not None
     return process.returncode, output
 
 
@@ -57,7 +57,7 @@ def records(folder: Path) -> list[dict[str, object]]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "shares")} for line in lines]
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, name: str) -> None:
+def wait_for(process: Command, folder: Path, name: str) -> None:
     """Until a file or folder of this name exists below the run folder; polls fast, to catch a write in the act."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
@@ -101,7 +101,7 @@ def test_two_processes_on_one_folder(tmp_path: Path, tiny_run: list[str]) -> Non
     assert code == 0, output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigkill_at_random_moments(uninterrupted: Path, tmp_path: Path, tiny_run: list[str]) -> None:
     folder = tmp_path / "run"
     rng = random.Random(0)
@@ -125,7 +125,7 @@ def test_sigkill_at_random_moments(uninterrupted: Path, tmp_path: Path, tiny_run
     assert_same_outcome(folder, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [".writing-sft-000004", ".writing-rl-000002", ".writing-sft", ".writing-model"])
 def test_sigkill_while_a_checkpoint_is_written(
     uninterrupted: Path, tmp_path: Path, tiny_run: list[str], name: str
@@ -140,7 +140,7 @@ def test_sigkill_while_a_checkpoint_is_written(
     assert_same_outcome(folder, uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_request_saves_first(
     uninterrupted: Path, tmp_path: Path, tiny_run: list[str], signum: signal.Signals, exit_code: int
@@ -221,7 +221,7 @@ def test_resume_of_a_finished_run_changes_nothing(uninterrupted: Path, tiny_run:
 LORA = ["--set", "lora.rank=4", "--set", "sft.lr=1e-2", "--set", "rl.lr=1e-2"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_lora_leaves_a_plain_model_and_resumes_to_the_bit(tmp_path: Path, tiny_run: list[str]) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, output = finish(launch(whole, [*tiny_run, *LORA]))

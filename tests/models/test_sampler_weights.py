@@ -9,7 +9,6 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -18,6 +17,7 @@ from carft_fast.core.errors import InputError
 from carft_fast.core.processes import leave
 from carft_fast.models.load import _add_adapters
 from carft_fast.models.sampler_weights import SamplerWeights
+from tests.processes import spawn
 
 MOE = {
     "vocab_size": 50,
@@ -190,5 +190,5 @@ def test_fsdp2_shards_are_gathered_a_layer_at_a_time(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_sharded_rank, args=(port, str(tmp_path)), nprocs=2)
+    spawn(_sharded_rank, (port, str(tmp_path)), 2)
     assert {torch.load(path) for path in tmp_path.iterdir()} == {30}

@@ -10,6 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_kernels import _runtime
 
+if _runtime.INTERPRETED:
+    from .interpreter import do_once
+
+    do_once()
+
 
 def computed(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """What an operation returns. On "meta" there is no data: an `out` as it is (2.11 has no addmm with a dtype)."""

@@ -1,13 +1,15 @@
-"""Triton's interpreter, put right and made to count.
+"""Triton's interpreter, put right, made to count, and without work that it does again and again.
 
 Triton 3.9 interprets bfloat16 wrongly: a cast from float32 truncates, and a dot product multiplies the bit patterns.
 The repair rounds to nearest even and multiplies the values, as the hardware does. Older versions (3.7) also round a
 fused multiply-add twice.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,41 @@ def repair() -> None:
 
     Builder.cast_impl, Builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     Builder.create_dot, Builder.create_fma = create_dot, create_fma
+    do_once()
+
+
+@functools.cache
+def do_once() -> None:
+    """The same table for every type it is asked for, the same language for every function that a kernel calls: half of
+    the time that it takes.
+    """
+    of_type, table = interpreter._get_np_dtype, dict[Any, Any]()
+
+    def get_np_dtype(kind: Any) -> Any:
+        scalar = kind.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return of_type(scalar)
+        if scalar not in table:
+            table[scalar] = of_type(scalar)
+        return table[scalar]
+
+    interpreter._get_np_dtype = get_np_dtype
+    if not hasattr(interpreter, "_LangPatchScope"):
+        return
+    prepare, restore, launch = interpreter._patch_lang, interpreter._LangPatchScope.restore, None
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})  # what kernels call, and what these functions do
+
+    def patch_lang(_function: Any) -> Any:
+        nonlocal launch
+        launch = launch or prepare(both)
+        return launch
+
+    def restore_lang(scope: Any) -> None:
+        nonlocal launch
+        launch = None
+        restore(scope)
+
+    interpreter._patch_lang, interpreter._LangPatchScope.restore = patch_lang, restore_lang
 
 
 @dataclass

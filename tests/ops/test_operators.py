@@ -22,6 +22,7 @@ from carft_kernels.masked_infonce import masked_infonce_reference
 from carft_kernels.policy_loss import policy_loss_reference, value_loss_reference
 from carft_kernels.token_logprob import token_logprob_reference
 from carft_kernels.value_pool import value_pool_reference
+from tests.processes import spawn
 
 from .test_triton import DEVICE
 
@@ -476,7 +477,7 @@ def test_whiten_over_ranks_of_unequal_size() -> None:
     x, sizes, eps = randn(0, 11), [7, 4, 0], 0.5
     with mp.Manager() as manager:
         results = manager.dict()
-        mp.start_processes(_whiten_on_rank, (x, sizes, eps, port, results), nprocs=len(sizes), start_method="spawn")
+        spawn(_whiten_on_rank, (x, sizes, eps, port, results), len(sizes))
         together = [value for rank in range(len(sizes)) for value in results[rank]]
     torch.testing.assert_close(torch.tensor(together, dtype=torch.float64), whiten_reference(x, eps=eps))
 

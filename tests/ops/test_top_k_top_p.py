@@ -333,7 +333,7 @@ def test_what_keeps_every_token_gives_the_numbers_without_it(name: str, impl: Im
 def test_no_more_than_a_chunk_of_logits(
     name: str, impl: Impl, largest_tensor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, vocabulary, chunk = 60, 4001, 8
+    tokens, vocabulary, chunk = 40, 1001, 8
     hidden, weight = (randn(i, n, 16).bfloat16().to(DEVICE).requires_grad_() for i, n in ((0, tokens), (1, vocabulary)))
     target, ones = randint(2, vocabulary, tokens), torch.ones(tokens, device=DEVICE)
     monkeypatch.setattr(_head, "chunk_size", lambda *_: chunk)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -25,6 +24,7 @@ from carft_kernels._row_kernels import RowGradients
 from carft_kernels._vocab_parallel import VocabShard, combine_shards_reference, own_gradients
 from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
+from tests.processes import FORKS
 
 from .conftest import LargestTensor
 from .test_custom_ops import Recorded
@@ -69,10 +69,10 @@ Run = Callable[..., list[Any]]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     """run(group, function, *arguments): what function(group, *arguments) returns on each rank of the group."""
-    folder, context = str(tmp_path_factory.mktemp("ranks")), mp.get_context("spawn")
-    inboxes, outboxes = ([context.SimpleQueue() for _ in range(RANKS)] for _ in range(2))
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    inboxes, outboxes = ([FORKS.SimpleQueue() for _ in range(RANKS)] for _ in range(2))
     processes = [
-        context.Process(target=_serve, args=(rank, folder, inboxes[rank], outboxes[rank]), daemon=True)
+        FORKS.Process(target=_serve, args=(rank, folder, inboxes[rank], outboxes[rank]), daemon=True)
         for rank in range(RANKS)
     ]
     for process in processes:

@@ -107,7 +107,7 @@ def test_every_engine_samples_the_same_tokens(
         assert_samples_of(model.lm, found, sampling, prompts)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_real_model_samples_the_same_tokens_in_both_libraries(smollm2: Path, at_the_end: ExitStack) -> None:
     """Equal weights in float32, 64 completions of up to 16 tokens: rounding may turn two of them."""
     config = load_config(

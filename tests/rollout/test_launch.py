@@ -201,6 +201,7 @@ sys.exit(3)
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("seconds", "signum", "code"), [(60, 2, 130), (60, 15, 143), (0, None, 3)])
 def test_serve_prints_what_its_server_says_until_it_is_told_to_end(seconds: int, signum: int | None, code: int) -> None:
     """A server of two processes that talk much when they end, and one that fails by itself."""

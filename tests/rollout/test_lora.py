@@ -119,6 +119,7 @@ def test_a_sync_that_breaks_off_serves_nothing_and_the_next_sends_everything(
     assert_samples_of(model.lm, engine.generate(PROMPTS, GREEDY), GREEDY)
 
 
+@pytest.mark.long
 def test_a_server_that_is_killed_gets_frozen_weights_and_adapters_again(server: VLLMServerEngine) -> None:
     model = lora_model()
     perturb(model, 4)

@@ -34,7 +34,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_step_ahead_with_truncated_sampling_and_correction(tmp_path: Path, tiny_run: list[str]) -> None:
     more = ["rollout.async_depth=1", "rollout.correction=truncated", "rollout.top_p=0.9", "rollout.probe_every=2"]
     options = [*tiny_run, *VLLM, *(word for option in more for word in ("--set", option))]
@@ -50,7 +50,7 @@ def test_one_step_ahead_with_truncated_sampling_and_correction(tmp_path: Path, t
     assert {s["weight_version"] for s in samples} == {first[0]["weight_version"] + 2}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_and_resumed_run_ends_with_the_bits_of_one_without_drafts(tmp_path: Path, tiny_run: list[str]) -> None:
     options = [*tiny_run, *VLLM]
     finish(launch(tmp_path / "whole", options, "--set", "rollout.drafts=off"))

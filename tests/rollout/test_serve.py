@@ -176,6 +176,7 @@ def test_a_server_that_is_told_to_end_says_one_line_and_leaves_nothing(server: S
     assert leftovers(server) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nor_one_that_is_ended_while_it_starts(
     tmp_path_factory: pytest.TempPathFactory, signum: signal.Signals

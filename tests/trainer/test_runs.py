@@ -370,7 +370,7 @@ leave()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_agree_on_a_stop_and_on_a_failure(by_command: Path, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

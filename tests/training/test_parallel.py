@@ -13,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from accelerate.commands import launch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from carft_fast.core.errors import InputError
 from carft_fast.core.processes import leave
 from carft_fast.training.parallel import Learner, strategy
 from carft_fast.training.pipeline import prepare
+from tests.processes import spawn
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -231,7 +231,7 @@ def _rank(rank: int, folder: str) -> None:
 def test_gradients_are_summed_over_processes_a_bucket_at_a_time(tmp_path: Path) -> None:
     """Once a step; never averaged. With a gradient that is larger than a bucket, one that is not contiguous, and a
     parameter without any."""
-    mp.spawn(_rank, (str(tmp_path),), nprocs=2)
+    spawn(_rank, (str(tmp_path),), 2)
     trained = [name for name in SHAPES if name != "unused"]
     own = {rank: [{n: gradient_of(n, rank, m) for n in trained} for m in range(2)] for rank in range(2)}
     for rank in range(2):

@@ -61,7 +61,7 @@ class Replay:
         return self._record.pop(0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quickstart_follows_the_same_curve_on_both_paths(
     tmp_path: Path, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

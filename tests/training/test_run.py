@@ -19,6 +19,8 @@ from carft_fast.training.pipeline import evaluate_only, prepare
 
 from .runs import records, run_pipeline, tiny_config
 
+pytestmark = pytest.mark.draws
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> tuple[Path, dict[str, Any]]:

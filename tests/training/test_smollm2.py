@@ -26,7 +26,7 @@ def test_chat_template_of_a_real_tokenizer(smollm2: Path) -> None:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_sft_steps_and_one_rl_step_on_svamp(
     smollm2: Path, shared_data: Callable[[str], Path], tmp_path: Path
 ) -> None:
