@@ -47,7 +47,7 @@ _TRAIN_EXTRA = {
 def missing_extra(error: ModuleNotFoundError) -> str | None:
     """What to install, where a package of the extra `train` is missing."""
     missing = (error.name or "").partition(".")[0]
-    message = f'carft-fast needs {missing}, which is not installed: pip install "carft-fast[train]"'
+    message = f'carft-fast needs {missing}, which is not installed: pip install ".[train]", in the checkout'
     return message if missing in _TRAIN_EXTRA else None
 
 

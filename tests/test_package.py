@@ -4,9 +4,11 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,6 +121,39 @@ def test_setup_installs_nothing_without_its_hash_but_the_project() -> None:
         bare = [line for line in installs if "--require-hashes" not in line]
         assert [line.split()[-2:] for line in bare] == [["-e", "."]]
         assert all("--no-deps --no-build-isolation" in line for line in installs)
+
+
+def test_the_wheel_has_every_file_and_asks_for_torch_and_triton_alone(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # setuptools leaves a folder of its own where it builds
+    for folder in ("carft_fast", "kernels"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--wheel-dir", str(tmp_path), str(source)], check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("carft_fast-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (metadata,) = (archive.read(n).decode() for n in archive.namelist() if n.endswith("METADATA"))
+    folders = {"carft_fast": ROOT, "carft_kernels": ROOT / "kernels"}
+    files = {p.relative_to(root) for top, root in folders.items() for p in (root / top).rglob("*") if p.is_file()}
+    assert names == {str(file) for file in files if "__pycache__" not in file.parts}
+    required = [Requirement(text) for text in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE)]
+    assert {r.name for r in required if r.marker is None} == {"torch", "triton"}
+    code = "import sys, carft_kernels as ck; print(ck.__file__); print(*sys.modules)"
+    clean = {**os.environ, "PYTHONPATH": str(wheel)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=clean, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    origin, modules = found.stdout.splitlines()
+    assert origin.startswith(str(wheel))
+    assert not {"carft_fast", "transformers", "pydantic", "safetensors"} & set(modules.split())
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"]

@@ -259,7 +259,7 @@ def check_trackers(config: Config) -> None:
     for name in config.output.trackers:
         seen = f"output.trackers = {visible_json(config.output.trackers)}: {name}"
         if find_spec(name) is None:
-            raise InputError(f'{seen} is not installed: leave it out, or pip install "carft-fast[{name}]"')
+            raise InputError(f'{seen} is not installed: leave it out, or pip install ".[{name}]", in the checkout')
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 BACKENDS[name].check()

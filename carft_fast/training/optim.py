@@ -32,7 +32,7 @@ def check_optimizer(config: Config, stage: str, strategy: str) -> None:
             'cannot be divided here; allowed are "adamw", or the strategy "ddp"'
         )
     if find_spec("torchao") is None:
-        raise InputError(f'{stage}.optimizer = "adamw_8bit" needs torchao: pip install "carft-fast[torchao]"')
+        raise InputError(f'{stage}.optimizer = "adamw_8bit" needs torchao: pip install ".[torchao]", in the checkout')
 
 
 def build_optimizer(model: CarftModel, config: StageConfig) -> torch.optim.Optimizer:

@@ -311,7 +311,7 @@ def strategy(config: Config) -> Strategy:
     configured = config.distributed.strategy
     asked = _of_accelerate() if configured == "auto" else configured
     if asked in ("zero2", "zero3") and find_spec("deepspeed") is None:
-        raise InputError(f'distributed.strategy "{asked}" needs DeepSpeed: pip install "carft-fast[deepspeed]"')
+        raise InputError(f'distributed.strategy "{asked}" needs DeepSpeed: pip install ".[deepspeed]", in the checkout')
     return asked
 
 

@@ -379,7 +379,8 @@ def test_missing_extra_is_one_sentence() -> None:
     code = "import sys; sys.modules['typer'] = None\nfrom carft_fast.__main__ import main; main()"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.strip() == 'carft-fast needs typer, which is not installed: pip install "carft-fast[train]"'
+    hint = 'carft-fast needs typer, which is not installed: pip install ".[train]", in the checkout'
+    assert result.stderr.strip() == hint
 
 
 def test_ctrl_c_while_modules_load_is_no_traceback() -> None:

@@ -191,7 +191,7 @@ def test_one_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, n
         check_trackers(followed_by("tensorboard", name))
     assert str(error.value) == (
         f'output.trackers = ["tensorboard", "{name}"]: {name} is not installed: leave it out, or pip install '
-        f'"carft-fast[{name}]"'
+        f'".[{name}]", in the checkout'
     )
 
 

