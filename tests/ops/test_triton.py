@@ -46,7 +46,8 @@ elif DEVICE == "cuda" and torch.version.cuda is None:
     def _addmm(
         c: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, beta: int = 1, alpha: int = 1, out: Tensor
     ) -> Tensor:
-        return out.copy_(c + a.to(out_dtype) @ b.to(out_dtype))
+        product = alpha * (a.to(out_dtype) @ b.to(out_dtype))
+        return out.copy_(product + beta * c if beta else product)  # what c holds does not count with a beta of 0
 
     _aten.impl("mm.dtype", lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype))
     _aten.impl("mm.dtype_out", _mm)
