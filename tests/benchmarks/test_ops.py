@@ -102,6 +102,7 @@ carft_kernels.kl_shaped_reward = kl_shaped_reward
 """
 
 
+@pytest.mark.long
 def test_what_pytest_benchmark_measured_becomes_rows(tmp_path: Path) -> None:
     """Two runs; one operator is right, one wrong, one raises."""
     (tmp_path / "broken.py").write_text(WRONG_AND_BROKEN)

@@ -280,6 +280,7 @@ def memory(pids: list[int | None]) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
 def test_while_processes_read_and_divide_a_model_its_weights_are_in_memory_once(
     tmp_path: Path, strategy: str, monkeypatch: pytest.MonkeyPatch

@@ -58,6 +58,7 @@ def check_screen(folder: Path, shown: str) -> None:
     assert shown.rstrip().endswith(f"Report: {folder}/compare.html")
 
 
+@pytest.mark.long
 def test_a_killed_comparison_goes_on(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     shown = subprocess.run(command(whole), check=True, capture_output=True, text=True, timeout=300).stdout
@@ -100,6 +101,7 @@ set = {{"rl.lr" = 1e-6}}
 """
 
 
+@pytest.mark.long
 def test_two_processes_share_a_study(tmp_path: Path) -> None:
     """Each works on a seed of its own; the report has both, paired."""
     (tmp_path / "study.toml").write_text(STUDY.format(config=QUICKSTART_CONFIG))

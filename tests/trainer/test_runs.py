@@ -88,7 +88,7 @@ def test_rows_of_python_give_the_run_of_the_command_line(
         assert summary[name] == expected[name], name
     saved = load_config(trainer.output_dir / "config.toml")
     assert (saved.data.train, saved.data.eval) == ("", "")
-    assert "the rows given as train: 3000 of 3000 rows used" in (trainer.output_dir / "console.log").read_text()
+    assert "the rows given as train: 300 of 300 rows used" in (trainer.output_dir / "console.log").read_text()
 
 
 def test_callbacks_are_told_what_is_on_disk(watched: tuple[Trainer, dict[str, Any], Watch]) -> None:

@@ -63,6 +63,7 @@ def test_stop_ends_the_stage_and_says_why(tmp_path: Path) -> None:
     assert event["cause"] in (tmp_path / "console.log").read_text()
 
 
+@pytest.mark.long
 def test_rollback_goes_on_from_the_best_with_a_lower_rate_and_resumes_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,9 +125,9 @@ def test_the_first_screen_says_what_will_be_done(both: Screens, width: int) -> N
 
     weights = sum(tensor.numel() for tensor in load_file(both.run.folder / "model" / "model.safetensors").values())
     assert row(lines, "model")[1] == f"synthetic: {weights / 1000:.3g} thousand weights"
-    assert row(lines, "training data")[1] == "synthetic: 3000 of 3000 rows used"
+    assert row(lines, "training data")[1] == "synthetic: 300 of 300 rows used"
     assert row(lines, "held-out data")[1] == "synthetic: 20 of 20 rows used"
-    assert row(lines, "SFT")[1].startswith("2 steps of 16 sequences, 0.01 epochs of 3000 rows")
+    assert row(lines, "SFT")[1].startswith("2 steps of 16 sequences, 0.11 epochs of 300 rows")
     assert row(lines, "RL")[1].startswith("carft: 3 steps of 12 sequences")
     assert re.match(r"cpu, \d+ threads?, float32$", row(lines, "device")[1])
     assert row(lines, "run folder")[1] == "runs/both"
