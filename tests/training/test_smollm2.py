@@ -33,17 +33,18 @@ def test_two_sft_steps_and_one_rl_step_on_svamp(
     folder = tmp_path / "run"
     overrides = {
         "model.path": smollm2,
+        "model.compute_dtype": "float32",  # bfloat16 takes minutes on a processor without AVX-512
         "data.train": shared_data("svamp_nl.json"),
         "data.eval": shared_data("svamp_test_set.json"),
         "data.eval_rows": 2,
         "sft.max_steps": 2,
-        "sft.batch_size": 4,
+        "sft.batch_size": 2,
         "sft.warmup_steps": 0,
         "sft.lr": 1e-4,
         "rl.max_steps": 1,
-        "rl.batch_size": 4,
-        "rl.mini_batch_size": 4,
-        "rollout.max_new_tokens": 24,
+        "rl.batch_size": 2,
+        "rl.mini_batch_size": 2,
+        "rollout.max_new_tokens": 16,
     }
     command = [
         sys.executable,
@@ -63,9 +64,8 @@ def test_two_sft_steps_and_one_rl_step_on_svamp(
     assert second["loss"] < 4
     (step,) = (r for r in records if (r["stage"], r["kind"]) == ("rl", "train"))
     assert step["first_ratio_error"] == 0.0
-    # bfloat16 token by token against bfloat16 in one forward: a few hundredths, not more
-    assert step["sampler_diff_mean"] < 0.05
-    assert step["completion_tokens"] <= 4 * 24
+    assert step["sampler_diff_mean"] < 1e-3
+    assert step["completion_tokens"] <= 2 * 16
     samples = (folder / "samples" / "rl-000001.jsonl").read_text().splitlines()
     questions = {row["question"] for row in json.loads(shared_data("svamp_nl.json").read_text())}
     assert all(json.loads(line)["question"] in questions for line in samples)
