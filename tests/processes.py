@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Command:
             environment |= {"RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         self._log = Path(log)
+        weakref.finalize(self, self._log.unlink)
         self._process = FORKS.Process(
             target=_with_environment, args=(0, _command, environment, sys.path, (list(words), log))
         )

@@ -17,7 +17,6 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"`(\w[\w/]*\.(?:csv|toml|py|jinja))`")
 
 
-@pytest.mark.long
 def test_every_command_of_the_tour_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

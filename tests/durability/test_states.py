@@ -152,7 +152,6 @@ def outcome(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files if "tensorboard" not in path.parts}
 
 
-@pytest.mark.long
 def test_every_state_is_in_the_table_and_goes_on_as_it_says(scene: Scene) -> None:
     folder, rows = scene.folder, documented()
     assert not scene.live(resume=False, dies_at=None)

@@ -91,7 +91,6 @@ def bare(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Pat
     return done.stdout, folder / "results"
 
 
-@pytest.mark.long
 def test_a_bare_machine_runs_the_operators_and_says_why_not_the_rest(bare: tuple[str, Path]) -> None:
     printed, results = bare
     lines = printed.splitlines()
@@ -142,7 +141,6 @@ def complete(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
     return done.stdout, folder / "results"
 
 
-@pytest.mark.long
 def test_every_other_part_runs_to_its_end(complete: tuple[str, Path]) -> None:
     printed, results = complete
     parts = ["step", "lora", "rollout", "tests", "ncu"]

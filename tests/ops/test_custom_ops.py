@@ -337,7 +337,7 @@ def test_nothing_of_the_size_of_all_logits(
     name: str, impl: Any, largest_tensor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No tensor of T x V elements but the declared scratch of one chunk, in bfloat16 too (no widened weight)."""
-    tokens, vocabulary, width, chunk = 60, 1001, 16, 16
+    tokens, vocabulary, width, chunk = 80, 1001, 16, 16
     hidden = randn(0, tokens, width).bfloat16().to(DEVICE).requires_grad_()
     weight = randn(1, vocabulary, width).bfloat16().to(DEVICE).requires_grad_()
     target, ones = randint(2, vocabulary, tokens), torch.ones(tokens, device=DEVICE)
@@ -345,7 +345,7 @@ def test_nothing_of_the_size_of_all_logits(
     if name == "linear_logprob" and impl == "triton":
         with largest_tensor, torch.no_grad():
             ck.linear_logprob(hidden, weight, target, impl=impl)
-        assert largest_tensor.numel <= 3 * weight.numel()  # logits would be 6; the interpreter copies bytes
+        assert largest_tensor.numel <= 3 * weight.numel()  # logits would be 5; the interpreter copies bytes
         return
     with largest_tensor:
         if name == "linear_logprob":
@@ -354,7 +354,7 @@ def test_nothing_of_the_size_of_all_logits(
             policy = {"advantage_T": ones, "old_logprob_T": -10 * ones, "weight_T": ones}
             ck.linear_policy_loss(hidden, weight, target, **policy, impl=impl)[0].backward()
     bytes_each = 4 if impl == "triton" else 1  # the interpreter copies a scratch by its bytes
-    assert largest_tensor.numel <= bytes_each * chunk * (vocabulary + 16) < bytes_each * tokens * vocabulary
+    assert largest_tensor.numel <= bytes_each * chunk * (vocabulary + 16) < tokens * vocabulary
 
 
 def test_lcs_mask_of_what_is_too_long_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,7 +333,7 @@ def test_what_keeps_every_token_gives_the_numbers_without_it(name: str, impl: Im
 def test_no_more_than_a_chunk_of_logits(
     name: str, impl: Impl, largest_tensor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, vocabulary, chunk = 40, 1001, 8
+    tokens, vocabulary, chunk = 80, 1001, 8
     hidden, weight = (randn(i, n, 16).bfloat16().to(DEVICE).requires_grad_() for i, n in ((0, tokens), (1, vocabulary)))
     target, ones = randint(2, vocabulary, tokens), torch.ones(tokens, device=DEVICE)
     monkeypatch.setattr(_head, "chunk_size", lambda *_: chunk)
@@ -345,7 +345,7 @@ def test_no_more_than_a_chunk_of_logits(
             policy: dict[str, Any] = {"advantage_T": ones, "old_logprob_T": None, "weight_T": ones}
             ck.linear_policy_loss(hidden, weight, target, **policy, **options)[0].backward()
     # the interpreter copies a scratch by its bytes: four an element
-    assert largest_tensor.numel <= 4 * max(chunk, 16) * (vocabulary + 16) < tokens * vocabulary * 4
+    assert largest_tensor.numel <= 4 * max(chunk, 16) * (vocabulary + 16) < tokens * vocabulary
 
 
 # --- finite differences, bad input ------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ MACHINES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.skipif(
     subprocess.run([*USER, "true"], capture_output=True, check=False).returncode != 0,
     reason="this kernel refuses user namespaces: test_programs.py has run without them",

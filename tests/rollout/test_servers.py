@@ -36,6 +36,7 @@ from carft_fast.rollout.vllm.servers import VLLMServerEngine
 from carft_fast.rollout.vllm.token import TOKEN, bearer
 from carft_fast.rollout.vllm.transfer import DeviceTransfer, FileTransfer
 
+from ..conftest import FORKS
 from .checks import EOS, PROMPTS, assert_samples_of, make_config, perturb
 
 GREEDY = SamplingParams(20, temperature=0)
@@ -590,15 +591,19 @@ def test_a_port_in_use_is_named() -> None:
     assert f"port {busy.server_port}" in result.stderr
 
 
-@pytest.mark.long
 def test_served_by_the_command_line_and_used_by_two_trainers(model: CarftModel, tmp_path: Path) -> None:
-    """`carft-fast serve`, then two trainers one after the other: each syncs before it samples."""
+    """`carft-fast serve`, then two trainers one after the other: each syncs before it samples.
+
+    Its processes begin as a user's do, none of them a fork.
+    """
     port = free_port()
     arguments = ["data.max_length=96", "rollout.batch_size=8", "rollout.kv_cache_gib=0.25"]
     options = [word for argument in arguments for word in ("--set", argument)]
     command = [sys.executable, "-m", "carft_fast", "serve", "--config", str(QUICKSTART_CONFIG), *options]
     with (tmp_path / "serve.log").open("wb") as log:
-        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log)
+        path = os.pathsep.join(set(os.environ["PYTHONPATH"].split(os.pathsep)) - {FORKS})
+        environment = os.environ | {"PYTHONPATH": path}
+        server = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=log, env=environment)
     url = f"http://127.0.0.1:{port}"
     config = make_config("rollout.engine=vllm-server", f'rollout.servers=["{url}"]')
     try:
