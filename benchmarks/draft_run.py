@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.rollout import machine_line
-from benchmarks.rows import RESULTS, write_json
+from benchmarks.rows import RESULTS, as_machine, write
 from carft_fast import Trainer, load_config
 
 QUESTIONS, BATCH, EPOCHS = 8, 8, 3
@@ -50,7 +50,7 @@ def run(model: str, data: str, drafts: str, folder: Path) -> tuple[list[dict[str
     return records, load_file(folder / "model" / "model.safetensors")
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# RL with drafts and without",
         "",
@@ -68,7 +68,7 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"| {row['epoch']} | {drafts} | {row['seconds']:.1f} | {row['seconds_without']:.1f} | "
             f"{row['seconds_without'] / row['seconds']:.2f} |"
         )
-    return "\n".join([*lines, "", f"{rows[0]['machine']}\n"])
+    return "\n".join([*lines, "", f"{machine}\n"])
 
 
 def main() -> None:
@@ -98,11 +98,11 @@ def main() -> None:
                 "seconds": sum(r["seconds"]["rollout"] for r in on),
                 "seconds_without": sum(r["seconds"]["rollout"] for r in off),
                 "same_weights": same,
-                "machine": machine_line(1),
             }
         )
-    write_json(RESULTS / "draft_run_cpu.json", {"benchmark": "draft_run", "schema": 1, "rows": rows})
-    text = report(rows)
+    machine = machine_line(1)
+    write(RESULTS / "draft_run_cpu.json", "draft_run", as_machine(machine), rows)
+    text = report(rows, machine)
     (RESULTS / "draft_run_cpu.md").write_text(text)
     print(text)
 

@@ -7,7 +7,6 @@ Run by hand: python -m benchmarks.lora_sync --smollm2 models/smollm2 --data svam
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.rollout import case_config, machine_line
-from benchmarks.rows import RESULTS
+from benchmarks.rows import RESULTS, as_machine, write
 from carft_fast.core import Console
 from carft_fast.models import CarftModel, SamplerWeights, WeightUpdate, load_model
 from carft_fast.objective import Rows, Want, build_passes
@@ -122,7 +121,7 @@ def run(name: str, model_path: str, data: str) -> list[dict[str, Any]]:
     return found
 
 
-def report(rows: list[dict[str, Any]]) -> str:
+def report(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# LoRA merged, and applied by the sampler itself",
         "",
@@ -140,7 +139,7 @@ def report(rows: list[dict[str, Any]]) -> str:
             f"| {row['model']} | {row['way']} | {row['updates']} | {nats} | "
             f"{row['weight_error']:.3f} | {row['sync_ms']:.0f} | {row['sync_bytes'] / 1e6:.1f} |"
         )
-    return "\n".join([*lines, "", *dict.fromkeys(f"{row['machine']}\n" for row in rows)])
+    return "\n".join([*lines, "", f"{machine}\n"])
 
 
 def main() -> None:
@@ -148,10 +147,10 @@ def main() -> None:
     parser.add_argument("--smollm2", required=True, help="model folder")
     parser.add_argument("--data", required=True, help="SVAMP file")
     arguments = parser.parse_args()
-    rows = [row | {"machine": machine_line(1)} for row in run("SmolLM2-135M", arguments.smollm2, arguments.data)]
+    rows, machine = run("SmolLM2-135M", arguments.smollm2, arguments.data), machine_line(1)
     results = RESULTS / "lora_sync_cpu.json"
-    results.write_text(json.dumps({"benchmark": "lora_sync", "schema": 1, "rows": rows}, indent=1) + "\n")
-    text = report(rows)
+    write(results, "lora_sync", as_machine(machine), rows)
+    text = report(rows, machine)
     results.with_suffix(".md").write_text(text)
     print(text)
 

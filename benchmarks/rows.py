@@ -60,6 +60,7 @@ COLUMNS: dict[str, Column] = {
     "sync_ms": Column("ms", "weights from trainer to sampler, median", "lower"),
     "sync_cpu_ms": Column("ms", "processor time of the same, median; other processes disturb it less", "lower"),
     "tokens_per_cpu_s": Column("1/s", "completion tokens sampled a second of processor time", "higher"),
+    "over_ours": Column("ratio", "time over that of `linear_policy_loss`, in the same turn", ""),
     "over_before": Column("ratio", "that rate over the one of the sampler before it, in the same turn", "higher"),
     "tokens_per_forward": Column("1", "completion tokens that a forward of a sequence yields", "higher", True),
     "accepted": Column("share", "drafted tokens that stood", "higher", True),
@@ -149,7 +150,7 @@ def read(file: Path) -> Results:
 
 
 def write(file: Path, benchmark: str, machine: dict[str, str], rows: list[Row]) -> None:
-    """A file of flat rows of one machine."""
+    """A file of flat rows of one machine, which `read` is sure to know."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"benchmark": benchmark, "schema": SCHEMAS[benchmark].version, "machine": machine, "rows": rows})
 
@@ -275,6 +276,7 @@ SCHEMAS = {
     "drafts": Schema(1, ("model", "dtype", "batch", "sampler"), _flat),
     "draft_run": Schema(1, ("epoch",), _flat),
     "lora_sync": Schema(1, ("model", "way", "updates"), _flat),
+    "trl_grpo": Schema(1, ("side",), _flat),
     "sandbox": Schema(1, ("way",), _sandbox),
     "kernels_aot": Schema(1, ("kernel", "configuration", "chip"), _flat),
     "counts": Schema(1, ("what", "case"), _flat),

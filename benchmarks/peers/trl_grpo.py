@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.rollout import machine_line
-from benchmarks.rows import RESULTS, write_json
+from benchmarks.rows import RESULTS, as_machine, write
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "trl_grpo.py"
 ROWS, PROMPT, COMPLETION = 8, 64, 128
@@ -82,8 +82,9 @@ def main() -> None:
     rows = []
     for side, measured in seconds.items():
         ratios = [theirs / mine for theirs, mine in zip(measured[1:], own, strict=True)]
-        row = {"side": side, "seconds": statistics.median(measured[1:]), "ratio": statistics.median(ratios)}
-        rows.append(row | {"ratio_range": [min(ratios), max(ratios)], "machine": machine_line(arguments.repeats)})
+        row = {"side": side, "seconds": statistics.median(measured[1:]), "over_ours": statistics.median(ratios)}
+        rows.append(row | {"over_ours_range": [min(ratios), max(ratios)]})
+    machine = machine_line(arguments.repeats)
     tokens = int(inputs["completion_mask"].sum())
     lines = [
         "# TRL's GRPOTrainer with its own head and with `linear_policy_loss`",
@@ -95,10 +96,10 @@ def main() -> None:
         "| --- | --- | --- |",
     ]
     for row in rows:
-        low, high = row["ratio_range"]
+        low, high = row["over_ours_range"]
         lines.append(f"| {row['side']} | {row['seconds']:.2f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
-    text = "\n".join([*lines, "", rows[0]["machine"], ""])
-    write_json(RESULTS / "trl_grpo_cpu.json", {"benchmark": "trl_grpo", "schema": 1, "rows": rows})
+    text = "\n".join([*lines, "", machine, ""])
+    write(RESULTS / "trl_grpo_cpu.json", "trl_grpo", as_machine(machine), rows)
     (RESULTS / "trl_grpo_cpu.md").write_text(text)
     print(text)
 
