@@ -59,13 +59,12 @@ METRICS: dict[str, str] = {
     "truncated": "share of completions cut at the length limit",
     "completion_tokens": "completion tokens trained on in this step, counted once",
     "grad_norm": "global gradient norm before clipping, mean over the optimizer steps",
-    "grad_norm_policy": "norm of the language model's gradient from the policy term alone, before clipping, mean over"
-    " the optimizer steps (this and the next six with rl.gradient_terms)",
+    "grad_norm_policy": "norm of the language model's gradient from the policy term alone, before clipping, in the"
+    " step's first mini-batch (this and the next six with rl.gradient_terms)",
     "grad_norm_value": "the same of the value term, rl.value_coef included",
     "grad_norm_kl": "the same of the KL term in the loss, rl.kl_loss_coef included",
     "grad_norm_contrastive": "the same of the contrastive term, contrastive.coef included",
-    "grad_cosine_value": "cosine of the value term's gradient with the policy term's, mean over the optimizer steps in"
-    " which neither is 0; absent when there is none",
+    "grad_cosine_value": "cosine of the value term's gradient with the policy term's; absent where one of them is 0",
     "grad_cosine_kl": "the same of the KL term",
     "grad_cosine_contrastive": "the same of the contrastive term",
     "skipped_updates": "optimizer steps that were not applied because loss or gradient was not finite",

@@ -152,15 +152,14 @@ class Step:
         """The PPO epochs. An optimizer step whose loss or gradient is not finite is left out."""
         plan, live = self.plan_update(experience, advantages)
         gradient = Gradient(self._config, self._learner, self._passes, experience, advantages, correct, live)
-        terms = None
-        if self._config.rl.gradient_terms:
-            terms = GradientTerms(self._config, self._learner, experience, advantages, correct, live)
         found: dict[str, list[Tensor]] = {}
         skipped: list[Tensor] = []
         minis = [mini for epoch in plan for mini in epoch]
+        of_terms: dict[str, float] = {}
+        if self._config.rl.gradient_terms:
+            terms = GradientTerms(self._config, self._learner, experience, advantages, correct, live)
+            of_terms = terms.metrics(minis[0])
         for mini in minis:
-            if terms is not None:
-                terms.add(mini, first=mini is minis[0])
             metrics = gradient.accumulate(mini, first=mini is minis[0])
             norm, left_out = self._learner.step(lr, self._config.rl.max_grad_norm, metrics["loss"])
             skipped.append(left_out)
@@ -170,7 +169,7 @@ class Step:
         numbers: list[float] = torch.stack([*means, *(x.double() for x in skipped)]).tolist()
         left_out_minis = [mini for mini, flag in zip(minis, numbers[len(found) :], strict=True) if flag]
         result = dict(zip(found, numbers, strict=False)) | {"skipped_updates": len(left_out_minis)}
-        result |= gradient.agreement() | (terms.metrics() if terms is not None else {})
+        result |= gradient.agreement() | of_terms
         return Update(result, sorted({i for mini in left_out_minis for i in mini.rows}))
 
     def plan_update(self, experience: Experience, advantages: Advantages) -> tuple[Plan, list[bool]]:

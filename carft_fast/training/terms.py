@@ -1,5 +1,6 @@
 """What each term of the loss does to the language model: its gradient's norm, and its cosine with the policy term's."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,8 +33,9 @@ class GradientTerms:
     """Of one step (`rl.gradient_terms`): the gradients of the terms, each weighted as in the loss, so that they add up
     to the loss's own. The KL in the reward (`rl.kl_coef`) is a part of the policy term.
 
-    Every term takes a forward and a backward of its own, and one more gradient is kept in memory. Weights, moments and
-    the update stay as they are.
+    Of the step's first mini-batch alone, at the weights that sampled it: no ratio is clipped there. Every term takes a
+    forward and a backward of its own, and one more gradient is kept in memory. Weights, moments and the update stay as
+    they are.
     """
 
     def __init__(
@@ -62,35 +64,26 @@ class GradientTerms:
             passes = build_passes(alone, learner.model, rl.micro_batch_tokens, share_prompts=config.shares_prompts)
             of = advantages if name == "policy" else without
             self._terms[name] = Gradient(alone, learner, passes, experience, of, correct, live)
-        self._dots: dict[str, list[Tensor]] = {name: [] for name in self._terms}
-        """For each optimizer step float64 [2]: dot products with the gradient itself and with the policy term's."""
 
-    def gradients(self, mini: MiniBatch, *, first: bool) -> Iterator[tuple[str, list[Tensor | None]]]:
+    def gradients(self, mini: MiniBatch) -> Iterator[tuple[str, list[Tensor | None]]]:
         """Each term and its gradient of every trained parameter of the language model; of divided ones this process's
-        part. `first`: of the step."""
+        part. `mini` is the step's first."""
         for name, term in self._terms.items():
-            term.accumulate(mini, first=first)
+            term.accumulate(mini, first=True)
             yield name, [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in self._parameters]
             self._learner.optimizer.zero_grad(set_to_none=True)
 
-    def add(self, mini: MiniBatch, *, first: bool) -> None:
-        """Before the update of a mini-batch, at the weights that it is for."""
+    def metrics(self, mini: MiniBatch) -> dict[str, float]:
+        """Each term's norm, and its cosine with the policy term's where neither is 0. Waits for the device."""
         policy: list[Tensor | None] = []
-        for name, gradient in self.gradients(mini, first=first):
+        values: dict[str, float] = {}
+        for name, gradient in self.gradients(mini):
             policy = policy or gradient
             dots = torch.stack([_dot(gradient, gradient), _dot(gradient, policy)])
-            self._dots[name].append(global_sum(dots) if self._learner.model.divided else dots)
-
-    def metrics(self) -> dict[str, float]:
-        """Norms, means over the optimizer steps, and cosines, over those where both gradients are not 0."""
-        values: dict[str, float] = {}
-        norms = {name: torch.stack(dots)[:, 0].sqrt() for name, dots in self._dots.items()}
-        for name, norm_U in norms.items():
-            values[f"grad_norm_{name}"] = float(norm_U.mean())
-            product_U = norm_U * norms["policy"]
-            cosine_U = torch.stack(self._dots[name])[:, 1] / product_U
-            if name != "policy" and (both_U := product_U > 0).any():
-                values[f"grad_cosine_{name}"] = float(cosine_U[both_U].mean())
+            square, product = (global_sum(dots) if self._learner.model.divided else dots).tolist()
+            norm = values[f"grad_norm_{name}"] = math.sqrt(square)
+            if name != "policy" and (norms := norm * values["grad_norm_policy"]) > 0:
+                values[f"grad_cosine_{name}"] = product / norms
         return values
 
 

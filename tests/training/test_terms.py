@@ -46,7 +46,7 @@ def test_the_terms_are_what_the_gradient_lacks_without_them_and_add_up(name: str
     terms = GradientTerms(config, parts.learner, parts.experience, parts.advantages, correct, parts.live)
     found = {
         term: torch.cat([g.double().flatten() for g in gradient if g is not None])
-        for term, gradient in terms.gradients(parts.plan[0][0], first=True)
+        for term, gradient in terms.gradients(parts.plan[0][0])
     }
     expected = by_differences(options, case)
     whole = torch.stack(list(expected.values())).sum(0)
