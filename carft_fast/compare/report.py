@@ -109,7 +109,7 @@ def _summary_row(s: MethodSummary) -> dict[str, Any]:
         **spread("best_accuracy", s.best),
         **accuracy("equal_samples_accuracy", s.equal_samples),
         **accuracy("equal_time_accuracy", s.equal_time),
-        **{name: getattr(s, name) for name in ("worst_drop", "collapsed", "extractable")},
+        **{name: getattr(s, name) for name in ("worst_drop", "collapsed", "samples_to_collapse", "extractable")},
         **{name: getattr(s, name) for name in ("reward", "kl", "entropy", "completion_length")},
         "reached_sft": s.reached,
         "samples_to_reach_sft": reach(s.samples_to_reach),
@@ -352,7 +352,10 @@ def sections(summaries: Sequence[MethodSummary]) -> dict[str, list[str | Table]]
                     "tokens per answer": lambda s: number(s.completion_length, 1),
                     "answers extractable": lambda s: f"{s.extractable:.1%}",
                     "worst drop after best (points)": lambda s: f"{100 * s.worst_drop:.1f}",
-                    "collapsed": lambda s: f"{s.collapsed} of {s.seeds}",
+                    "collapsed": lambda s: (
+                        f"{s.collapsed} of {s.seeds}"
+                        + (f", after {s.samples_to_collapse:,.0f} samples" if s.collapsed else "")
+                    ),
                 }
             ),
             "Reward, KL and entropy are means over the steps since the evaluation before the last one. Collapsed: the "

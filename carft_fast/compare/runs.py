@@ -48,7 +48,7 @@ from carft_fast.training import CONFIG_FILE, describe_schedule, prepare, stage_t
 COMPARED = (*METHODS, SFT_TIME)
 DEFAULT_METHODS = (SFT, SFT_TIME, "reft", "grpo", "dr_grpo", "carft")
 START = "start"
-VARIABLE = ("rl", "sft", "reward", "contrastive", "rollout", "lora")
+VARIABLE = ("rl", "sft", "reward", "contrastive", "rollout", "lora", "guard")
 """Sections that may differ between runs from one checkpoint."""
 
 

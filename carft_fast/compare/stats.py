@@ -66,9 +66,19 @@ class Trajectory:
         return self.best - min(accuracies[accuracies.index(self.best) :])
 
     @property
+    def collapse(self) -> Evaluation | None:
+        """Where the run fell for good: the first of the evaluations at its end that are all below half of its best
+        accuracy, or of its share of extractable answers at the start. None where the last one is not."""
+        found = None
+        for e in reversed(self.evaluations):
+            if e.accuracy >= self.best / 2 and e.extractable >= self.evaluations[0].extractable / 2:
+                break
+            found = e
+        return found
+
+    @property
     def collapsed(self) -> bool:
-        """Final accuracy below half of the best, or extractable answers below half of their share at the start."""
-        return self.final.accuracy < self.best / 2 or self.final.extractable < self.evaluations[0].extractable / 2
+        return self.collapse is not None
 
     def at_samples(self, samples: int) -> Evaluation:
         """The last evaluation at which at most `samples` had been trained on."""
@@ -173,6 +183,7 @@ class MethodSummary:
         self.worst_drop = max(t.worst_drop for t in runs)
         self.collapsed = sum(t.collapsed for t in runs)
         """Seeds whose run collapsed."""
+        self.samples_to_collapse = _mean(t.collapse.samples for t in runs if t.collapse)
         self.extractable = statistics.fmean(e.extractable for e in finals)
         self.completion_length = statistics.fmean(e.completion_length for e in finals)
         self.reward, self.kl, self.entropy = (_mean(getattr(e, name) for e in finals) for name in TRAINING_MEANS)
@@ -268,13 +279,15 @@ class Outcome(NamedTuple):
 
 
 def outcomes(runs: Sequence[Trajectory], judgement: Judgement) -> list[Outcome]:
-    """Of runs of the same arms with each seed: accuracy at equal samples, and samples to an accuracy.
+    """Of runs of the same arms with each seed: accuracy at equal samples, samples to an accuracy, and, where a run
+    collapsed, samples until then.
 
-    A run that never reaches it counts with all the samples that are compared.
+    A run that never gets there counts with all the samples that are compared.
     """
     arms, seeds = list(dict.fromkeys(t.label for t in runs)), list(dict.fromkeys(t.seed for t in runs))
     accuracy: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     samples: dict[str, dict[int, float]] = {arm: {} for arm in arms}
+    stood: dict[str, dict[int, float]] = {arm: {} for arm in arms}
     for seed in seeds:
         of_seed = [t for t in runs if t.seed == seed]
         most = limits(of_seed).samples
@@ -282,15 +295,19 @@ def outcomes(runs: Sequence[Trajectory], judgement: Judgement) -> list[Outcome]:
             first = run.first_reaching(judgement.reach)
             accuracy[run.label][seed] = 100 * run.at_samples(most).accuracy
             samples[run.label][seed] = min(most, first.samples if first else most)
+            stood[run.label][seed] = min(most, run.collapse.samples if run.collapse else most)
 
     def outcome(name: str, unit: str, values: dict[str, dict[int, float]]) -> Outcome:
         against = judgement.references if len(seeds) > 1 else ()
         return Outcome(name, unit, values, {reference: paired_differences(values, reference) for reference in against})
 
-    return [
+    found = [
         outcome("held-out accuracy at equal samples", "points", accuracy),
         outcome(f"samples to {judgement.reach:.0%} held-out accuracy", "samples", samples),
     ]
+    if any(run.collapsed for run in runs):
+        found.append(outcome("samples until collapse", "samples", stood))
+    return found
 
 
 def verdict(accuracies: dict[str, Accuracy]) -> str:

@@ -71,6 +71,18 @@ def test_drop_and_collapse() -> None:
     assert silent.collapsed, "answers stopped being extractable"
 
 
+def test_a_collapse_is_the_fall_that_lasts() -> None:
+    fallen = run("a", 0, [50, 60, 20, 58, 29, 10], [0, 1, 2, 3, 4, 5])
+    assert fallen.collapse is fallen.evaluations[4], "it came back from the fall to 20"
+    stood = run("b", 0, [50, 60, 20, 58, 40, 31], [0, 1, 2, 3, 4, 5])
+    assert stood.collapse is None
+    assert [s.samples_to_collapse for s in summarise([fallen, stood])] == [fallen.evaluations[4].samples, None]
+    *_, until = outcomes([fallen, stood], Judgement(["b"], 0.7))
+    assert until.name == "samples until collapse"
+    assert until.values == {"a": {0: fallen.evaluations[4].samples}, "b": {0: stood.final.samples}}
+    assert len(outcomes([stood, stood], Judgement(["b"], 0.7))) == 2, "nobody collapsed"
+
+
 def test_equal_samples_and_equal_time() -> None:
     """The fastest RL run ends after 10 s: the slower ones are read off at their last evaluation before that."""
     runs = [
