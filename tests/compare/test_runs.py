@@ -11,6 +11,7 @@ import pytest
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.compare.runs import expand, parse_methods, parse_seeds, parse_vary
 from carft_fast.compare.study import load_study
+from carft_fast.config import preset, replaced
 from carft_fast.config.toml import load_config
 from carft_fast.core.errors import InputError
 
@@ -84,6 +85,19 @@ def test_a_study_names_its_arms(tmp_path: Path) -> None:
         ("published", "carft", {"contrastive.gradient": "published"}),
     ]
     assert study.variants[1].folder_name(1) == "published-seed1"
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[2] / "docs").glob("*.toml")), ids=lambda file: file.stem
+)
+def test_every_arm_of_the_studies_in_the_docs_has_a_config(file: Path) -> None:
+    study = load_study(file)
+    base = load_config(str(file.parent / study.config))
+    for arm in study.variants:
+        config = replaced(base, preset(arm.method, base) | arm.values)
+        for key, value in arm.values.items():
+            section, _, name = key.partition(".")
+            assert getattr(getattr(config, section), name) == value, arm.label
 
 
 @pytest.mark.parametrize(
