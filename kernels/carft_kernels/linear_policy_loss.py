@@ -275,7 +275,7 @@ def linear_policy_loss(
             captured in a CUDA graph; the results are the same within rounding.
         group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
             this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
-            on a one-dimensional mesh of the same ranks. Every rank makes the same call, only rows differ: hidden states,
+            on a one-dimensional mesh of the same ranks. All ranks make the same call, only rows differ: hidden states,
             vectors and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole
             loss, log-probs and metrics, and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do
             not sum it again. Gradients of `weight_VD` and `bias` are of this rank's rows. Collectives, by the group's
