@@ -101,9 +101,9 @@ class Trainer:
     def train(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> dict[str, Any]:
         """Run the stages; returns the figures of summary.json (docs/runs.md). A finished run returns them at once.
 
-        `resume` goes on from the folder's last checkpoint; where the config has more steps than before, a finished run
-        goes on too. Raises InputError before anything is written; Stopped after
-        Ctrl-C or SIGTERM, with everything saved; EngineError, RewardError and TrainingError where a run cannot go on.
+        `resume` continues from the folder's last checkpoint; a finished run continues if the config has more steps than
+        before. Raises InputError before anything is written; Stopped after Ctrl-C or SIGTERM, with everything saved;
+        EngineError, RewardError and TrainingError where a run cannot continue.
         """
         stages = _checked_stages(stages)
         self._run = run = self._prepare(self.config, self.output_dir, stages, resume=resume)
@@ -113,7 +113,7 @@ class Trainer:
             self._run = None
 
     def stop(self, reason: str) -> None:
-        """End the stage after its present step: evaluated, saved, and logged as a "guard" record with `reason` as its
+        """End the stage after its present step. The step is evaluated and saved; a "guard" record has `reason` as its
         cause. For callbacks; raises InputError when no training is under way."""
         if self._run is None:
             raise InputError("stop: no training is under way; it is for callbacks")
@@ -122,7 +122,7 @@ class Trainer:
         self._run.stop_reason = reason
 
     def plan(self, stages: Sequence[str] = ("sft", "rl"), resume: bool = False) -> "Table":
-        """What `train` would do: everything is checked, nothing written. Of the model it needs no weights."""
+        """What `train` would do, as a table. Everything is checked, nothing is written, no weights are loaded."""
         stages = _checked_stages(stages)
         run = self._prepare(self.config, self.output_dir, stages, resume=resume, dry_run=True)
         return training.describe_plan(run, stages)
@@ -184,11 +184,11 @@ def compare(
     resume: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Methods from one SFT checkpoint per seed, with a report; see docs/compare.md.
+    """Run several methods, each from the seed's one SFT checkpoint, and write a report; see docs/compare.md.
 
     `methods` and `seeds` are lists, or texts with commas; the default methods and the config's seed if not given.
-    `vary` lists `section.key=value,value`. A `study` is a TOML file that stands for `config`, `methods` and `vary`;
-    `seeds` may then name some of its own, and `overrides` are values on top of its config. Raises InputError.
+    `vary` lists `section.key=value,value`. A `study` is a TOML file in place of `config`, `methods` and `vary`;
+    `seeds` may then select some of its seeds, and `overrides` are values on top of its config. Raises InputError.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("compare runs in one process: start it without torchrun or accelerate launch")
@@ -234,7 +234,7 @@ def estimate(
 ) -> "tuple[Estimate, Table]":
     """Whether the stages fit on `gpus` GPUs named `gpu`, and what a step takes: figures, and the same as a table.
 
-    A prediction from a step on tensors without data; see docs/plan.md. Of the model it reads the config, and no data.
+    A prediction from a step on tensors without data; see docs/plan.md. Reads the model's config, no weights, no data.
     Raises InputError for an unknown GPU, and for a config that cannot run or be planned.
     """
     from carft_fast import plan
@@ -249,7 +249,7 @@ def report(folder: "StrPath") -> Path:
 
 
 def check_data(source: str, config: Config, *, against: str | None = None) -> "Check":
-    """What of a file, folder or Hub id can be used as data.train, and what is wrong with the rest; see docs/data.md.
+    """Which rows of a file, folder or Hub id can be used as data.train, and what is wrong with the rest; docs/data.md.
 
     `against` is a test set whose questions should not be in it; data.eval if not given. Lengths are in tokens where
     model.path is set. Loads no model. Raises InputError.
@@ -272,7 +272,7 @@ def serve(config: Config, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 def export(checkpoint: "StrPath", folder: "StrPath", *, push_to: str | None = None, public: bool = False) -> None:
-    """Write a checkpoint as a plain Hugging Face folder: LoRA merged and by itself, shards put together, heads beside.
+    """Write a checkpoint as a plain Hugging Face folder: LoRA merged, and the adapter alone; shards joined; heads.
 
     `push_to` "owner/name" also uploads it to the Hub, with a model card; private unless `public`. The token is that of
     HF_TOKEN or `hf auth login`. Raises InputError for a damaged checkpoint, a folder that is not empty, or a Hub that

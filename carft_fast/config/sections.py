@@ -55,9 +55,10 @@ class ModelConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the matmuls. Weights, optimizer state and the two heads stay float32; "bfloat16" is autocast."""
     attention: Literal["packed", "flash_attention_2", "flex_attention", "sdpa", "eager"] = "packed"
-    """"packed": each sequence by itself, FlashAttention in half precision on CUDA, SDPA elsewhere. The others are
-    transformers' own: "flash_attention_2" (extra `flash`, NVIDIA GPU), and for models that "packed" refuses
-    "flex_attention", "sdpa" or "eager" with a block-diagonal mask, quadratic in a micro-batch's tokens."""
+    """"packed": no padding, each sequence attends to itself alone; FlashAttention in half precision on CUDA, SDPA
+    elsewhere. The others are transformers' own: "flash_attention_2" (extra `flash`, NVIDIA GPU), and for models that
+    "packed" refuses "flex_attention", "sdpa" or "eager" with a block-diagonal mask, quadratic in a micro-batch's
+    tokens."""
     impl: Literal["fast", "padded"] = "fast"
     """"fast": packed sequences, fused losses. "padded": every batch padded to its longest prompt and completion,
     all its logits in float32; what the published trainers compute, kept to compare with."""
@@ -77,7 +78,7 @@ class LoraConfig(Section):
     alpha: float = Field(32.0, gt=0)
     """The adapters' product is scaled by alpha / rank."""
     target_modules: list[str] = ["all-linear"]
-    """Names of the modules that get an adapter; "all-linear" is every linear layer but the LM head."""
+    """Names of the modules that get an adapter; "all-linear" is every linear layer except the LM head."""
 
 
 class DataConfig(Section):
@@ -87,18 +88,18 @@ class DataConfig(Section):
     """File or Hub id with question and answer, or "synthetic"."""
     format: DataFormat = "auto"
     """"reft": JSON list; "gsm8k": JSONL with `#### answer`; "jsonl": own fields; "csv", "parquet", "arrow": one file;
-    "disk": a folder of `save_to_disk`; "hub": through `datasets`. "auto" tells them by content and name."""
+    "disk": a folder of `save_to_disk`; "hub": through `datasets`. "auto" finds the format by content and name."""
     fields: dict[str, str] = {}
-    """Own field names: question, cot, answer, item_id -> the file's; or messages, a conversation whose last assistant
-    turn is the annotation. A cot may be a list of texts, one an epoch."""
+    """The file's column for each of question, cot, answer, item_id, such as {cot = "solution"}; or for messages, a
+    conversation whose last assistant turn is the annotation. A cot may be a list of texts: each epoch uses one."""
     eval_fields: dict[str, str] = {}
-    """The same of evaluation data; `fields` when empty."""
+    """The same for evaluation data; `fields` when empty."""
     mix: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """Several training files in place of `train`, each with its share of the rows (of their sum): as many rows as can
-    be without one twice, from the top of each file."""
+    """Several training files in place of `train`, each with its share of the rows (shares are divided by their
+    sum): as many rows as the shares allow without using one twice, from the top of each file."""
     calculator_marks: CalculatorMarks = "strip"
     """GSM8K's `<<48/2=24>>`, written for a calculator that fills in the result while sampling (Cobbe et al. 2021):
-    there is none here, so they are taken out of its annotations; "keep" teaches them."""
+    there is none here, so they are taken out of its annotations; "keep" trains on them."""
     merge_questions: bool = False
     """Make one training row of those with the same question and answer, with all their annotations: a question then
     counts once an epoch. Off, as in ReFT, whose data has every annotation in a row of its own."""
@@ -111,7 +112,7 @@ class DataConfig(Section):
     eval_rows: int | None = Field(None, ge=1)
     """Use at most this many usable evaluation rows, from the top of the file; all when absent."""
     synthetic_steps: list[Annotated[int, Field(ge=1, le=8)]] = Field([3, 3], min_length=2, max_length=2)
-    """Sums in a question of the "synthetic" task: the fewest and the most, each number as often."""
+    """Sums in a question of the "synthetic" task, [fewest, most]; each number of sums is equally frequent."""
     template: str = Field("carft", min_length=1)
     """"carft": `Question:\\n...\\nAnswer reasoning:\\n` (published code); "chat": the tokenizer's chat template; else a
     Jinja template, as text or in a file, which reads `question`, or `messages` as chat templates do."""
@@ -212,7 +213,7 @@ class SftConfig(StageConfig):
     batch_size: int = Field(64, ge=1)
     """Sequences per optimizer step. Source: paper, global batch 64."""
     first_step: int = Field(0, ge=0)
-    """Steps that an earlier SFT of this model has done: the order of the rows goes on behind them."""
+    """Steps that an earlier SFT of this model has done; the order of the rows continues after them."""
     eval_loss: bool = False
     """At every evaluation also the cross-entropy of data.eval's annotations: the sum over their completion tokens, over
     the number of these tokens (nats per token). Of a row with several annotations the first counts."""
@@ -249,9 +250,10 @@ class RlConfig(StageConfig):
     kl_loss_coef: float = Field(0.0, ge=0)
     """Weight of the estimate of KL(policy || reference) in the loss, GRPO's term; 0 is off."""
     kl_estimate: Literal["k3", "k2"] = "k3"
-    """Of a token, with d = reference log-prob - log-prob: "k3" exp(d) - d - 1, "k2" d^2 / 2. Source: GRPO, "k3"."""
+    """A token's KL estimate, with d = reference log-prob - log-prob: "k3" exp(d) - d - 1, "k2" d^2 / 2. Source: GRPO,
+    "k3"."""
     kl_clamp: float | None = Field(None, gt=0)
-    """Largest estimate of a token, which has no gradient beyond (nats); no bound when absent. Source: verl has 10."""
+    """Upper bound of a token's KL estimate (nats), no gradient above it; no bound when absent. Source: verl, 10."""
     mask_truncated: bool = False
     """Leave completions cut at max_new_tokens out of every term of the loss, and out of what it is divided by. Their
     scores still count in advantages and whitening. Source: overlong filtering, DAPO (Yu et al. 2025)."""
@@ -265,15 +267,15 @@ class RlConfig(StageConfig):
     model.impl = "fast"; "auto" does where these are set and rollout.samples_per_prompt is at least 2."""
     loss: Literal["clip", "cispo"] = "clip"
     """A token's policy loss: "clip" PPO's; "cispo" minus the clipped ratio, a constant, times advantage and log-prob:
-    no token loses its gradient (MiniMax-M1, 2025)."""
+    every token keeps its gradient (MiniMax-M1, 2025)."""
     ratio: Literal["token", "sequence"] = "token"
     """What is clipped: each token's ratio, or one for a completion, exp of the mean of its tokens' log-ratios (GSPO,
     Zheng et al. 2025, with clip_low 3e-4 and clip_high 4e-4). "sequence" computes all logits once more."""
     dual_clip: float | None = Field(None, gt=1)
-    """Bound c of the policy loss of a token with a negative advantage A, at most -A c, without a gradient beyond; none
+    """c: the policy loss of a token with a negative advantage A is at most -A c, without gradient above that; no bound
     when absent. Source: Ye et al. 2020, 3."""
     clip_low: float = Field(0.2, gt=0, le=1)
-    """Policy ratio is clipped below at 1 - clip_low; 1 is no lower bound. Source: published code, 0.2."""
+    """Policy ratio is clipped below at 1 - clip_low; with 1 there is no lower bound. Source: published code, 0.2."""
     clip_high: float = Field(0.2, gt=0)
     """Policy ratio is clipped above at 1 + clip_high. Source: published code, 0.2."""
     value_clip: float = Field(0.2, gt=0)
@@ -288,7 +290,7 @@ class RlConfig(StageConfig):
     """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
     gradient_terms: bool = False
     """Record the norm of the language model's gradient from each term of the loss (policy, value, KL, contrastive), and
-    its cosine with the policy's. A forward and a backward more for each term; changes nothing of what is trained."""
+    its cosine with the policy's. Costs one more forward and backward for each term; the training is the same."""
 
     def _conflicts(self) -> Iterator[str]:
         for name, value in (("dual_clip", self.dual_clip), ("ratio", None if self.ratio == "token" else self.ratio)):
@@ -321,12 +323,12 @@ class RewardConfig(Section):
     partial_constant: float = Field(0.1, ge=0)
     """Score of "constant", at most correct_score. Source: ReFT, 0.1."""
     partial_base: float = Field(0.2, ge=0)
-    """Middle of the scores of "embedding", which are within 0 to correct_score. Source: published code, 0.2."""
+    """Score of "embedding" at cosine 0; its scores stay within 0 to correct_score. Source: published code, 0.2."""
     partial_scale: float = Field(0.1, ge=0)
-    """Their distance to the middle at cosine 1 and -1. Source: published code, 0.1."""
+    """How far the score of "embedding" is from partial_base at cosine 1 and -1. Source: published code, 0.1."""
     ignore_think: bool = False
-    """Read the answer from what is outside <think>...</think>; a <think> without an end leaves no answer. A prompt that
-    ends with <think> begins it. Not for `fn`, which is given the whole completion."""
+    """Read the answer from what is outside <think>...</think>; a <think> without an end leaves no answer. After a
+    prompt that ends with <think>, the completion begins inside it. A function of `fn` gets the whole completion."""
     latex_cpu_s: float = Field(2.0, ge=0.1, le=60)
     """Processor time a LaTeX comparison may take (seconds); one that takes longer counts as no answer."""
     program_workers: int = Field(2, ge=1, le=256)
@@ -382,15 +384,15 @@ class RewardConfig(Section):
 
 class ContrastiveConfig(Section):
     mode: Literal["positive", "negative", "both", "answer", "none"] = "positive"
-    """"positive": correct rollouts are drawn to their annotated CoT (paper eq. 7); "negative": what wrong rollouts have
-    in common with it is drawn to the same tokens there, away from the rest (eq. 8); "both": the two weighed by
-    negative_weight; "answer": as "positive", of the state before data.answer_phrase in place of the whole (after
-    Hidden-Align, Wang et al. 2026); "none": no such loss (ReFT)."""
+    """"positive": correct rollouts are pulled towards their annotated CoT (paper eq. 7); "negative": the tokens that a
+    wrong rollout has in common with it are pulled towards the same tokens there, away from the rest (eq. 8); "both":
+    the two weighted by negative_weight; "answer": as "positive", but with the state before data.answer_phrase instead
+    of the whole CoT (after Hidden-Align, Wang et al. 2026); "none": no contrastive loss (ReFT)."""
     negative_weight: float = Field(0.5, ge=0, le=1)
     """Weight w of the negative signal in "both", (1 - w) * positive + w * negative. Source: published code, 0.5."""
     gradient: Literal["full", "local", "published"] = "full"
-    """What carries gradient: "full" every candidate, as in the paper; "local" those of the own process, the others' are
-    constants (with one process the same); "published" none, and the positive loss is summed over all rollouts."""
+    """What carries gradient: "full" every candidate, as in the paper; "local" those of the same process, the others are
+    constants (no difference with one process); "published" none, and the positive loss is summed over all rollouts."""
     coef: float = Field(1e-3, ge=0)
     """Weight of the contrastive loss (c). Source: paper, 1e-3, flat between 5e-4 and 1.5e-3."""
     temperature: float = Field(0.2, gt=0)
@@ -438,9 +440,10 @@ class RolloutConfig(Section):
     max_new_tokens: int = Field(512, ge=1)
     """Longest completion, in tokens, in rollouts and evaluation."""
     prefix: float = Field(0.0, ge=0, lt=1)
-    """Share of its annotation that is given with a question in the first step, in whole tokens; the rest is sampled. It
-    falls linearly to 0. A prefix has no loss but the contrastive one, and is graded with what follows. Near 1 it states
-    the answer. Source: UFT (Liu et al. 2025, arXiv 2505.16984), BREAD (2506.17211), Prefix-RFT (2507.01679)."""
+    """Share of a question's annotation that is added to its prompt in the first step, in whole tokens; the rest is
+    sampled. The share falls linearly to 0. A prefix has only the contrastive loss, and is graded with the completion.
+    Near 1 it states the answer. Source: UFT (Liu et al. 2025, arXiv 2505.16984), BREAD (2506.17211), Prefix-RFT
+    (2507.01679)."""
     prefix_steps: int | None = Field(None, ge=1)
     """Steps after which `prefix` is 0; all of the stage's when absent."""
     batch_size: int = Field(64, ge=1)
@@ -484,8 +487,8 @@ class RolloutConfig(Section):
     async_depth: Literal[0, 1] = 0
     """1 samples the next batch while the trainer updates, with weights one version old; 0 is strictly on-policy."""
     correction: Literal["none", "truncated", "masked"] = "none"
-    """Weight on a token's policy loss for what trainer and sampler disagree on, r = exp(old log-prob - sampled
-    log-prob) on the sampler's support: "truncated" min(r, cap); "masked" r, and 0 above cap or below floor."""
+    """Factor on a token's policy loss that corrects for the mismatch of trainer and sampler: r = exp(old log-prob -
+    sampled log-prob) on the sampler's support; "truncated" min(r, cap); "masked" r, and 0 above cap or below floor."""
     correction_cap: float = Field(2.0, ge=1)
     """Largest r of `correction`. Source: truncated importance sampling (Yao et al. 2025), 2."""
     correction_floor: float = Field(0.0, ge=0, le=1)
@@ -558,7 +561,7 @@ class RolloutConfig(Section):
 
 class GuardConfig(Section):
     action: Literal["off", "stop", "rollback"] = "off"
-    """What a collapse leads to: "stop" ends the stage there, "rollback" goes on from the best evaluated checkpoint (the
+    """What happens at a collapse: "stop" ends the stage, "rollback" continues from the best evaluated checkpoint (the
     stage's start where none was better) with a lower learning rate. Each event is logged with its cause."""
     window: int = Field(5, ge=1)
     """Steps that the watched figures are averaged over."""
@@ -575,11 +578,11 @@ class GuardConfig(Section):
     lr_factor: float = Field(0.5, gt=0, lt=1)
     """Each rollback multiplies the learning rate by this."""
     max_rollbacks: int = Field(2, ge=1)
-    """After as many rollbacks the next collapse stops the stage."""
+    """After this many rollbacks the next collapse stops the stage."""
 
 
 class DistributedConfig(Section):
-    """Over the processes that `torchrun` or `accelerate launch` starts; without them none of it matters."""
+    """For the processes that `torchrun` or `accelerate launch` starts; no effect in a run of one process."""
 
     strategy: Literal["auto", Strategy] = "auto"
     """How model and optimizer are divided: "ddp" not at all, "fsdp2" weights, gradients and moments, "zero2" gradients
@@ -596,7 +599,7 @@ class OutputConfig(Section):
     samples_per_step: int = Field(8, ge=0)
     """Sample completions with rewards written per RL step."""
     trackers: list[TrackerName] = ["tensorboard"]
-    """Where config, metrics, samples and report go as well, any of "tensorboard" (in the run's folder), "wandb",
+    """Trackers that also get config, metrics, samples and report: any of "tensorboard" (in the run's folder), "wandb",
     "trackio", "mlflow" (extras of these names). Servers and keys are set by their own environment variables."""
     project: str = Field("carft-fast", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Project of Weights & Biases and Trackio, experiment of MLflow, that the run belongs to."""

@@ -1,6 +1,7 @@
 """One record per step: phase timers, metrics.jsonl.
 
-A record holds only what `METRICS` names, so the documentation and the file on disk cannot drift apart.
+A record holds only what `METRICS` names. scripts/metric_table.py writes the tables of docs/runs.md from `METRICS` and
+`PHASES`.
 """
 
 import json
@@ -19,66 +20,70 @@ if TYPE_CHECKING:
     from carft_fast.reports.trackers import Trackers
 
 METRICS: dict[str, str] = {
-    "loss": "total loss of the optimizer steps, mean (nats)",
-    "policy_loss": "clipped policy loss with its KL term, divided as rl.loss_mean says",
-    "value_loss": "clipped value loss, before value_coef",
-    "contrastive_loss": "loss of contrastive.mode's signals, before its coefficient; 0 where no rollout is concerned"
-    " (absent without the term)",
-    "cosine": "mean cos(z_1, z_2) of annotated and sampled CoT embedding, at rollout time"
-    " (absent where neither loss nor reward reads it)",
-    "cosine_correct": "the same over correct rollouts only; absent when there is none",
-    "reward": "mean terminal score of the rollouts (0 to reward.correct_score, but for reward.fn),"
-    " the KL penalty not included",
-    "reward/<label>": "mean score of each function of a list in reward.fn, before its weight",
-    "train_accuracy": "share of rollouts whose answer is correct",
-    "extractable": "share of rollouts with an answer that can be read",
-    "kl": "mean over completion tokens of old log-prob minus reference log-prob (nats per token)"
-    " (absent without a reference)",
+    "loss": "total loss, mean over the optimizer steps (SFT: nats per token; RL: no unit)",
+    "policy_loss": "clipped policy loss with its KL term, divided as rl.loss_mean says (no unit)",
+    "value_loss": "clipped value loss, before rl.value_coef (score squared)",
+    "contrastive_loss": "loss of the signals of contrastive.mode, before contrastive.coef (nats);"
+    " 0 where it concerns no rollout; absent without the term",
+    "cosine": "mean cos(z_1, z_2) of the embeddings of annotated and sampled CoT, with the weights that sampled"
+    " (-1 to 1); absent where neither loss nor reward reads it",
+    "cosine_correct": "the same over correct rollouts alone (-1 to 1); absent where none is correct",
+    "reward": "mean terminal score of the rollouts, without the KL penalty (0 to reward.correct_score;"
+    " with reward.fn as the function scores)",
+    "reward/<label>": "mean score of each function of a list in reward.fn, before its weight (as the function scores)",
+    "train_accuracy": "share of rollouts whose answer is correct (0 to 1)",
+    "extractable": "share of rollouts with an answer that can be read (0 to 1)",
+    "kl": "mean over completion tokens of old log-prob minus reference log-prob (nats per token); the old log-probs"
+    " are the policy's before the step; absent without a reference",
     "entropy": "mean entropy of the policy over the completion tokens with a weight in the loss (nats per token)",
-    "approx_kl": "mean over the same tokens of (ratio - 1) - log ratio between updated and old policy",
-    "clip_fraction": "share of those tokens whose policy ratio is outside the clip range",
-    "value_clip_fraction": "share of completion tokens whose new value is clipped",
-    "explained_variance": "1 - var(return - value) / var(return) over completion tokens; absent without a value head",
-    "advantage_mean": "mean advantage over completion tokens, before whitening",
-    "advantage_std": "its standard deviation",
-    "first_ratio_error": "largest |ratio - 1| in the step's first mini-batch, before any update (0 when exact)",
-    "sampler_diff_mean": "mean over tokens of |sampled log-prob - old log-prob|, on the sampler's support (nats)",
-    "sampler_diff_max": "its maximum",
-    "sampler_diff_material": "share of tokens where it is beyond 1e-2"
-    " (these three and the next over the first mini-batch where old log-probs are not recomputed)",
-    "sampler_ess": "effective sample size of the importance weights w = exp(old log-prob - sampled log-prob), a share"
-    " of the tokens: (sum w)^2 / (tokens sum w^2), 1 when all are equal",
-    "sequence_masked": "share of completions that rollout.sequence_mask leaves out (absent where it is off)",
-    "staleness": "weight updates between sampling and training, of the oldest rollout (0 is on-policy)",
-    "tokens_per_forward": "completion tokens over the sampler's forwards for their sequences: 1 without accepted drafts"
-    " (this and the next two: vLLM engines with rollout.drafts)",
-    "draft_accepted": "share of the drafted tokens that were sampled; absent when none was drafted",
-    "draft_wasted": "drafted tokens that were not sampled, over completion tokens",
-    "completion_length": "mean completion length (tokens, EOS included)",
-    "prefix_length": "mean length of the prefixes (tokens), which completion_length does not count (rollout.prefix)",
-    "truncated": "share of completions cut at the length limit",
-    "completion_tokens": "completion tokens trained on in this step, counted once",
-    "grad_norm": "global gradient norm before clipping, mean over the optimizer steps",
+    "approx_kl": "mean over the same tokens of (ratio - 1) - log ratio between updated and old policy (nats per token)",
+    "clip_fraction": "share of the same tokens whose policy ratio is outside the clip range (0 to 1)",
+    "value_clip_fraction": "share of completion tokens whose new value is clipped (0 to 1)",
+    "explained_variance": "1 - var(return - value) / var(return) over completion tokens (at most 1);"
+    " absent without a value head",
+    "advantage_mean": "mean advantage over completion tokens, before whitening (score;"
+    ' rl.estimator = "grpo": standard deviations)',
+    "advantage_std": "its standard deviation (as advantage_mean)",
+    "first_ratio_error": "largest absolute value of ratio - 1 in the step's first mini-batch, before any update"
+    " (no unit; 0 when exact)",
+    "sampler_diff_mean": "mean over tokens of the absolute difference of sampled and old log-prob, on the sampler's"
+    " support (nats). This and the next three are over the first mini-batch where old log-probs are not recomputed",
+    "sampler_diff_max": "largest such difference (nats)",
+    "sampler_diff_material": "share of tokens where it is above 1e-2 nats (0 to 1)",
+    "sampler_ess": "effective sample size of the importance weights w = exp(old log-prob - sampled log-prob), as a"
+    " share of the tokens: (sum w)^2 / (tokens sum w^2) (0 to 1; 1 when all weights are equal)",
+    "sequence_masked": "share of completions that rollout.sequence_mask leaves out (0 to 1); absent where it is off",
+    "staleness": "weight updates between sampling and training, of the oldest rollout (updates; 0 is on-policy)",
+    "tokens_per_forward": "completion tokens divided by the sampler's forwards for their sequences (tokens;"
+    " 1 without accepted drafts). This and the next two: vLLM engines with rollout.drafts",
+    "draft_accepted": "share of the drafted tokens that were sampled (0 to 1); absent where none was drafted",
+    "draft_wasted": "drafted tokens that were not sampled, divided by completion tokens (no unit)",
+    "completion_length": "mean completion length, EOS included (tokens)",
+    "prefix_length": "mean length of the prefixes of rollout.prefix, which completion_length does not count (tokens)",
+    "truncated": "share of completions cut at the length limit (0 to 1)",
+    "completion_tokens": "completion tokens trained on in this step, each counted once (tokens)",
+    "grad_norm": "global gradient norm before clipping, mean over the optimizer steps (no unit)",
     "grad_norm_policy": "norm of the language model's gradient from the policy term alone, before clipping, in the"
-    " step's first mini-batch (this and the next six with rl.gradient_terms)",
-    "grad_norm_value": "the same of the value term, rl.value_coef included",
-    "grad_norm_kl": "the same of the KL term in the loss, rl.kl_loss_coef included",
-    "grad_norm_contrastive": "the same of the contrastive term, contrastive.coef included",
-    "grad_cosine_value": "cosine of the value term's gradient with the policy term's; absent where one of them is 0",
-    "grad_cosine_kl": "the same of the KL term",
-    "grad_cosine_contrastive": "the same of the contrastive term",
-    "skipped_updates": "optimizer steps that were not applied because loss or gradient was not finite",
-    "lr": "learning rate of the step",
-    "accuracy": "greedy accuracy on the evaluation rows",
-    "eval_loss": "cross-entropy of the held-out annotations, over the number of their completion tokens"
-    " (nats per token; SFT with sft.eval_loss)",
-    "correct": "evaluation rows answered correctly",
-    "rows": "evaluation rows",
-    "accuracy_ci95": "Wilson 95% interval of accuracy [low, high]",
-    "action": "what the collapse guard did: stop or rollback",
-    "cause": "why: the figure, its value and the bound",
-    "to": "the checkpoint a rollback went on from",
-    "step_by_step": "share of evaluation answers with more than one equation",
+    " step's first mini-batch (no unit). This and the next six: with rl.gradient_terms",
+    "grad_norm_value": "the same of the value term, rl.value_coef included (no unit)",
+    "grad_norm_kl": "the same of the KL term in the loss, rl.kl_loss_coef included (no unit)",
+    "grad_norm_contrastive": "the same of the contrastive term, contrastive.coef included (no unit)",
+    "grad_cosine_value": "cosine of the value term's gradient with the policy term's (-1 to 1);"
+    " absent where one of them is 0",
+    "grad_cosine_kl": "the same of the KL term (-1 to 1)",
+    "grad_cosine_contrastive": "the same of the contrastive term (-1 to 1)",
+    "skipped_updates": "optimizer steps that were left out because loss or gradient was not finite (optimizer steps)",
+    "lr": "learning rate of the step (no unit)",
+    "accuracy": "share of evaluation rows whose greedy answer is correct (0 to 1)",
+    "eval_loss": "cross-entropy of the held-out annotations, divided by the number of their completion tokens"
+    " (nats per token); SFT with sft.eval_loss",
+    "correct": "evaluation rows answered correctly (rows)",
+    "rows": "evaluation rows (rows)",
+    "accuracy_ci95": "Wilson 95% interval of accuracy, [low, high] (0 to 1)",
+    "action": 'what the collapse guard did: "stop" or "rollback"',
+    "cause": "why the guard did it: the figure, its value and the bound",
+    "to": "the checkpoint that a rollback took weights and optimizer from",
+    "step_by_step": "share of evaluation answers with more than one equation (0 to 1)",
 }
 _OF_FUNCTION = "reward/"
 PHASES: dict[str, str] = {

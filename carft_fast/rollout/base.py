@@ -1,4 +1,4 @@
-"""What the trainer knows of a sampler. It never asks which engine it has."""
+"""The interface between trainer and sampling engine; the trainer does not depend on which engine it is."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,11 +61,13 @@ class Rollout:
     drafted: int = 0
     """Tokens that forwards checked as guesses (see `SamplingParams.drafts`)."""
     accepted: int = 0
-    """Those of them that were sampled: the completion took that many forwards less than it has tokens."""
+    """Those of them that were sampled: the completion took that many forwards fewer than it has tokens."""
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
+    """What a sampling engine has to provide; docs/python.md has an example."""
+
     @property
     def version(self) -> int:
         """Version of the weights it samples with now."""

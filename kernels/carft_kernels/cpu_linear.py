@@ -85,7 +85,7 @@ def _size(shape: Any) -> int:
 
 
 def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear(x, weight, bias)`, in float32 on a CPU by oneDNN. Anything else torch computes.
+    """`torch.nn.functional.linear(x, weight, bias)`, by oneDNN for float32 on a CPU, else by torch's own kernels.
 
     Args:
         x: [..., K].
@@ -98,7 +98,7 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         without oneDNN: torch's own result.
 
     Raises:
-        ValueError: where the weight or the bias is a DTensor and x is none. All three may be, then torch computes.
+        ValueError: where the weight or the bias is a DTensor and x is not. Where all three are, torch computes.
         RuntimeError: torch's own, for shapes that do not go together.
     """
     if hasattr(x, "full_tensor"):

@@ -345,7 +345,7 @@ def whiten(
     Args:
         x_T: float [T]; T may differ between ranks, and be 0.
         mask_T: bool [T], the tokens that count; all when None.
-        eps: added to the variance, above 0: what does not vary becomes 0.
+        eps: added to the variance, above 0: constant input becomes 0.
         group: process group whose ranks share the statistics (torch operations around two all-reduces); this process
             alone when None.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".

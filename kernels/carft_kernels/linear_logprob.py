@@ -191,14 +191,14 @@ def linear_logprob(
         bias: [V], dtype and device of `hidden_TD`.
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
-        with_lse: also return the logsumexp of the logits over the temperature, differentiable; such as for a z-loss,
+        with_lse: also return the logsumexp of the logits over the temperature, differentiable; for a z-loss, say,
             its square.
         logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         top_k: the log-prob, entropy and log-sum-exp are those of the `top_k` most likely tokens alone, and of all that
             are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
             sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no
             gradient.
-        top_p: likewise, behind top-k: the fewest most likely tokens whose probabilities add up to `top_p`, and all that
+        top_p: likewise, after top-k: the fewest most likely tokens whose probabilities add up to `top_p`, and all that
             are as likely as the last of them. In (0, 1]; 1 keeps every token. It sorts the logits.
         ignore_index: a token with this target takes no part, whatever its state holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.
@@ -206,7 +206,7 @@ def linear_logprob(
             float32 logits, or what 1 GiB holds if that is more; on a CPU what 32 MB hold.
         group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
             this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
-            on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states
+            on a one-dimensional mesh of the same ranks. All ranks make the same call, only rows differ: hidden states
             and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole result,
             and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do not sum it again. Gradients
             of `weight_VD` and `bias` are of this rank's rows. Collectives, by the group's backend where the tensors

@@ -223,7 +223,7 @@ def linear_policy_loss(
     group: dist.ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """PPO / GRPO policy loss straight from hidden states, never holding [T, V].
+    """PPO / GRPO policy loss from hidden states, without holding [T, V] logits.
 
     Equivalent: `logprob = (hidden @ weight.T / temperature).float().log_softmax(-1).gather(1, target[:, None])[:, 0]`;
     `r = (logprob - old_logprob).exp()`; `loss = (weight_T * (torch.max(-A * r, -A * r.clamp(1 - clip_low,
@@ -236,7 +236,7 @@ def linear_policy_loss(
             `set_index_checks`); where they are off they give a log-prob of NaN.
         advantage_T, old_logprob_T: float [T]; no gradient. `old_logprob_T` None: the policy has not changed since it
             sampled, its own log-probs are the old ones and every ratio is 1.
-        weight_T: float [T], the token's share of the loss; it carries every normaliser; no gradient. For float16 put
+        weight_T: float [T], the token's share of the loss; it contains every divisor; no gradient. For float16 put
             the loss scale here too: gradients are formed in the forward pass, where a later factor comes too late to
             save small ones from underflow.
         bias: [V] of the LM head, dtype and device of `hidden_TD`.
@@ -275,7 +275,7 @@ def linear_policy_loss(
             captured in a CUDA graph; the results are the same within rounding.
         group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
             this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
-            on a one-dimensional mesh of the same ranks. Every rank makes the same call but for its rows: hidden states,
+            on a one-dimensional mesh of the same ranks. All ranks make the same call, only rows differ: hidden states,
             vectors and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole
             loss, log-probs and metrics, and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do
             not sum it again. Gradients of `weight_VD` and `bias` are of this rank's rows. Collectives, by the group's

@@ -190,7 +190,7 @@ def token_logprob(
             are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
             sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no
             gradient.
-        top_p: likewise, behind top-k: the fewest most likely tokens whose probabilities add up to `top_p`, and all that
+        top_p: likewise, after top-k: the fewest most likely tokens whose probabilities add up to `top_p`, and all that
             are as likely as the last of them. In (0, 1]; 1 keeps every token. It sorts the logits.
         ignore_index: a token with this target takes no part, whatever its row of logits holds. Its log-prob and entropy
             are 0 and it gives no gradient to anything, as in `torch.nn.functional.cross_entropy`.

@@ -1,5 +1,7 @@
 """The names of what is recorded, and the seconds of phases."""
 
+import importlib.util
+import re
 import time
 from pathlib import Path
 
@@ -9,10 +11,28 @@ import torch
 from carft_fast.reports.metrics import METRICS, PHASES, PhaseTimer
 
 
-def test_metrics_are_documented() -> None:
-    text = (Path(__file__).resolve().parents[2] / "docs" / "runs.md").read_text()
-    for name in (*METRICS, *PHASES):
-        assert f"| `{name}` |" in text, name
+def test_the_page_has_every_metric_and_phase() -> None:
+    root = Path(__file__).resolve().parents[2]
+    spec = importlib.util.spec_from_file_location("metric_table", root / "scripts" / "metric_table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    page = (root / "docs" / "runs.md").read_text(encoding="utf-8")
+    assert script.updated(page) == page, "run scripts/metric_table.py"
+    first = next(iter(METRICS))
+    assert script.updated(page.replace(f"| `{first}` |", "| `other` |")) == page
+    with pytest.raises(SystemExit, match="metrics: begin"):
+        script.updated("no markers")
+
+
+def test_a_meaning_fits_into_a_table_and_has_a_unit() -> None:
+    """`|` and a line's end would break the table."""
+    for name, meaning in (METRICS | PHASES).items():
+        assert not set("|\n") & set(meaning), name
+    units = r"\((SFT: )?(nats|-?\d to |at most 1|no unit|score|as |tokens|rows|updates|optimizer steps)"
+    without = {name for name, meaning in METRICS.items() if not re.search(units, meaning)}
+    assert without == {"action", "cause", "to"}
 
 
 class Clock:
