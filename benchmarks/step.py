@@ -4,8 +4,8 @@ Paths: "fast" is the default, with all rows in one micro-batch; "torch's matmuls
 path takes in float32; "compiled" is `model.compile`, which has vLLM compile its model as well (compiling is in no
 time); "recomputing" is activation checkpointing, and "fast, small micro-batches" cuts the rows as well. "padded" is
 the plain path (`model.impl = "padded"`: all rows of a device at once, padded to the longest prompt plus the longest
-completion, float32 logits of every position); "padded, recomputing" is what the published trainers do. Engines and
-paths take turns.
+completion, float32 logits of every position); "padded, recomputing" is our padded baseline, which computes what the
+published trainers do. Engines and paths take turns.
 Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
 look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
 whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.ops.measure import resident_kb, seconds
 from benchmarks.rows import commit, processor_model
-from benchmarks.step_report import PUBLISHED, load, report, save
+from benchmarks.step_report import BASELINE, load, report, save
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config, load_config
 from carft_fast.core import Console, Example, derive_seed
@@ -65,7 +65,7 @@ PATHS: dict[str, list[str]] = {
     "fast, recomputing": [RECOMPUTING],
     "fast, small micro-batches": [RECOMPUTING, "rl.micro_batch_tokens=1024"],
     "padded": ["model.impl=padded", DEVICE_AT_ONCE],
-    PUBLISHED: ["model.impl=padded", DEVICE_AT_ONCE, RECOMPUTING],
+    BASELINE: ["model.impl=padded", DEVICE_AT_ONCE, RECOMPUTING],
 }
 SAMPLERS = {
     "hf": ["rollout.engine=hf"],

@@ -26,7 +26,7 @@ from benchmarks.step import (
     peaks_mb,
     random_inputs,
 )
-from benchmarks.step_report import PUBLISHED, ROLLOUT_VOCABULARY, load, report, save
+from benchmarks.step_report import BASELINE, ROLLOUT_VOCABULARY, load, report, save
 from carft_fast.cli import QUICKSTART_CONFIG
 from carft_fast.config import Config, load_config
 from carft_fast.core import Console
@@ -38,11 +38,11 @@ SLOPE_TOKENS = (2048, 4096, 8192, 16384)
 VOCABULARIES = (8_192, 32_768, 131_072)
 ROLLOUTS = (4, 8, 16, 32, 64)
 SMOLLM2_ROLLOUTS = (8, 16, 32)
-ROLLOUT_PATHS = {path: PATHS[path] for path in ("fast, recomputing", PUBLISHED)}
+ROLLOUT_PATHS = {path: PATHS[path] for path in ("fast, recomputing", BASELINE)}
 SMOLLM2_PATHS = {
     "fast, recomputing": PATHS["fast, recomputing"],
     "fast, recomputing, one micro-batch": [*PATHS["fast, recomputing"], DEVICE_AT_ONCE],
-    PUBLISHED: PATHS[PUBLISHED],
+    BASELINE: PATHS[BASELINE],
 }
 
 

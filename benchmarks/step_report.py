@@ -6,8 +6,8 @@ from typing import Any
 from benchmarks.rows import RESULTS
 
 FILE = RESULTS / "step_cpu.json"
-PUBLISHED = "padded, recomputing"
-"""The path that the others are compared with."""
+BASELINE = "padded, recomputing"
+"""Our padded baseline: the path that the others are compared with."""
 ROLLOUT_VOCABULARY = 49_152
 """SmolLM2's, on the quickstart's model."""
 
@@ -30,7 +30,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         "CARFT, two PPO epochs, float32, the same rollouts on every path. `log-probs`: the no-gradient pass (old",
         "log-probs, values, z_1, z_2, reference). `update`: two epochs of forward, backward and optimizer. Seconds are",
-        "medians, with their range; `x` is the published trainers' way (`padded, recomputing`: a device's rows at",
+        "medians, with their range; `x` is our padded baseline (`padded, recomputing`: a device's rows at",
         "once, padded to the longest prompt plus the longest completion) over this. `step`",
         "adds `sampling`: vLLM and its weight sync for the fast paths, transformers' generate for the padded one,",
         "medians as well, counted by the completion token since the engines draw different samples. Utilisation:",
@@ -52,7 +52,7 @@ def report(results: dict[str, Any]) -> str:
 
 
 def case_lines(case: dict[str, Any]) -> list[str]:
-    base = next(row for row in case["rows"] if row["path"] == PUBLISHED)
+    base = next(row for row in case["rows"] if row["path"] == BASELINE)
     lines = [
         "",
         f"## {case['case']}: {case['rollouts']} rollouts, {case['tokens']} tokens of which "
@@ -125,13 +125,13 @@ def growth_lines(results: dict[str, Any]) -> list[str]:
     ):
         if rows:
             lines += ["", f"Peak of a step (MB) with the rollouts of a device, {what}", ""]
-            paths = [key for key in rows[0] if key not in ("rollouts", "model", "machine", PUBLISHED)]
-            lines += [f"| rollouts | {''.join(f'{path} | x | ' for path in paths)}{PUBLISHED} |"]
+            paths = [key for key in rows[0] if key not in ("rollouts", "model", "machine", BASELINE)]
+            lines += [f"| rollouts | {''.join(f'{path} | x | ' for path in paths)}{BASELINE} |"]
             lines += ["|" + " --- |" * (2 + 2 * len(paths))]
         for row in rows:
-            ratios = {path: f"{row[PUBLISHED] / row[path]:.1f}" for path in paths if path in row}
+            ratios = {path: f"{row[BASELINE] / row[path]:.1f}" for path in paths if path in row}
             cells = [f"{row.get(path, 'not measured')} | {ratios.get(path, '')}" for path in paths]
-            lines.append(f"| {' | '.join([str(row['rollouts']), *cells, str(row[PUBLISHED])])} |")
+            lines.append(f"| {' | '.join([str(row['rollouts']), *cells, str(row[BASELINE])])} |")
         if rows and "machine" in rows[-1]:
             lines += ["", rows[-1]["machine"]]
     return [*lines, "", f"Growth: {results['growth_machine']}"]

@@ -103,14 +103,14 @@ CARFT_OPTIONS = ["contrastive.gradient=published", "contrastive.coef=0.1"]
 
 
 def published_sides(repo: Path | None, name: str, options: list[str]) -> list[SideSpec]:
-    """Without a clone the published step is there as carft_fast's plain path alone."""
+    """Without a clone there is our padded baseline alone."""
     note = "its own training loop, imported from the clone; generate gives the case's samples, the grader its rewards"
     setting = {"repo": str(repo), "options": options}
     return [
         ours(f"{OURS}, {name}", f"packed, defaults; {', '.join(options)}", *options),
         *([SideSpec(f"published {name} step", "published_side", setting, note)] if repo else []),
         ours(
-            "published step, modelled",
+            "our padded baseline",
             f"model.impl padded: padded rows, float32 logits, no recomputation; {', '.join(options)}",
             *options,
             *PLAIN,

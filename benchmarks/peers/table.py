@@ -53,6 +53,12 @@ def case_rows(case: str, done: Mapping[str, Sequence[Done]], notes: Mapping[str,
     return rows
 
 
+def published_first(rows: Sequence[Row]) -> list[Row]:
+    """Cases with a published trainer before the others; else the order stays."""
+    published = {row["case"] for row in rows if row["side"].startswith("published ")}
+    return sorted(rows, key=lambda row: row["case"] not in published)
+
+
 def report(rows: Sequence[Row], cases: Mapping[str, Mapping[str, str]]) -> str:
     """`cases`: of each case its `work`, the `checks` it passed and its `machine`."""
     lines = [
@@ -65,7 +71,8 @@ def report(rows: Sequence[Row], cases: Mapping[str, Mapping[str, str]]) -> str:
         "faster. Other work shared the two cores: processor time leaves it out, the time of a step does not. Nothing",
         "here ran on a GPU.",
     ]
-    for case, about in cases.items():
+    for case in dict.fromkeys(row["case"] for row in published_first(rows)):
+        about = cases[case]
         lines += ["", f"## {case}", "", about["work"], ""]
         lines += [
             "| side | step, s | x | processor time, s | x | completion tokens/s | samples/s | positions | memory, MB |",

@@ -34,7 +34,7 @@ def batch() -> PackedBatch:
         ("model.compute_dtype=float32", True),
         ("lora.rank=2", True),
         ("model.compute_dtype=bfloat16", False),
-        ("model.impl=padded", False),  # the published trainers' way
+        ("model.impl=padded", False),  # our padded baseline
     ],
 )
 def test_linear_layers_on_a_cpu(override: str, by_onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
