@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help lock setup sampler quickstart test test-long test-quick test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
+.PHONY: help lock setup sampler quickstart test test-long test-quick test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox readme kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -26,6 +26,7 @@ help:
 	@echo "make bench-peers compare the step with TRL's and the published trainers'"
 	@echo "make test-peers  what that comparison relies on of TRL"
 	@echo "make bench-sandbox SVAMP=FILE  programs a second in the sandbox"
+	@echo "make readme      the measured tables of README and docs/benchmarks.md, from the committed rows"
 	@echo "make kernels-aot       compile every kernel for sm_80, sm_90 and sm_100 and read the machine code"
 	@echo "make kernels-sanitize  kernel tests with races and out-of-bounds accesses reported"
 	@echo "make kernels-mutate    break the kernels and count what the tests notice"
@@ -167,6 +168,10 @@ test-peers: sampler build/peers
 # On ReFT's programs for SVAMP: make bench-sandbox SVAMP=path/to/svamp_python_sdp.json
 bench-sandbox: setup
 	$(BIN)/python -m benchmarks.sandbox --data $(SVAMP)
+
+# ARGS=--one-commit refuses rows that were measured on several commits, or on a changed tree.
+readme: setup
+	$(BIN)/python scripts/readme_table.py $(ARGS)
 
 models/smollm2: | setup
 	$(BIN)/python scripts/fetch_smollm2.py $@

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.long_run import ENGINES, FIGURES, trend
 from benchmarks.ops.cases import CASES, PLAIN
+from benchmarks.peers.table import published_first
 from benchmarks.predict import assumptions, predictions
-from benchmarks.rows import COLUMNS, RESULTS, SCHEMAS, Results, Row, read
+from benchmarks.rows import COLUMNS, RESULTS, SCHEMAS, Results, Row, commits_of, newest, read, read_peers
+from benchmarks.step_report import BASELINE
 from carft_fast.reports import NOT_MEASURED, SERIES, Cell
 from carft_fast.reports import page as page
 
@@ -184,10 +186,10 @@ def operators(found: Measured) -> list[str]:
 
 def step(found: Measured) -> list[str]:
     rows = [row for row in found.rows() if "size" not in row]
-    base = {row["case"]: row for row in rows if row["path"] == "padded, recomputing"}
+    base = {row["case"]: row for row in rows if row["path"] == BASELINE}
     table = []
     for row in rows:
-        published = base.get(row["case"])
+        padded = base.get(row["case"])
         table.append(
             (
                 row["case"],
@@ -195,7 +197,7 @@ def step(found: Measured) -> list[str]:
                 with_range(row, "logprobs_s", *row["logprobs_range"]),
                 with_range(row, "update_s", *row["update_range"]),
                 row["step_s"],
-                published["step_s"] / row["step_s"] if published else None,
+                padded["step_s"] / row["step_s"] if padded else None,
                 row["samples_per_s"],
                 (row["utilisation"], f"{row['utilisation']:.0%}"),
                 row["update_peak_mb"],
@@ -204,7 +206,16 @@ def step(found: Measured) -> list[str]:
             )
         )
     table += [(row["case"], row["path"], *[None] * 8, row["step_s"]) for row in found.only_on_gpu()]
-    heads = ("case", "path", "log-probs, s", "update, s", "step, s", "published way / this", "samples/s", "utilisation")
+    heads = (
+        "case",
+        "path",
+        "log-probs, s",
+        "update, s",
+        "step, s",
+        "our padded baseline / this",
+        "samples/s",
+        "utilisation",
+    )
     drawn = []
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = [row for row in rows if row["case"] == case]
@@ -216,8 +227,9 @@ def step(found: Measured) -> list[str]:
         )
     return [
         page.paragraph(
-            "CARFT on the same rollouts, two PPO epochs, float32 on the CPU. “padded, recomputing” is the published "
-            "trainers' way: a device's rows at once, padded to the longest prompt plus the longest completion."
+            f"CARFT on the same rollouts, two PPO epochs, float32 on the CPU. “{BASELINE}” is our padded baseline: a "
+            "device's rows at once, padded to the longest prompt plus the longest completion. The published trainers' "
+            "own steps are under “Peers”."
         ),
         page.charts(*drawn),
         page.table((*heads, "peak MiB", "beyond gradients, MiB", f"step, s, {ON_GPU}"), table),
@@ -284,7 +296,7 @@ def peers(folder: Path) -> list[str]:
     files = sorted(folder.glob("peers*.json"))
     for file in files:
         data = json.loads(file.read_text(encoding="utf-8"))
-        rows = data["rows"] if isinstance(data, dict) else data
+        rows = published_first(data["rows"] if isinstance(data, dict) else data)
         names = list(dict.fromkeys(name for row in rows for name in row if name != "machine"))
         device = str(data.get("machine", "")) if isinstance(data, dict) else ""
         table = [(*(_plain_cell(row.get(name)) for name in names), None) for row in rows]
@@ -466,15 +478,42 @@ def predicted() -> list[str]:
     ]
 
 
+ANOTHER_COMMIT = "another commit than the newest"
+
+
 def environment(found: dict[str, Measured], folder: Path) -> list[str]:
-    rows = [
-        (name, ", ".join(f"{key} {value}" for key, value in machine.items()))
+    files = {
+        name: [row for results in (*measured.cpu, *measured.gpu) for row in results.rows]
         for name, measured in found.items()
-        for results in (*measured.cpu, *measured.gpu)
-        for machine in results.machines()
-    ]
-    rows += [(name, NOT_MEASURED) for name, measured in found.items() if not (measured.cpu or measured.gpu)]
-    return [page.table(("rows", "measured on"), rows)]
+    }
+    files |= {file.stem: read_peers(file) for file in sorted(folder.glob("peers*.json"))}
+    commits = list(dict.fromkeys(commit for rows in files.values() for commit in commits_of(rows)))
+    last = newest(commits)
+    table: list[Sequence[Cell]] = []
+    for name, rows in files.items():
+        machines: list[dict[str, str]] = []
+        for row in rows:
+            if row["machine"] not in machines:
+                machines.append(row["machine"])
+        for machine in machines:
+            commit = machine.get("commit", "")
+            table.append(
+                (
+                    name,
+                    sum(row["machine"] == machine for row in rows),
+                    ", ".join(f"{key} {value}" for key, value in machine.items()),
+                    commit,
+                    ANOTHER_COMMIT if last and commit not in ("", last) else "",
+                )
+            )
+        if not rows:
+            table.append((name, 0, NOT_MEASURED, "", ""))
+    if last:
+        words = f"The newest commit of the rows is {last}. Rows of another one are marked: the code may have changed."
+    else:
+        words = f"Git knows none of the commits, so that no row is marked: {', '.join(commits) or 'no row names one'}."
+    heads = ("file", "rows", "measured on", "commit", "mark")
+    return [page.paragraph(words), page.table(heads, table)]
 
 
 def units() -> list[str]:
@@ -492,11 +531,11 @@ def build(folder: Path = RESULTS) -> str:
     )
     lead = page.paragraph(f"{status} Made from the rows in benchmarks/results by python -m benchmarks.report.")
     sections = {
+        "Peers": peers(folder),
         "Operators": operators(found["ops"]),
         "Training step": step(found["step"]),
         "Rollouts": rollout(found["rollout"]),
         "Sandbox": sandbox(found["sandbox"]),
-        "Peers": peers(folder),
         "Growth": growth(found["growth"], found["step"]),
         "Long runs": long_run(found["long_run"]),
         "On a GPU": gpu(found["gpu"]),

@@ -11,7 +11,7 @@ import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,6 +149,15 @@ def read(file: Path) -> Results:
     return Results(benchmark, schema.key, rows)
 
 
+def read_peers(file: Path) -> list[Row]:
+    """Rows of `benchmarks.peers`, each with the work and the machine of its case."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    cases = {
+        name: {"work": case["work"], "machine": as_machine(case["machine"])} for name, case in data["cases"].items()
+    }
+    return [row | cases[row["case"]] for row in data["rows"]]
+
+
 def write(file: Path, benchmark: str, machine: dict[str, str], rows: list[Row]) -> None:
     """A file of flat rows of one machine, which `read` is sure to know."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +215,22 @@ def commit() -> str:
     found = _git("describe", "--always").stdout.strip()
     changed = _git("diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results").returncode
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
+
+
+def commits_of(rows: Iterable[Row]) -> list[str]:
+    """The commits that rows were measured on, in the order of the rows. Counts have no machine, so no commit."""
+    machines = (row["machine"] for row in rows)
+    return list(dict.fromkeys(machine["commit"] for machine in machines if "commit" in machine))
+
+
+def newest(commits: Iterable[str]) -> str | None:
+    """The one that git dates last, a clean tree before a "-dirty" one of the same commit; None if git knows none."""
+    dates: dict[str, tuple[int, bool]] = {}
+    for commit in commits if shutil.which("git") else ():
+        found = _git("log", "-1", "--format=%ct", "--end-of-options", commit.removesuffix("-dirty"), "--")
+        if found.returncode == 0:
+            dates[commit] = (int(found.stdout), not commit.endswith("-dirty"))
+    return max(dates, key=lambda commit: dates[commit]) if dates else None
 
 
 def _git(*arguments: str) -> subprocess.CompletedProcess[str]:

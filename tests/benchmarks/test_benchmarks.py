@@ -20,12 +20,13 @@ import pytest
 import torch
 
 from benchmarks import compare, gpu, growth, long_run
+from benchmarks import rows as rows_module
 from benchmarks.ops import cases as op_cases
 from benchmarks.ops import measure as ops
 from benchmarks.ops.cases import PLAIN
-from benchmarks.report import build, exponent, load
+from benchmarks.report import ANOTHER_COMMIT, build, environment, exponent, load
 from benchmarks.rows import COLUMNS, RESULTS, commit, processor_model, read, write
-from benchmarks.step_report import PUBLISHED
+from benchmarks.step_report import BASELINE
 from carft_fast.core.errors import InputError
 from carft_fast.models.packing import pack
 
@@ -400,7 +401,7 @@ def test_growth_and_long_runs_are_shown(tmp_path: Path) -> None:
             rows.append(row | {"p50_ms": 7.0 * size**3, "peak_mb": 5.0 / size, "machine": MACHINE | {"cores": "96"}})
     write(tmp_path / "growth_cpu.json", "growth", MACHINE, rows)
     steps = json.loads((RESULTS / "step_cpu.json").read_text())
-    steps["rollouts"] = [{"rollouts": n, "fast, recomputing": 50.0, PUBLISHED: 40.0 * n**2} for n in (4, 8, 16)]
+    steps["rollouts"] = [{"rollouts": n, "fast, recomputing": 50.0, BASELINE: 40.0 * n**2} for n in (4, 8, 16)]
     (tmp_path / "step_cpu.json").write_text(json.dumps(steps))
     seen = [dict.fromkeys(long_run.FIGURES, 3.0) | {"resident_mb": 500.0 + 0.25 * i} for i in range(1000)]
     write(tmp_path / "long_run_vllm_cpu.json", "long_run", MACHINE, long_run.rows_of("vllm", seen))
@@ -411,7 +412,7 @@ def test_growth_and_long_runs_are_shown(tmp_path: Path) -> None:
         "Dr.GRPO step|group size|2 to 4|time|y|56 to 448 ms|3|not measured",
         "CARFT step|ranks|2 to 4|memory|y|2.5 to 1.25 MiB|-1|not measured",
         "training step|rollouts|4 to 16|memory|fast, recomputing|50 to 50 MiB|0|not measured",
-        f"training step|rollouts|4 to 16|memory|{PUBLISHED}|640 to 10,240 MiB|2|not measured",
+        f"training step|rollouts|4 to 16|memory|{BASELINE}|640 to 10,240 MiB|2|not measured",
     ):
         assert line in growths
     assert "it has 96 cores" in page
@@ -439,23 +440,102 @@ def readme_table() -> Any:
     return module
 
 
-def test_readme_shows_the_committed_rows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_readme_shows_the_committed_rows(page: str, tmp_path: Path) -> None:
     script = readme_table()
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert script.updated(readme) == readme, "run scripts/readme_table.py"
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert script.updated(page, text) == text, "run make readme"
     for file in RESULTS.glob("*.json"):
         shutil.copy(file, tmp_path)
     step, peers = (json.loads((tmp_path / f"{name}_cpu.json").read_text()) for name in ("step", "peers"))
-    step["cases"][0]["rows"][0]["seconds"]["update"] *= 2
+    (case,) = (case for case in step["cases"] if case["case"] == "SmolLM2-135M")
+    case["rows"][0]["seconds"]["update"] *= 2
     wanted = {"case": "SmolLM2-135M, CARFT", "side": "published CARFT step"}
     script.only(peers["rows"], **wanted, measure="processor time over carft_fast, CARFT's")["value"] = 87.6
+    peers["cases"][wanted["case"]]["machine"] = "trl 1.16.0, commit 0123abc"
     for name, data in (("step", step), ("peers", peers)):
-        before = script.updated(readme, tmp_path)
+        before = script.updated(page, text, tmp_path)
         (tmp_path / f"{name}_cpu.json").write_text(json.dumps(data))
-        assert script.updated(readme, tmp_path) != before
-    assert "the published CARFT trainer | 87.6 |" in script.updated(readme, tmp_path)
-    with pytest.raises(SystemExit, match="measured: begin"):
-        script.updated("no markers")
+        assert script.updated(page, text, tmp_path) != before
+    (row,) = (
+        line
+        for line in script.updated(page, text, tmp_path).splitlines()
+        if line.startswith("| ") and "| 87.6 |" in line
+    )
+    assert "published CARFT" in row
+    assert row.endswith("| 0123abc |")
+    with pytest.raises(SystemExit, match="measured: "):
+        script.updated(page, "no markers")
+
+
+def test_readme_is_one_page() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 120
+    assert [line for line in lines if len(line) > 100 and not line.startswith("|")] == []
+
+
+def test_every_path_shows_its_time_and_its_memory() -> None:
+    """The default's memory too, which is more than the baseline's; published trainers come first."""
+    script = readme_table()
+    rows = [row for row in read(RESULTS / "step_cpu.json").rows if "size" not in row]
+    table = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+    for row in rows:
+        path = script.PADDED if row["path"] == BASELINE else row["path"]
+        (line,) = (line for line in table.splitlines() if line.startswith(f"| {row['case']} | {path} |"))
+        cells = line.strip("| ").split(" | ")
+        base = script.only(rows, case=row["case"], path=BASELINE)
+        phases = [sum(r[name] for name in ("logprobs_s", "update_s")) for r in (base, row)]
+        assert cells[3] == f"{phases[0] / phases[1]:.1f}"
+        assert cells[5] == f"{base['update_peak_mb'] / row['update_peak_mb']:.1f}"
+        assert cells[-1] == row["machine"]["commit"]
+    against = [line.split(" | ")[0].strip("| ") for line in script.peers_table(script.load(RESULTS)).splitlines()[2:]]
+    assert [name.startswith("published ") for name in against[:3]] == [True, True, False]
+
+
+def test_rows_of_several_commits_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = readme_table()
+    for name in script.NAMES:
+        text = (RESULTS / f"{name}_cpu.json").read_text()
+        text = re.sub(r"commit [0-9a-f]+(-dirty)?", "commit 0123abc", text)
+        text = re.sub(r'"commit": "[^"]*"', '"commit": "0123abc"', text)
+        (tmp_path / f"{name}_cpu.json").write_text(text)
+    assert script.mixed(tmp_path) == ""
+    file = tmp_path / "rollout_cpu.json"
+    one = file.read_text()
+    for other in ("89abcde", "0123abc-dirty"):
+        file.write_text(one.replace("commit 0123abc", f"commit {other}", 1))
+        assert f"rollout_cpu.json: {other}, 0123abc; ops_cpu.json: 0123abc" in script.mixed(tmp_path)
+    file.write_text(one.replace("commit 0123abc", "commit 0123abc-dirty"))  # what changed is in no commit
+    assert "rollout_cpu.json: 0123abc-dirty;" in script.mixed(tmp_path)
+    monkeypatch.setattr(script, "mixed", lambda: "rollout_cpu.json: a, b")
+    monkeypatch.setattr(script, "ROOT", tmp_path)  # nothing is written, and nothing could be read
+    monkeypatch.setattr(sys, "argv", ["readme_table", "--one-commit"])
+    with pytest.raises(SystemExit, match=r"one commit and a clean tree; these are not\. rollout_cpu\.json: a, b"):
+        script.main()
+
+
+def test_the_page_marks_rows_of_another_commit_than_its_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dates = {"aaa1111": "1", "bbb2222": "2"}
+
+    def log(*words: str) -> SimpleNamespace:
+        date = dates.get(words[words.index("--end-of-options") + 1])
+        return SimpleNamespace(returncode=0 if date else 128, stdout=date)
+
+    monkeypatch.setattr(rows_module, "_git", log)
+    for number, name in enumerate(["aaa1111", "bbb2222", "bbb2222-dirty", "unknown"]):
+        ops_file(tmp_path, f"ops_{number}.json", 1.0, machine=MACHINE | {"commit": name, "python": str(number)})
+    page = "".join(environment(load(tmp_path), tmp_path))
+    cells = Tables(f"<section id=environment>{page}</section>").found[0][1]
+    marks = {cells[i + 3]: cells[i + 4] for i in range(0, len(cells), 5) if cells[i] == "ops"}
+    other = {"aaa1111", "bbb2222-dirty", "unknown"}
+    assert marks == {"bbb2222": ""} | dict.fromkeys(other, ANOTHER_COMMIT)
+    assert "The newest commit of the rows is bbb2222." in page
+    dates.clear()
+    page = "".join(environment(load(tmp_path), tmp_path))
+    assert ANOTHER_COMMIT not in page
+    assert "Git knows none of the commits, so that no row is marked" in page
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
