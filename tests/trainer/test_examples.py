@@ -1,9 +1,10 @@
-"""docs/python.md: its examples are the files of examples/, and they run."""
+"""docs/python.md: its examples are the files of examples/, and they run. So does the one of README."""
 
 import json
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,16 @@ def test_an_example_runs_and_is_on_the_page(
         sampled = [r["completion_tokens"] for r in steps]
         assert sum(sampled) >= 200 > sum(sampled[:-1])
         assert f"whole on disk: {Path('runs') / name / 'checkpoints' / f'rl-{len(steps):06d}'}" in printed
+
+
+def test_the_snippet_of_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(compile(snippet, "README.md", "exec"), found)
+    assert json.loads((tmp_path / "runs" / "mine" / "summary.json").read_text()) == found["summary"]
+    assert (tmp_path / "runs" / "mine" / "report.html").is_file()
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def test_the_page_is_narrow_and_names_what_there_is() -> None:
