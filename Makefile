@@ -65,7 +65,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 
 # From the Markdown files where they are (mkdocs.yml), in an environment of its own.
 docs: build/docs/ready
-	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict $(ARGS)
 
 build/docs/ready: BIN := build/docs/bin
 build/docs/ready: requirements/docs.txt
