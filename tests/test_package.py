@@ -110,6 +110,7 @@ def test_every_package_is_installed_by_a_hash_and_in_the_tested_version() -> Non
         assert needed <= set(found)
         assert not set(found) & {"torchvision", "torchaudio", "torchcodec"}
     assert {name for name in locked("torch-cpu") if name.startswith("nvidia")} == set()
+    assert {"mkdocs-material", "mkdocstrings-python"} <= set(locked("docs"))
 
 
 def test_setup_installs_nothing_without_its_hash_but_the_project() -> None:
@@ -121,6 +122,9 @@ def test_setup_installs_nothing_without_its_hash_but_the_project() -> None:
         bare = [line for line in installs if "--require-hashes" not in line]
         assert [line.split()[-2:] for line in bare] == [["-e", "."]]
         assert all("--no-deps --no-build-isolation" in line for line in installs)
+    command = ["make", "--always-make", "--dry-run", "build/docs/ready"]
+    recipe = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"pip install.*(--require-hashes.*)", recipe) == ["--require-hashes -r requirements/docs.txt"]
 
 
 def test_the_wheel_has_every_file_and_asks_for_torch_and_triton_alone(tmp_path: Path) -> None:
