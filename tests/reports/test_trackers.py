@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,10 @@ def folder(places: Path, patch: pytest.MonkeyPatch) -> Path:
             trackers.log_report()
         trackers.close()
     assert len(said) == 6, said  # where each is, and no failure
+    ends = time.monotonic() + 60
+    while [r.WhichOneof("record_type") for r in wandb_records(folder)].count("exit") < len(REWARDS):
+        assert time.monotonic() < ends, "wandb's service has not written both starts to their ends"
+        time.sleep(0.2)
     return folder
 
 
@@ -85,6 +90,8 @@ def wandb_records(folder: Path) -> Iterator[Any]:
                 position += left
                 continue
             _, length, kind = struct.unpack("<IHB", data[position : position + 7])
+            if position + 7 + length > len(data):
+                return  # it is being written
             message += data[position + 7 : position + 7 + length]
             position += 7 + length
             if kind in (1, 4):  # whole, or its last part
