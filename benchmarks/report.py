@@ -291,16 +291,14 @@ def sandbox(found: Measured) -> list[str]:
 
 
 def peers(folder: Path) -> list[str]:
-    """Whatever flat rows benchmarks/results/peers_*.json hold, as they are named there."""
+    """The rows of benchmarks/results/peers_*.json, as they are named there."""
     blocks = [page.paragraph("Other trainers on the same task, machine and budget; see the notes of each row.")]
     files = sorted(folder.glob("peers*.json"))
     for file in files:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        rows = published_first(data["rows"] if isinstance(data, dict) else data)
-        names = list(dict.fromkeys(name for row in rows for name in row if name != "machine"))
-        device = str(data.get("machine", "")) if isinstance(data, dict) else ""
+        rows = published_first(read_peers(file))
+        names = list(dict.fromkeys(name for row in rows for name in row if name not in ("machine", "work")))
         table = [(*(_plain_cell(row.get(name)) for name in names), None) for row in rows]
-        blocks += [f"<h3>{page.text(file.stem)}</h3>", page.paragraph(device), page.table((*names, ON_GPU), table)]
+        blocks += [f"<h3>{page.text(file.stem)}</h3>", page.table((*names, ON_GPU), table)]
     if not files:
         blocks.append(page.table(("peer", "CPU", ON_GPU), [("every peer", None, None)]))
     return blocks

@@ -1,7 +1,8 @@
 """What each term of the loss did to the model in a study's runs (`rl.gradient_terms`), and to the two embeddings.
 
 `python -m benchmarks.study_terms RUNS` reads the runs of `carft-fast compare --study`, writes RUNS/terms.csv and prints
-it as a table. Means over seeds, and over the steps of a run; "first" and "last" are a run's first and last five steps.
+it as a table. Means over seeds and steps, those left out whose policy term has no gradient; "first" and "last" are a
+run's first and last five steps.
 """
 
 import argparse
@@ -26,7 +27,7 @@ def read_runs(folder: Path) -> dict[str, list[Records]]:
     runs: dict[str, list[Records]] = defaultdict(list)
     for file in sorted(folder.glob("*-seed*/metrics.jsonl")):
         records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if steps := [r for r in records if r["kind"] == "train" and "grad_norm_policy" in r]:
+        if steps := [r for r in records if r["kind"] == "train" and r.get("grad_norm_policy")]:
             runs[file.parent.name.rpartition("-seed")[0]].append(steps)
     if not runs:
         raise InputError(f"{folder}: no run in it has gradient terms (rl.gradient_terms = true)")

@@ -1,5 +1,6 @@
 """examples/trl_grpo.py against TRL's own loss and gradient. `make test-peers`"""
 
+import json
 import runpy
 
 import pytest
@@ -9,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.peers.__main__ import quickstart
-from benchmarks.peers.trl_grpo import EXAMPLE, make_inputs
+from benchmarks.peers.trl_grpo import EXAMPLE, make_inputs, report
+from benchmarks.rows import RESULTS
 
 Fused = runpy.run_path(str(EXAMPLE))["FusedGRPOTrainer"]
 
@@ -94,3 +96,8 @@ def test_it_trains_as_trl_does(folder, tmp_path):
     moved = (weights[0] - start).norm()
     assert moved > 1e-2
     assert (weights[1] - weights[0]).norm() < 0.02 * moved  # AdamW's first steps amplify rounding
+
+
+def test_the_committed_report_is_that_of_the_committed_rows() -> None:
+    rows = json.loads((RESULTS / "trl_grpo_cpu.json").read_text())["rows"]
+    assert report(rows, 825, rows[0]["machine"]) == (RESULTS / "trl_grpo_cpu.md").read_text()

@@ -48,6 +48,22 @@ def make_inputs(model: Any, rows: int, prompt: int, completion: int, *, old: boo
     )
 
 
+def report(rows: list[dict[str, Any]], tokens: int, machine: str) -> str:
+    lines = [
+        "# TRL's GRPOTrainer with its own head and with `linear_policy_loss`",
+        "",
+        f"SmolLM2-135M, float32, one thread: forward and backward of {ROWS} rows with {tokens:,} completion tokens,",
+        "vocabulary 49,152. Sides took turns; medians of processor time. Nothing here ran on a GPU.",
+        "",
+        "| side | CPU s | over `linear_policy_loss` |",
+        "| --- | --- | --- |",
+    ]
+    for row in rows:
+        low, high = row["over_ours_range"]
+        lines.append(f"| {row['side']} | {row['seconds']:.2f} | {row['over_ours']:.2f} ({low:.2f} to {high:.2f}) |")
+    return "\n".join([*lines, "", machine, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smollm2", required=True, help="model folder")
@@ -84,21 +100,8 @@ def main() -> None:
         ratios = [theirs / mine for theirs, mine in zip(measured[1:], own, strict=True)]
         row = {"side": side, "seconds": statistics.median(measured[1:]), "over_ours": statistics.median(ratios)}
         rows.append(row | {"over_ours_range": [min(ratios), max(ratios)]})
-    machine = machine_line(arguments.repeats)
-    tokens = int(inputs["completion_mask"].sum())
-    lines = [
-        "# TRL's GRPOTrainer with its own head and with `linear_policy_loss`",
-        "",
-        f"SmolLM2-135M, float32, one thread: forward and backward of {ROWS} rows with {tokens:,} completion tokens,",
-        "vocabulary 49,152. Sides took turns; medians of processor time. Nothing here ran on a GPU.",
-        "",
-        "| side | CPU s | over `linear_policy_loss` |",
-        "| --- | --- | --- |",
-    ]
-    for row in rows:
-        low, high = row["over_ours_range"]
-        lines.append(f"| {row['side']} | {row['seconds']:.2f} | {row['ratio']:.2f} ({low:.2f} to {high:.2f}) |")
-    text = "\n".join([*lines, "", machine, ""])
+    machine, tokens = machine_line(arguments.repeats), int(inputs["completion_mask"].sum())
+    text = report(rows, tokens, machine)
     write(RESULTS / "trl_grpo_cpu.json", "trl_grpo", as_machine(machine), rows)
     (RESULTS / "trl_grpo_cpu.md").write_text(text)
     print(text)

@@ -289,8 +289,9 @@ class RlConfig(StageConfig):
     whiten_eps: float = Field(1e-8, ge=1e-30, le=1)
     """Added to the variance of the advantages before its root is taken. Source: published code, 1e-8."""
     gradient_terms: bool = False
-    """Record the norm of the language model's gradient from each term of the loss (policy, value, KL, contrastive), and
-    its cosine with the policy's. Costs one more forward and backward for each term; the training is the same."""
+    """Record the norm of the language model's gradient from each term of the loss (policy, value, KL, contrastive) in a
+    step's first mini-batch, and its cosine with the policy's. Costs one more forward and backward of that mini-batch
+    for each term; the training is the same."""
 
     def _conflicts(self) -> Iterator[str]:
         for name, value in (("dual_clip", self.dual_clip), ("ratio", None if self.ratio == "token" else self.ratio)):

@@ -22,7 +22,7 @@ def test_shares_are_means_over_steps_and_seeds(tmp_path: Path) -> None:
         return {"grad_norm_policy": policy, "grad_norm_contrastive": contrastive, "cosine": cosine}
 
     write_run(tmp_path, "carft", 0, [step(2.0, 1.0, i / 10) | {"grad_cosine_contrastive": 0.5} for i in range(7)])
-    write_run(tmp_path, "carft", 1, [step(1.0, 0.25, 0.9) for _ in range(7)])
+    write_run(tmp_path, "carft", 1, [step(1.0, 0.25, 0.9) for _ in range(7)] + [step(0.0, 0.25, 0.0)])
     write_run(tmp_path, "sft", 0, [{"loss": 1.0}])
     runs = read_runs(tmp_path)
     assert list(runs) == ["carft"], "continued SFT has no terms"

@@ -106,5 +106,5 @@ def test_divided_moments_are_refused(strategy: str) -> None:
 
 def test_without_torchao_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim, "find_spec", lambda name: None if name == "torchao" else importlib.util.find_spec(name))
-    with pytest.raises(InputError, match=r'needs torchao: pip install "carft-fast\[torchao\]"'):
+    with pytest.raises(InputError, match=r'needs torchao: pip install "\.\[torchao\]"'):
         check_optimizer(config(), "rl", "ddp")

@@ -140,9 +140,7 @@ def test_a_missing_deepspeed_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)  # as Python says: there is none
     for how in ("zero2", "zero3"):
-        with pytest.raises(
-            InputError, match=rf'strategy "{how}" needs DeepSpeed: pip install "carft-fast\[deepspeed\]"'
-        ):
+        with pytest.raises(InputError, match=rf'strategy "{how}" needs DeepSpeed: pip install "\.\[deepspeed\]"'):
             strategy(load_config(None, [f"distributed.strategy={how}"]))
 
 
