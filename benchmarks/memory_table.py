@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from benchmarks.pages import with_part
 from carft_fast.config import Config, Strategy, load_config
 from carft_fast.models import ModelCost
 from carft_fast.training import estimate_memory
@@ -81,8 +82,7 @@ def table() -> str:
 
 def with_table(page: str) -> str:
     """The page with the table of now."""
-    before, _, after = page.partition(START)
-    return f"{before}{START}\n\n{table()}\n\n{END}{after.partition(END)[2]}"
+    return with_part(page, START, END, f"\n{table()}\n", PAGE.name)
 
 
 if __name__ == "__main__":

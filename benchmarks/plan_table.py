@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import transformers
 
 from benchmarks import predict
+from benchmarks.pages import with_part
 from benchmarks.rows import RESULTS
 from carft_fast.config import Config, load_config
 from carft_fast.data import build_tokenizer
@@ -118,8 +119,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def with_table(page: str, rows: list[dict[str, Any]]) -> str:
-    before, _, after = page.partition(START)
-    return f"{before}{START}\n\n{table(rows)}\n\n{END}{after.partition(END)[2]}"
+    return with_part(page, START, END, f"\n{table(rows)}\n", PAGE.name)
 
 
 def main() -> None:

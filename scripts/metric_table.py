@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
 
+from benchmarks.pages import with_part  # noqa: E402
 from carft_fast.reports.metrics import METRICS, PHASES  # noqa: E402
 
 PAGE = ROOT / "docs" / "runs.md"
@@ -21,11 +22,7 @@ def table(meanings: Mapping[str, str]) -> str:
 def updated(page: str) -> str:
     for name, meanings in TABLES.items():
         begin, end = f"<!-- {name}: begin, written by scripts/metric_table.py -->", f"<!-- {name}: end -->"
-        before, found, rest = page.partition(begin)
-        _, closed, after = rest.partition(end)
-        if not (found and closed):
-            raise SystemExit(f"{PAGE.name}: the lines {begin!r} and {end!r} have to be there, in this order")
-        page = f"{before}{begin}\n\n{table(meanings)}\n\n{end}{after}"
+        page = with_part(page, begin, end, f"\n{table(meanings)}\n", PAGE.name)
     return page
 
 

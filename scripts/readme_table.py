@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks is no installed package
 
+from benchmarks.pages import with_part  # noqa: E402
 from benchmarks.rows import RESULTS, Row, commits_of, read, read_peers  # noqa: E402
 from benchmarks.step_report import BASELINE  # noqa: E402
 from carft_fast.reports import number  # noqa: E402
@@ -239,12 +240,7 @@ PAGES: dict[str, dict[str, Callable[[Files], str]]] = {
 def updated(name: str, text: str, folder: Path = RESULTS) -> str:
     files = load(folder)
     for block, write in PAGES[name].items():
-        begin = BEGIN.format(block)
-        before, found, rest = text.partition(begin)
-        _, closed, after = rest.partition(END)
-        if not (found and closed):
-            raise SystemExit(f"{name}: the lines {begin!r} and {END!r} have to be there, in this order")
-        text = f"{before}{begin}\n{write(files)}\n{END}{after}"
+        text = with_part(text, BEGIN.format(block), END, write(files), name)
     return text
 
 
