@@ -50,7 +50,7 @@ def weight_error(model: CarftModel, way: str) -> float:
 
 def sft_loss(model: CarftModel, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     losses = []
-    with model.padded(), torch.autocast("cpu", torch.bfloat16):
+    with model.padded():
         for prompt, cot in rows:
             labels = torch.tensor([[-100] * len(prompt) + cot])
             losses.append(model.lm(torch.tensor([[*prompt, *cot]]), labels=labels).loss)
@@ -125,7 +125,7 @@ def report(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# LoRA merged, and applied by the sampler itself",
         "",
-        f"bfloat16, rank 8, AdamW at {RATE:g}. Nats: |trainer's - sampler's log-prob| of what was sampled, 16 prompts,",
+        f"Rank 8, updates by AdamW at {RATE:g} in float32, all else in bfloat16. Nats: |trainer's - sampler's log-prob| of what was sampled, 16 prompts,",
         f"up to {TOKENS} tokens; the two round differently, whatever they hold. Weight error: of the update that the",
         "sampler holds against the trainer's, in the Frobenius norm of all matrices; 1 is an update that does not",
         "arrive. Nothing here ran on a GPU.",
