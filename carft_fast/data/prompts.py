@@ -33,10 +33,11 @@ class EncodedExample:
         return self.completions[0] if self.completions else []
 
     def turn(self, turn: int) -> "EncodedExample":
-        """The same with one completion alone; successive turns go round all of them."""
+        """The same with another completion first; successive turns go round all of them."""
         if len(self.completions) <= 1:
             return self
-        return replace(self, completions=(self.completions[turn % len(self.completions)],))
+        first = turn % len(self.completions)
+        return replace(self, completions=self.completions[first:] + self.completions[:first])
 
     def with_prefix(self, share: float, max_tokens: int) -> "EncodedExample":
         """The same with this share of `completion_ids` as prefix, in whole tokens and at most `max_tokens`."""

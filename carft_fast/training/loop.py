@@ -222,8 +222,8 @@ class StageLoop(AbstractContextManager["StageLoop"]):
 
 
 def picked_rows(run: Run, stage: str, count: int, step: int) -> list[EncodedExample]:
-    """Training rows of a step: every row once an epoch, in an order of the seed's, with another of its annotations in
-    every epoch."""
+    """Training rows of a step: every row once an epoch, in an order of the seed's, with another of its annotations
+    first in every epoch."""
     seed = derive_seed(run.config.seed, stage)
     return [
         run.train_rows[row].turn(derive_seed(seed, "annotation", row) + epoch)

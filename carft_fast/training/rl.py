@@ -54,9 +54,11 @@ def train_rl(run: Run, model_path: str) -> StageLoop:
 
     def request(step: int) -> tuple[list[list[int]], SamplingParams]:
         seed = derive_seed(run.config.seed, "rl", step)
-        rows = prompts_of(step)
-        drafts = [[ids[row.prefix_tokens :] for ids in row.completions] for row in rows]  # the annotated CoTs
-        return [row.sampling_ids for row in rows], replace(SamplingParams.of(sampling, seed), drafts=drafts)
+        rows, asked = prompts_of(step), SamplingParams.of(sampling, seed)
+        if sampling.drafts == "auto":  # the annotated CoTs
+            drafts = [[row.completion_ids[row.prefix_tokens :], *row.completions[1:]] for row in rows]
+            asked = replace(asked, drafts=drafts)
+        return [row.sampling_ids for row in rows], asked
 
     with StageLoop(run, "rl", config, model_path, total_steps) as loop:
         policy, timer = loop.learner.model, run.timer

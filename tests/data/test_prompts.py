@@ -183,7 +183,8 @@ def test_of_several_annotations_those_that_fit_are_kept() -> None:
 
 def test_turns_go_round_the_annotations() -> None:
     row = EncodedExample(Example("r", "q", ("a", "b", "c"), "2"), [1], ([2], [3], [4]))
-    assert [row.turn(turn).completions for turn in range(2, 7)] == [([4],), ([2],), ([3],), ([4],), ([2],)]
+    assert [row.turn(turn).completions for turn in (2, 3, 4)] == [([4], [2], [3]), ([2], [3], [4]), ([3], [4], [2])]
+    assert [row.turn(turn).completion_ids for turn in range(2, 7)] == [[4], [2], [3], [4], [2]]
     assert row.turn(4).completion_ids == [3]
     assert EncodedExample(Example("r", "q", (), "2"), [1], ()).turn(5).completion_ids == []
 
