@@ -579,6 +579,29 @@ def test_a_server_with_a_shorter_context_is_refused(server_engine: VLLMServerEng
         VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)
 
 
+@pytest.mark.long
+def test_a_server_that_samples_by_its_own_rule_is_refused(
+    model: CarftModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = vllm_adapter.engine_options
+
+    def plain(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {k: v for k, v in own(*arguments, **options).items() if k not in ("worker_cls", "speculative_config")}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_adapter, "engine_options", plain)
+        config = make_config("rollout.engine=vllm-server")
+        started = VLLMServerEngine(config, model, [EOS], folder=tmp_path, log=lambda _: None)
+    try:
+        started.sync(model)  # the run's own is not asked
+        config = make_config("rollout.engine=vllm-server", f"rollout.servers={json.dumps(urls(started))}")
+        engine = VLLMServerEngine(config, model, [EOS], folder=None, log=lambda _: None)
+        with pytest.raises(InputError, match=r"sampled token \d+ where the rule .*carft-fast serve"):
+            engine.sync(model)
+    finally:
+        started.close()
+
+
 def test_a_port_in_use_is_named() -> None:
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as busy:
         with pytest.raises(InputError, match=rf"port {busy.server_port} on 127.0.0.1: Address already in use"):

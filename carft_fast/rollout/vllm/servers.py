@@ -20,6 +20,7 @@ from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
 from carft_fast.models import CarftModel, WeightUpdate
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, check_request
+from carft_fast.rollout.coupled import gumbel_noise
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter_files import NAME, AdapterFiles
 from carft_fast.rollout.vllm.http import ServerApi, ServerLost
@@ -44,6 +45,8 @@ class _Server:
     """It answers and holds the current weights."""
     answered: bool = False
     """Since its process started. One that never did is still starting; one that did and stopped hangs."""
+    checked: bool = False
+    """It picks tokens by the rule. This run's own do: they run `CoupledWorker`."""
 
     @property
     def url(self) -> str:
@@ -59,6 +62,7 @@ class VLLMServerEngine:
         rollout = config.rollout
         self._config, self._ends, self._log = rollout, ends, log
         self._context = config.data.max_length
+        self._vocabulary = model.lm.config.get_text_config().vocab_size
         self._dtype = adapter.engine_dtype(config)
         self._run = ""  # tells this run's weights from those that another trainer left on a server
         self._staged = False  # the weights of `_model`, the frozen ones where LoRA is sent unmerged
@@ -125,12 +129,10 @@ class VLLMServerEngine:
         check_request(prompts, sampling, context=self._context, weights_whole=self._whole)
         # A request for each completion: vLLM counts drafts only so. The prefix cache shares the prompt's prefill.
         bodies = []
-        named = {"model": NAME} if self._adapters else {}
         for index, prompt in enumerate(prompts):
             fields = adapter.sampling_fields(sampling, index, self._ends)
             for sample in range(sampling.samples_per_prompt):
-                own = fields | {"n": 1, "seed": fields["seed"] + sample}
-                bodies.append({"token_ids": list(prompt), "sampling_params": own, **named})
+                bodies.append(self._body(prompt, fields | {"n": 1, "seed": fields["seed"] + sample}))
         found = asyncio.run(self._generate(bodies, on_progress or (lambda _: None)))
         return [found[index] for index in range(len(bodies))]
 
@@ -203,8 +205,32 @@ class VLLMServerEngine:
                 server.usable = server.url not in lost
                 if server.url in lost:
                     self._log(f"the vLLM server at {server.url} did not take the weights: {lost[server.url]}")
+                elif server.process is None and not server.checked:
+                    await self._check_rule(api, server)
         if not any(server.usable for server in self._servers):
             raise EngineError(f"no vLLM server took the weights: {_reasons(lost)}")
+
+    async def _check_rule(self, api: ServerApi, server: _Server) -> None:
+        """Raises InputError where a server samples by another rule. At this temperature the noise alone decides."""
+        asked = SamplingParams(1, temperature=1e8)
+        fields = adapter.sampling_fields(asked, 0, self._ends)
+        try:
+            found = await self._complete(api, server.url, self._body([0], fields))
+        except ServerLost as failure:
+            server.usable = False
+            self._log(f"the vLLM server at {server.url} failed ({failure})")
+            return
+        expected = int(gumbel_noise([fields["seed"]], [1], self._vocabulary).argmax())
+        if found.completion_ids != [expected]:
+            raise InputError(
+                f"the server at {server.url} sampled token {found.completion_ids[0]} where the rule of all engines "
+                f"gives {expected}: start it with `carft-fast serve`, or with its --worker-cls (docs/multi_node.md)"
+            )
+        server.checked = True
+
+    def _body(self, prompt: Sequence[int], fields: dict[str, Any]) -> dict[str, Any]:
+        named = {"model": NAME} if self._adapters else {}
+        return {"token_ids": list(prompt), "sampling_params": fields, **named}
 
     async def _answers(self, api: ServerApi, server: _Server) -> bool:
         """Starts this run's server again when it ended, or answered once and does not now."""
