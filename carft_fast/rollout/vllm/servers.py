@@ -20,7 +20,6 @@ from carft_fast.config import Config
 from carft_fast.core import EngineError, InputError
 from carft_fast.models import CarftModel, WeightUpdate
 from carft_fast.rollout.base import Progress, Prompts, Rollout, SamplingParams, check_request
-from carft_fast.rollout.coupled import gumbel_noise
 from carft_fast.rollout.vllm import adapter
 from carft_fast.rollout.vllm.adapter_files import NAME, AdapterFiles
 from carft_fast.rollout.vllm.http import ServerApi, ServerLost
@@ -62,7 +61,6 @@ class VLLMServerEngine:
         rollout = config.rollout
         self._config, self._ends, self._log = rollout, ends, log
         self._context = config.data.max_length
-        self._vocabulary = model.lm.config.get_text_config().vocab_size
         self._dtype = adapter.engine_dtype(config)
         self._run = ""  # tells this run's weights from those that another trainer left on a server
         self._staged = False  # the weights of `_model`, the frozen ones where LoRA is sent unmerged
@@ -211,20 +209,19 @@ class VLLMServerEngine:
             raise EngineError(f"no vLLM server took the weights: {_reasons(lost)}")
 
     async def _check_rule(self, api: ServerApi, server: _Server) -> None:
-        """Raises InputError where a server samples by another rule. At this temperature the noise alone decides."""
-        asked = SamplingParams(1, temperature=1e8)
-        fields = adapter.sampling_fields(asked, 0, self._ends)
+        """Raises InputError where a server samples by another rule: this one knows nothing of `allowed_token_ids`."""
+        fields = adapter.sampling_fields(SamplingParams(1), 0, self._ends)
+        bodies = [self._body([0], fields | {"allowed_token_ids": [token]}) for token in (0, 1)]
         try:
-            found = await self._complete(api, server.url, self._body([0], fields))
+            found = [(await self._complete(api, server.url, body)).completion_ids for body in bodies]
         except ServerLost as failure:
             server.usable = False
             self._log(f"the vLLM server at {server.url} failed ({failure})")
             return
-        expected = int(gumbel_noise([fields["seed"]], [1], self._vocabulary).argmax())
-        if found.completion_ids != [expected]:
+        if found == [[0], [1]]:
             raise InputError(
-                f"the server at {server.url} sampled token {found.completion_ids[0]} where the rule of all engines "
-                f"gives {expected}: start it with `carft-fast serve`, or with its --worker-cls (docs/multi_node.md)"
+                f"the server at {server.url} samples by vLLM's own rule: start it with `carft-fast serve`, or with the "
+                "--worker-cls of docs/multi_node.md"
             )
         server.checked = True
 
