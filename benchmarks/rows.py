@@ -299,7 +299,7 @@ SCHEMAS = {
     "rollout": Schema(1, ("model", "dtype", "engine"), _rollout),
     "sync": Schema(1, ("model", "dtype", "way"), _flat),
     "drafts": Schema(1, ("model", "dtype", "batch", "sampler"), _flat),
-    "draft_run": Schema(1, ("epoch",), _flat),
+    "draft_run": Schema(2, ("model", "epoch"), _flat),
     "lora_sync": Schema(1, ("model", "way", "updates"), _flat),
     "trl_grpo": Schema(1, ("side",), _flat),
     "sandbox": Schema(1, ("way",), _sandbox),
