@@ -88,7 +88,7 @@ class Maker:
             return "not applicable: runs on a GPU only"
         try:
             return getattr(importlib.import_module(module), name)
-        except ImportError as error:
+        except (ImportError, AttributeError) as error:
             return f"not installed: {error.name}"
 
 
@@ -157,6 +157,8 @@ def linear_logprob(make: Maker, T: int, V: int, D: int) -> Variants:
 
     cut = make.other("cut_cross_entropy", "linear_cross_entropy", cuda=True)
     liger = make.other("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", cuda=True)
+    own = make.other("torch.nn.functional", "linear_cross_entropy", cuda=False)  # from torch 2.13 on
+    in_chunks = {"reduction": "sum", "options": getattr(torch.nn, "LinearCrossEntropyOptions", lambda: None)()}
     both = hidden, weight
     return {
         "linear_logprob": with_gradients(lambda h, w: ck.linear_logprob(h, w, target)[0].sum(), *both),
@@ -168,6 +170,9 @@ def linear_logprob(make: Maker, T: int, V: int, D: int) -> Variants:
         ),
         "liger-kernel fused linear cross entropy": with_gradients(
             using(liger, lambda f: lambda h, w: -f(h, w, target, reduction="sum")), *both
+        ),
+        "torch linear_cross_entropy": with_gradients(
+            using(own, lambda f: lambda h, w: -f(h, w, target, **in_chunks)), *both
         ),
     }
 
