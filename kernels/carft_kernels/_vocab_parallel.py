@@ -53,7 +53,8 @@ class VocabShard(NamedTuple):
     """A rank's part of the vocabulary, and where the targets are."""
 
     target_T: Tensor
-    """int64: row of this shard; 0 where another rank has it, IGNORED or -1 (outside the vocabulary)."""
+    """int64: row of this shard; 0 where another rank has it, IGNORED or -1 (outside the vocabulary; every one where the
+    ranks have different tokens)."""
     owner_T: Tensor
     """int64: rank that has the target; -1 where it is ignored."""
     rows_R: Tensor
@@ -69,19 +70,23 @@ class VocabShard(NamedTuple):
             absent = torch.full((), rows == 0, device=target_T.device)
         else:
             absent = (bias == -math.inf).all()
-        sizes_R2 = _gather(to_device([rows, len(target_T)], target_T.device), group)
-        rows_R, end_R = sizes_R2[:, 0].clone(), sizes_R2[:, 0].cumsum(0)
+        rank, index_T, ignored_T = _ranks(group).rank(), target_T.long(), target_T == ignore_index
+        # exact, and another one for the same tokens in another order
+        checksum_1 = (index_T * torch.arange(1, 1 + len(index_T), device=index_T.device)).sum()[None]
+        sizes_R3 = _gather(torch.cat([to_device([rows, len(target_T)], target_T.device), checksum_1]), group)
+        rows_R, end_R = sizes_R3[:, 0].clone(), sizes_R3[:, 0].cumsum(0)
+        differ = (sizes_R3[:, 1:] != sizes_R3[0, 1:]).any()
         if index_checks_on(target_T):
-            tokens = sizes_R2[:, 1].tolist()
-            if len({*tokens}) > 1:
+            if differ:
                 raise ValueError(
-                    f"target_T has {tokens} elements on the ranks of group: expected the same on every rank"
+                    f"target_T has {sizes_R3[:, 1].tolist()} elements on the ranks of group, not all with the same "
+                    "values: expected the same tokens on every rank, since each has a part of the vocabulary; FSDP's "
+                    "shards, where every rank has tokens of its own, have to be gathered: weight_VD.full_tensor()"
                 )
             check_targets("target_T", target_T, int(end_R[-1]), ignore_index)
-        rank, index_T, ignored_T = _ranks(group).rank(), target_T.long(), target_T == ignore_index
         owner_T = torch.bucketize(index_T, end_R, right=True).clamp(max=len(end_R) - 1)
         local_T = torch.where(owner_T == rank, index_T - (end_R[rank] - rows), 0)
-        local_T.masked_fill_((index_T < 0) | (index_T >= end_R[-1]), -1).masked_fill_(ignored_T, IGNORED)
+        local_T.masked_fill_((index_T < 0) | (index_T >= end_R[-1]) | differ, -1).masked_fill_(ignored_T, IGNORED)
         return cls(local_T, owner_T.masked_fill_(ignored_T, -1), rows_R, absent, group)
 
     def combine(self, own: RowStatistics, rows: slice, unit: float) -> tuple[RowStatistics, Tensor]:
@@ -135,7 +140,14 @@ def own_gradients(
     return RowGradients(d_own_T, d_entropy_T, d_own_T + torch.where(share_T == 0, 0.0, share_T * d_T))
 
 
-def _own_rows(name: str, x: Any, group: dist.ProcessGroup) -> Any:
+def own_shard(name: str, x: Any, group: dist.ProcessGroup | None) -> Any:
+    """This rank's rows of a DTensor that is divided over `group`; anything else as it is."""
+    if group is None:
+        return x
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group = {group!r}: expected a torch.distributed.ProcessGroup that this process belongs to, or None"
+        )
     if not hasattr(x, "full_tensor"):
         return x
     mesh, ranks = x.device_mesh.mesh.tolist(), dist.get_process_group_ranks(group)
@@ -145,14 +157,3 @@ def _own_rows(name: str, x: Any, group: dist.ProcessGroup) -> Any:
             f"(Shard(dim=0),) over its ranks, {ranks}"
         )
     return x.to_local()
-
-
-def own_shard(weight_VD: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor | None]:
-    """This rank's rows of DTensors that are divided over `group`; other tensors as they are."""
-    if group is None:
-        return weight_VD, bias
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(
-            f"group = {group!r}: expected a torch.distributed.ProcessGroup that this process belongs to, or None"
-        )
-    return _own_rows("weight_VD", weight_VD, group), _own_rows("bias", bias, group)

@@ -98,7 +98,7 @@ def _gradient(
     return tuple(d.to(head.hidden_TD.dtype) for d in found)
 
 
-_forward = define_operator("linear_logprob", _FORWARD, f"({', '.join(['Tensor'] * 5)})", _logprob, _fake)
+logprob_of_head = define_operator("linear_logprob", _FORWARD, f"({', '.join(['Tensor'] * 5)})", _logprob, _fake)
 _backward = define_operator(
     "linear_logprob_backward",
     _BACKWARD,
@@ -129,7 +129,7 @@ def _autograd(
     return *(d if need else None for d, need in zip(found, needs, strict=True)), *([None] * len(rest))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+logprob_of_head.register_autograd(_autograd, setup_context=_setup_context)
 
 
 @overload
@@ -227,6 +227,6 @@ def linear_logprob(
     via_triton = use_triton("linear_logprob", impl, hidden_TD)
     options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
     head, parts = checked_head(Head(hidden_TD, weight_VD, bias, target_T), options, chunk_tokens, group)
-    logprob_T, entropy_T, _, _, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
+    logprob_T, entropy_T, _, _, lse_T = logprob_of_head(*head, *options, *parts, with_entropy, with_lse)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

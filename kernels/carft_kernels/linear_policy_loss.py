@@ -34,6 +34,7 @@ from carft_kernels._runtime import (
     accumulation_dtype,
     check_float,
     check_like,
+    check_rows,
     check_same_dtype,
     check_targets,
     define_operator,
@@ -42,7 +43,7 @@ from carft_kernels._runtime import (
     unflatten,
     use_triton,
 )
-from carft_kernels.linear_logprob import linear_logprob
+from carft_kernels.linear_logprob import logprob_of_head
 
 
 def linear_policy_loss_reference(
@@ -165,29 +166,38 @@ for _operator in (_forward, _forward_of_all):
     _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _check_reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
+def _reference_head(
+    hidden_TE: Tensor,
+    weight_VE: Tensor | None,
     bias: Tensor | None,
-    reference_hidden_TE: Tensor,
-    reference_weight_VE: Tensor | None,
-    reference_bias: Tensor | None,
-) -> None:
-    check_float("reference_hidden_TE", reference_hidden_TE, 2)
-    vocabulary, width = weight_VD.shape
-    if reference_weight_VE is not None:
-        check_float("reference_weight_VE", reference_weight_VE, 2)
-        width = reference_weight_VE.shape[1]
-        check_like("reference_weight_VE", reference_weight_VE, (vocabulary, width), "weight_VD", hidden_TD)
-        check_same_dtype("reference_weight_VE", reference_weight_VE, "hidden_TD", hidden_TD)
-    check_like("reference_hidden_TE", reference_hidden_TE, (len(hidden_TD), width), "hidden_TD", hidden_TD)
-    check_same_dtype("reference_hidden_TE", reference_hidden_TE, "hidden_TD", hidden_TD)
-    if (reference_bias is None) == (reference_weight_VE is not None and bias is not None):
-        seen = f"None: expected ({vocabulary},)" if reference_bias is None else "a tensor: expected None"
+    policy: Head,
+    parts: Parts,
+    options: RowOptions,
+    chunk_tokens: int | None,
+    group: dist.ProcessGroup | None,
+) -> Head:
+    """As it takes part; without a weight it has the policy's and its bias. Raises ValueError."""
+    name = "reference_hidden_TE"
+    check_float(name, hidden_TE, 2)
+    width = policy.hidden_TD.shape[1] if weight_VE is None else hidden_TE.shape[1]
+    check_like(name, hidden_TE, (len(policy.hidden_TD), width), "hidden_TD", policy.hidden_TD)
+    check_same_dtype(name, hidden_TE, "hidden_TD", policy.hidden_TD)
+    if (bias is None) == (weight_VE is not None and policy.bias is not None):
+        seen = f"None: expected ({parts.shard_rows},)" if bias is None else "a tensor: expected None"
         raise ValueError(f"reference_bias is {seen}; it goes with both reference_weight_VE and bias")
-    if reference_bias is not None:
-        check_like("reference_bias", reference_bias, (vocabulary,), "weight_VD", hidden_TD)
-        check_same_dtype("reference_bias", reference_bias, "hidden_TD", hidden_TD)
+    if weight_VE is None:
+        if options.via_triton:
+            check_rows(name, hidden_TE)
+        return policy._replace(hidden_TD=hidden_TE)
+    names = name, "reference_weight_VE", "reference_bias"
+    given = Head(hidden_TE, weight_VE, bias, policy.target_T)
+    found, of_reference = checked_head(given, options, chunk_tokens, group, names)
+    if of_reference.shard_rows != parts.shard_rows:
+        raise ValueError(
+            f"reference_weight_VE has shape ({of_reference.shard_rows}, {width}): expected ({parts.shard_rows}, "
+            f"{width}), to go with weight_VD"
+        )
+    return found
 
 
 def linear_policy_loss(
@@ -252,7 +262,8 @@ def linear_policy_loss(
             predict the targets. `linear_logprob` finds its log-probs, with the same temperature, soft cap, top_k, top_p
             and group, for 1F. Dtype and device of `hidden_TD`; no gradient.
         reference_weight_VE: [V, E] of the reference model's LM head, dtype and device of `hidden_TD`; no gradient.
-            None: it has the policy's weight and bias, as they are now.
+            With a group as `weight_VD`, this rank's rows of it. None: it has the policy's weight and bias, as they are
+            now.
         reference_bias: [V] beside `reference_weight_VE`, where `bias` is given; no gradient.
         kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T` or
             `reference_hidden_TE`.
@@ -307,23 +318,10 @@ def linear_policy_loss(
     if reference_hidden_TE is not None:
         if ref_logprob_T is not None:
             raise ValueError("ref_logprob_T and reference_hidden_TE are both given: expected one of them")
-        _check_reference(hidden_TD, weight_VD, bias, reference_hidden_TE, reference_weight_VE, reference_bias)
-        own = reference_weight_VE is None
+        given = reference_hidden_TE, reference_weight_VE, reference_bias
+        reference = _reference_head(*given, head, parts, options, chunk_tokens, group)
         with torch.no_grad():
-            ref_logprob_T, _ = linear_logprob(
-                reference_hidden_TE,
-                weight_VD if reference_weight_VE is None else reference_weight_VE,
-                target_T,
-                bias=bias if own else reference_bias,
-                temperature=temperature,
-                logit_softcap=logit_softcap,
-                top_k=top_k,
-                top_p=top_p,
-                ignore_index=ignore_index,
-                chunk_tokens=chunk_tokens,
-                group=group,
-                impl=impl,
-            )
+            ref_logprob_T, *_ = logprob_of_head(*reference, *options, *parts, False, False)
     elif reference_weight_VE is not None or reference_bias is not None:
         name = "reference_bias" if reference_weight_VE is None else "reference_weight_VE"
         raise ValueError(f"{name} needs reference_hidden_TE, which is None")
