@@ -18,6 +18,7 @@ from carft_kernels import (
     value_loss,
     value_pool,
 )
+from carft_kernels._policy_kernels import token_kl
 
 
 class RolloutTargets(NamedTuple):
@@ -167,7 +168,7 @@ def update_loss(
         policy, metrics = policy_loss(logprob_C, old_C, targets.advantage_C, cu_seqlens=cu_seqlens, **terms)
         if config.kl_loss_coef:
             assert targets.ref_logprob_C is not None
-            kl_C = _kl_estimate(targets.ref_logprob_C - logprob_C, config)
+            kl_C = token_kl(targets.ref_logprob_C - logprob_C, config.kl_estimate, config.kl_clamp)
             policy = policy + config.kl_loss_coef * (weight_C * kl_C).sum()
         counted_C = weight_C != 0
         metrics = {**metrics, "entropy": (entropy_C.detach() * counted_C).sum() / counted_C.sum().clamp(min=1)}
@@ -207,12 +208,6 @@ def _logprobs(model: CarftModel, output: ModelOutput, batch: PackedBatch, temper
     else:
         logprob_C, entropy_C = linear_logprob(*_head_inputs(model, output, batch), batch.target_C, **options)
     return logprob_C, entropy_C
-
-
-def _kl_estimate(difference_C: Tensor, config: RlConfig) -> Tensor:
-    """By `rl.kl_estimate` and `rl.kl_clamp`, of reference log-prob - log-prob."""
-    kl_C = 0.5 * difference_C.square() if config.kl_estimate == "k2" else difference_C.exp() - difference_C - 1
-    return kl_C if config.kl_clamp is None else kl_C.clamp(max=config.kl_clamp)
 
 
 def cot_embeddings(

@@ -52,6 +52,18 @@ class TokenTerms(NamedTuple):
             raise ValueError(f"kl_clamp = {self.kl_clamp}: expected a number above 0, or None")
 
 
+def exp_less_linear(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x, in float64: near 0 nothing would be left of it in float32."""
+    wide = x.double()
+    return (wide.expm1() - wide).to(x.dtype)
+
+
+def token_kl(difference_T: Tensor, kl_estimate: str, kl_clamp: float | None) -> Tensor:
+    """Estimate [T] of KL(policy || reference), of reference log-prob - log-prob; differentiable."""
+    kl_T = 0.5 * difference_T.square() if kl_estimate == "k2" else exp_less_linear(difference_T)
+    return kl_T if kl_clamp is None else kl_T.clamp(max=kl_clamp)
+
+
 class TokenVectors(NamedTuple):
     """float [T] each, contiguous; of what is None, old_logprob_T is the log-prob itself, and the rest takes no part."""
 
@@ -89,7 +101,7 @@ def policy_terms_reference(
         loss_T = correction_T * loss_T
     if ref_logprob_T is not None:
         difference_T = ref_logprob_T - logprob_T
-        kl_T = 0.5 * difference_T**2 if terms.kl_estimate == "k2" else difference_T.exp() - difference_T - 1
+        kl_T = 0.5 * difference_T**2 if terms.kl_estimate == "k2" else difference_T.expm1() - difference_T
         loss_T = loss_T + terms.kl_coef * kl_T.clamp(max=terms.kl_clamp or math.inf)
     return loss_T
 
@@ -278,17 +290,12 @@ def policy_terms_torch(
         left_out = correction_T == 0
         token_loss, d = ((correction_T * x).masked_fill(left_out, 0.0) for x in (token_loss, d))
     if difference is not None:
-        if terms.kl_estimate == "k2":
-            kl, slope = 0.5 * difference.square(), difference
-        else:
-            slope = difference.expm1()
-            kl = slope - difference
+        slope = difference if terms.kl_estimate == "k2" else difference.expm1()
         if terms.kl_clamp is not None:
-            slope, kl = slope.masked_fill(kl > terms.kl_clamp, 0.0), kl.clamp(max=terms.kl_clamp)
-        token_loss = token_loss + terms.kl_coef * kl
+            slope = slope.masked_fill(token_kl(difference, terms.kl_estimate, None) > terms.kl_clamp, 0.0)
+        token_loss = token_loss + terms.kl_coef * token_kl(difference, terms.kl_estimate, terms.kl_clamp)
         d = d - terms.kl_coef * slope
     if entropy_T is not None:
         token_loss = token_loss - terms.entropy_coef * entropy_T
-    approx_kl = log_ratio.expm1().sub_(log_ratio).sum()
-    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl]
+    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), exp_less_linear(log_ratio).sum()]
     return d.mul_(weight_T), sums if entropy_T is None else [*sums, entropy_T.sum()]
