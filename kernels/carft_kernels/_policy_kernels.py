@@ -5,6 +5,7 @@ one pass.
 
 # mypy: disable-error-code="no-untyped-def"
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, all_count, launch, zero_where_less
+from carft_kernels._runtime import FUSED, all_count, check_cu_seqlens, launch, zero_where_less
 
 PolicyLoss = Literal["clip", "cispo"]
 KlEstimate = Literal["k3", "k2"]
@@ -51,6 +52,12 @@ class TokenTerms(NamedTuple):
         if self.kl_clamp is not None and not self.kl_clamp > 0:
             raise ValueError(f"kl_clamp = {self.kl_clamp}: expected a number above 0, or None")
 
+    def check_sequences(self, cu_seqlens: Tensor, like_name: str, like: Tensor) -> None:
+        """Offsets of sequences that have one ratio each. Raises ValueError."""
+        check_cu_seqlens("cu_seqlens", cu_seqlens, like_name, like)
+        if self.loss != "clip":
+            raise ValueError(f"cu_seqlens, the ratios of sequences, needs loss = 'clip', this is {self.loss!r}")
+
 
 def exp_less_linear(x: Tensor) -> Tensor:
     """exp(x) - 1 - x, in float64: near 0 nothing would be left of it in float32."""
@@ -75,6 +82,16 @@ class TokenVectors(NamedTuple):
 
     def at(self, rows: slice) -> "TokenVectors":
         return TokenVectors._make(None if x is None else x[rows] for x in self)
+
+
+def sequence_log_ratio_reference(log_ratio_T: Tensor, weight_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The obvious expression: the mean over the tokens with weight of a sequence, at each of these tokens."""
+    counted_T = weight_T != 0
+    means = [
+        (log_ratio_T[s:e] * counted_T[s:e]).sum() / counted_T[s:e].sum().clamp(min=1) * counted_T[s:e]
+        for s, e in itertools.pairwise(cu_seqlens.tolist())
+    ]
+    return torch.cat(means)
 
 
 def policy_terms_reference(

@@ -329,6 +329,74 @@ def test_ratios_of_sequences(
     torch.testing.assert_close(gradients(operator, x), gradients(plain, x), rtol=1e-10, atol=1e-14)
 
 
+OF_SEQUENCES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dual clip": {"dual_clip": 1.1},
+    "KL": {"kl_coef": 0.3, "kl_clamp": 0.4},
+    "k2, entropy and z loss": {"kl_coef": 0.3, "kl_estimate": "k2", "entropy_coef": 0.1, "z_loss_coef": 0.03},
+}
+
+
+def sequences_case(seed: int, lengths: list[int], correction: bool) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Leaves and vectors, with tokens that are ignored, and others without weight."""
+    tokens = sum(lengths)
+    inputs: dict[str, Any] = policy_inputs(seed, tokens, 11, 6)
+    inputs["weight_T"][::4], inputs["target_T"][2::5] = 0, -100
+    inputs |= {"cu_seqlens": offsets(lengths), "clip_low": 0.1, "clip_high": 0.05}
+    if correction:
+        inputs["correction_T"] = randn(seed + 3, tokens).abs().to(DEVICE)
+    return (inputs.pop("hidden_TD"), inputs.pop("weight_VD"), randn(seed + 9, 11).to(DEVICE)), inputs
+
+
+@FAST
+@given(
+    seed=seeds,
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    terms=st.sampled_from(list(OF_SEQUENCES)),
+    correction=st.booleans(),
+)
+def test_ratios_of_sequences_from_hidden_states(seed: int, lengths: list[int], terms: str, correction: bool) -> None:
+    """Loss and gradients are those of the reference on all logits, in float64."""
+    leaves, inputs = sequences_case(seed, lengths, correction)
+    options = inputs | OF_SEQUENCES[terms] | {"temperature": 0.8, "logit_softcap": 2.0}
+
+    def operator(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return 3.0 * ck.linear_policy_loss(h, w, bias=b, **options, chunk_tokens=7, impl="torch")[0]
+
+    def reference(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return 3.0 * linear_policy_loss_reference(h, w, bias=b, **options)[0]
+
+    torch.testing.assert_close(operator(*leaves), reference(*leaves), rtol=1e-10, atol=1e-12)
+    found, expected = gradients(operator, *leaves), gradients(reference, *leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_ratios_of_sequences_from_hidden_states_are_those_of_two_calls(impl: Impl) -> None:
+    """To the bit: loss, log-probs, metrics and gradients."""
+    wide, inputs = sequences_case(2, [4, 0, 7], True)
+    leaves = [x.float().requires_grad_() for x in wide]
+    inputs = {k: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in inputs.items()}
+    hidden, weight, bias = leaves
+    target = inputs["target_T"]
+    del inputs["ref_logprob_T"]
+    loss, logprob, metrics = ck.linear_policy_loss(hidden, weight, bias=bias, **inputs, impl=impl)
+    found = [loss, *torch.autograd.grad(loss, leaves), logprob, metrics["clip_fraction"], metrics["approx_kl"]]
+    assert not logprob.requires_grad
+    share = inputs.pop("weight_T").masked_fill(inputs.pop("target_T") == -100, 0.0)
+    logprob, entropy = ck.linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, impl=impl)
+    assert entropy is not None
+    loss, of_two = ck.policy_loss(logprob, weight_T=share, **inputs, impl=impl)
+    expected = [loss, *torch.autograd.grad(loss, leaves), logprob, of_two["clip_fraction"], of_two["approx_kl"]]
+    assert all(map(torch.equal, found, expected))
+    torch.testing.assert_close(metrics["entropy"], entropy[share != 0].mean())
+    loss, _, metrics = ck.linear_policy_loss(
+        hidden, weight, target, bias=bias, **inputs | {"old_logprob_T": None}, weight_T=share, impl=impl
+    )
+    assert float(metrics["approx_kl"]) == 0
+    torch.testing.assert_close(loss, -(share * inputs["advantage_T"] * inputs["correction_T"]).sum())
+
+
 @FEW
 @given(
     seed=seeds,
@@ -476,6 +544,12 @@ def test_gradcheck_of_log_sum_exp_and_of_ratios_of_sequences() -> None:
     old = randn(6, 6)
     x = (old + randn(7, 6, scale=0.2)).requires_grad_()
     assert check(lambda x: ck.policy_loss(x, old, randn(8, 6), weight_T=share, cu_seqlens=cu, dual_clip=3.0)[0], x)
+    leaves, inputs = sequences_case(1, [2, 0, 4], True)
+    inputs |= {"clip_low": 0.9, "clip_high": 9.0, "kl_coef": 0.3, "entropy_coef": 0.1, "z_loss_coef": 0.1}
+    assert check(
+        lambda h, w, b: ck.linear_policy_loss(h, w, bias=b, **inputs, impl="torch")[0],
+        tuple(x.requires_grad_() for x in leaves),
+    )
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -501,6 +575,9 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "offsets": (direct(cu_seqlens=torch.tensor([0, 2])), ["cu_seqlens", "0 to 2", "0 to 3"]),
     "offsets' dtype": (direct(cu_seqlens=T3), ["cu_seqlens", "float32", "int64"]),
     "sequences of cispo": (direct(cu_seqlens=I3, loss="cispo"), ["cu_seqlens", "'clip'", "'cispo'"]),
+    "sequences of cispo, from states": (linear(cu_seqlens=I3, loss="cispo"), ["cu_seqlens", "'clip'", "'cispo'"]),
+    "offsets from states": (linear(cu_seqlens=torch.tensor([0, 2])), ["cu_seqlens", "0 to 2", "0 to 3"]),
+    "offsets' dtype from states": (linear(cu_seqlens=T3), ["cu_seqlens", "float32", "int64"]),
     "estimate": (linear(kl_estimate="k1"), ["kl_estimate = 'k1'", "'k3' and 'k2'"]),
     "clamp": (linear(kl_clamp=0.0), ["kl_clamp = 0.0", "above 0"]),
     "z loss": (linear(z_loss_coef=-1.0), ["z_loss_coef = -1.0", "at least 0"]),
