@@ -77,6 +77,11 @@ class Parts(NamedTuple):
     shard_rows: int
     """Of this rank, before a row was put into an empty shard."""
 
+    @property
+    def reads_back(self) -> bool:
+        """The rows of the largest shard, which no CUDA graph can hold."""
+        return self.group is not None and self.chunk_tokens == 0
+
 
 def checked_head(
     head: Head,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, all_count, check_cu_seqlens, launch, zero_where_less
+from carft_kernels._runtime import FUSED, all_count, check_cu_seqlens, check_finite, launch, zero_where_less
 
 PolicyLoss = Literal["clip", "cispo"]
 KlEstimate = Literal["k3", "k2"]
@@ -45,8 +45,8 @@ class TokenTerms(NamedTuple):
                 raise ValueError(f"dual_clip = {self.dual_clip}: expected a finite number above 1, or None")
             if self.loss != "clip":
                 raise ValueError(f"dual_clip = {self.dual_clip} needs loss = 'clip', this is {self.loss!r}")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef = {self.kl_coef}: expected a number of at least 0")
+        check_finite("kl_coef", self.kl_coef, least=0)
+        check_finite("entropy_coef", self.entropy_coef)
         if self.kl_estimate not in ("k3", "k2"):
             raise ValueError(f"kl_estimate = {self.kl_estimate!r}: allowed are 'k3' and 'k2'")
         if self.kl_clamp is not None and not self.kl_clamp > 0:

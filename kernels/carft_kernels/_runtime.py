@@ -286,6 +286,12 @@ def check_positive(name: str, x: float) -> None:
         raise ValueError(f"{name} = {x}: expected a finite number above 0")
 
 
+def check_finite(name: str, x: float, least: float = -math.inf) -> None:
+    if not (math.isfinite(x) and x >= least):
+        allowed = "" if least == -math.inf else f" of at least {least}"
+        raise ValueError(f"{name} = {x}: expected a finite number{allowed}")
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 

@@ -29,6 +29,7 @@ from carft_kernels._runtime import (
     call,
     check_bool,
     check_cu_seqlens,
+    check_finite,
     check_float,
     check_like,
     check_offsets,
@@ -322,8 +323,7 @@ def kl_shaped_reward(
     check_like("ref_logprob_T", ref_logprob_T, (tokens,), "old_logprob_T", old_logprob_T)
     check_cu_seqlens("cu_seqlens", cu_seqlens, "old_logprob_T", old_logprob_T)
     check_like("score_B", score_B, (cu_seqlens.numel() - 1,), "cu_seqlens", old_logprob_T)
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef = {kl_coef}: expected a number of at least 0")
+    check_finite("kl_coef", kl_coef, least=0)
     via_triton = use_triton("kl_shaped_reward", impl, old_logprob_T)
     old_logprob_T, ref_logprob_T, score_B = (x.contiguous() for x in (old_logprob_T, ref_logprob_T, score_B))
     return _kl_shaped_reward(score_B, old_logprob_T, ref_logprob_T, cu_seqlens.contiguous(), kl_coef, via_triton)

@@ -34,6 +34,7 @@ from carft_kernels._row_kernels import RowGradients, RowOptions, RowStatistics, 
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
+    check_finite,
     check_float,
     check_like,
     check_rows,
@@ -185,7 +186,7 @@ def _of_sequences(
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, log-probs and metrics, with a ratio for each sequence. Autograd differentiates it."""
-    logprob_T, entropy_T, _, _, lse_T = logprob_of_head(*head, *options, *parts, True, z_loss_coef > 0)
+    logprob_T, entropy_T, lse_T = logprob_of_head(head, options, parts, with_entropy=True, with_lse=z_loss_coef > 0)
     advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T = vectors
     weight_T = weight_T.masked_fill(head.target_T == options.ignore_index, 0.0)
     live_T = weight_T != 0
@@ -372,7 +373,7 @@ def linear_policy_loss(
         given = reference_hidden_TE, reference_weight_VE, reference_bias
         reference = _reference_head(*given, head, parts, options, chunk_tokens, group)
         with torch.no_grad():
-            ref_logprob_T, *_ = logprob_of_head(*reference, *options, *parts, False, False)
+            ref_logprob_T, *_ = logprob_of_head(reference, options, parts)
     elif reference_weight_VE is not None or reference_bias is not None:
         name = "reference_bias" if reference_weight_VE is None else "reference_weight_VE"
         raise ValueError(f"{name} needs reference_hidden_TE, which is None")
@@ -389,8 +390,7 @@ def linear_policy_loss(
         terms.check_sequences(cu_seqlens, "hidden_TD", hidden_TD)
     if kl_coef and ref_logprob_T is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T or reference_hidden_TE, both are None")
-    if not z_loss_coef >= 0:
-        raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
+    check_finite("z_loss_coef", z_loss_coef, least=0)
     dtype = accumulation_dtype(hidden_TD)
     vectors = TokenVectors._make(None if x is None else x.detach().to(dtype).contiguous() for x in vectors)
     if cu_seqlens is not None:
@@ -398,7 +398,8 @@ def linear_policy_loss(
     else:
         # inside the operator gradient mode always reads False
         needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
-        operator, more = _forward if skip_dead else _forward_of_all, _More(z_loss_coef, skip_dead)
+        operator = _forward if skip_dead or parts.reads_back else _forward_of_all
+        more = _More(z_loss_coef, skip_dead)
         total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, *parts, *more, *needs)
         count = stats[1].clamp(min=1)
         metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}

@@ -159,7 +159,7 @@ class Recorded(TorchDispatchMode):
 
     def readbacks(self) -> set[str]:
         """What stops a CUDA stream: numbers read, and boolean indices, whose count is the result's shape."""
-        names = {"nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal", "unique_consecutive"}
+        names = {"nonzero", "_local_scalar_dense", "item", "masked_select", "is_nonzero", "equal", "unique_consecutive"}
         found = {name for name, _, _ in self.calls if name in names}
         for name, args, _ in self.calls:
             if name in ("index", "index_put", "index_put_"):

@@ -1,5 +1,6 @@
 """Variants of the policy losses, log-sum-exp, soft cap and bias: against plain Python, references and differences."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -522,15 +523,36 @@ def test_ignored_tokens_have_no_part_in_the_new_terms(impl: Impl) -> None:
 def test_gradcheck(terms: str) -> None:
     inputs = {name: x.cpu() for name, x in policy_inputs(1, 6, 9, 5).items()}
     leaves = (inputs.pop("hidden_TD"), inputs.pop("weight_VD"), randn(4, 9))
-    correction = randn(5, 6).abs()
-    if TERMS[terms].get("loss") == "cispo":  # its ratio is held: differences would move it
-        inputs["advantage_T"] *= 0
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: ck.linear_policy_loss(
-            h, w, bias=b, **inputs, **TERMS[terms], correction_T=correction, logit_softcap=2.0, chunk_tokens=4
-        )[0],
-        tuple(x.requires_grad_() for x in leaves),
-    )
+    options: dict[str, Any] = TERMS[terms] | {"correction_T": randn(5, 6).abs(), "logit_softcap": 2.0}
+
+    def loss(*x: Tensor) -> Tensor:
+        return ck.linear_policy_loss(*x[:2], bias=x[2], **inputs, **options, chunk_tokens=4)[0]
+
+    def logprob(*x: Tensor) -> Tensor:
+        return linear_logprob_reference(*x[:2], inputs["target_T"], bias=x[2], logit_softcap=2.0)[0]
+
+    function: Callable[..., Tensor] = loss
+    if options.get("loss") == "cispo":  # its ratio is held: differences of the loss itself would move it
+        held = (logprob(*leaves) - inputs["old_logprob_T"]).exp().clamp(1 - options.get("clip_low", 0.2), 1.2)
+        factor = -inputs["weight_T"] * options["correction_T"] * inputs["advantage_T"] * held
+
+        class Held(torch.autograd.Function):
+            """The loss with its ratio held at `leaves`; the gradient is the operator's."""
+
+            @staticmethod
+            def forward(ctx: Any, *x: Tensor) -> Tensor:
+                ctx.save_for_backward(*x)
+                others = inputs | {"advantage_T": torch.zeros(6).double()}
+                rest = ck.linear_policy_loss(*x[:2], bias=x[2], **others, **options)[0]
+                return rest + (factor * logprob(*x)).sum()
+
+            @staticmethod
+            def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
+                with torch.enable_grad():
+                    return tuple(d * g for g in gradients(loss, *ctx.saved_tensors))
+
+        function = Held.apply
+    assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in leaves))
 
 
 def test_gradcheck_of_log_sum_exp_and_of_ratios_of_sequences() -> None:
@@ -584,6 +606,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "cap": (linear(logit_softcap=0.0), ["logit_softcap = 0.0", "above 0"]),
     "cap of logits": (lambda: ck.token_logprob(X, I3, logit_softcap=inf), ["logit_softcap = inf", "finite"]),
     "cap of states": (lambda: ck.linear_logprob(X, W, I3, logit_softcap=nan), ["logit_softcap = nan", "above 0"]),
+    "entropy": (linear(entropy_coef=nan), ["entropy_coef = nan", "finite"]),
     "bias": (linear(bias=T3), ["bias", "(3,)", "(5,)"]),
     "bias' dtype": (linear(bias=torch.zeros(5).double()), ["bias", "float64", "float32"]),
 }
@@ -592,6 +615,66 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls_name_the_argument(case: str) -> None:
     assert_refused(*BAD_CALLS[case])
+
+
+def infonce(**options: Any) -> Callable[[], Any]:
+    return lambda: ck.masked_infonce(X, X, **options)
+
+
+# inf where it is no bound or no limit is allowed
+NOT_ALLOWED: dict[tuple[str, str], tuple[Callable[..., Callable[[], Any]], list[float]]] = {
+    **{("linear_policy_loss", name): (linear, [nan, inf, -1.0]) for name in ("kl_coef", "z_loss_coef", "dual_clip")},
+    **{("linear_policy_loss", name): (linear, [nan, inf, 0.0]) for name in ("temperature", "logit_softcap")},
+    ("linear_policy_loss", "clip_low"): (linear, [nan, inf, -0.1]),
+    ("linear_policy_loss", "clip_high"): (linear, [nan, -0.1]),
+    ("linear_policy_loss", "kl_clamp"): (linear, [nan, -1.0]),
+    ("linear_policy_loss", "entropy_coef"): (linear, [nan, inf, -inf]),
+    ("linear_policy_loss", "top_p"): (linear, [nan, inf, 0.0]),
+    ("policy_loss", "clip_low"): (direct, [nan, inf, -0.1]),
+    ("policy_loss", "clip_high"): (direct, [nan, -0.1]),
+    ("policy_loss", "dual_clip"): (direct, [nan, inf, -1.0]),
+    **{
+        ("linear_logprob", name): (lambda **o: lambda: ck.linear_logprob(X, W, I3, **o), [nan, inf, -1.0])
+        for name in ("temperature", "logit_softcap", "top_p")
+    },
+    **{
+        ("token_logprob", name): (lambda **o: lambda: ck.token_logprob(X, I3, **o), [nan, inf, -1.0])
+        for name in ("temperature", "logit_softcap", "top_p")
+    },
+    ("value_loss", "clip"): (lambda **o: lambda: ck.value_loss(T3, T3, T3, weight_T=T3, **o), [nan, -1.0]),
+    ("masked_infonce", "temperature"): (infonce, [nan, inf, 0.0]),
+    ("masked_infonce", "positive_clamp"): (infonce, [nan, -inf, -1.0]),
+    **{
+        ("gae", name): (
+            lambda **o: lambda: ck.gae(T3, T3, torch.tensor([0, 3]), **{"gamma": 1.0, "lam": 1.0} | o),
+            [nan, inf, -1.0],
+        )
+        for name in ("gamma", "lam")
+    },
+    ("kl_shaped_reward", "kl_coef"): (
+        lambda **o: lambda: ck.kl_shaped_reward(T3[:1], T3, T3, torch.tensor([0, 3]), **o),
+        [nan, inf, -1.0],
+    ),
+    ("whiten", "eps"): (lambda **o: lambda: ck.whiten(T3, **o), [nan, inf, 0.0]),
+}
+
+
+def test_every_number_is_in_the_list() -> None:
+    operators = [x for name in ck.__all__ if "reference" not in name and callable(x := getattr(ck, name))]
+    floats = {
+        (x.__name__, name)
+        for x in operators
+        for name, p in inspect.signature(x).parameters.items()
+        if p.annotation in (float, float | None)
+    }
+    assert floats == set(NOT_ALLOWED)
+
+
+@pytest.mark.parametrize("name", NOT_ALLOWED, ids=" ".join)
+def test_numbers_that_make_no_sense_are_refused(name: tuple[str, str]) -> None:
+    call, values = NOT_ALLOWED[name]
+    for value in values:
+        assert_refused(call(**{name[1]: value}), [f"{name[1]} = {value}: expected"])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
 from carft_kernels._row_kernels import RowGradients
@@ -651,6 +652,40 @@ def test_nothing_is_read_back(run: Run, impl: str) -> None:
     assert run("three", readbacks_on_rank, impl) == [{"nonzero"} if impl == "torch" else set()] * 3
 
 
+def tagged_on_rank(group: Group, chunk_tokens: int | None) -> list[tuple[str, bool, bool]]:
+    """Of every operator that has collectives: whether it is cudagraph_unsafe, and reads something back."""
+    leaves, target, _ = logprob_case(1, ("three", [5, 9, 30]), 20, False, torch.float32)
+    hidden, weight = leaves[0].requires_grad_(), cut(leaves[1], [5, 9, 30], group)
+    one, found = torch.ones(20), []
+    options: dict[str, Any] = {"group": group, "chunk_tokens": chunk_tokens, "impl": "triton"}
+    vectors: dict[str, Any] = {"advantage_T": one, "old_logprob_T": None, "weight_T": one, "skip_dead": False}
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace != "carft" or "scaled" in func._name:
+                return func(*args, **(kwargs or {}))
+            with Recorded(inside=True) as inside:
+                result = OPDEFS[func._name.removesuffix(".default")]._init_fn(*args)
+            found.append((func._opname, torch.Tag.cudagraph_unsafe in func.tags, bool(inside.readbacks())))
+            return result
+
+    ck.set_index_checks(False)  # as on CUDA by default
+    with Calls():
+        ck.linear_logprob(hidden, weight, target, **options)[0].sum().backward()
+        ck.linear_policy_loss(hidden, weight, target, **vectors, **options)[0].backward()
+    ck.set_index_checks(None)
+    return found
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 10])
+def test_operators_that_read_back_say_so(run: Run, chunk_tokens: int | None) -> None:
+    """`cudagraph_unsafe` is on those that ask for the largest shard."""
+    unsafe = [True, True] if chunk_tokens is None else [False, False]
+    found = run("three", tagged_on_rank, chunk_tokens)
+    assert [[x[1:] for x in of_rank] for of_rank in found] == [[(*unsafe,)] * 3] * 3
+    assert found[0][1][0].endswith("_backward")
+
+
 # --- as PyTorch sees it -----------------------------------------------------------------------------------------------
 
 
@@ -698,7 +733,7 @@ def registered_on_rank(group: Group) -> list[str]:
 
 
 def test_registration(run: Run) -> None:
-    names = ["linear_logprob", "linear_logprob_backward", "linear_policy_loss", "scaled_gradient"]
+    names = ["linear_logprob_of_shards", "linear_logprob_of_shards_backward", "linear_policy_loss", "scaled_gradient"]
     assert run("one", registered_on_rank) == [[f"carft::{x}" for x in names]]
 
 
