@@ -86,8 +86,8 @@ def test_chunks_are_equal_and_as_few_as_it_takes(tokens: int, most: int) -> None
 
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256, 152_064, 202_048, 262_144])
 def test_chunks_of_a_gpu_are_large_enough_for_the_gradient_of_the_weight(vocabulary: int) -> None:
-    """By an H100's figures: 8 bytes of d_weight for every chunk but the first, and 6 FLOP a token of the three products,
-    of the same elements. The smaller the chunks of a call, the fewer of them add to d_weight: what counts is the
+    """By an H100's figures: 8 bytes of d_weight for every chunk but the first, and 6 FLOP a token of three products, of
+    the same elements. The smaller the chunks of a call, the fewer of them add to d_weight: what counts is the
     whole. One chunk adds nothing, however few its tokens."""
     n = chunk_size(100_000, vocabulary, torch.device("cuda"))
     assert n % 128 == 0
