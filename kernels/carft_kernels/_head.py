@@ -40,7 +40,7 @@ from carft_kernels._runtime import (
     token_chunks,
     wide_matmul,
 )
-from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_shard
+from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_gradients, own_shard
 
 
 class Head(NamedTuple):
@@ -180,13 +180,13 @@ def over_chunks(
             own = logprob_forward(x, target, uncut, with_entropy)
         statistics = own
         if shard is not None:
-            statistics, log_share = shard.combine(own, rows, LN2 if via_triton else 1.0)
+            statistics, place = shard.combine(own, rows, LN2 if via_triton else 1.0)
         differentiated = differentiate(rows, statistics)
         if differentiated is None or x is None or not wanted:
             continue
         gradients, live = differentiated
         if shard is not None:
-            gradients = shard.gradients(gradients, own, statistics, log_share, rows)
+            gradients = own_gradients(gradients, own.entropy_T, statistics.entropy_T, *place)
             live = live & ~shard.absent
         index = None
         if skip_dead:

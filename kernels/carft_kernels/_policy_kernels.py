@@ -142,8 +142,8 @@ def policy_kernel(
     advantage,
     weight,
     correction,  # or None: 1 for every token
-    ref_logprob,
-    entropy,
+    ref_logprob,  # or None: no KL term
+    entropy,  # or None
     d_logprob,
     stats,  # [programs, 5], added to: loss, tokens with weight, of these outside the clip, approximate KL, entropy
     tokens,
@@ -154,9 +154,7 @@ def policy_kernel(
     kl_clamp,  # or None: no bound
     entropy_coef,
     CISPO: tl.constexpr,
-    HAS_REF: tl.constexpr,
     K2: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Every program has its blocks and its sums: they are the same in every run."""
@@ -196,7 +194,7 @@ def policy_kernel(
             # a factor of 0 leaves the term out, whatever the ratio: 0 * inf would be NaN
             token_loss = tl.where(c == 0.0, 0.0, c * token_loss)
             d = tl.where(c == 0.0, 0.0, c * d)
-        if HAS_REF:
+        if ref_logprob is not None:
             difference = tl.load(ref_logprob + t, mask=live, other=0.0).to(tl.float32) - new
             if K2:
                 kl = 0.5 * difference * difference
@@ -209,7 +207,7 @@ def policy_kernel(
                 kl = tl.where(kl > kl_clamp, kl_clamp, kl)
             token_loss += kl_coef * kl
             d -= kl_coef * slope
-        if HAS_ENTROPY:
+        if entropy is not None:
             h = tl.load(entropy + t, mask=live, other=0.0)
             token_loss -= entropy_coef * h
             entropy_sum += h
@@ -261,9 +259,7 @@ def policy_terms(
         programs,
         *(*tensors, partial, len(logprob_T), *bounds),
         CISPO=terms.loss == "cispo",
-        HAS_REF=ref_logprob_T is not None,
         K2=terms.kl_estimate == "k2",
-        HAS_ENTROPY=entropy_T is not None,
         **TOKEN_CONFIG,
     )
     if programs > 1:

@@ -89,8 +89,9 @@ class VocabShard(NamedTuple):
         local_T.masked_fill_((index_T < 0) | (index_T >= end_R[-1]) | differ, -1).masked_fill_(ignored_T, IGNORED)
         return cls(local_T, owner_T.masked_fill_(ignored_T, -1), rows_R, absent, group)
 
-    def combine(self, own: RowStatistics, rows: slice, unit: float) -> tuple[RowStatistics, Tensor]:
-        """Statistics of the whole vocabulary, of those of this shard for some tokens, and the log of its share [n].
+    def combine(self, own: RowStatistics, rows: slice, unit: float) -> tuple[RowStatistics, tuple[Tensor, Tensor]]:
+        """Statistics of the whole vocabulary, of those of this shard for some tokens; the log of its share, and bool
+        whether it has the target, [n] each.
 
         Maximum and log of the sum below it stay apart (in `unit` nats): nothing cancels, however large the logits.
         """
@@ -109,14 +110,8 @@ class VocabShard(NamedTuple):
             entropy_T = torch.where(share_RT == 0, 0.0, share_RT * (entropy[0] - log_share_RT)).sum(0)
         whole = RowStatistics(logprob_T, entropy_T, top_T, log_sum_T / unit)
         whole = RowStatistics._make(x.masked_fill(owner_T < 0, 0.0) if len(x) else x for x in whole)
-        return whole, log_share_RT[_ranks(self.group).rank()]
-
-    def gradients(
-        self, given: RowGradients, own: RowStatistics, whole: RowStatistics, log_share_n: Tensor, rows: slice
-    ) -> RowGradients:
-        """Of the shard's own log-prob, entropy and log-sum-exp; of those of the whole vocabulary."""
-        here_n = self.owner_T[rows] == _ranks(self.group).rank()
-        return own_gradients(given, own.entropy_T, whole.entropy_T, log_share_n, here_n)
+        rank = _ranks(self.group).rank()
+        return whole, (log_share_RT[rank], owner_T == rank)
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks, in the accumulation dtype, rounded once."""
@@ -129,7 +124,7 @@ class VocabShard(NamedTuple):
 def own_gradients(
     given: RowGradients, own_entropy_T: Tensor, entropy_T: Tensor, log_share_T: Tensor, here_T: Tensor
 ) -> RowGradients:
-    """See `VocabShard.gradients`. here_T: whether the shard has the target."""
+    """Of the shard's own log-prob, entropy and log-sum-exp; of those of the whole vocabulary, see `combine`."""
     d_logprob_T, d_entropy_T, d_lse_T = given
     share_T = log_share_T.exp()
     d_T = -d_logprob_T if d_lse_T is None else d_lse_T - d_logprob_T

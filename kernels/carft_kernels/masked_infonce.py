@@ -138,7 +138,7 @@ def infonce_gradient_kernel(
     )
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, m, n, True, False)
+    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, m, n)
     top = tl.load(row_top + rows, mask=rows < m, other=0.0)
     total = tl.load(log_total + rows, mask=rows < m, other=0.0)
     allowed = tile_mask(mask, rows, columns, m, n, MASK)

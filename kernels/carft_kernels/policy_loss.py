@@ -31,9 +31,8 @@ from carft_kernels._policy_kernels import (
     sequence_log_ratio_reference,
     token_programs,
 )
-from carft_kernels._row_kernels import offsets_rise, sequence_bounds
+from carft_kernels._row_kernels import SEQUENCE_CONFIG, offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
-    FUSED,
     Impl,
     accumulation_dtype,
     all_count,
@@ -127,9 +126,6 @@ def sequence_mean_kernel(
         t = i + tl.arange(0, BLOCK)
         live = tl.load(weight + t, mask=t < end, other=0.0).to(tl.float32) != 0.0
         tl.store(out + t, tl.where(live, mean, 0.0), mask=t < end)
-
-
-SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
 
 
 def _sequence_mean(
