@@ -10,13 +10,11 @@ import torch
 from carft_kernels import _matmul_kernels as matmul
 from carft_kernels import _policy_kernels as policy
 from carft_kernels import _row_kernels as rows
-from carft_kernels.gae import SEQUENCE_CONFIG, WHITEN_CONFIG, gae_kernel, kl_shaped_reward_kernel, whiten_kernel
+from carft_kernels.gae import WHITEN_CONFIG, gae_kernel, kl_shaped_reward_kernel, whiten_kernel
 from carft_kernels.lcs import lcs_table_kernel, lcs_walk_kernel, table_config
 from carft_kernels.masked_infonce import NORM_CONFIG, infonce_gradient_kernel, inverse_norm_kernel
-from carft_kernels.policy_loss import SEQUENCE_CONFIG as POLICY_SEQUENCE_CONFIG
 from carft_kernels.policy_loss import sequence_mean_kernel, value_kernel
 from carft_kernels.value_pool import (
-    WEIGHT_CONFIG,
     backward_config,
     backward_splits,
     forward_config,
@@ -142,9 +140,7 @@ def row_backward_case(
             "softcap": "fp32" if softcap else None,
             **dict.fromkeys(("vocabulary", "stride", "out_stride", "ignore_index"), "i32"),
             **dict.fromkeys(("scale", "inverse_temperature"), "fp32"),
-            "COMPACT": compact,
             "NARROW": not compact and out != dtype,
-            "ENTROPY": entropy,
         },
         rows.row_config(dtype, group=8),
         unaligned,
@@ -202,10 +198,7 @@ def lm_head_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
             "bias": f"*{NAMES[dtype]}" if bias else None,
             "target": "*i64",
             "softcap": "fp32" if softcap else None,
-            "NORMS": False,
-            "BIAS": bias,
             "MASK": 0,
-            "ENTROPY": entropy,
             "spread": "*fp32" if entropy else None,
             "logits": "*fp32" if stored else None,
             "stride_logits": "i32",
@@ -221,7 +214,7 @@ def similarity_cases(cc: int, dtype: torch.dtype, tma: bool) -> list[Case]:
     cases = []
     for candidates, mask in itertools.product((65_536, 65_535), (0, 1, 2)):
         own = {"row_factor": "*fp32", "column_factor": "*fp32", "mask": "*u8" if mask else None, "MASK": mask}
-        forward = {"bias": None, "target": "*i64", "NORMS": True, "BIAS": False, "ENTROPY": False, **STATISTICS}
+        forward = {"bias": None, "target": "*i64", **STATISTICS}
         forward |= dict.fromkeys(("spread", "softcap", "logits")) | {"stride_logits": "i32"}
         backward = {
             **dict.fromkeys(("row_top", "log_total", "row_scale", "column_scale"), "*fp32"),
@@ -306,15 +299,14 @@ def other_cases() -> list[Case]:
                 value_pool_weight_kernel,
                 f"masked={masked}",
                 "small",
-                {"value": vector, "mask": mask, "cu_seqlens": "*i64", "weight": vector}
-                | {"tokens": "i32", "MASKED": masked},
-                WEIGHT_CONFIG,
+                {"value": vector, "mask": mask, "cu_seqlens": "*i64", "weight": vector} | {"tokens": "i32"},
+                rows.SEQUENCE_CONFIG,
             ),
             Case(
                 whiten_kernel,
                 f"masked={masked}",
                 "small",
-                {"x": vector, "mask": mask, "out": vector, "tokens": "i32", "eps": "fp32", "MASKED": masked},
+                {"x": vector, "mask": mask, "out": vector, "tokens": "i32", "eps": "fp32"},
                 WHITEN_CONFIG,
             ),
         ]
@@ -325,7 +317,7 @@ def other_cases() -> list[Case]:
             "small",
             dict.fromkeys(("reward", "value", "advantage", "return_"), vector)
             | {"cu_seqlens": "*i64", "tokens": "i32", "gamma": "fp32", "decay": "fp32"},
-            SEQUENCE_CONFIG,
+            rows.SEQUENCE_CONFIG,
         ),
         Case(
             kl_shaped_reward_kernel,
@@ -333,7 +325,7 @@ def other_cases() -> list[Case]:
             "small",
             dict.fromkeys(("score", "old_logprob", "ref_logprob", "reward"), vector)
             | {"cu_seqlens": "*i64", "tokens": "i32", "kl_coef": "fp32"},
-            SEQUENCE_CONFIG,
+            rows.SEQUENCE_CONFIG,
         ),
         Case(
             value_kernel,
@@ -368,7 +360,7 @@ def other_cases() -> list[Case]:
                 "small",
                 dict.fromkeys(("logprob", "old_logprob", "advantage", "weight", "d_logprob", "stats"), vector)
                 | {"ref_logprob": vector if ref else None, "entropy": vector if entropy else None}
-                | {"tokens": "i32", "HAS_REF": ref, "HAS_ENTROPY": entropy}
+                | {"tokens": "i32"}
                 | dict.fromkeys(("clip_low", "clip_high", "kl_coef", "entropy_coef"), "fp32")
                 | plain
                 | variant,
@@ -383,7 +375,7 @@ def other_cases() -> list[Case]:
                 "small",
                 dict.fromkeys(("x", "weight", "out"), vector)
                 | {"less": vector if less else None, "cu_seqlens": "*i64", "tokens": "i32"},
-                POLICY_SEQUENCE_CONFIG,
+                rows.SEQUENCE_CONFIG,
             )
         )
     for entropy in (False, True):
@@ -396,7 +388,7 @@ def other_cases() -> list[Case]:
                 | {"spread": vector if entropy else None}
                 | {"target": "*i64", "row_top": vector, "log_total": vector, "scale": "fp32"}
                 | dict.fromkeys(("m", "n", "blocks", "ignore_index"), "i32")
-                | {"target_limit": "fp32", "logprob_limit": "fp32", "ENTROPY": entropy},
+                | {"target_limit": "fp32", "logprob_limit": "fp32"},
                 matmul.COMBINE_CONFIG,
                 ("n", "blocks", "ignore_index"),
             )

@@ -18,6 +18,7 @@ from carft_kernels import (
     value_loss,
     value_pool,
 )
+from carft_kernels._policy_kernels import token_kl
 
 
 class RolloutTargets(NamedTuple):
@@ -158,18 +159,20 @@ def update_loss(
         "clip_high": config.clip_high,
         "dual_clip": config.dual_clip,
         "loss": config.loss,
+        "cu_seqlens": batch.completion_cu if config.ratio == "sequence" else None,
     }
-    by_sequence = config.ratio == "sequence"
-    if output.logits_CV is not None or by_sequence:  # which needs all log-probs before the first gradient
-        logprob_C, entropy_C = _logprobs(model, output, batch, temperature)
+    if output.logits_CV is not None:
+        logprob_C, entropy_C = token_logprob(
+            output.logits_CV, batch.target_C, temperature=temperature, with_entropy=True
+        )
         old_C = logprob_C.detach() if targets.old_logprob_C is None else targets.old_logprob_C
-        cu_seqlens = batch.completion_cu if by_sequence else None
-        policy, metrics = policy_loss(logprob_C, old_C, targets.advantage_C, cu_seqlens=cu_seqlens, **terms)
+        policy, metrics = policy_loss(logprob_C, old_C, targets.advantage_C, **terms)
         if config.kl_loss_coef:
             assert targets.ref_logprob_C is not None
-            kl_C = _kl_estimate(targets.ref_logprob_C - logprob_C, config)
+            kl_C = token_kl(targets.ref_logprob_C - logprob_C, config.kl_estimate, config.kl_clamp)
             policy = policy + config.kl_loss_coef * (weight_C * kl_C).sum()
         counted_C = weight_C != 0
+        assert entropy_C is not None
         metrics = {**metrics, "entropy": (entropy_C.detach() * counted_C).sum() / counted_C.sum().clamp(min=1)}
     else:
         policy, logprob_C, metrics = linear_policy_loss(
@@ -197,22 +200,6 @@ def update_loss(
         loss = loss + config.value_coef * value
         metrics |= {"value_loss": value.detach(), "value_clip_fraction": value_metrics["clip_fraction"]}
     return loss, logprob_C.detach(), metrics
-
-
-def _logprobs(model: CarftModel, output: ModelOutput, batch: PackedBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy [C] of the completion tokens; the former has a gradient."""
-    options: dict[str, Any] = {"temperature": temperature, "with_entropy": True}
-    if output.logits_CV is not None:
-        logprob_C, entropy_C = token_logprob(output.logits_CV, batch.target_C, **options)
-    else:
-        logprob_C, entropy_C = linear_logprob(*_head_inputs(model, output, batch), batch.target_C, **options)
-    return logprob_C, entropy_C
-
-
-def _kl_estimate(difference_C: Tensor, config: RlConfig) -> Tensor:
-    """By `rl.kl_estimate` and `rl.kl_clamp`, of reference log-prob - log-prob."""
-    kl_C = 0.5 * difference_C.square() if config.kl_estimate == "k2" else difference_C.exp() - difference_C - 1
-    return kl_C if config.kl_clamp is None else kl_C.clamp(max=config.kl_clamp)
 
 
 def cot_embeddings(

@@ -18,6 +18,7 @@ from carft_fast.config import RlConfig
 from carft_fast.core import to_device
 from carft_fast.models import CarftModel
 from carft_fast.objective.losses import Normaliser, RolloutTargets
+from carft_kernels._policy_kernels import exp_less_linear
 
 
 class PaddedBatch(NamedTuple):
@@ -140,7 +141,7 @@ def update_loss(
     if config.kl_loss_coef:
         assert targets.ref_logprob_C is not None
         difference_BL = (spread(targets.ref_logprob_C) - logprob_BL) * mask_BL
-        kl_BL = 0.5 * difference_BL**2 if config.kl_estimate == "k2" else difference_BL.exp() - difference_BL - 1
+        kl_BL = 0.5 * difference_BL**2 if config.kl_estimate == "k2" else exp_less_linear(difference_BL)
         loss_BL = loss_BL + config.kl_loss_coef * kl_BL.clamp(max=config.kl_clamp or math.inf)
     policy = (weight_BL * loss_BL).sum()
 
@@ -151,7 +152,7 @@ def update_loss(
         outside_BL = (ratio_BL < 1 - config.clip_low) | (ratio_BL > 1 + config.clip_high)
         metrics = {
             "clip_fraction": (outside_BL & counted_BL).sum() / count,
-            "approx_kl": ((ratio_BL - 1 - log_ratio_BL) * counted_BL).sum() / count,
+            "approx_kl": (exp_less_linear(log_ratio_BL) * counted_BL).sum() / count,
             "entropy": (entropy_BL * counted_BL).sum() / count,
             "policy_loss": policy.detach(),
             "policy_tokens": counted_BL.sum(),

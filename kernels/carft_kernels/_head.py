@@ -40,7 +40,7 @@ from carft_kernels._runtime import (
     token_chunks,
     wide_matmul,
 )
-from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_shard
+from carft_kernels._vocab_parallel import IGNORED, VocabShard, own_gradients, own_shard
 
 
 class Head(NamedTuple):
@@ -77,23 +77,33 @@ class Parts(NamedTuple):
     shard_rows: int
     """Of this rank, before a row was put into an empty shard."""
 
+    @property
+    def reads_back(self) -> bool:
+        """The rows of the largest shard, which no CUDA graph can hold."""
+        return self.group is not None and self.chunk_tokens == 0
+
 
 def checked_head(
-    head: Head, options: RowOptions, chunk_tokens: int | None, group: dist.ProcessGroup | None
+    head: Head,
+    options: RowOptions,
+    chunk_tokens: int | None,
+    group: dist.ProcessGroup | None,
+    names: tuple[str, str, str] = ("hidden_TD", "weight_VD", "bias"),
 ) -> tuple[Head, Parts]:
-    """Both operators' arguments. Raises ValueError."""
+    """Arguments of these names, of either operator. Raises ValueError."""
     hidden_TD, weight_VD, bias, target_T = head
-    check_float("hidden_TD", hidden_TD, 2)
-    weight_VD, bias = own_shard(weight_VD, bias, group)
-    check_float("weight_VD", weight_VD, 2)
+    hidden_name, weight_name, bias_name = names
+    check_float(hidden_name, hidden_TD, 2)
+    weight_VD, bias = own_shard(weight_name, weight_VD, group), own_shard(bias_name, bias, group)
+    check_float(weight_name, weight_VD, 2)
     tokens, vocabulary = len(hidden_TD), len(weight_VD)
-    check_like("weight_VD", weight_VD, (vocabulary, hidden_TD.shape[1]), "hidden_TD", hidden_TD)
-    check_same_dtype("weight_VD", weight_VD, "hidden_TD", hidden_TD)
+    check_like(weight_name, weight_VD, (vocabulary, hidden_TD.shape[1]), hidden_name, hidden_TD)
+    check_same_dtype(weight_name, weight_VD, hidden_name, hidden_TD)
     if bias is not None:
-        check_like("bias", bias, (vocabulary,), "weight_VD", hidden_TD)
-        check_same_dtype("bias", bias, "hidden_TD", hidden_TD)
+        check_like(bias_name, bias, (vocabulary,), weight_name, hidden_TD)
+        check_same_dtype(bias_name, bias, hidden_name, hidden_TD)
         bias = bias.contiguous()
-    target_T = options.checked("target_T", target_T, "hidden_TD", hidden_TD)
+    target_T = options.checked("target_T", target_T, hidden_name, hidden_TD)
     if group is not None and options.cuts:
         raise ValueError(
             f"top_k = {options.top_k}, top_p = {options.top_p}: not with a group, each of whose ranks sees some logits"
@@ -101,8 +111,8 @@ def checked_head(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")
     if options.via_triton:
-        check_rows("hidden_TD", hidden_TD)
-        check_rows("weight_VD", weight_VD)
+        check_rows(hidden_name, hidden_TD)
+        check_rows(weight_name, weight_VD)
     if group is None:
         parts = Parts(chunk_tokens or chunk_size(tokens, vocabulary, hidden_TD.device), None, vocabulary)
     else:
@@ -170,13 +180,13 @@ def over_chunks(
             own = logprob_forward(x, target, uncut, with_entropy)
         statistics = own
         if shard is not None:
-            statistics, log_share = shard.combine(own, rows, LN2 if via_triton else 1.0)
+            statistics, place = shard.combine(own, rows, LN2 if via_triton else 1.0)
         differentiated = differentiate(rows, statistics)
         if differentiated is None or x is None or not wanted:
             continue
         gradients, live = differentiated
         if shard is not None:
-            gradients = shard.gradients(gradients, own, statistics, log_share, rows)
+            gradients = own_gradients(gradients, own.entropy_T, statistics.entropy_T, *place)
             live = live & ~shard.absent
         index = None
         if skip_dead:

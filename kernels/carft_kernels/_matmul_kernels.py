@@ -16,11 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from carft_kernels._row_kernels import RowOptions, RowStatistics, soft_cap
+from carft_kernels._row_kernels import KERNEL_LN2, LOWEST, RowOptions, RowStatistics, soft_cap
 from carft_kernels._runtime import FUSED, INTERPRETED, LOG2E, launch
 
-_LOWEST = tl.constexpr(-1e4)  # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
-_LN2 = tl.constexpr(0.6931471805599453)
 _ROWS_PER_LAUNCH = 16_384  # bounds the [tiles, rows] scratch: 117 MB for a vocabulary of 152,064
 
 
@@ -140,13 +138,13 @@ def product_tile(
 
 
 @triton.jit
-def tile_logits(acc, row_factor, column_factor, bias, rows, columns, m, n, NORMS: tl.constexpr, BIAS: tl.constexpr):
+def tile_logits(acc, row_factor, column_factor, bias, rows, columns, m, n):
     """Logits before the temperature: the product, its rows and columns scaled, plus the bias."""
-    if NORMS:
+    if row_factor is not None:
         x = tl.load(row_factor + rows, mask=rows < m, other=0.0)
         y = tl.load(column_factor + columns, mask=columns < n, other=0.0)
         acc = acc * x[:, None] * y[None, :]
-    if BIAS:
+    if bias is not None:
         acc += tl.load(bias + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
     return acc
 
@@ -175,7 +173,7 @@ def matmul_lse_kernel(
     target,
     top,  # [column blocks, m], as total and spread
     total,
-    spread,
+    spread,  # or None: no entropy
     target_logit,  # [m]
     logits,  # float32 [m, n], rows `stride_logits` apart, before the soft cap; or None
     m,
@@ -186,10 +184,7 @@ def matmul_lse_kernel(
     stride_logits,
     scale,
     softcap,  # or None: logits as they are
-    NORMS: tl.constexpr,
-    BIAS: tl.constexpr,
     MASK: tl.constexpr,
-    ENTROPY: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -203,7 +198,7 @@ def matmul_lse_kernel(
     )
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, m, n, NORMS, BIAS)
+    x = tile_logits(acc, row_factor, column_factor, bias, rows, columns, m, n)
     if logits is not None:
         logits += row_block.to(tl.int64) * BLOCK_M * stride_logits + column_block * BLOCK_N
         place = tl.arange(0, BLOCK_M)[:, None] * stride_logits + tl.arange(0, BLOCK_N)[None, :]
@@ -223,8 +218,8 @@ def matmul_lse_kernel(
     place = column_block.to(tl.int64) * m + rows
     tl.store(top + place, tile_top, mask=rows < m)
     tl.store(total + place, tl.sum(e, 1), mask=rows < m)
-    if ENTROPY:
-        tl.store(spread + place, tl.sum(e * tl.maximum(z, _LOWEST), 1), mask=rows < m)
+    if spread is not None:
+        tl.store(spread + place, tl.sum(e * tl.maximum(z, LOWEST), 1), mask=rows < m)
 
 
 @triton.jit(do_not_specialize=["m", "ignore_index"], do_not_specialize_on_alignment=["target"])
@@ -245,7 +240,6 @@ def combine_kernel(
     scale,
     target_limit,  # the target's logit counts as at most this
     logprob_limit,  # 0 where the target is one of the columns: rounding must not make it more
-    ENTROPY: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -265,11 +259,11 @@ def combine_kernel(
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
         z = t - shift[None, :]
         rescale = tl.exp2(largest - shift)
-        if ENTROPY:
+        if spread is not None:
             d = tl.load(spread + place, mask=here, other=0.0)
             moved = tl.where(largest == float("-inf"), 0.0, largest - shift)
             row_spread = rescale * (row_spread + moved * row_total)
-            row_spread += tl.sum(tl.exp2(z) * (d + tl.maximum(z, _LOWEST) * s), 0)
+            row_spread += tl.sum(tl.exp2(z) * (d + tl.maximum(z, LOWEST) * s), 0)
         row_total = row_total * rescale + tl.sum(tl.exp2(z) * s, 0)
         largest = new_top
     # a target outside the columns, which nothing checks on a GPU, has a log-prob of NaN
@@ -277,9 +271,9 @@ def combine_kernel(
     x = tl.load(target_logit + rows, mask=inside & (wanted >= 0) & (wanted < n), other=float("nan"))
     row_total = tl.where(inside, row_total, 1.0)
     log2_total = tl.log2(row_total)
-    value = (tl.fma(tl.where(x > target_limit, target_limit, x), scale, -largest) - log2_total) * _LN2
+    value = (tl.fma(tl.where(x > target_limit, target_limit, x), scale, -largest) - log2_total) * KERNEL_LN2
     value = tl.where(value > logprob_limit, logprob_limit, value)
-    h = (log2_total - row_spread / row_total) * _LN2
+    h = (log2_total - row_spread / row_total) * KERNEL_LN2
     ignored = wanted == ignore_index
     value = tl.where(ignored, 0.0, value)
     h = tl.where(ignored, 0.0, h)
@@ -288,7 +282,7 @@ def combine_kernel(
     tl.store(logprob + rows, value, mask=inside)
     tl.store(row_top + rows, largest, mask=inside)
     tl.store(log_total + rows, log2_total, mask=inside)
-    if ENTROPY:
+    if spread is not None:
         tl.store(entropy + rows, h, mask=inside)
 
 
@@ -342,10 +336,7 @@ def matmul_logprob(
             triton.cdiv(len(a), config.block_m) * blocks,
             *(operand(a, config.block_m, config), b, *inputs, *tiles, target_logit, logits),
             *(len(a), n, k, *strides, scale, options.logit_softcap),
-            NORMS=row_factor is not None,
-            BIAS=bias_N is not None,
             MASK=0 if mask is None else mask.ndim,
-            ENTROPY=with_entropy,
             **config.launch(a_MK.dtype),
         )
         launch(
@@ -353,7 +344,6 @@ def matmul_logprob(
             triton.cdiv(len(a), COMBINE_CONFIG["ROWS"]),
             *(*tiles, target_logit, target, *(x[rows] for x in found)),
             *(len(a), n, blocks, options.ignore_index, scale, target_limit, logprob_limit),
-            ENTROPY=with_entropy,
             **COMBINE_CONFIG,
         )
     return found

@@ -5,6 +5,7 @@ one pass.
 
 # mypy: disable-error-code="no-untyped-def"
 
+import itertools
 import math
 from typing import Literal, NamedTuple
 
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._runtime import FUSED, all_count, launch, zero_where_less
+from carft_kernels._runtime import FUSED, all_count, check_cu_seqlens, check_finite, launch, zero_where_less
 
 PolicyLoss = Literal["clip", "cispo"]
 KlEstimate = Literal["k3", "k2"]
@@ -44,12 +45,30 @@ class TokenTerms(NamedTuple):
                 raise ValueError(f"dual_clip = {self.dual_clip}: expected a finite number above 1, or None")
             if self.loss != "clip":
                 raise ValueError(f"dual_clip = {self.dual_clip} needs loss = 'clip', this is {self.loss!r}")
-        if not self.kl_coef >= 0:
-            raise ValueError(f"kl_coef = {self.kl_coef}: expected a number of at least 0")
+        check_finite("kl_coef", self.kl_coef, least=0)
+        check_finite("entropy_coef", self.entropy_coef)
         if self.kl_estimate not in ("k3", "k2"):
             raise ValueError(f"kl_estimate = {self.kl_estimate!r}: allowed are 'k3' and 'k2'")
         if self.kl_clamp is not None and not self.kl_clamp > 0:
             raise ValueError(f"kl_clamp = {self.kl_clamp}: expected a number above 0, or None")
+
+    def check_sequences(self, cu_seqlens: Tensor, like_name: str, like: Tensor) -> None:
+        """Offsets of sequences that have one ratio each. Raises ValueError."""
+        check_cu_seqlens("cu_seqlens", cu_seqlens, like_name, like)
+        if self.loss != "clip":
+            raise ValueError(f"cu_seqlens, the ratios of sequences, needs loss = 'clip', this is {self.loss!r}")
+
+
+def exp_less_linear(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x, in float64: near 0 nothing would be left of it in float32."""
+    wide = x.double()
+    return (wide.expm1() - wide).to(x.dtype)
+
+
+def token_kl(difference_T: Tensor, kl_estimate: str, kl_clamp: float | None) -> Tensor:
+    """Estimate [T] of KL(policy || reference), of reference log-prob - log-prob; differentiable."""
+    kl_T = 0.5 * difference_T.square() if kl_estimate == "k2" else exp_less_linear(difference_T)
+    return kl_T if kl_clamp is None else kl_T.clamp(max=kl_clamp)
 
 
 class TokenVectors(NamedTuple):
@@ -63,6 +82,16 @@ class TokenVectors(NamedTuple):
 
     def at(self, rows: slice) -> "TokenVectors":
         return TokenVectors._make(None if x is None else x[rows] for x in self)
+
+
+def sequence_log_ratio_reference(log_ratio_T: Tensor, weight_T: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The obvious expression: the mean over the tokens with weight of a sequence, at each of these tokens."""
+    counted_T = weight_T != 0
+    means = [
+        (log_ratio_T[s:e] * counted_T[s:e]).sum() / counted_T[s:e].sum().clamp(min=1) * counted_T[s:e]
+        for s, e in itertools.pairwise(cu_seqlens.tolist())
+    ]
+    return torch.cat(means)
 
 
 def policy_terms_reference(
@@ -89,7 +118,7 @@ def policy_terms_reference(
         loss_T = correction_T * loss_T
     if ref_logprob_T is not None:
         difference_T = ref_logprob_T - logprob_T
-        kl_T = 0.5 * difference_T**2 if terms.kl_estimate == "k2" else difference_T.exp() - difference_T - 1
+        kl_T = 0.5 * difference_T**2 if terms.kl_estimate == "k2" else difference_T.expm1() - difference_T
         loss_T = loss_T + terms.kl_coef * kl_T.clamp(max=terms.kl_clamp or math.inf)
     return loss_T
 
@@ -113,8 +142,8 @@ def policy_kernel(
     advantage,
     weight,
     correction,  # or None: 1 for every token
-    ref_logprob,
-    entropy,
+    ref_logprob,  # or None: no KL term
+    entropy,  # or None
     d_logprob,
     stats,  # [programs, 5], added to: loss, tokens with weight, of these outside the clip, approximate KL, entropy
     tokens,
@@ -125,9 +154,7 @@ def policy_kernel(
     kl_clamp,  # or None: no bound
     entropy_coef,
     CISPO: tl.constexpr,
-    HAS_REF: tl.constexpr,
     K2: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Every program has its blocks and its sums: they are the same in every run."""
@@ -167,7 +194,7 @@ def policy_kernel(
             # a factor of 0 leaves the term out, whatever the ratio: 0 * inf would be NaN
             token_loss = tl.where(c == 0.0, 0.0, c * token_loss)
             d = tl.where(c == 0.0, 0.0, c * d)
-        if HAS_REF:
+        if ref_logprob is not None:
             difference = tl.load(ref_logprob + t, mask=live, other=0.0).to(tl.float32) - new
             if K2:
                 kl = 0.5 * difference * difference
@@ -180,7 +207,7 @@ def policy_kernel(
                 kl = tl.where(kl > kl_clamp, kl_clamp, kl)
             token_loss += kl_coef * kl
             d -= kl_coef * slope
-        if HAS_ENTROPY:
+        if entropy is not None:
             h = tl.load(entropy + t, mask=live, other=0.0)
             token_loss -= entropy_coef * h
             entropy_sum += h
@@ -232,9 +259,7 @@ def policy_terms(
         programs,
         *(*tensors, partial, len(logprob_T), *bounds),
         CISPO=terms.loss == "cispo",
-        HAS_REF=ref_logprob_T is not None,
         K2=terms.kl_estimate == "k2",
-        HAS_ENTROPY=entropy_T is not None,
         **TOKEN_CONFIG,
     )
     if programs > 1:
@@ -278,17 +303,12 @@ def policy_terms_torch(
         left_out = correction_T == 0
         token_loss, d = ((correction_T * x).masked_fill(left_out, 0.0) for x in (token_loss, d))
     if difference is not None:
-        if terms.kl_estimate == "k2":
-            kl, slope = 0.5 * difference.square(), difference
-        else:
-            slope = difference.expm1()
-            kl = slope - difference
+        slope = difference if terms.kl_estimate == "k2" else difference.expm1()
         if terms.kl_clamp is not None:
-            slope, kl = slope.masked_fill(kl > terms.kl_clamp, 0.0), kl.clamp(max=terms.kl_clamp)
-        token_loss = token_loss + terms.kl_coef * kl
+            slope = slope.masked_fill(token_kl(difference, terms.kl_estimate, None) > terms.kl_clamp, 0.0)
+        token_loss = token_loss + terms.kl_coef * token_kl(difference, terms.kl_estimate, terms.kl_clamp)
         d = d - terms.kl_coef * slope
     if entropy_T is not None:
         token_loss = token_loss - terms.entropy_coef * entropy_T
-    approx_kl = log_ratio.expm1().sub_(log_ratio).sum()
-    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl]
+    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), exp_less_linear(log_ratio).sum()]
     return d.mul_(weight_T), sums if entropy_T is None else [*sums, entropy_T.sum()]

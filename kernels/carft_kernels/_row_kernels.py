@@ -129,8 +129,8 @@ class RowGradients(NamedTuple):
 _SORTED_LOGITS = 1 << 25
 """Logits that top-k and top-p sort at once: about 1 GB with the sort's own memory."""
 # exp2 of this is 0; stands in for -inf where -inf * 0 would be NaN
-_LOWEST = tl.constexpr(-1e4)
-_LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1e4)
+KERNEL_LN2 = tl.constexpr(0.6931471805599453)
 _LOG2E = tl.constexpr(LOG2E)
 _NUM_WARPS = 8
 
@@ -169,9 +169,13 @@ def _online(x, scale, top, total, spread, ENTROPY: tl.constexpr):
     rescale = tl.exp2(top - shift)
     if ENTROPY:
         moved = tl.where(top == float("-inf"), 0.0, top - shift)
-        e_z = tl.sum(tl.sum(e * tl.maximum(z, _LOWEST), 2), 0)
+        e_z = tl.sum(tl.sum(e * tl.maximum(z, LOWEST), 2), 0)
         spread = rescale * (spread + moved * total) + e_z
     return new_top, rescale * total + tl.sum(tl.sum(e, 2), 0), spread
+
+
+SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
+"""Of a program for each sequence."""
 
 
 @triton.jit
@@ -269,23 +273,23 @@ def logprob_fwd_kernel(
     if softcap is not None:
         x, _ = soft_cap(x, softcap)
     # rounding must not make a probability larger than 1; the comparison lets NaN pass
-    value = (tl.fma(x, scale, -largest) - log2_total) * _LN2
+    value = (tl.fma(x, scale, -largest) - log2_total) * KERNEL_LN2
     tl.store(logprob + row, tl.where(ignored | (value > 0.0), 0.0, value))
     if ENTROPY:
         moved = tl.where(top == float("-inf"), 0.0, top - shift)
         row_spread = tl.sum(rescale * (spread + moved * total), 0)
-        row_spread += tl.sum(edge_e * tl.maximum(edge_z, _LOWEST), 0)
-        tl.store(entropy + row, tl.where(ignored, 0.0, (log2_total - row_spread / row_total) * _LN2))
+        row_spread += tl.sum(edge_e * tl.maximum(edge_z, LOWEST), 0)
+        tl.store(entropy + row, tl.where(ignored, 0.0, (log2_total - row_spread / row_total) * KERNEL_LN2))
 
 
 @triton.jit
-def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, softcap, ENTROPY: tl.constexpr):
+def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, softcap):
     if softcap is not None:
         x, slope = soft_cap(x, softcap)
     z = tl.fma(x, scale, -top) - log_total
     p = tl.exp2(z)
-    if ENTROPY:
-        d = -p * (g_p + g_plogp * tl.maximum(z, _LOWEST))
+    if g_plogp is not None:
+        d = -p * (g_p + g_plogp * tl.maximum(z, LOWEST))
     else:
         d = -p * g_p
     d = tl.where(column == target, d + g, d)
@@ -301,14 +305,14 @@ def _d_logits(x, column, target, scale, top, log_total, g, g_p, g_plogp, softcap
 def logprob_bwd_kernel(
     logits,  # [rows, V], rows `stride` apart
     out,  # d_logits, [programs, V], rows `out_stride` apart; may be in the memory of the logits, row by row
-    row_index,  # int64: the row of each program (COMPACT)
+    row_index,  # int64: the row of each program; or None: its own
     target,
     row_top,
     log_total,
     entropy,
     d_logprob,
-    d_entropy,
-    d_lse,  # or None: no gradient of the log-sum-exp
+    d_entropy,  # or None: no gradient of it, and of the next
+    d_lse,
     vocabulary,
     stride,
     out_stride,
@@ -316,15 +320,13 @@ def logprob_bwd_kernel(
     inverse_temperature,
     ignore_index,  # a row with this target is not read: its gradient is 0
     softcap,  # or None: logits as they are
-    COMPACT: tl.constexpr,
     NARROW: tl.constexpr,  # a row of half precision at the beginning of its own float32 row
-    ENTROPY: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    if COMPACT:
+    if row_index is not None:
         row = tl.load(row_index + program)
     else:
         row = program
@@ -334,7 +336,7 @@ def logprob_bwd_kernel(
     aligned_end = tl.maximum(end // 8 * 8, aligned)
     # An out offset is the logit's plus `move`. Where a gradient takes its logit's place that is 0, which the compiler
     # must know; elsewhere both strides are multiples of 16, so that a row's vectors stay vectors wherever it goes.
-    if COMPACT or NARROW:
+    if row_index is not None or NARROW:
         out += program * out_stride - start
     wanted = tl.load(target + row)
     live = wanted != ignore_index
@@ -345,13 +347,13 @@ def logprob_bwd_kernel(
     # the log-prob of a target outside the vocabulary is NaN, and so is its gradient
     g = tl.where(((wanted < 0) | (wanted >= vocabulary)) & live & (g != 0.0), float("nan"), g)
     g_p = g
-    g_plogp = 0.0
+    g_plogp = None
     if d_lse is not None:
         g_p -= tl.load(d_lse + row, mask=live, other=0.0) * inverse_temperature
-    if ENTROPY:
+    if d_entropy is not None:
         g_entropy = tl.load(d_entropy + row, mask=live, other=0.0) * inverse_temperature
         g_p += g_entropy * tl.load(entropy + row, mask=live, other=0.0)
-        g_plogp = g_entropy * _LN2
+        g_plogp = g_entropy * KERNEL_LN2
     offset, vector = _tile_offsets(GROUPS, LANES, VECTOR)
     tile: tl.constexpr = GROUPS * LANES * VECTOR
     rest = aligned + (aligned_end - aligned) // tile * tile
@@ -359,7 +361,7 @@ def logprob_bwd_kernel(
     for base in range(aligned, live_rest, tile):
         column = base + offset
         x = tl.load(logits + column).to(tl.float32)
-        d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+        d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap)
         if NARROW:  # a store reaches columns that other threads have read in this round, and none that come later
             tl.debug_barrier()
         tl.store(out + column, d.to(out.dtype.element_ty))
@@ -369,7 +371,7 @@ def logprob_bwd_kernel(
     vectors = (aligned_end - rest) // VECTOR
     whole = vector < vectors
     x = tl.load(logits + column, mask=vector < tl.where(live, vectors, 0), other=0.0).to(tl.float32)
-    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap)
     if NARROW:
         tl.debug_barrier()
     tl.store(out + column, d.to(out.dtype.element_ty), mask=whole)
@@ -379,7 +381,7 @@ def logprob_bwd_kernel(
     live_end = tl.where(live, end, start)
     read = tl.where(k < 8, column < tl.minimum(aligned, live_end), column < live_end)
     x = tl.load(logits + column, mask=read, other=0.0).to(tl.float32)
-    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap, ENTROPY)
+    d = _d_logits(x, column, row_target, scale, largest, log2_total, g, g_p, g_plogp, softcap)
     if NARROW:
         tl.debug_barrier()
     tl.store(out + column, d.to(out.dtype.element_ty), mask=inside)
@@ -544,9 +546,7 @@ def logprob_backward(
         *(logits_TV, out_NV, index_N, target_T, statistics.top_T, statistics.log_total_T, statistics.entropy_T),
         *(*gradients, logits_TV.shape[1], logits_TV.stride(0), out_NV.stride(0)),
         *(LOG2E / options.temperature, 1 / options.temperature, options.ignore_index, options.logit_softcap),
-        COMPACT=index_N is not None,
         NARROW=narrow,
-        ENTROPY=gradients.d_entropy_T is not None,
         **row_config(logits_TV.dtype, group=8),
     )
 

@@ -286,6 +286,12 @@ def check_positive(name: str, x: float) -> None:
         raise ValueError(f"{name} = {x}: expected a finite number above 0")
 
 
+def check_finite(name: str, x: float, least: float = -math.inf) -> None:
+    if not (math.isfinite(x) and x >= least):
+        allowed = "" if least == -math.inf else f" of at least {least}"
+        raise ValueError(f"{name} = {x}: expected a finite number{allowed}")
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -301,9 +307,10 @@ def chunk_size(tokens: int, vocabulary: int, device: torch.device) -> int:
     """The most tokens of a chunk: float32 logits of 32 MB on a CPU, where its cache matters; 4,096 on a GPU, and more
     where 1 GiB holds their logits.
 
-    On a GPU every chunk but the first reads and writes the float32 d_weight, 8 bytes for every 6 FLOP a token: at 4,096
-    tokens 10% of the time of the chunk's three products on an H100, by vendor's figures. Their logits take 2.5 GB at a
-    vocabulary of 152,064; more than 3 GiB they never take (3,072 tokens, 13%, at 262,144).
+    On a GPU every chunk but the first reads and writes the float32 d_weight, 8 bytes for every 6 FLOP a token. As few
+    chunks of up to 4,096 tokens as it takes cost at most 10% of the time of a call's three products on an H100, by
+    vendor's figures: 4,097 tokens, in two chunks, the most, 8,192 half of it. Logits take 2.5 GB at a vocabulary of
+    152,064; more than 3 GiB they never take (3,072 tokens, 13%, at 262,144).
     """
     vocabulary = max(vocabulary, 1)
     if device.type == "cuda":

@@ -53,7 +53,8 @@ class VocabShard(NamedTuple):
     """A rank's part of the vocabulary, and where the targets are."""
 
     target_T: Tensor
-    """int64: row of this shard; 0 where another rank has it, IGNORED or -1 (outside the vocabulary)."""
+    """int64: row of this shard; 0 where another rank has it, IGNORED or -1 (outside the vocabulary; every one where the
+    ranks have different tokens)."""
     owner_T: Tensor
     """int64: rank that has the target; -1 where it is ignored."""
     rows_R: Tensor
@@ -69,23 +70,28 @@ class VocabShard(NamedTuple):
             absent = torch.full((), rows == 0, device=target_T.device)
         else:
             absent = (bias == -math.inf).all()
-        sizes_R2 = _gather(to_device([rows, len(target_T)], target_T.device), group)
-        rows_R, end_R = sizes_R2[:, 0].clone(), sizes_R2[:, 0].cumsum(0)
+        rank, index_T, ignored_T = _ranks(group).rank(), target_T.long(), target_T == ignore_index
+        # exact, and another one for the same tokens in another order
+        checksum_1 = (index_T * torch.arange(1, 1 + len(index_T), device=index_T.device)).sum()[None]
+        sizes_R3 = _gather(torch.cat([to_device([rows, len(target_T)], target_T.device), checksum_1]), group)
+        rows_R, end_R = sizes_R3[:, 0].clone(), sizes_R3[:, 0].cumsum(0)
+        differ = (sizes_R3[:, 1:] != sizes_R3[0, 1:]).any()
         if index_checks_on(target_T):
-            tokens = sizes_R2[:, 1].tolist()
-            if len({*tokens}) > 1:
+            if differ:
                 raise ValueError(
-                    f"target_T has {tokens} elements on the ranks of group: expected the same on every rank"
+                    f"target_T has {sizes_R3[:, 1].tolist()} elements on the ranks of group, not all with the same "
+                    "values: expected the same tokens on every rank, since each has a part of the vocabulary; FSDP's "
+                    "shards, where every rank has tokens of its own, have to be gathered: weight_VD.full_tensor()"
                 )
             check_targets("target_T", target_T, int(end_R[-1]), ignore_index)
-        rank, index_T, ignored_T = _ranks(group).rank(), target_T.long(), target_T == ignore_index
         owner_T = torch.bucketize(index_T, end_R, right=True).clamp(max=len(end_R) - 1)
         local_T = torch.where(owner_T == rank, index_T - (end_R[rank] - rows), 0)
-        local_T.masked_fill_((index_T < 0) | (index_T >= end_R[-1]), -1).masked_fill_(ignored_T, IGNORED)
+        local_T.masked_fill_((index_T < 0) | (index_T >= end_R[-1]) | differ, -1).masked_fill_(ignored_T, IGNORED)
         return cls(local_T, owner_T.masked_fill_(ignored_T, -1), rows_R, absent, group)
 
-    def combine(self, own: RowStatistics, rows: slice, unit: float) -> tuple[RowStatistics, Tensor]:
-        """Statistics of the whole vocabulary, of those of this shard for some tokens, and the log of its share [n].
+    def combine(self, own: RowStatistics, rows: slice, unit: float) -> tuple[RowStatistics, tuple[Tensor, Tensor]]:
+        """Statistics of the whole vocabulary, of those of this shard for some tokens; the log of its share, and bool
+        whether it has the target, [n] each.
 
         Maximum and log of the sum below it stay apart (in `unit` nats): nothing cancels, however large the logits.
         """
@@ -104,14 +110,8 @@ class VocabShard(NamedTuple):
             entropy_T = torch.where(share_RT == 0, 0.0, share_RT * (entropy[0] - log_share_RT)).sum(0)
         whole = RowStatistics(logprob_T, entropy_T, top_T, log_sum_T / unit)
         whole = RowStatistics._make(x.masked_fill(owner_T < 0, 0.0) if len(x) else x for x in whole)
-        return whole, log_share_RT[_ranks(self.group).rank()]
-
-    def gradients(
-        self, given: RowGradients, own: RowStatistics, whole: RowStatistics, log_share_n: Tensor, rows: slice
-    ) -> RowGradients:
-        """Of the shard's own log-prob, entropy and log-sum-exp; of those of the whole vocabulary."""
-        here_n = self.owner_T[rows] == _ranks(self.group).rank()
-        return own_gradients(given, own.entropy_T, whole.entropy_T, log_share_n, here_n)
+        rank = _ranks(self.group).rank()
+        return whole, (log_share_RT[rank], owner_T == rank)
 
     def sum(self, x: Tensor) -> Tensor:
         """Over the ranks, in the accumulation dtype, rounded once."""
@@ -124,7 +124,7 @@ class VocabShard(NamedTuple):
 def own_gradients(
     given: RowGradients, own_entropy_T: Tensor, entropy_T: Tensor, log_share_T: Tensor, here_T: Tensor
 ) -> RowGradients:
-    """See `VocabShard.gradients`. here_T: whether the shard has the target."""
+    """Of the shard's own log-prob, entropy and log-sum-exp; of those of the whole vocabulary, see `combine`."""
     d_logprob_T, d_entropy_T, d_lse_T = given
     share_T = log_share_T.exp()
     d_T = -d_logprob_T if d_lse_T is None else d_lse_T - d_logprob_T
@@ -135,7 +135,14 @@ def own_gradients(
     return RowGradients(d_own_T, d_entropy_T, d_own_T + torch.where(share_T == 0, 0.0, share_T * d_T))
 
 
-def _own_rows(name: str, x: Any, group: dist.ProcessGroup) -> Any:
+def own_shard(name: str, x: Any, group: dist.ProcessGroup | None) -> Any:
+    """This rank's rows of a DTensor that is divided over `group`; anything else as it is."""
+    if group is None:
+        return x
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(
+            f"group = {group!r}: expected a torch.distributed.ProcessGroup that this process belongs to, or None"
+        )
     if not hasattr(x, "full_tensor"):
         return x
     mesh, ranks = x.device_mesh.mesh.tolist(), dist.get_process_group_ranks(group)
@@ -145,14 +152,3 @@ def _own_rows(name: str, x: Any, group: dist.ProcessGroup) -> Any:
             f"(Shard(dim=0),) over its ranks, {ranks}"
         )
     return x.to_local()
-
-
-def own_shard(weight_VD: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor | None]:
-    """This rank's rows of DTensors that are divided over `group`; other tensors as they are."""
-    if group is None:
-        return weight_VD, bias
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(
-            f"group = {group!r}: expected a torch.distributed.ProcessGroup that this process belongs to, or None"
-        )
-    return _own_rows("weight_VD", weight_VD, group), _own_rows("bias", bias, group)

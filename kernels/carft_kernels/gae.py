@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._row_kernels import offsets_rise, sequence_bounds
+from carft_kernels._row_kernels import SEQUENCE_CONFIG, offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
     FUSED,
     Impl,
@@ -29,6 +29,7 @@ from carft_kernels._runtime import (
     call,
     check_bool,
     check_cu_seqlens,
+    check_finite,
     check_float,
     check_like,
     check_offsets,
@@ -114,14 +115,14 @@ def kl_shaped_reward_kernel(score, old_logprob, ref_logprob, cu_seqlens, reward,
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def whiten_kernel(x, mask, out, tokens, eps, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def whiten_kernel(x, mask, out, tokens, eps, BLOCK: tl.constexpr):
     """One program, three passes over a vector that stays in the cache: mean, variance about it, result."""
     count = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(0, tokens, BLOCK):
         t = i + tl.arange(0, BLOCK)
         here = t < tokens
-        if MASKED:
+        if mask is not None:
             here = here & (tl.load(mask + t, mask=here, other=0) != 0)
         count += here.to(tl.float32)
         total += tl.load(x + t, mask=here, other=0.0).to(tl.float32)
@@ -131,7 +132,7 @@ def whiten_kernel(x, mask, out, tokens, eps, MASKED: tl.constexpr, BLOCK: tl.con
     for i in range(0, tokens, BLOCK):
         t = i + tl.arange(0, BLOCK)
         here = t < tokens
-        if MASKED:
+        if mask is not None:
             here = here & (tl.load(mask + t, mask=here, other=0) != 0)
         d = tl.where(here, tl.load(x + t, mask=here, other=0.0).to(tl.float32) - mean, 0.0)
         squares += d * d
@@ -139,13 +140,12 @@ def whiten_kernel(x, mask, out, tokens, eps, MASKED: tl.constexpr, BLOCK: tl.con
     for i in range(0, tokens, BLOCK):
         t = i + tl.arange(0, BLOCK)
         here = t < tokens
-        if MASKED:
+        if mask is not None:
             here = here & (tl.load(mask + t, mask=here, other=0) != 0)
         d = tl.load(x + t, mask=here, other=0.0).to(tl.float32) - mean
         tl.store(out + t, tl.where(here, d * factor, 0.0), mask=t < tokens)
 
 
-SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
 WHITEN_CONFIG = {"BLOCK": 2048, "num_warps": 16, **FUSED}
 
 
@@ -225,7 +225,7 @@ def _whiten(x_T: Tensor, mask_T: Tensor | None, eps: float, via_triton: bool) ->
         return _whiten_torch(x_T, mask_T, eps, None)
     out_T = torch.empty_like(x_T, dtype=torch.float32)
     mask = None if mask_T is None else mask_T.view(torch.uint8)
-    launch(whiten_kernel, 1, x_T, mask, out_T, len(x_T), eps, MASKED=mask is not None, **WHITEN_CONFIG)
+    launch(whiten_kernel, 1, x_T, mask, out_T, len(x_T), eps, **WHITEN_CONFIG)
     return out_T
 
 
@@ -322,8 +322,7 @@ def kl_shaped_reward(
     check_like("ref_logprob_T", ref_logprob_T, (tokens,), "old_logprob_T", old_logprob_T)
     check_cu_seqlens("cu_seqlens", cu_seqlens, "old_logprob_T", old_logprob_T)
     check_like("score_B", score_B, (cu_seqlens.numel() - 1,), "cu_seqlens", old_logprob_T)
-    if not kl_coef >= 0:
-        raise ValueError(f"kl_coef = {kl_coef}: expected a number of at least 0")
+    check_finite("kl_coef", kl_coef, least=0)
     via_triton = use_triton("kl_shaped_reward", impl, old_logprob_T)
     old_logprob_T, ref_logprob_T, score_B = (x.contiguous() for x in (old_logprob_T, ref_logprob_T, score_B))
     return _kl_shaped_reward(score_B, old_logprob_T, ref_logprob_T, cu_seqlens.contiguous(), kl_coef, via_triton)

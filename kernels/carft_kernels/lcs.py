@@ -7,8 +7,9 @@ token of `a` goes if L[i-1, j] > L[i, j-1], else that of `b`, ties too. The publ
 whole rows; here a caller passes what should be compared, completions only. Source: paper eq. 8.
 
 What the walk back needs of L is one bit a cell, whether it exceeds its left neighbour. That row of bits is one integer,
-and a whole row costs a handful of operations on it (Hyyrö 2004): O(n m / 64) in all. Triton: one program a pair, a row
-at a time, in words of 32 columns whose carries one scan finds; then one program a pair walks back.
+and a whole row costs a handful of operations on it (Hyyrö 2004): O(n m / 30) in all, by the 30 bits of a word of
+Python's. Triton: one program a pair, a row at a time, all of whose n m cells are compared, in words of 32 columns whose
+carries one scan finds; then one program a pair walks back.
 """
 
 # mypy: disable-error-code="no-untyped-def"

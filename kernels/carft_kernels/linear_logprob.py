@@ -98,14 +98,17 @@ def _gradient(
     return tuple(d.to(head.hidden_TD.dtype) for d in found)
 
 
-_forward = define_operator("linear_logprob", _FORWARD, f"({', '.join(['Tensor'] * 5)})", _logprob, _fake)
-_backward = define_operator(
-    "linear_logprob_backward",
-    _BACKWARD,
-    "(Tensor, Tensor, Tensor)",
-    _gradient,
-    lambda head, *rest: rest[-1].empty(head, head.weight_VD.dtype),
-)
+def _fake_gradient(head: Head, *rest: Any) -> tuple[Tensor, ...]:
+    needs: Needs = rest[-1]
+    return needs.empty(head, head.weight_VD.dtype)
+
+
+_TENSORS, _UNSAFE = f"({', '.join(['Tensor'] * 5)})", (torch.Tag.cudagraph_unsafe,)
+_forward = define_operator("linear_logprob", _FORWARD, _TENSORS, _logprob, _fake)
+_forward_of_shards = define_operator("linear_logprob_of_shards", _FORWARD, _TENSORS, _logprob, _fake, tags=_UNSAFE)
+_GRADIENT = _BACKWARD, "(Tensor, Tensor, Tensor)", _gradient, _fake_gradient
+_backward = define_operator("linear_logprob_backward", *_GRADIENT)
+_backward_of_shards = define_operator("linear_logprob_of_shards_backward", *_GRADIENT, tags=_UNSAFE)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -125,11 +128,22 @@ def _autograd(
     options, parts, _ = ctx.rest
     gradients = RowGradients.given(d_logprob_T, d_entropy_T, d_lse_T, statistics[0])
     head = Head(hidden_TD, weight_VD, bias, target_T)
-    found = _backward(*head, *statistics, *options, *parts, *gradients, *needs)
+    backward = _backward_of_shards if parts.reads_back else _backward
+    found = backward(*head, *statistics, *options, *parts, *gradients, *needs)
     return *(d if need else None for d, need in zip(found, needs, strict=True)), *([None] * len(rest))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+for _operator in (_forward, _forward_of_shards):
+    _operator.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def logprob_of_head(
+    head: Head, options: RowOptions, parts: Parts, *, with_entropy: bool = False, with_lse: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, and entropy and log-sum-exp where asked, of what `checked_head` returns."""
+    forward = _forward_of_shards if parts.reads_back else _forward
+    logprob_T, entropy_T, _, _, lse_T = forward(*head, *options, *parts, with_entropy, with_lse)
+    return logprob_T, entropy_T, lse_T
 
 
 @overload
@@ -227,6 +241,6 @@ def linear_logprob(
     via_triton = use_triton("linear_logprob", impl, hidden_TD)
     options = RowOptions(temperature, logit_softcap, top_k, top_p, ignore_index, via_triton)
     head, parts = checked_head(Head(hidden_TD, weight_VD, bias, target_T), options, chunk_tokens, group)
-    logprob_T, entropy_T, _, _, lse_T = _forward(*head, *options, *parts, with_entropy, with_lse)
+    logprob_T, entropy_T, lse_T = logprob_of_head(head, options, parts, with_entropy=with_entropy, with_lse=with_lse)
     found = logprob_T, entropy_T if with_entropy else None
     return (*found, lse_T) if with_lse else found

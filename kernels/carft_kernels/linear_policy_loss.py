@@ -5,12 +5,12 @@
                            + kl_coef (exp(d_t) - d_t - 1) - entropy_coef H_t),   d_t = ref_logprob_t - logprob_t
 
 Source: paper eq. 5 (PPO); the KL term is the k3 estimator of GRPO. Since the loss is a plain sum, each chunk of tokens
-can be differentiated as soon as its logits exist: one matmul for them, one for d_hidden, one for d_weight, 3F in all
-(F = 2 T V D) and no recomputation. So a token's loss may depend on its own logits alone: a ratio of whole sequences
-takes `linear_logprob` and then `policy_loss`, 4F. Tokens whose gradient is exactly zero (no weight, no advantage,
-clipped) are left out of the last two; their number is read back once a chunk, unless `skip_dead` is False. Kept for
-backward: d_hidden, d_weight and d_bias, the latter two in float32. Accumulation: float32 past the matmul and for
-d_weight (float64 for float64 input). The loop over chunks is in `_head.py`.
+can be differentiated as soon as its logits exist: one matmul for them, one for d_hidden, one for d_weight, 3F in all (F
+= 2 T V D) and no recomputation. So a token's loss may depend on its own logits alone. Ratios of whole sequences (GSPO)
+take all log-probs first: they are `linear_logprob`, then `policy_loss`, 4F. Tokens whose gradient is exactly zero (no
+weight, no advantage, clipped) are left out of the last two; their number is read back once a chunk, unless `skip_dead`
+is False. Kept for backward: d_hidden, d_weight and d_bias, the latter two in float32. Accumulation: float32 past the
+matmul and for d_weight (float64 for float64 input). The loop over chunks is in `_head.py`.
 """
 
 from typing import Any, NamedTuple
@@ -27,13 +27,17 @@ from carft_kernels._policy_kernels import (
     TokenVectors,
     policy_terms,
     policy_terms_reference,
+    sequence_log_ratio_reference,
+    token_kl,
 )
 from carft_kernels._row_kernels import RowGradients, RowOptions, RowStatistics, logprob_reference
 from carft_kernels._runtime import (
     Impl,
     accumulation_dtype,
+    check_finite,
     check_float,
     check_like,
+    check_rows,
     check_same_dtype,
     check_targets,
     define_operator,
@@ -42,7 +46,8 @@ from carft_kernels._runtime import (
     unflatten,
     use_triton,
 )
-from carft_kernels.linear_logprob import linear_logprob
+from carft_kernels.linear_logprob import logprob_of_head
+from carft_kernels.policy_loss import policy_loss
 
 
 def linear_policy_loss_reference(
@@ -59,6 +64,7 @@ def linear_policy_loss_reference(
     reference_hidden_TE: Tensor | None = None,
     reference_weight_VE: Tensor | None = None,
     reference_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     entropy_coef: float = 0.0,
     z_loss_coef: float = 0.0,
     logit_softcap: float | None = None,
@@ -79,13 +85,18 @@ def linear_policy_loss_reference(
         hidden_TE = torch.where(counted_T[:, None], reference_hidden_TE, 0.0)
         with torch.no_grad():
             ref_logprob_T = logprob_reference(torch.nn.functional.linear(hidden_TE, *head), target_T, options)[0]
+    old_logprob_T = logprob_T.detach() if old_logprob_T is None else old_logprob_T
+    log_ratio_T = logprob_T - old_logprob_T
+    if cu_seqlens is not None:
+        log_ratio_T = sequence_log_ratio_reference(log_ratio_T, weight_T, cu_seqlens)
     loss_T = policy_terms_reference(
         logprob_T,
-        logprob_T.detach() if old_logprob_T is None else old_logprob_T,
+        old_logprob_T,
         advantage_T,
         TokenTerms(**terms),
         correction_T=correction_T,
         ref_logprob_T=ref_logprob_T,
+        log_ratio_T=log_ratio_T,
     )
     loss_T = loss_T - entropy_coef * entropy_T + z_loss_coef * logits_TV.logsumexp(-1).square()
     return (weight_T * loss_T).sum(), logprob_T
@@ -165,29 +176,77 @@ for _operator in (_forward, _forward_of_all):
     _operator.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _check_reference(
-    hidden_TD: Tensor,
-    weight_VD: Tensor,
+def _of_sequences(
+    head: Head,
+    vectors: TokenVectors,
+    terms: TokenTerms,
+    options: RowOptions,
+    parts: Parts,
+    z_loss_coef: float,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, log-probs and metrics, with a ratio for each sequence. Autograd differentiates it."""
+    logprob_T, entropy_T, lse_T = logprob_of_head(head, options, parts, with_entropy=True, with_lse=z_loss_coef > 0)
+    advantage_T, old_logprob_T, weight_T, correction_T, ref_logprob_T = vectors
+    weight_T = weight_T.masked_fill(head.target_T == options.ignore_index, 0.0)
+    live_T = weight_T != 0
+    total, metrics = policy_loss(
+        logprob_T,
+        logprob_T.detach() if old_logprob_T is None else old_logprob_T,
+        advantage_T,
+        weight_T=weight_T,
+        clip_low=terms.clip_low,
+        clip_high=terms.clip_high,
+        dual_clip=terms.dual_clip,
+        correction_T=correction_T,
+        cu_seqlens=cu_seqlens,
+        impl="triton" if options.via_triton else "torch",
+    )
+    if terms.kl_coef:
+        assert ref_logprob_T is not None
+        difference_T = torch.where(live_T, ref_logprob_T - logprob_T, 0.0)
+        kl_T = token_kl(difference_T, terms.kl_estimate, terms.kl_clamp)
+        total = total + terms.kl_coef * (weight_T * kl_T).sum()
+    if terms.entropy_coef:
+        total = total - terms.entropy_coef * (weight_T * torch.where(live_T, entropy_T, 0.0)).sum()
+    if z_loss_coef:
+        total = total + z_loss_coef * (weight_T * torch.where(live_T, lse_T, 0.0).square()).sum()
+    metrics["entropy"] = torch.where(live_T, entropy_T.detach(), 0.0).sum() / live_T.sum().clamp(min=1)
+    return total, logprob_T.detach(), metrics
+
+
+def _reference_head(
+    hidden_TE: Tensor,
+    weight_VE: Tensor | None,
     bias: Tensor | None,
-    reference_hidden_TE: Tensor,
-    reference_weight_VE: Tensor | None,
-    reference_bias: Tensor | None,
-) -> None:
-    check_float("reference_hidden_TE", reference_hidden_TE, 2)
-    vocabulary, width = weight_VD.shape
-    if reference_weight_VE is not None:
-        check_float("reference_weight_VE", reference_weight_VE, 2)
-        width = reference_weight_VE.shape[1]
-        check_like("reference_weight_VE", reference_weight_VE, (vocabulary, width), "weight_VD", hidden_TD)
-        check_same_dtype("reference_weight_VE", reference_weight_VE, "hidden_TD", hidden_TD)
-    check_like("reference_hidden_TE", reference_hidden_TE, (len(hidden_TD), width), "hidden_TD", hidden_TD)
-    check_same_dtype("reference_hidden_TE", reference_hidden_TE, "hidden_TD", hidden_TD)
-    if (reference_bias is None) == (reference_weight_VE is not None and bias is not None):
-        seen = f"None: expected ({vocabulary},)" if reference_bias is None else "a tensor: expected None"
+    policy: Head,
+    parts: Parts,
+    options: RowOptions,
+    chunk_tokens: int | None,
+    group: dist.ProcessGroup | None,
+) -> Head:
+    """As it takes part; without a weight it has the policy's and its bias. Raises ValueError."""
+    name = "reference_hidden_TE"
+    check_float(name, hidden_TE, 2)
+    width = policy.hidden_TD.shape[1] if weight_VE is None else hidden_TE.shape[1]
+    check_like(name, hidden_TE, (len(policy.hidden_TD), width), "hidden_TD", policy.hidden_TD)
+    check_same_dtype(name, hidden_TE, "hidden_TD", policy.hidden_TD)
+    if (bias is None) == (weight_VE is not None and policy.bias is not None):
+        seen = f"None: expected ({parts.shard_rows},)" if bias is None else "a tensor: expected None"
         raise ValueError(f"reference_bias is {seen}; it goes with both reference_weight_VE and bias")
-    if reference_bias is not None:
-        check_like("reference_bias", reference_bias, (vocabulary,), "weight_VD", hidden_TD)
-        check_same_dtype("reference_bias", reference_bias, "hidden_TD", hidden_TD)
+    if weight_VE is None:
+        if options.via_triton:
+            check_rows(name, hidden_TE)
+        return policy._replace(hidden_TD=hidden_TE)
+    names = name, "reference_weight_VE", "reference_bias"
+    given = Head(hidden_TE, weight_VE, bias, policy.target_T)
+    found, of_reference = checked_head(given, options, chunk_tokens, group, names)
+    if of_reference.shard_rows != parts.shard_rows:
+        raise ValueError(
+            f"reference_weight_VE has shape ({of_reference.shard_rows}, {width}): expected ({parts.shard_rows}, "
+            f"{width}), to go with weight_VD"
+        )
+    return found
 
 
 def linear_policy_loss(
@@ -208,6 +267,7 @@ def linear_policy_loss(
     reference_hidden_TE: Tensor | None = None,
     reference_weight_VE: Tensor | None = None,
     reference_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimate: KlEstimate = "k3",
     kl_clamp: float | None = None,
@@ -252,8 +312,14 @@ def linear_policy_loss(
             predict the targets. `linear_logprob` finds its log-probs, with the same temperature, soft cap, top_k, top_p
             and group, for 1F. Dtype and device of `hidden_TD`; no gradient.
         reference_weight_VE: [V, E] of the reference model's LM head, dtype and device of `hidden_TD`; no gradient.
-            None: it has the policy's weight and bias, as they are now.
+            With a group as `weight_VD`, this rank's rows of it. None: it has the policy's weight and bias, as they are
+            now.
         reference_bias: [V] beside `reference_weight_VE`, where `bias` is given; no gradient.
+        cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T: the ratio of a token is that of its
+            sequence, exp of the mean of `logprob - old_logprob` over the sequence's tokens with weight (GSPO). Needs
+            "clip". Every log-prob comes before the first gradient, so it is 4F in place of 3F, no token is left out of
+            a product (`skip_dead` changes nothing), and `weight_T` needs no loss scale. Wrong ones are as in
+            `policy_loss`. None: every token has its own ratio.
         kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T` or
             `reference_hidden_TE`.
         kl_estimate: of a token, with d = ref_logprob - logprob: "k3" `d.exp() - d - 1`, "k2" `0.5 * d ** 2`.
@@ -290,13 +356,10 @@ def linear_policy_loss(
         reference model's log-probs [T]. float32 (float64 for float64 input). The loss can be differentiated once, with
         respect to hidden, weight and bias.
 
-    A ratio of whole sequences (GSPO) needs every log-prob before the first gradient: take `linear_logprob`, then
-    `policy_loss` with `cu_seqlens`, 4F in place of 3F.
-
     Source: paper eq. 5 (PPO); the k3 estimate and the clip bounds of either side as in GRPO and DAPO. Dual clip: Ye et
-    al. 2020 (arXiv 1912.09729). CISPO: MiniMax-M1 2025 (arXiv 2506.13585). k2: Schulman 2020, "Approximating KL
-    Divergence"; a bound on an estimate as in verl. Z-loss: PaLM, Chowdhery et al. 2022. Soft cap: Gemma 2, 2024.
-    Vocabulary over ranks: Megatron-LM, Shoeybi et al. 2019.
+    al. 2020 (arXiv 1912.09729). CISPO: MiniMax-M1 2025 (arXiv 2506.13585). Ratios of sequences: GSPO, Zheng et al. 2025
+    (arXiv 2507.18071). k2: Schulman 2020, "Approximating KL Divergence"; a bound on an estimate as in verl. Z-loss:
+    PaLM, Chowdhery et al. 2022. Soft cap: Gemma 2, 2024. Vocabulary over ranks: Megatron-LM, Shoeybi et al. 2019.
 
     Raises:
         ValueError: naming the argument, what was seen and what is allowed.
@@ -307,23 +370,10 @@ def linear_policy_loss(
     if reference_hidden_TE is not None:
         if ref_logprob_T is not None:
             raise ValueError("ref_logprob_T and reference_hidden_TE are both given: expected one of them")
-        _check_reference(hidden_TD, weight_VD, bias, reference_hidden_TE, reference_weight_VE, reference_bias)
-        own = reference_weight_VE is None
+        given = reference_hidden_TE, reference_weight_VE, reference_bias
+        reference = _reference_head(*given, head, parts, options, chunk_tokens, group)
         with torch.no_grad():
-            ref_logprob_T, _ = linear_logprob(
-                reference_hidden_TE,
-                weight_VD if reference_weight_VE is None else reference_weight_VE,
-                target_T,
-                bias=bias if own else reference_bias,
-                temperature=temperature,
-                logit_softcap=logit_softcap,
-                top_k=top_k,
-                top_p=top_p,
-                ignore_index=ignore_index,
-                chunk_tokens=chunk_tokens,
-                group=group,
-                impl=impl,
-            )
+            ref_logprob_T, *_ = logprob_of_head(reference, options, parts)
     elif reference_weight_VE is not None or reference_bias is not None:
         name = "reference_bias" if reference_weight_VE is None else "reference_weight_VE"
         raise ValueError(f"{name} needs reference_hidden_TE, which is None")
@@ -336,18 +386,23 @@ def linear_policy_loss(
             raise ValueError(f"{name} is None: expected a tensor of shape ({len(target_T)},)")
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss, kl_coef, kl_estimate, kl_clamp, entropy_coef)
     terms.check()
+    if cu_seqlens is not None:
+        terms.check_sequences(cu_seqlens, "hidden_TD", hidden_TD)
     if kl_coef and ref_logprob_T is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logprob_T or reference_hidden_TE, both are None")
-    if not z_loss_coef >= 0:
-        raise ValueError(f"z_loss_coef = {z_loss_coef}: expected a number of at least 0")
+    check_finite("z_loss_coef", z_loss_coef, least=0)
     dtype = accumulation_dtype(hidden_TD)
     vectors = TokenVectors._make(None if x is None else x.detach().to(dtype).contiguous() for x in vectors)
-    # inside the operator gradient mode always reads False
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
-    operator = _forward if skip_dead else _forward_of_all
-    total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, *parts, z_loss_coef, skip_dead, *needs)
-    count = stats[1].clamp(min=1)
-    metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
+    if cu_seqlens is not None:
+        total, logprob_T, metrics = _of_sequences(head, vectors, terms, options, parts, z_loss_coef, cu_seqlens)
+    else:
+        # inside the operator gradient mode always reads False
+        needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden_TD, weight_VD, bias)]
+        operator = _forward if skip_dead or parts.reads_back else _forward_of_all
+        more = _More(z_loss_coef, skip_dead)
+        total, logprob_T, stats, *_ = operator(*head, *vectors, *terms, *options, *parts, *more, *needs)
+        count = stats[1].clamp(min=1)
+        metrics = {"clip_fraction": stats[2] / count, "approx_kl": stats[3] / count, "entropy": stats[4] / count}
     if reference_hidden_TE is not None:
         assert ref_logprob_T is not None
         metrics["ref_logprob_T"] = ref_logprob_T

@@ -138,7 +138,7 @@ def infonce_gradient_kernel(
     )
     rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, m, n, True, False)
+    x = tile_logits(acc, row_factor, column_factor, None, rows, columns, m, n)
     top = tl.load(row_top + rows, mask=rows < m, other=0.0)
     total = tl.load(log_total + rows, mask=rows < m, other=0.0)
     allowed = tile_mask(mask, rows, columns, m, n, MASK)
@@ -463,7 +463,8 @@ def masked_infonce(
         candidate_mask: bool [M] or [N, M], the candidates in the denominator; all when None. A counted row's positive
             must be among them.
         temperature: tau, above 0.
-        positive_clamp: the positive's cosine is clamped to at most this in the numerator.
+        positive_clamp: the positive's cosine is clamped to at most this in the numerator; above -1, and from 1 on no
+            bound.
         impl: "auto" (Triton on CUDA, torch elsewhere and for float64), "triton" or "torch".
 
     Returns:
@@ -482,6 +483,8 @@ def masked_infonce(
     check_like("candidate_MD", candidate_MD, (m, anchor_ND.shape[1]), "anchor_ND", anchor_ND)
     check_same_dtype("candidate_MD", candidate_MD, "anchor_ND", anchor_ND)
     check_positive("temperature", temperature)
+    if not positive_clamp > -1:
+        raise ValueError(f"positive_clamp = {positive_clamp}: expected a number above -1; from 1 on it is no bound")
     given = positive_N is not None
     if positive_N is None:
         if m < n:

@@ -12,7 +12,6 @@ program up to 65,536 tokens, each vector read once; ratios of sequences take two
 
 # mypy: disable-error-code="no-untyped-def"
 
-import itertools
 import math
 from typing import Any
 
@@ -29,16 +28,15 @@ from carft_kernels._policy_kernels import (
     policy_terms,
     policy_terms_reference,
     policy_terms_torch,
+    sequence_log_ratio_reference,
     token_programs,
 )
-from carft_kernels._row_kernels import offsets_rise, sequence_bounds
+from carft_kernels._row_kernels import SEQUENCE_CONFIG, offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
-    FUSED,
     Impl,
     accumulation_dtype,
     all_count,
     call,
-    check_cu_seqlens,
     check_float,
     check_like,
     check_offsets,
@@ -69,13 +67,7 @@ def policy_loss_reference(
     """The obvious expression."""
     log_ratio_T = logprob_T - old_logprob_T
     if cu_seqlens is not None:
-        counted_T = weight_T != 0
-        log_ratio_T = torch.cat(
-            [
-                (log_ratio_T[s:e] * counted_T[s:e]).sum() / counted_T[s:e].sum().clamp(min=1) * counted_T[s:e]
-                for s, e in itertools.pairwise(cu_seqlens.tolist())
-            ]
-        )
+        log_ratio_T = sequence_log_ratio_reference(log_ratio_T, weight_T, cu_seqlens)
     terms = TokenTerms(clip_low, clip_high, dual_clip, loss)
     loss_T = policy_terms_reference(
         logprob_T, old_logprob_T, advantage_T, terms, correction_T=correction_T, log_ratio_T=log_ratio_T
@@ -134,9 +126,6 @@ def sequence_mean_kernel(
         t = i + tl.arange(0, BLOCK)
         live = tl.load(weight + t, mask=t < end, other=0.0).to(tl.float32) != 0.0
         tl.store(out + t, tl.where(live, mean, 0.0), mask=t < end)
-
-
-SEQUENCE_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
 
 
 def _sequence_mean(
@@ -345,9 +334,7 @@ def policy_loss(
         tensors["correction_T"] = correction_T
     inputs = _checked(tensors)
     if cu_seqlens is not None:
-        check_cu_seqlens("cu_seqlens", cu_seqlens, "logprob_T", logprob_T)
-        if loss != "clip":
-            raise ValueError(f"cu_seqlens, the ratios of sequences, needs loss = 'clip', this is {loss!r}")
+        terms.check_sequences(cu_seqlens, "logprob_T", logprob_T)
         cu_seqlens = cu_seqlens.contiguous()
     total, _, clip_fraction, approx_kl = _policy_terms(
         *inputs[:4],

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from carft_kernels._row_kernels import offsets_rise, sequence_bounds
+from carft_kernels._row_kernels import SEQUENCE_CONFIG, offsets_rise, sequence_bounds
 from carft_kernels._runtime import (
     FUSED,
     Impl,
@@ -53,7 +53,7 @@ def value_pool_reference(
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, BLOCK: tl.constexpr):
     """One program a sequence: softmax of its values. Every weight is NaN where an offset is wrong."""
     start, end = sequence_bounds(cu_seqlens, tokens)
     top = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -61,7 +61,7 @@ def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, MASKED: tl
     for i in range(start, end, BLOCK):
         t = i + tl.arange(0, BLOCK)
         inside = t < end
-        if MASKED:
+        if mask is not None:
             inside = inside & (tl.load(mask + t, mask=inside, other=0) != 0)
         v = tl.load(value + t, mask=inside, other=float("-inf")).to(tl.float32)
         new_top = tl.maximum(top, v)
@@ -77,7 +77,7 @@ def value_pool_weight_kernel(value, mask, cu_seqlens, weight, tokens, MASKED: tl
         t = i + tl.arange(0, BLOCK)
         inside = t < end
         counted = inside
-        if MASKED:
+        if mask is not None:
             counted = inside & (tl.load(mask + t, mask=inside, other=0) != 0)
         v = tl.load(value + t, mask=counted, other=float("-inf")).to(tl.float32)
         tl.store(weight + t, tl.exp(v - shift) * inverse, mask=inside)
@@ -138,9 +138,6 @@ def value_pool_bwd_kernel(
         tl.store(place, d.to(d_hidden.dtype.element_ty), mask=(t < end)[:, None] & inside[None, :])
 
 
-WEIGHT_CONFIG = {"BLOCK": 512, "num_warps": 4, **FUSED}
-
-
 def forward_config(dtype: torch.dtype) -> dict[str, int]:
     """8 warps, each reading one token's 128-bit vectors at a time."""
     return {"BLOCK_T": 16, "BLOCK_D": 32 * 16 // dtype.itemsize, "num_warps": 8, **FUSED}
@@ -176,7 +173,7 @@ def _forward(
         pooled_BD = hidden_TD.new_empty(sequences, width, dtype=dtype)
         mask = None if mask_T is None else mask_T.view(torch.uint8)
         vectors = value_T, mask, cu_seqlens, weight_T
-        launch(value_pool_weight_kernel, sequences, *vectors, tokens, MASKED=mask is not None, **WEIGHT_CONFIG)
+        launch(value_pool_weight_kernel, sequences, *vectors, tokens, **SEQUENCE_CONFIG)
         options = forward_config(hidden_TD.dtype)
         grid = sequences, triton.cdiv(width, options["BLOCK_D"])
         tensors = hidden_TD, weight_T, cu_seqlens, pooled_BD

@@ -114,6 +114,12 @@ def calls(impl: Any) -> dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]]
             lambda x: ck.policy_loss(x, a, b, weight_T=w, correction_T=w, cu_seqlens=cu, dual_clip=3.0, impl=impl),
             (leaf(8, T),),
         ),
+        "linear_policy_loss, ratios of sequences": (
+            lambda h, x: ck.linear_policy_loss(
+                h, x, target, advantage_T=a, old_logprob_T=b, weight_T=w, cu_seqlens=cu, impl=impl
+            ),
+            (leaf(5, T, D), leaf(6, V, D)),
+        ),
         "policy_loss, cispo": (lambda x: ck.policy_loss(x, a, b, weight_T=w, loss="cispo", impl=impl), (leaf(8, T),)),
         "value_pool": (
             lambda h, v: ck.value_pool(h, v, cu, mask_T=mask, impl=impl),
@@ -153,7 +159,7 @@ class Recorded(TorchDispatchMode):
 
     def readbacks(self) -> set[str]:
         """What stops a CUDA stream: numbers read, and boolean indices, whose count is the result's shape."""
-        names = {"nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal", "unique_consecutive"}
+        names = {"nonzero", "_local_scalar_dense", "item", "masked_select", "is_nonzero", "equal", "unique_consecutive"}
         found = {name for name, _, _ in self.calls if name in names}
         for name, args, _ in self.calls:
             if name in ("index", "index_put", "index_put_"):
@@ -411,6 +417,8 @@ def test_operators_that_read_back_say_so(name: str, impl: str, monkeypatch: pyte
         if inputs:
             scalar(outputs).backward()
     operator = name.split(",")[0] + ("_of_all" if "all tokens" in name else "")
+    if name == "linear_policy_loss, ratios of sequences":  # linear_logprob, then policy_loss
+        operator = "linear_logprob"
     tagged = torch.Tag.cudagraph_unsafe in getattr(torch.ops.carft, operator).default.tags
     assert tagged == (operator in unsafe)
     assert tagged or not (inside.readbacks() or lists)

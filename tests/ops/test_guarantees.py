@@ -86,10 +86,15 @@ def test_chunks_are_equal_and_as_few_as_it_takes(tokens: int, most: int) -> None
 
 @pytest.mark.parametrize("vocabulary", [32_000, 128_256, 152_064, 202_048, 262_144])
 def test_chunks_of_a_gpu_are_large_enough_for_the_gradient_of_the_weight(vocabulary: int) -> None:
-    """By an H100's figures: 8 bytes of d_weight for the chunk's three products, 6 n FLOP, of the same elements."""
+    """By an H100's figures: 8 bytes of d_weight for every chunk but the first, and 6 FLOP a token of three products, of
+    the same elements. The smaller the chunks of a call, the fewer of them add to d_weight: what counts is the
+    whole. One chunk adds nothing, however few its tokens."""
     n = chunk_size(100_000, vocabulary, torch.device("cuda"))
     assert n % 128 == 0
-    assert 0.15 * 6 * n / 989e12 > 8 / 3.35e12
+    for tokens in [*range(1, 20_001, 61), n, n + 1, 2 * n + 1, 3 * n + 1]:
+        chunks = token_chunks(tokens, chunk_size(tokens, vocabulary, torch.device("cuda")))
+        assert len(chunks) == -(-tokens // n), tokens
+        assert (len(chunks) - 1) * 8 / 3.35e12 < 0.15 * 6 * tokens / 989e12, tokens
     assert n * vocabulary * 4 <= 3 << 30
     assert chunk_size(1000, vocabulary, torch.device("cuda")) == 1000
     assert n == {32_000: 8320, 128_256: 4096, 152_064: 4096, 202_048: 3968, 262_144: 3072}[vocabulary]

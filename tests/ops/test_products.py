@@ -1,5 +1,6 @@
 """Which matrix products the operators ask for: their dtypes on CUDA, without one, and torch's float32 precision."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -85,6 +86,22 @@ def test_linear_operators_on_cuda_sum_in_float32(dtype: torch.dtype, via_triton:
         *_, d_hidden, d_weight, d_bias = forward(hidden, weight, bias, target, *[vector] * 3, None, None, *rest)
     assert [d_hidden.dtype, d_weight.dtype, d_bias.dtype] == [dtype, torch.float32, torch.float32]
     assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 3
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.usefixtures("like_cuda")
+def test_the_contrastive_loss_on_cuda_multiplies_in_half_precision(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both gradients' products, float16 too, whose factors are scaled; the sums are float32."""
+    monkeypatch.setattr(sys.modules["carft_kernels.masked_infonce"], "launch", lambda *_, **__: None)
+    anchor, candidate = torch.empty(T, D, dtype=dtype, device="meta"), torch.empty(V, D, dtype=dtype, device="meta")
+    positive, stats = torch.empty(T, dtype=torch.int64, device="meta"), torch.empty(2, T, device="meta")
+    with Products() as products:
+        backward = OPDEFS["carft::masked_infonce_backward"]._init_fn
+        gradients = backward(anchor, candidate, positive, None, stats, stats[0], 0.2, 0.9, True)
+    assert [g.dtype for g in gradients] == [dtype] * 2
+    assert [x[1:3] for x in products.found] == [(dtype, torch.float32)] * 2
 
 
 @pytest.mark.usefixtures("like_cuda")

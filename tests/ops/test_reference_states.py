@@ -235,7 +235,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "dimensions": (call(reference_hidden_TE=torch.zeros(3)), ["reference_hidden_TE has shape (3,)", "2 dimensions"]),
     "dtype": (call(reference_hidden_TE=torch.zeros(3, 4).double()), ["reference_hidden_TE", "float64", "float32"]),
     "vocabulary": (call(reference_weight_VE=torch.zeros(6, 4)), ["reference_weight_VE has shape (6, 4)", "(5, 4)"]),
-    "weight's width": (call(reference_weight_VE=torch.zeros(5, 6)), ["reference_hidden_TE has shape (3, 4)", "(3, 6)"]),
+    "weight's width": (call(reference_weight_VE=torch.zeros(5, 6)), ["reference_weight_VE has shape (5, 6)", "(5, 4)"]),
     "bias without the policy's": (
         call(reference_weight_VE=torch.zeros(5, 4), reference_bias=torch.zeros(5)),
         ["reference_bias is a tensor", "None"],

@@ -1,5 +1,6 @@
 """Variants of the policy losses, log-sum-exp, soft cap and bias: against plain Python, references and differences."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import carft_kernels as ck
+from carft_kernels._policy_kernels import token_kl
 from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 from carft_kernels.policy_loss import policy_loss_reference
@@ -124,6 +126,28 @@ def test_kl_estimates_are_those_worked_out_by_hand(estimate: Any, clamp: float |
         total = sum(map(math.exp, row))
         expected = [slope * ((v == t) - math.exp(x) / total) for v, x in enumerate(row)]
         assert gradient == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+SMALL = [sign * 10.0**-k for k in range(1, 6) for sign in (1, -1)]
+
+
+@pytest.mark.parametrize("x", SMALL)
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_estimates_of_small_divergences_keep_their_digits(impl: Impl, x: float) -> None:
+    """exp(x) - 1 - x of a float32 number, by a series in float64: a difference of float32 numbers of the size of x has
+    lost 3e-4 of it at 1e-4. One token of a vocabulary of one: its log-prob is 0."""
+    x, one = float(torch.tensor(x)), vector([1.0])
+    truth = math.fsum(x**n / math.factorial(n) for n in range(2, 18))
+    _, metrics = ck.policy_loss(vector([x]), 0 * one, one, weight_T=one, impl=impl)
+    assert float(metrics["approx_kl"]) == pytest.approx(truth, rel=1e-6)
+    options: dict[str, Any] = {"advantage_T": 0 * one, "old_logprob_T": None, "weight_T": one, "kl_coef": 1.0}
+    token = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    loss, *_ = ck.linear_policy_loss(one[:, None], one[:, None], token, **options, ref_logprob_T=vector([x]), impl=impl)
+    assert float(loss) == pytest.approx(truth, rel=1e-6)
+    difference = vector([x]).requires_grad_()
+    estimate = token_kl(difference, "k3", None)
+    assert float(estimate.detach()) == pytest.approx(truth, rel=1e-6)
+    assert float(torch.autograd.grad(estimate.sum(), difference)[0]) == pytest.approx(math.expm1(x), rel=1e-6)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -306,6 +330,74 @@ def test_ratios_of_sequences(
     torch.testing.assert_close(gradients(operator, x), gradients(plain, x), rtol=1e-10, atol=1e-14)
 
 
+OF_SEQUENCES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "dual clip": {"dual_clip": 1.1},
+    "KL": {"kl_coef": 0.3, "kl_clamp": 0.4},
+    "k2, entropy and z loss": {"kl_coef": 0.3, "kl_estimate": "k2", "entropy_coef": 0.1, "z_loss_coef": 0.03},
+}
+
+
+def sequences_case(seed: int, lengths: list[int], correction: bool) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """Leaves and vectors, with tokens that are ignored, and others without weight."""
+    tokens = sum(lengths)
+    inputs: dict[str, Any] = policy_inputs(seed, tokens, 11, 6)
+    inputs["weight_T"][::4], inputs["target_T"][2::5] = 0, -100
+    inputs |= {"cu_seqlens": offsets(lengths), "clip_low": 0.1, "clip_high": 0.05}
+    if correction:
+        inputs["correction_T"] = randn(seed + 3, tokens).abs().to(DEVICE)
+    return (inputs.pop("hidden_TD"), inputs.pop("weight_VD"), randn(seed + 9, 11).to(DEVICE)), inputs
+
+
+@FAST
+@given(
+    seed=seeds,
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    terms=st.sampled_from(list(OF_SEQUENCES)),
+    correction=st.booleans(),
+)
+def test_ratios_of_sequences_from_hidden_states(seed: int, lengths: list[int], terms: str, correction: bool) -> None:
+    """Loss and gradients are those of the reference on all logits, in float64."""
+    leaves, inputs = sequences_case(seed, lengths, correction)
+    options = inputs | OF_SEQUENCES[terms] | {"temperature": 0.8, "logit_softcap": 2.0}
+
+    def operator(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return 3.0 * ck.linear_policy_loss(h, w, bias=b, **options, chunk_tokens=7, impl="torch")[0]
+
+    def reference(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return 3.0 * linear_policy_loss_reference(h, w, bias=b, **options)[0]
+
+    torch.testing.assert_close(operator(*leaves), reference(*leaves), rtol=1e-10, atol=1e-12)
+    found, expected = gradients(operator, *leaves), gradients(reference, *leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_ratios_of_sequences_from_hidden_states_are_those_of_two_calls(impl: Impl) -> None:
+    """To the bit: loss, log-probs, metrics and gradients."""
+    wide, inputs = sequences_case(2, [4, 0, 7], True)
+    leaves = [x.float().requires_grad_() for x in wide]
+    inputs = {k: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in inputs.items()}
+    hidden, weight, bias = leaves
+    target = inputs["target_T"]
+    del inputs["ref_logprob_T"]
+    loss, logprob, metrics = ck.linear_policy_loss(hidden, weight, bias=bias, **inputs, impl=impl)
+    found = [loss, *torch.autograd.grad(loss, leaves), logprob, metrics["clip_fraction"], metrics["approx_kl"]]
+    assert not logprob.requires_grad
+    share = inputs.pop("weight_T").masked_fill(inputs.pop("target_T") == -100, 0.0)
+    logprob, entropy = ck.linear_logprob(hidden, weight, target, bias=bias, with_entropy=True, impl=impl)
+    assert entropy is not None
+    loss, of_two = ck.policy_loss(logprob, weight_T=share, **inputs, impl=impl)
+    expected = [loss, *torch.autograd.grad(loss, leaves), logprob, of_two["clip_fraction"], of_two["approx_kl"]]
+    assert all(map(torch.equal, found, expected))
+    torch.testing.assert_close(metrics["entropy"], entropy[share != 0].mean())
+    loss, _, metrics = ck.linear_policy_loss(
+        hidden, weight, target, bias=bias, **inputs | {"old_logprob_T": None}, weight_T=share, impl=impl
+    )
+    assert float(metrics["approx_kl"]) == 0
+    torch.testing.assert_close(loss, -(share * inputs["advantage_T"] * inputs["correction_T"]).sum())
+
+
 @FEW
 @given(
     seed=seeds,
@@ -431,15 +523,36 @@ def test_ignored_tokens_have_no_part_in_the_new_terms(impl: Impl) -> None:
 def test_gradcheck(terms: str) -> None:
     inputs = {name: x.cpu() for name, x in policy_inputs(1, 6, 9, 5).items()}
     leaves = (inputs.pop("hidden_TD"), inputs.pop("weight_VD"), randn(4, 9))
-    correction = randn(5, 6).abs()
-    if TERMS[terms].get("loss") == "cispo":  # its ratio is held: differences would move it
-        inputs["advantage_T"] *= 0
-    assert torch.autograd.gradcheck(
-        lambda h, w, b: ck.linear_policy_loss(
-            h, w, bias=b, **inputs, **TERMS[terms], correction_T=correction, logit_softcap=2.0, chunk_tokens=4
-        )[0],
-        tuple(x.requires_grad_() for x in leaves),
-    )
+    options: dict[str, Any] = TERMS[terms] | {"correction_T": randn(5, 6).abs(), "logit_softcap": 2.0}
+
+    def loss(*x: Tensor) -> Tensor:
+        return ck.linear_policy_loss(*x[:2], bias=x[2], **inputs, **options, chunk_tokens=4)[0]
+
+    def logprob(*x: Tensor) -> Tensor:
+        return linear_logprob_reference(*x[:2], inputs["target_T"], bias=x[2], logit_softcap=2.0)[0]
+
+    function: Callable[..., Tensor] = loss
+    if options.get("loss") == "cispo":  # its ratio is held: differences of the loss itself would move it
+        held = (logprob(*leaves) - inputs["old_logprob_T"]).exp().clamp(1 - options.get("clip_low", 0.2), 1.2)
+        factor = -inputs["weight_T"] * options["correction_T"] * inputs["advantage_T"] * held
+
+        class Held(torch.autograd.Function):
+            """The loss with its ratio held at `leaves`; the gradient is the operator's."""
+
+            @staticmethod
+            def forward(ctx: Any, *x: Tensor) -> Tensor:
+                ctx.save_for_backward(*x)
+                others = inputs | {"advantage_T": torch.zeros(6).double()}
+                rest = ck.linear_policy_loss(*x[:2], bias=x[2], **others, **options)[0]
+                return rest + (factor * logprob(*x)).sum()
+
+            @staticmethod
+            def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
+                with torch.enable_grad():
+                    return tuple(d * g for g in gradients(loss, *ctx.saved_tensors))
+
+        function = Held.apply
+    assert torch.autograd.gradcheck(function, tuple(x.requires_grad_() for x in leaves))
 
 
 def test_gradcheck_of_log_sum_exp_and_of_ratios_of_sequences() -> None:
@@ -453,6 +566,12 @@ def test_gradcheck_of_log_sum_exp_and_of_ratios_of_sequences() -> None:
     old = randn(6, 6)
     x = (old + randn(7, 6, scale=0.2)).requires_grad_()
     assert check(lambda x: ck.policy_loss(x, old, randn(8, 6), weight_T=share, cu_seqlens=cu, dual_clip=3.0)[0], x)
+    leaves, inputs = sequences_case(1, [2, 0, 4], True)
+    inputs |= {"clip_low": 0.9, "clip_high": 9.0, "kl_coef": 0.3, "entropy_coef": 0.1, "z_loss_coef": 0.1}
+    assert check(
+        lambda h, w, b: ck.linear_policy_loss(h, w, bias=b, **inputs, impl="torch")[0],
+        tuple(x.requires_grad_() for x in leaves),
+    )
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
@@ -478,12 +597,16 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "offsets": (direct(cu_seqlens=torch.tensor([0, 2])), ["cu_seqlens", "0 to 2", "0 to 3"]),
     "offsets' dtype": (direct(cu_seqlens=T3), ["cu_seqlens", "float32", "int64"]),
     "sequences of cispo": (direct(cu_seqlens=I3, loss="cispo"), ["cu_seqlens", "'clip'", "'cispo'"]),
+    "sequences of cispo, from states": (linear(cu_seqlens=I3, loss="cispo"), ["cu_seqlens", "'clip'", "'cispo'"]),
+    "offsets from states": (linear(cu_seqlens=torch.tensor([0, 2])), ["cu_seqlens", "0 to 2", "0 to 3"]),
+    "offsets' dtype from states": (linear(cu_seqlens=T3), ["cu_seqlens", "float32", "int64"]),
     "estimate": (linear(kl_estimate="k1"), ["kl_estimate = 'k1'", "'k3' and 'k2'"]),
     "clamp": (linear(kl_clamp=0.0), ["kl_clamp = 0.0", "above 0"]),
     "z loss": (linear(z_loss_coef=-1.0), ["z_loss_coef = -1.0", "at least 0"]),
     "cap": (linear(logit_softcap=0.0), ["logit_softcap = 0.0", "above 0"]),
     "cap of logits": (lambda: ck.token_logprob(X, I3, logit_softcap=inf), ["logit_softcap = inf", "finite"]),
     "cap of states": (lambda: ck.linear_logprob(X, W, I3, logit_softcap=nan), ["logit_softcap = nan", "above 0"]),
+    "entropy": (linear(entropy_coef=nan), ["entropy_coef = nan", "finite"]),
     "bias": (linear(bias=T3), ["bias", "(3,)", "(5,)"]),
     "bias' dtype": (linear(bias=torch.zeros(5).double()), ["bias", "float64", "float32"]),
 }
@@ -492,6 +615,66 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], list[str]]] = {
 @pytest.mark.parametrize("case", BAD_CALLS)
 def test_bad_calls_name_the_argument(case: str) -> None:
     assert_refused(*BAD_CALLS[case])
+
+
+def infonce(**options: Any) -> Callable[[], Any]:
+    return lambda: ck.masked_infonce(X, X, **options)
+
+
+# inf where it is no bound or no limit is allowed
+NOT_ALLOWED: dict[tuple[str, str], tuple[Callable[..., Callable[[], Any]], list[float]]] = {
+    **{("linear_policy_loss", name): (linear, [nan, inf, -1.0]) for name in ("kl_coef", "z_loss_coef", "dual_clip")},
+    **{("linear_policy_loss", name): (linear, [nan, inf, 0.0]) for name in ("temperature", "logit_softcap")},
+    ("linear_policy_loss", "clip_low"): (linear, [nan, inf, -0.1]),
+    ("linear_policy_loss", "clip_high"): (linear, [nan, -0.1]),
+    ("linear_policy_loss", "kl_clamp"): (linear, [nan, -1.0]),
+    ("linear_policy_loss", "entropy_coef"): (linear, [nan, inf, -inf]),
+    ("linear_policy_loss", "top_p"): (linear, [nan, inf, 0.0]),
+    ("policy_loss", "clip_low"): (direct, [nan, inf, -0.1]),
+    ("policy_loss", "clip_high"): (direct, [nan, -0.1]),
+    ("policy_loss", "dual_clip"): (direct, [nan, inf, -1.0]),
+    **{
+        ("linear_logprob", name): (lambda **o: lambda: ck.linear_logprob(X, W, I3, **o), [nan, inf, -1.0])
+        for name in ("temperature", "logit_softcap", "top_p")
+    },
+    **{
+        ("token_logprob", name): (lambda **o: lambda: ck.token_logprob(X, I3, **o), [nan, inf, -1.0])
+        for name in ("temperature", "logit_softcap", "top_p")
+    },
+    ("value_loss", "clip"): (lambda **o: lambda: ck.value_loss(T3, T3, T3, weight_T=T3, **o), [nan, -1.0]),
+    ("masked_infonce", "temperature"): (infonce, [nan, inf, 0.0]),
+    ("masked_infonce", "positive_clamp"): (infonce, [nan, -inf, -1.0]),
+    **{
+        ("gae", name): (
+            lambda **o: lambda: ck.gae(T3, T3, torch.tensor([0, 3]), **{"gamma": 1.0, "lam": 1.0} | o),
+            [nan, inf, -1.0],
+        )
+        for name in ("gamma", "lam")
+    },
+    ("kl_shaped_reward", "kl_coef"): (
+        lambda **o: lambda: ck.kl_shaped_reward(T3[:1], T3, T3, torch.tensor([0, 3]), **o),
+        [nan, inf, -1.0],
+    ),
+    ("whiten", "eps"): (lambda **o: lambda: ck.whiten(T3, **o), [nan, inf, 0.0]),
+}
+
+
+def test_every_number_is_in_the_list() -> None:
+    operators = [x for name in ck.__all__ if "reference" not in name and callable(x := getattr(ck, name))]
+    floats = {
+        (x.__name__, name)
+        for x in operators
+        for name, p in inspect.signature(x).parameters.items()
+        if p.annotation in (float, float | None)
+    }
+    assert floats == set(NOT_ALLOWED)
+
+
+@pytest.mark.parametrize("name", NOT_ALLOWED, ids=" ".join)
+def test_numbers_that_make_no_sense_are_refused(name: tuple[str, str]) -> None:
+    call, values = NOT_ALLOWED[name]
+    for value in values:
+        assert_refused(call(**{name[1]: value}), [f"{name[1]} = {value}: expected"])
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

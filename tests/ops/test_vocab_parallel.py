@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import carft_kernels as ck
 from carft_kernels._row_kernels import RowGradients
@@ -333,6 +334,50 @@ def test_d_hidden_is_summed_in_float32(run: Run) -> None:
     assert run("three", summed_on_rank) == [[1 + 2.0**-7] * RANKS] * RANKS
 
 
+# --- a reference model's hidden states --------------------------------------------------------------------------------
+
+
+def reference_on_rank(
+    group: Group, rows: list[int], leaves: list[Tensor], frozen: list[Tensor], inputs: dict[str, Any], as_dtensor: bool
+) -> list[list[Tensor]]:
+    """As policy_on_rank; the reference model's weight and bias are shards or DTensors, as the policy's are."""
+
+    def shard(x: Tensor) -> Any:
+        if as_dtensor:
+            x = distribute_tensor(x, DeviceMesh.from_group(group, "cpu"), [Shard(0)]).detach()
+        else:
+            x = x.split(rows)[group.rank()].clone()
+        return x.requires_grad_()
+
+    hidden, *shards = leaves[0].clone().requires_grad_(), *map(shard, leaves[1:])
+    names = "reference_hidden_TE", "reference_weight_VE", "reference_bias"
+    given = dict(zip(names, [frozen[0], *map(shard, frozen[1:])], strict=False))
+    loss, logprob, metrics = ck.linear_policy_loss(
+        hidden, shards[0], bias=(*shards, None)[1], **given, **inputs, kl_coef=0.3, group=group
+    )
+    gradients = torch.autograd.grad(3.0 * loss, (hidden, *shards))
+    local = [x.to_local() if as_dtensor and i else x for i, x in enumerate(gradients)]
+    return [[loss.detach(), logprob, metrics["ref_logprob_T"]], local]
+
+
+@pytest.mark.parametrize("as_dtensor", [False, True])
+@pytest.mark.parametrize("head", ["policy's", "own", "own, with bias"])
+def test_hidden_states_of_a_reference_model(run: Run, head: str, as_dtensor: bool) -> None:
+    """Its head is divided as the policy's: values and gradients are those of one process in float64."""
+    rows = [7, 6]
+    leaves, inputs = policy_case(3, ("two", rows), 9, head == "own, with bias", False, torch.float64)
+    del inputs["ref_logprob_T"]
+    frozen = [randn(11, 9, 8)]
+    if head != "policy's":
+        frozen = [randn(11, 9, 5), randn(12, 13, 5), *([randn(13, 13)] if head == "own, with bias" else [])]
+    found = run("two", reference_on_rank, rows, leaves, frozen, inputs, as_dtensor)
+    logits = torch.nn.functional.linear(frozen[0], *(frozen[1:] or leaves[1:]))
+    ref = logits.log_softmax(-1).gather(1, inputs["target_T"].clamp(min=0)[:, None])[:, 0]
+    ref = torch.where(inputs["target_T"] == -100, 0.0, ref)
+    loss, logprob, *gradients = policy_oracle(leaves, inputs | {"ref_logprob_T": ref}, {"kl_coef": 0.3})
+    assert_whole(found, [loss, logprob, ref, *gradients], 1e-9)
+
+
 # --- hard inputs ------------------------------------------------------------------------------------------------------
 
 EYE = torch.eye(6)  # hidden states that make logits of the weight, without rounding
@@ -430,6 +475,21 @@ def outside_on_rank(group: Group, impl: Any) -> list[Any]:
 def test_targets_outside_are_nan_where_nothing_checks_them(run: Run, impl: str) -> None:
     rows = [False, True, True, False]
     assert run("three", outside_on_rank, impl) == [[rows, rows, rows, [True]]] * 3
+
+
+def other_tokens_on_rank(group: Group) -> list[bool]:
+    """Where nothing checks indices, as on CUDA by default."""
+    ck.set_index_checks(False)
+    logprob, _ = ck.linear_logprob(
+        torch.ones(3, 3), torch.ones(2, 3), torch.tensor([1, -100, group.rank()]), group=group
+    )
+    ck.set_index_checks(None)
+    return logprob.isnan().tolist()
+
+
+def test_tokens_that_differ_between_ranks_are_nan_where_nothing_checks_them(run: Run) -> None:
+    """Such as those of FSDP's ranks: any number would be that of no batch."""
+    assert run("two", other_tokens_on_rank) == [[True, False, True]] * 2
 
 
 # --- the formulas -----------------------------------------------------------------------------------------------------
@@ -543,7 +603,7 @@ def cost_on_rank(group: Group, rows: list[int], tokens: int) -> list[Any]:
 
 def test_what_it_costs(run: Run) -> None:
     """Matmuls with the shard, as with the whole weight; collectives of a few numbers a token, and one of d_hidden."""
-    sizes = ("allgather", 2)
+    sizes = ("allgather", 3)
     summed = ("allreduce", 20 * 8)
     statistics = [sizes, ("allgather", 3 * 20)]  # of all tokens in one chunk, in either pass
     logprob = (4.0, statistics, [*statistics, summed])
@@ -590,6 +650,40 @@ def test_nothing_is_read_back(run: Run, impl: str) -> None:
     """Where chunks are given and all tokens take part, and no index is checked. On a CPU torch's way finds the rows
     without a gradient, to touch these alone."""
     assert run("three", readbacks_on_rank, impl) == [{"nonzero"} if impl == "torch" else set()] * 3
+
+
+def tagged_on_rank(group: Group, chunk_tokens: int | None) -> list[tuple[str, bool, bool]]:
+    """Of every operator that has collectives: whether it is cudagraph_unsafe, and reads something back."""
+    leaves, target, _ = logprob_case(1, ("three", [5, 9, 30]), 20, False, torch.float32)
+    hidden, weight = leaves[0].requires_grad_(), cut(leaves[1], [5, 9, 30], group)
+    one, found = torch.ones(20), []
+    options: dict[str, Any] = {"group": group, "chunk_tokens": chunk_tokens, "impl": "triton"}
+    vectors: dict[str, Any] = {"advantage_T": one, "old_logprob_T": None, "weight_T": one, "skip_dead": False}
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace != "carft" or "scaled" in func._name:
+                return func(*args, **(kwargs or {}))
+            with Recorded(inside=True) as inside:
+                result = OPDEFS[func._name.removesuffix(".default")]._init_fn(*args)
+            found.append((func._opname, torch.Tag.cudagraph_unsafe in func.tags, bool(inside.readbacks())))
+            return result
+
+    ck.set_index_checks(False)  # as on CUDA by default
+    with Calls():
+        ck.linear_logprob(hidden, weight, target, **options)[0].sum().backward()
+        ck.linear_policy_loss(hidden, weight, target, **vectors, **options)[0].backward()
+    ck.set_index_checks(None)
+    return found
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 10])
+def test_operators_that_read_back_say_so(run: Run, chunk_tokens: int | None) -> None:
+    """`cudagraph_unsafe` is on those that ask for the largest shard."""
+    unsafe = [True, True] if chunk_tokens is None else [False, False]
+    found = run("three", tagged_on_rank, chunk_tokens)
+    assert [[x[1:] for x in of_rank] for of_rank in found] == [[(*unsafe,)] * 3] * 3
+    assert found[0][1][0].endswith("_backward")
 
 
 # --- as PyTorch sees it -----------------------------------------------------------------------------------------------
@@ -639,7 +733,7 @@ def registered_on_rank(group: Group) -> list[str]:
 
 
 def test_registration(run: Run) -> None:
-    names = ["linear_logprob", "linear_logprob_backward", "linear_policy_loss", "scaled_gradient"]
+    names = ["linear_logprob_of_shards", "linear_logprob_of_shards_backward", "linear_policy_loss", "scaled_gradient"]
     assert run("one", registered_on_rank) == [[f"carft::{x}" for x in names]]
 
 
@@ -709,12 +803,20 @@ def messages_on_rank(group: Group) -> dict[str, str]:
     line, square = init_device_mesh("cpu", (RANKS,)), init_device_mesh("cpu", (RANKS, 1))
     pair = dist.new_group([0, 1])
     tokens = X[: 2 + (group.rank() == 1)]
+    vectors: dict[str, Any] = {"advantage_T": X[:, 0], "old_logprob_T": None, "weight_T": X[:, 0]}
     on_line, on_square = (distribute_tensor(W, m, [Shard(0)] * m.ndim) for m in (line, square))
     calls: dict[str, Callable[[], Any]] = {
         "kind": lambda: ck.linear_logprob(X, W, I3, group="tp"),  # type: ignore[call-overload]
         "target": lambda: ck.linear_logprob(X, W, I3 + 1, group=group),
         "negative": lambda: ck.linear_logprob(X, W, I3 - 1, group=group),
         "tokens": lambda: ck.linear_logprob(tokens, W, I3[: len(tokens)], group=group),
+        "order": lambda: ck.linear_logprob(X, W, I3.roll(group.rank()), group=group),
+        "data of their own": lambda: ck.linear_policy_loss(X, on_line, I3 - group.rank(), **vectors, group=group),
+        "top-k": lambda: ck.linear_logprob(X, W, I3, top_k=2, group=group),
+        "top-p": lambda: ck.linear_policy_loss(X, W, I3, **vectors, top_p=0.5, group=group),
+        "reference's rows": lambda: ck.linear_policy_loss(
+            X, W, I3, **vectors, reference_hidden_TE=X, reference_weight_VE=torch.zeros(15, 4), group=group
+        ),
         "width": lambda: ck.linear_logprob(X, W[:, :3], I3, group=group),
         "bias": lambda: ck.linear_logprob(X, W, I3, bias=torch.zeros(15), group=group),
         "replicated": lambda: ck.linear_logprob(X, distribute_tensor(W, line, [Replicate()]), I3, group=group),
@@ -741,7 +843,12 @@ MESSAGES = {
     "kind": ["group = 'tp'", "torch.distributed.ProcessGroup"],
     "target": ["target_T holds 15", "[0, 15)"],
     "negative": ["target_T holds -1", "[0, 15)"],
-    "tokens": ["target_T has [2, 3, 2] elements", "the same on every rank"],
+    "tokens": ["target_T has [2, 3, 2] elements", "the same tokens on every rank"],
+    "order": ["target_T has [3, 3, 3] elements", "the same tokens on every rank", "FSDP", "weight_VD.full_tensor()"],
+    "data of their own": ["the same tokens on every rank", "FSDP", "weight_VD.full_tensor()"],
+    "top-k": ["top_k = 2", "top_p = 1.0", "not with a group"],
+    "top-p": ["top_k = 0", "top_p = 0.5", "not with a group"],
+    "reference's rows": ["reference_weight_VE has shape (15, 4)", "(5, 4)", "weight_VD"],
     "width": ["weight_VD", "(5, 3)", "(5, 4)"],
     "bias": ["bias", "(15,)", "(5,)"],
     "replicated": ["weight_VD is a DTensor", "(Replicate(),)", "(Shard(dim=0),)", "[0, 1, 2]"],
