@@ -1,12 +1,18 @@
 """The rule that picks tokens: its noise bit by bit, its distribution, and that a token depends on nothing else."""
 
+import ast
 import itertools
 import math
+import operator
 import os
+import re
+import runpy
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -251,3 +257,87 @@ def test_another_vllm_is_refused_with_both_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(worker.GPUModelRunner, "_sample")
     with pytest.raises(EngineError, match=r"has no GPUModelRunner\._sample; rollouts need"):
         worker.check_internals(object())
+
+
+def a_runner(worker: Any, *, drafter: bool) -> Any:
+    """One without a model."""
+    runner = object.__new__(worker.GPUModelRunner)
+    runner.requests = {}
+    runner.input_batch = SimpleNamespace(
+        num_reqs=0, req_ids=[], num_tokens_no_spec=None, token_ids_cpu=None, sampling_metadata=None
+    )
+    if drafter:
+        runner.drafter = object.__new__(worker.DraftProposer)
+        runner.effective_drafter_max_model_len = 96
+    return runner
+
+
+def test_what_a_runner_lacks_is_said_at_the_start() -> None:
+    from carft_fast.rollout.vllm import worker
+
+    for drafter in (False, True):
+        worker.check_internals(a_runner(worker, drafter=drafter))
+    runner = a_runner(worker, drafter=True)
+    del runner.effective_drafter_max_model_len
+    said = r"vLLM 0\.32\.0 has no GPUModelRunner\.{0}; rollouts need GPUModelRunner\.{0} of vLLM 0\.32: install"
+    with pytest.raises(EngineError, match=said.format("effective_drafter_max_model_len")):
+        worker.check_internals(runner)
+    for name in vars(a_runner(worker, drafter=True).input_batch):
+        runner = a_runner(worker, drafter=True)
+        delattr(runner.input_batch, name)
+        with pytest.raises(EngineError, match=said.format(rf"input_batch\.{name}")):
+            worker.check_internals(runner)
+
+
+def test_another_call_of_the_proposer_is_refused_where_there_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from carft_fast.rollout.vllm import worker
+
+    def propose_draft_token_ids(self: Any, sampled_token_ids: Any) -> Any:
+        if self.method == "ngram":
+            return self.drafter.propose(sampled_token_ids, self.input_batch.token_ids_cpu)
+        if self.method == "custom_class":
+            return self.drafter.propose(8, sampled_token_ids, self.input_batch.num_tokens_no_spec, slot_mappings=None)
+        return None
+
+    monkeypatch.setattr(worker.GPUModelRunner, "propose_draft_token_ids", propose_draft_token_ids)
+    with pytest.raises(
+        EngineError,
+        match=r"vLLM 0\.32\.0 has propose\(8, sampled_token_ids, self\.input_batch\.num_tokens_no_spec\) for drafts; "
+        r"they need propose\(sampled_token_ids, .*\) of vLLM 0\.32: .*rollout\.drafts = \"off\"",
+    ):
+        worker.check_internals(a_runner(worker, drafter=True))
+    worker.check_internals(a_runner(worker, drafter=False))
+    monkeypatch.delattr(worker.GPUModelRunner, "propose_draft_token_ids")
+    with pytest.raises(EngineError, match=r"has no call of propose for drafts"):
+        worker.check_internals(a_runner(worker, drafter=True))
+
+
+def imports(file: str) -> set[tuple[str, str]]:
+    """Module and name of what a file of the vLLM room imports of vLLM."""
+    from carft_fast.rollout.vllm import worker
+
+    tree = ast.parse(Path(worker.__file__).with_name(file).read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {(str(n.module), name.name) for n in nodes for name in n.names if str(n.module).startswith("vllm.")}
+
+
+def test_what_is_imported_of_vllm_is_checked_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name, missing, is the sentence with both versions; in worker.py itself when it is loaded."""
+    from carft_fast.rollout.vllm import worker
+
+    at_load = imports("worker.py")
+    checked = {(module, name) for name, (module, _) in worker.KNOWN.items()} | at_load
+    assert imports("in_place.py") | imports("plugin.py") <= checked
+    for name, (module, _) in worker.KNOWN.items():
+        *owner, last = name.split(".")
+        with monkeypatch.context() as patch:
+            patch.delattr(operator.attrgetter(owner[0])(sys.modules[module]) if owner else sys.modules[module], last)
+            with pytest.raises(
+                EngineError, match=rf"^vLLM 0\.32\.0 has no {re.escape(name)}; rollouts need .*vLLM 0\.32"
+            ):
+                worker.check_internals(object())
+    for module, name in [("vllm.v1.outputs", "SamplerOutput"), ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")]:
+        with monkeypatch.context() as patch:
+            patch.delattr(sys.modules[module], name)
+            with pytest.raises(EngineError, match=rf"^vLLM 0\.32\.0 lacks what rollouts need of vLLM 0\.32 .*'{name}'"):
+                runpy.run_path(worker.__file__)
