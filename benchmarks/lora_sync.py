@@ -126,7 +126,8 @@ def report(rows: list[dict[str, Any]], machine: str) -> str:
     lines = [
         "# LoRA merged, and applied by the sampler itself",
         "",
-        f"Rank 8, updates by AdamW at {RATE:g} in float32, all else in bfloat16. Nats: |trainer's - sampler's log-prob| of what was sampled, 16 prompts,",
+        f"Rank 8, updates by AdamW at {RATE:g} in float32, all else in bfloat16. Nats: |trainer's - sampler's "
+        "log-prob| of what was sampled, 16 prompts,",
         f"up to {TOKENS} tokens; the two round differently, whatever they hold. Weight error: of the update that the",
         "sampler holds against the trainer's, in the Frobenius norm of all matrices; 1 is an update that does not",
         "arrive. Nothing here ran on a GPU.",
