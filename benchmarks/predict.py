@@ -108,8 +108,8 @@ def assumptions() -> list[tuple[str, str]]:
         ),
         (
             "drafts",
-            f"of the fast step alone; a forward checks {plan.WASTED_PER_TOKEN:g} tokens that do not stand for each "
-            "that does; those that stand are evenly spread",
+            f"of the fast step alone; {plan.WASTED_PER_TOKEN:g} tokens that do not stand are checked for each token of "
+            "a completion; those that stand are evenly spread",
         ),
         (
             "sync",
@@ -168,9 +168,9 @@ def report() -> str:
     lines += [
         "",
         "Drafts are free while a forward computes its tokens in the time of reading the weights, and cost more than",
-        f"they save from so many sequences at once on a GPU ({plan.WASTED_PER_TOKEN:g} wasted for each that stands).",
-        "Gain: of decoding at 2 tokens a forward, by sequences at once. `rollout.draft_budget` = 64 stays where they",
-        "are free.",
+        f"they save from so many sequences at once on a GPU ({plan.WASTED_PER_TOKEN:g} wasted for each token of a",
+        "completion). Gain: of decoding at 2 tokens a forward, by sequences at once. `rollout.draft_budget` = 64 stays",
+        "where they are free.",
         "",
         f"| GPU | tokens computed meanwhile | sequences | {' | '.join(f'gain at {n}' for n in BATCHES)} |",
         f"| --- | --- | --- | {' | '.join('---' for _ in BATCHES)} |",

@@ -453,7 +453,8 @@ class RolloutConfig(Section):
     """Weights and arithmetic of the vLLM engine; "auto" is model.compute_dtype."""
     drafts: Literal["auto", "off"] = "auto"
     """"auto": the vLLM engines check the last completions of a question and its annotated CoTs as guesses of the next
-    completion, several tokens a forward; what is sampled stays the same. "hf" and your own engines have no drafts."""
+    completion, several tokens a forward; what is sampled stays the same. "hf" has no drafts; your own engines get the
+    annotated CoTs, and may use them."""
     draft_budget: int = Field(64, ge=2)
     """Tokens that a forward may decode for all sequences together, guesses included; above it nothing is guessed.
     Source: what a forward of a 7B computes on an A100 in the time of reading its weights, by the cost model."""

@@ -37,8 +37,9 @@ class Gpu(NamedTuple):
     def sequences_for_drafts(self, wasted_per_token: float) -> float:
         """Sequences in flight from which drafts cost more than they save, however many tokens a forward yields.
 
-        A forward checks `1 + wasted_per_token` tokens for each that stands. Beyond `free_rows` of them its time grows
-        as they do, and a token costs more than without drafts once `1 + wasted_per_token` times the sequences do.
+        A forward checks `1 + wasted_per_token` tokens for each token of a completion. Beyond `free_rows` of them its
+        time grows as they do, and a token costs more than without drafts once `1 + wasted_per_token` times the
+        sequences do.
         """
         return self.free_rows / (1 + wasted_per_token)
 

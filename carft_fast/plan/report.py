@@ -2,7 +2,7 @@
 
 from carft_fast.core import Table
 from carft_fast.plan.gpus import MATMUL_SHARE, MEMORY_SHARE, USABLE
-from carft_fast.plan.resources import WASTED_PER_TOKEN, Estimate, PhaseEstimate, StageEstimate
+from carft_fast.plan.resources import WASTED_PER_TOKEN, DraftsEstimate, Estimate, PhaseEstimate, StageEstimate
 
 
 def gib(size: float) -> str:
@@ -22,8 +22,8 @@ def estimate_table(found: Estimate) -> Table:
         for name, phase in result.phases.items():
             table.add_row(f"  {name}", _memory(phase))
         table.add_row("  a step, predicted", _seconds(result))
-        if result.drafted:
-            table.add_row("  rollout with drafts, predicted", _drafted(found, result))
+        if result.drafts:
+            table.add_row("  rollout with drafts, predicted", _drafts(found, result.drafts))
         counts = [phase for name, phase in result.phases.items() if name != "load"]
         launches, syncs = sum(phase.launches for phase in counts), sum(phase.syncs for phase in counts)
         table.add_row("  a step, on the host", f"about {launches:,} launches, {syncs:,} waits for the GPU")
@@ -31,8 +31,8 @@ def estimate_table(found: Estimate) -> Table:
     table.add_row(
         "seconds",
         f"the larger of FLOPs / {MATMUL_SHARE:.0%} of the peak and bytes / {MEMORY_SHARE:.0%} of the bandwidth; "
-        f"without communication and launches; adapters count as all weights; of drafts {WASTED_PER_TOKEN:g} tokens are "
-        "wasted for each that stands",
+        f"without communication and launches; adapters count as all weights; {WASTED_PER_TOKEN:g} guessed tokens are "
+        "wasted for each token of a completion, fewer where the budget allows no more",
     )
     return table
 
@@ -60,10 +60,16 @@ def _memory(phase: PhaseEstimate) -> str:
     return f"{gib(phase.trainer)}{beside}: {parts}"
 
 
-def _drafted(found: Estimate, result: StageEstimate) -> str:
-    times = [f"at {n} tokens a forward {whole:.2f} s ({short:.2f})" for n, (whole, short) in result.drafted.items()]
-    sequences = found.gpu.sequences_for_drafts(WASTED_PER_TOKEN)
-    return f"{', '.join(times)}; worthless from about {sequences:.0f} sequences at once on a GPU"
+def _drafts(found: Estimate, drafts: DraftsEstimate) -> str:
+    budget, sequences = f"rollout.draft_budget = {drafts.budget}", f"{drafts.sequences} sequences at once"
+    if drafts.guesses < 1:
+        return f"{budget} leaves no guess for {sequences}; {2 * drafts.sequences} would leave one for each"
+    times = [f"at {n} tokens a forward {whole:.2f} s ({short:.2f})" for n, (whole, short) in drafts.seconds.items()]
+    limit = found.gpu.sequences_for_drafts(WASTED_PER_TOKEN)
+    return (
+        f"{', '.join(times)}; {budget} leaves {drafts.guesses} guess{'es' * (drafts.guesses > 1)} for each of "
+        f"{sequences}; worthless from about {limit:.0f} sequences at once on a GPU"
+    )
 
 
 def _seconds(result: StageEstimate) -> str:

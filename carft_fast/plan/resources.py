@@ -9,13 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from carft_fast.config import Config, replaced, to_toml
 from carft_fast.core import InputError, TrainingError
 from carft_fast.models import ModelCost, StepShape, Work, fast_step, load_lm_config, sft_step
 from carft_fast.plan.gpus import USABLE, Gpu, find_gpu
+from carft_fast.rollout import LONGEST as LONGEST_GUESS
 
 LAYERS = (4, 8)
 PATHS = ("packed", "flash_attention_2", "eager")
@@ -31,7 +32,8 @@ LONGEST, SHORT = 1.0, 0.25
 """Lengths of completions, over `rollout.max_new_tokens`."""
 TOKENS_PER_FORWARD = (2, 4)
 WASTED_PER_TOKEN = 0.5
-"""Of drafts, an assumption: 0.1 on the quickstart's last steps, 0.54 of SmolLM2 after two epochs of SFT."""
+"""Guessed tokens that do not stand, for each token of a completion. An assumption: 0.1 on the quickstart's last steps,
+0.54 of SmolLM2 after two epochs of SFT."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,22 @@ class PhaseEstimate:
 
 
 @dataclass(frozen=True)
+class DraftsEstimate:
+    """What `rollout.draft_budget` leaves to guess, and what it would save."""
+
+    budget: int
+    sequences: int
+    """That a GPU decodes at once."""
+    seconds: Mapping[int, tuple[float, float]]
+    """The rollout phase's, as `StageEstimate.seconds`, by tokens that a forward yields; those the budget allows."""
+
+    @property
+    def guesses(self) -> int:
+        """Most tokens that are guessed of a sequence in a forward."""
+        return min(LONGEST_GUESS, self.budget // self.sequences - 1)
+
+
+@dataclass(frozen=True)
 class StageEstimate:
     phases: Mapping[str, PhaseEstimate]
     micro_batch_tokens: int
@@ -60,8 +78,8 @@ class StageEstimate:
     """Whether the largest holds all of a GPU's sequences, so that more changes nothing."""
     seconds: tuple[Mapping[str, float], Mapping[str, float]]
     """A step's, by phase: with sequences as long as they may be, and with completions of a quarter of that."""
-    drafted: Mapping[int, tuple[float, float]]
-    """Seconds of the rollout phase, of the same two, by tokens that a forward yields; empty without drafts."""
+    drafts: DraftsEstimate | None
+    """None without drafts."""
 
     @property
     def peak(self) -> float:
@@ -206,7 +224,7 @@ def _stage(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost, sam
         largest * config.data.max_length if largest else None,
         largest == rows,
         (_seconds(config, stage, gpu, gpus, cost, LONGEST), _seconds(config, stage, gpu, gpus, cost, SHORT)),
-        _drafted(config, stage, gpu, gpus, cost),
+        _drafts(config, stage, gpu, gpus, cost),
     )
 
 
@@ -348,18 +366,30 @@ class Worker:
         self._process.communicate()
 
 
-def _drafted(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost) -> dict[int, tuple[float, float]]:
+def _drafts(config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost) -> DraftsEstimate | None:
     if stage == "sft" or not config.rollout.drafting:
-        return {}
+        return None
+    rollout = config.rollout
+    limits = DraftsEstimate(rollout.draft_budget, min(rollout.batch_size, -(-config.rl.batch_size // gpus)), {})
+    checked = 1 + limits.guesses  # tokens of a sequence in a forward, at most
 
     def of(length: float, tokens: int) -> float:
-        return _seconds(config, stage, gpu, gpus, cost, length, float(tokens))["rollout"]
+        wasted = min(WASTED_PER_TOKEN, checked / tokens - 1)
+        return _seconds(config, stage, gpu, gpus, cost, length, tokens, wasted)["rollout"]
 
-    return {tokens: (of(LONGEST, tokens), of(SHORT, tokens)) for tokens in TOKENS_PER_FORWARD}
+    seconds = {tokens: (of(LONGEST, tokens), of(SHORT, tokens)) for tokens in TOKENS_PER_FORWARD if tokens <= checked}
+    return replace(limits, seconds=seconds)
 
 
 def _seconds(
-    config: Config, stage: str, gpu: Gpu, gpus: int, cost: ModelCost, length: float, tokens_per_forward: float = 1.0
+    config: Config,
+    stage: str,
+    gpu: Gpu,
+    gpus: int,
+    cost: ModelCost,
+    length: float,
+    tokens_per_forward: float = 1.0,
+    wasted_per_token: float = 0.0,
 ) -> dict[str, float]:
     """Of a step, by phase."""
     new = max(1, round(config.rollout.max_new_tokens * length))
@@ -379,7 +409,7 @@ def _seconds(
         decode_batch=config.rollout.batch_size,
         shards=gpus if config.distributed.strategy == "fsdp2" else 1,
         tokens_per_forward=tokens_per_forward,
-        wasted_per_token=WASTED_PER_TOKEN if tokens_per_forward > 1 else 0.0,
+        wasted_per_token=wasted_per_token,
     )
     work: Mapping[str, Work]
     if stage == "sft":

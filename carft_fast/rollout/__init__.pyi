@@ -2,6 +2,7 @@ from .base import Rollout as Rollout
 from .base import RolloutEngine as RolloutEngine
 from .base import SamplingParams as SamplingParams
 from .checked import CheckedEngine as CheckedEngine
+from .drafts import LONGEST as LONGEST
 from .engines import build_engine as build_engine
 from .shared import SpreadEngine as SpreadEngine
 from .stream import RolloutStream as RolloutStream

@@ -74,7 +74,7 @@ def gumbel_noise(seeds: Sequence[int], positions: Sequence[int], vocabulary: int
     """float32 [N, V] of the standard Gumbel distribution.
 
     A row is the stream of Philox 4x64-10 (Salmon et al. 2011) with key (seed, position), a token 32 bits of it: 0.3 ms
-    for V = 49,152.
+    for V = 49,152, of the 0.4 that `pick` takes.
     """
     uniform_NV = torch.from_numpy(_philox(seeds, positions, vocabulary).astype(np.float32))
     # in (0, 1): small numbers, which make large noise, keep their relative precision

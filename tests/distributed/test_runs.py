@@ -324,12 +324,20 @@ def test_processes_with_other_rows_are_refused(tmp_path: Path) -> None:
 
 
 CACHE = ["--set", "rollout.kv_cache_gib=0.25"]
+REPEATED = ["--set", "data.train_rows=12", "--set", "rollout.temperature=0.3"]
+"""A step samples every question, with a policy that is surer of its tokens: what was sampled last stands again."""
+
+
+def tokens_per_forward(folder: Path) -> list[float]:
+    """Of the RL steps."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["tokens_per_forward"] for line in lines if (line["stage"], line["kind"]) == ("rl", "train")]
 
 
 @pytest.fixture(scope="module")
 def sampled_by_vllm(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str]) -> Path:
     """Without drafts, which the other runs have."""
-    options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm", "--set", "rollout.drafts=off"]
+    options = [*tiny_run, *CACHE, *REPEATED, "--set", "rollout.engine=vllm", "--set", "rollout.drafts=off"]
     return run(1, tmp_path_factory.mktemp("vllm") / "run", options)
 
 
@@ -338,8 +346,11 @@ def sampled_by_vllm(tmp_path_factory: pytest.TempPathFactory, tiny_run: list[str
 def test_an_engine_in_every_process_samples_what_one_would(
     how: list[str], tmp_path: Path, tiny_run: list[str], sampled_by_vllm: Path
 ) -> None:
-    options = [*tiny_run, *CACHE, "--set", "rollout.engine=vllm", *how]
+    options = [*tiny_run, *CACHE, *REPEATED, "--set", "rollout.engine=vllm", *how]
     folder = run(2, tmp_path / "run", options)
+    first, *later = tokens_per_forward(folder)
+    assert min(first, *later) > 1, "drafts stand in every step"
+    assert max(later) > first, "and more where there are last completions"
     assert_same_run(folder, sampled_by_vllm)
     differences = [r["sampler_diff_max"] for r in records(folder) if (r["stage"], r["kind"]) == ("rl", "train")]
     assert len(differences) == 4
@@ -352,7 +363,7 @@ def test_servers_sample_ahead_for_processes_that_share_the_weights(
     how: list[str], tmp_path: Path, tiny_run: list[str]
 ) -> None:
     """The main process drives the server, with weights gathered from both; the probe compares them after every step."""
-    more = [*CACHE, "--set", "rollout.engine=vllm-server", "--set", "rollout.async_depth=1"]
+    more = [*CACHE, *REPEATED, "--set", "rollout.engine=vllm-server", "--set", "rollout.async_depth=1"]
     more += ["--set", "rollout.probe_every=1"]
     words = ["quickstart", "--output-dir", str(tmp_path / "run"), *tiny_run, *more, *how]
     code, output = on_ranks(2, words, 400)
@@ -363,3 +374,4 @@ def test_servers_sample_ahead_for_processes_that_share_the_weights(
     train = [r for r in records(tmp_path / "run") if (r["stage"], r["kind"]) == ("rl", "train")]
     assert [record["staleness"] for record in train] == [0, 1, 1, 1]
     assert train[0]["sampler_diff_max"] < 1e-4
+    assert min(tokens_per_forward(tmp_path / "run")) > 1

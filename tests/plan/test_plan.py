@@ -280,18 +280,58 @@ def test_the_batch_from_which_drafts_are_worthless_is_where_their_rounds_take_lo
     assert not saves(math.floor(limit) + 1)
 
 
+def draft_options(sequences: int, *more: str) -> tuple[str, ...]:
+    return f"rl.batch_size={sequences}", f"rl.mini_batch_size={sequences}", *more
+
+
 def test_a_plan_says_what_drafts_would_save(config: Callable[..., Config]) -> None:
     """Of few sequences, whose rounds read the weights; a full batch is bound by its arithmetic."""
     cost = ModelCost.of_config(resources.load_lm_config(config().model))
     gpu = GPUS["h100-80"]
-    few = config("rl.batch_size=8", "rl.mini_batch_size=8")
+    few = config(*draft_options(8))
     without = [resources._seconds(few, "rl", gpu, 1, cost, length)["rollout"] for length in (1.0, 0.25)]
-    found = resources._drafted(few, "rl", gpu, 1, cost)
-    assert found == {tokens: pytest.approx([seconds / tokens for seconds in without]) for tokens in (2, 4)}
-    many = resources._drafted(config("rl.batch_size=512"), "rl", gpu, 1, cost)
-    assert many[4] == many[2]
-    assert resources._drafted(config('rollout.drafts="off"'), "rl", gpu, 1, cost) == {}
-    assert resources._drafted(config(), "sft", gpu, 1, cost) == {}
+    found = resources._drafts(few, "rl", gpu, 1, cost)
+    assert found is not None
+    assert found.seconds == {tokens: pytest.approx([seconds / tokens for seconds in without]) for tokens in (2, 4)}
+    many = config(*draft_options(512, "rollout.batch_size=512", "rollout.draft_budget=4096"))
+    found = resources._drafts(many, "rl", gpu, 1, cost)
+    assert found is not None
+    assert found.seconds[4] == found.seconds[2]
+    assert resources._drafts(config('rollout.drafts="off"'), "rl", gpu, 1, cost) is None
+    assert resources._drafts(config(), "sft", gpu, 1, cost) is None
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize(
+    ("sequences", "options", "gpus", "tokens", "said"),
+    [
+        (64, (), 1, [], "rollout.draft_budget = 64 leaves no guess for 64 sequences at once; 128 would leave one"),
+        (64, ("rollout.draft_budget=128",), 1, [2], "leaves 1 guess for each of 64 sequences at once; worthless"),
+        (64, ("rollout.batch_size=16",), 1, [2, 4], "leaves 3 guesses for each of 16 sequences at once"),
+        (64, ("rollout.batch_size=24",), 1, [2], "leaves 1 guess for each of 24 sequences at once"),
+        (64, ("rollout.batch_size=400",), 1, [], "no guess for 64 sequences at once; 128 would"),
+        (64, (), PROCESSES, [2, 4], "leaves 7 guesses for each of 8 sequences at once; worthless"),
+        (4, (), 1, [2, 4], "leaves 8 guesses for each of 4 sequences at once"),
+    ],
+)
+def test_a_plan_knows_the_budget_of_drafts(
+    config: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+    sequences: int,
+    options: tuple[str, ...],
+    gpus: int,
+    tokens: list[int],
+    said: str,
+) -> None:
+    """1 + guesses tokens a forward at most, for the sequences that a GPU decodes at once."""
+    monkeypatch.setattr(resources, "_largest", lambda *_: 1)
+    settings = config(*draft_options(sequences, *options))
+    _, table = trainer.estimate(settings, gpu="h100-80", gpus=gpus, stages="rl")
+    rows = dict(zip(*([str(cell).strip() for cell in column.cells] for column in table.columns), strict=True))
+    row = rows["rollout with drafts, predicted"]
+    assert said in row
+    assert [n for n in (2, 3, 4) if f"at {n} tokens a forward" in row] == tokens
+    assert "for each token of a completion" in rows["seconds"]
 
 
 @pytest.mark.usefixtures("shared")

@@ -88,6 +88,19 @@ def test_a_run_that_goes_on_has_a_page(folder: Path) -> None:
     assert "entropy, RL" not in captions  # nothing recorded it
 
 
+def test_the_page_draws_tokens_per_forward(folder: Path) -> None:
+    """A run with drafts, whose steps say it; others have no such chart."""
+    caption = "sampled tokens per forward, RL"
+    assert f"<figcaption>{caption}</figcaption>" not in rewrite_page(folder).read_text(encoding="utf-8")
+    lines = [json.dumps(record("rl", "train", step, tokens_per_forward=1.0 + step)) + "\n" for step in (1, 2)]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    page = rewrite_page(folder).read_text(encoding="utf-8")
+    assert f"<figcaption>{caption}</figcaption>" in page
+    axes = Figure().subplots()
+    _draw_curve(axes, "tokens_per_forward", "rl", list(map(json.loads, lines)))
+    assert [line.get_ydata().tolist() for line in axes.lines] == [[2.0, 3.0]]
+
+
 def test_a_finished_run_shows_its_result(folder: Path) -> None:
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     page = rewrite_page(folder).read_text(encoding="utf-8")

@@ -1,12 +1,18 @@
 """The rule that picks tokens: its noise bit by bit, its distribution, and that a token depends on nothing else."""
 
+import ast
 import itertools
 import math
+import operator
 import os
+import re
+import runpy
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +32,8 @@ from .checks import PROMPTS, attention
 KEYS = [(5, 7), (2**62 + 3, 0), (0, 300), (5, 8)]
 SEEDS, POSITIONS = map(list, zip(*KEYS, strict=True))
 SAMPLES = 20_000
+UNSURE = PROMPTS[3]
+"""At temperature 0.4, too, its likeliest three tokens are but 3% of its completions."""
 LIMIT = 1e-4
 """Probability under which a chi-square is a failure."""
 
@@ -131,7 +139,8 @@ def test_top_p_and_top_k_row_by_row() -> None:
 def chi_square_tail(found: Sequence[tuple[int, ...]], probability: dict[tuple[int, ...], float]) -> float:
     """Probability of a chi-square as large or larger; sequences expected less than 5 times are counted together.
 
-    0 where something was sampled that has no probability. Wilson and Hilferty's approximation.
+    0 where something was sampled that has no probability, 1 where all are counted together. Wilson and Hilferty's
+    approximation.
     """
     expected = {sequence: len(found) * p for sequence, p in probability.items()}
     counts = Counter(found)
@@ -142,6 +151,8 @@ def chi_square_tail(found: Sequence[tuple[int, ...]], probability: dict[tuple[in
     if rare[1] >= 5:
         pairs.append(rare)
     freedom = len(pairs) - 1
+    if not freedom:
+        return 1.0
     chi_square = sum((n - e) ** 2 / e for n, e in pairs)
     z = ((chi_square / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / math.sqrt(2 / (9 * freedom))
     return 0.5 * math.erfc(z / math.sqrt(2))
@@ -203,6 +214,47 @@ def test_three_tokens_follow_the_distribution_and_a_bias_of_two_percent_is_found
     assert chi_square_tail(sample(biased), probability) < LIMIT
 
 
+def follow_tail(found: Sequence[tuple[int, ...]], probability: dict[tuple[int, ...], float]) -> float:
+    """The smaller of two tails: of all sequences, and of which of their tokens are the likeliest at their place.
+
+    The second has few bins, so it sees a sampler that takes likeliest tokens a little too often.
+    """
+    best = likeliest(probability)
+
+    def which(sequence: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(int(best[sequence[:n]] == sequence[n]) for n in range(3))
+
+    coarse = dict.fromkeys(itertools.product((0, 1), repeat=3), 0.0)
+    for sequence, p in probability.items():
+        coarse[which(sequence)] += p
+    # what is not enumerated counts as one
+    marked = [which(sequence) if sequence in probability else () for sequence in found]
+    assert sum(len(found) * p >= 5 for p in coarse.values()) > 2, "bins"
+    return min(chi_square_tail(found, probability), chi_square_tail(marked, coarse))
+
+
+def likeliest(probability: dict[tuple[int, ...], float]) -> dict[tuple[int, ...], int]:
+    """The likeliest token after every prefix of the sequences."""
+    mass = defaultdict[tuple[int, ...], float](float)
+    for sequence, p in probability.items():
+        for length in range(1, 4):
+            mass[sequence[:length]] += p
+    best = dict[tuple[int, ...], int]()
+    for beginning, p in mass.items():
+        before = beginning[:-1]
+        if before not in best or p > mass[(*before, best[before])]:
+            best[before] = beginning[-1]
+    return best
+
+
+def with_bias(found: Sequence[tuple[int, ...]], probability: dict[tuple[int, ...], float]) -> list[tuple[int, ...]]:
+    """2% of the sequences as a sampler leaves them that takes the likeliest token there."""
+    best, greedy = likeliest(probability), tuple[int, ...]()
+    for _ in range(3):
+        greedy = (*greedy, best[greedy])
+    return [greedy if index % 50 == 7 else sequence for index, sequence in enumerate(found)]
+
+
 def next_logits(model: CarftModel, prompt: list[int], prefixes: list[tuple[int, ...]]) -> Tensor:
     """[prefixes, V]: transformers' logits after prompt and prefix."""
     lm: Any = model.lm
@@ -210,14 +262,17 @@ def next_logits(model: CarftModel, prompt: list[int], prefixes: list[tuple[int, 
         return lm(torch.tensor([[*prompt, *prefix] for prefix in prefixes])).logits[:, -1]
 
 
-@pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.4, 0, 1.0), (1.0, 0, 0.8)])
-def test_three_tokens_of_an_engine_follow_the_model(base_model: CarftModel, setting: Setting) -> None:
-    draws, (temperature, _, top_p) = 4000, setting
-    engine = HFEngine(base_model, build_tokenizer(), batch_size=draws)
+@pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.4, 0, 1.0), (1.0, 0, 0.8), (0.4, 0, 0.9)])
+def test_three_tokens_of_an_engine_follow_the_model_and_a_bias_of_two_percent_is_found(
+    base_model: CarftModel, setting: Setting
+) -> None:
+    draws, (temperature, _, top_p) = 10_000, setting
+    engine = HFEngine(base_model, build_tokenizer(), batch_size=5000)
     sampling = SamplingParams(3, temperature=temperature, top_p=top_p, samples_per_prompt=draws, seed=8)
-    found = [tuple(rollout.completion_ids) for rollout in engine.generate([PROMPTS[0]], sampling)]
-    probability = enumerated(lambda prefixes: next_logits(base_model, PROMPTS[0], prefixes), setting, 5 / draws)
-    assert chi_square_tail(found, probability) > LIMIT
+    found = [tuple(rollout.completion_ids) for rollout in engine.generate([UNSURE], sampling)]
+    probability = enumerated(lambda prefixes: next_logits(base_model, UNSURE, prefixes), setting, 5 / draws)
+    assert follow_tail(found, probability) > LIMIT
+    assert follow_tail(with_bias(found, probability), probability) < LIMIT
 
 
 def test_a_token_does_not_depend_on_the_rows_beside_it() -> None:
@@ -251,3 +306,87 @@ def test_another_vllm_is_refused_with_both_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(worker.GPUModelRunner, "_sample")
     with pytest.raises(EngineError, match=r"has no GPUModelRunner\._sample; rollouts need"):
         worker.check_internals(object())
+
+
+def a_runner(worker: Any, *, drafter: bool) -> Any:
+    """One without a model."""
+    runner = object.__new__(worker.GPUModelRunner)
+    runner.requests = {}
+    runner.input_batch = SimpleNamespace(
+        num_reqs=0, req_ids=[], num_tokens_no_spec=None, token_ids_cpu=None, sampling_metadata=None
+    )
+    if drafter:
+        runner.drafter = object.__new__(worker.DraftProposer)
+        runner.effective_drafter_max_model_len = 96
+    return runner
+
+
+def test_what_a_runner_lacks_is_said_at_the_start() -> None:
+    from carft_fast.rollout.vllm import worker
+
+    for drafter in (False, True):
+        worker.check_internals(a_runner(worker, drafter=drafter))
+    runner = a_runner(worker, drafter=True)
+    del runner.effective_drafter_max_model_len
+    said = r"vLLM 0\.32\.0 has no GPUModelRunner\.{0}; rollouts need GPUModelRunner\.{0} of vLLM 0\.32: install"
+    with pytest.raises(EngineError, match=said.format("effective_drafter_max_model_len")):
+        worker.check_internals(runner)
+    for name in vars(a_runner(worker, drafter=True).input_batch):
+        runner = a_runner(worker, drafter=True)
+        delattr(runner.input_batch, name)
+        with pytest.raises(EngineError, match=said.format(rf"input_batch\.{name}")):
+            worker.check_internals(runner)
+
+
+def test_another_call_of_the_proposer_is_refused_where_there_are_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from carft_fast.rollout.vllm import worker
+
+    def propose_draft_token_ids(self: Any, sampled_token_ids: Any) -> Any:
+        if self.method == "ngram":
+            return self.drafter.propose(sampled_token_ids, self.input_batch.token_ids_cpu)
+        if self.method == "custom_class":
+            return self.drafter.propose(8, sampled_token_ids, self.input_batch.num_tokens_no_spec, slot_mappings=None)
+        return None
+
+    monkeypatch.setattr(worker.GPUModelRunner, "propose_draft_token_ids", propose_draft_token_ids)
+    with pytest.raises(
+        EngineError,
+        match=r"vLLM 0\.32\.0 has propose\(8, sampled_token_ids, self\.input_batch\.num_tokens_no_spec\) for drafts; "
+        r"they need propose\(sampled_token_ids, .*\) of vLLM 0\.32: .*rollout\.drafts = \"off\"",
+    ):
+        worker.check_internals(a_runner(worker, drafter=True))
+    worker.check_internals(a_runner(worker, drafter=False))
+    monkeypatch.delattr(worker.GPUModelRunner, "propose_draft_token_ids")
+    with pytest.raises(EngineError, match=r"has no call of propose for drafts"):
+        worker.check_internals(a_runner(worker, drafter=True))
+
+
+def imports(file: str) -> set[tuple[str, str]]:
+    """Module and name of what a file of the vLLM room imports of vLLM."""
+    from carft_fast.rollout.vllm import worker
+
+    tree = ast.parse(Path(worker.__file__).with_name(file).read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    return {(str(n.module), name.name) for n in nodes for name in n.names if str(n.module).startswith("vllm.")}
+
+
+def test_what_is_imported_of_vllm_is_checked_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name, missing, is the sentence with both versions; in worker.py itself when it is loaded."""
+    from carft_fast.rollout.vllm import worker
+
+    at_load = imports("worker.py")
+    checked = {(module, name) for name, (module, _) in worker.KNOWN.items()} | at_load
+    assert imports("in_place.py") | imports("plugin.py") <= checked
+    for name, (module, _) in worker.KNOWN.items():
+        *owner, last = name.split(".")
+        with monkeypatch.context() as patch:
+            patch.delattr(operator.attrgetter(owner[0])(sys.modules[module]) if owner else sys.modules[module], last)
+            with pytest.raises(
+                EngineError, match=rf"^vLLM 0\.32\.0 has no {re.escape(name)}; rollouts need .*vLLM 0\.32"
+            ):
+                worker.check_internals(object())
+    for module, name in [("vllm.v1.outputs", "SamplerOutput"), ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner")]:
+        with monkeypatch.context() as patch:
+            patch.delattr(sys.modules[module], name)
+            with pytest.raises(EngineError, match=rf"^vLLM 0\.32\.0 lacks what rollouts need of vLLM 0\.32 .*'{name}'"):
+                runpy.run_path(worker.__file__)

@@ -14,7 +14,7 @@ from carft_fast.rollout.stream import RolloutStream
 from carft_fast.rollout.vllm.engine import VLLMEngine
 
 from .checks import EOS, PROMPTS, assert_samples_of, make_config
-from .test_coupled import LIMIT, chi_square_tail, enumerated, next_logits
+from .test_coupled import LIMIT, UNSURE, enumerated, follow_tail, next_logits, with_bias
 
 SAMPLED = SamplingParams(24, temperature=0.8, top_p=0.9, top_k=12, samples_per_prompt=3, seed=11)
 TO_THE_END = SamplingParams(89, temperature=1.0, samples_per_prompt=2, seed=12)  # of the context of 96
@@ -150,27 +150,47 @@ def test_drafts_change_nothing_of_what_is_sampled(
     assert sum(r.accepted for r in rest) > sum(len(r.completion_ids) for r in rest) / 3
 
 
-@pytest.mark.parametrize("setting", [(1.0, 0, 1.0), (0.4, 0, 0.9)])
+ENOUGH = 10_000
+"""Completions among which a bias of two percent is found."""
+
+
+@pytest.mark.parametrize(
+    ("setting", "draws"),
+    [
+        ((1.0, 0, 1.0), 3000),
+        ((0.4, 0, 0.9), 3000),
+        *(
+            pytest.param(setting, ENOUGH, marks=pytest.mark.long)
+            for setting in ((1.0, 0, 1.0), (0.4, 0, 1.0), (1.0, 0, 0.8), (0.4, 0, 0.9))
+        ),
+    ],
+)
 def test_three_tokens_follow_the_model_with_and_without_drafts(
-    wide_engine: VLLMEngine, model: CarftModel, setting: tuple[float, int, float], monkeypatch: pytest.MonkeyPatch
+    wide_engine: VLLMEngine,
+    model: CarftModel,
+    setting: tuple[float, int, float],
+    draws: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(Usefulness, "_LEAST_SHARE", 0.0)  # guesses that seldom stand, too
-    draws, (temperature, _, top_p) = 3000, setting
+    temperature, _, top_p = setting
     wide_engine.sync(model)
     sampling = SamplingParams(6, temperature=temperature, top_p=top_p, samples_per_prompt=draws, seed=9)
-    plain = wide_engine.generate([PROMPTS[0]], sampling)
+    plain = wide_engine.generate([UNSURE], sampling)
     drafts = [[r.completion_ids for r in plain[:40]]]
-    drafted = wide_engine.generate([PROMPTS[0]], replace(sampling, drafts=drafts))
+    drafted = wide_engine.generate([UNSURE], replace(sampling, drafts=drafts))
     assert sum(r.accepted for r in drafted) > draws / 20
     assert sum(r.drafted - r.accepted for r in drafted) > draws / 20
     assert [r.completion_ids for r in drafted] == [r.completion_ids for r in plain]
     found = [tuple(r.completion_ids[:3]) for r in drafted if len(r.completion_ids) >= 3]
     assert len(found) > 0.9 * draws
-    probability = enumerated(lambda prefixes: next_logits(model, PROMPTS[0], prefixes), setting, 5 / draws)
+    probability = enumerated(lambda prefixes: next_logits(model, UNSURE, prefixes), setting, 5 / draws)
     ended = [sequence for sequence in probability if EOS in sequence[:2]]
     whole = 1 - sum(probability.pop(sequence) for sequence in ended)
     probability = {sequence: p / whole for sequence, p in probability.items()}
-    assert chi_square_tail(found, probability) > LIMIT
+    assert follow_tail(found, probability) > LIMIT
+    if draws == ENOUGH:
+        assert follow_tail(with_bias(found, probability), probability) < LIMIT
 
 
 def proposer_of(engine: VLLMEngine) -> Any:

@@ -159,6 +159,29 @@ def test_a_completion_does_not_depend_on_preemption(local_engine: VLLMEngine, mo
     assert all(preempted)
 
 
+def test_a_drafted_completion_does_not_depend_on_preemption(local_engine: VLLMEngine, model: CarftModel) -> None:
+    """Requests lose their cache between forwards, with guesses of theirs waiting to be checked."""
+    local_engine.sync(model)
+    plain = local_engine.generate(PROMPTS, SAMPLED)
+    own = [[r.completion_ids] for r in plain[:: SAMPLED.samples_per_prompt]]
+    sampling = dataclasses.replace(SAMPLED, drafts=own)
+    undisturbed = local_engine.generate(PROMPTS, sampling)
+    llm_engine = local_engine._engine._llm.llm_engine
+    steps, preempted = itertools.count(), []
+
+    def preempt(_: int) -> None:
+        if next(steps) % 5 == 4:
+            preempted.append(llm_engine.reset_prefix_cache(reset_running_requests=True))
+
+    found = local_engine.generate(PROMPTS, sampling, on_progress=preempt)
+    assert [r.completion_ids for r in found] == [r.completion_ids for r in plain]
+    assert_samples_of(model.lm, found, SAMPLED)
+    assert len(preempted) > 3
+    assert all(preempted)
+    assert sum(r.accepted for r in undisturbed) > sum(len(r.completion_ids) for r in plain) / 6
+    assert sum(r.accepted for r in found) > sum(r.accepted for r in undisturbed) / 2, "drafts end with a preemption"
+
+
 def test_lora_is_merged_for_the_sampler_and_nothing_of_the_trainer_is_touched(
     engine: RolloutEngine, model: CarftModel
 ) -> None:

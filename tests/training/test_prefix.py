@@ -18,7 +18,7 @@ from carft_fast.objective.passes import Rows
 from carft_fast.rewards.answers import extract_answer
 from carft_fast.rollout.base import Rollout, RolloutEngine, SamplingParams
 from carft_fast.rollout.engines import build_engine
-from carft_fast.training.pipeline import prepare, train
+from carft_fast.training.pipeline import evaluate_only, prepare, train
 from carft_fast.training.rl import as_samples, prefix_share
 from carft_fast.training.run import Run
 
@@ -105,20 +105,26 @@ class Recorder:
         return self._engine.generate(prompts, sampling, **options)
 
 
-def test_a_run_and_one_that_was_resumed(tmp_path: Path, tiny_run: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Recorder]:
+    """The samplers of the runs of a test, each of which keeps what it was asked."""
+    made: list[Recorder] = []
+
+    def sampler(self: Run, model: Any) -> RolloutEngine:
+        if self._engine is None:
+            made.append(Recorder(build_engine(self.config, model, self.tokenizer)))
+            self._engine = made[-1]
+        return self._engine
+
+    monkeypatch.setattr(Run, "sampler", sampler)
+    return made
+
+
+def test_a_run_and_one_that_was_resumed(tmp_path: Path, tiny_run: list[str], engines: list[Recorder]) -> None:
     """An untrained model cannot answer, but it can after a prefix that does: what is graded has it."""
     options = ["rollout.prefix=0.99", "rollout.prefix_steps=2", "rollout.samples_per_prompt=2", "contrastive.mode=both"]
     options += ["rl.lr_schedule=constant", "output.samples_per_step=12", "data.eval_rows=2", "data.train_rows=30"]
     options += ["output.trackers=[]"]
-    engines: list[Recorder] = []
-
-    def sampler(self: Run, model: Any) -> RolloutEngine:
-        if self._engine is None:
-            engines.append(Recorder(build_engine(self.config, model, self.tokenizer)))
-            self._engine = engines[-1]
-        return self._engine
-
-    monkeypatch.setattr(Run, "sampler", sampler)
 
     def run(name: str, steps: int, *, resume: bool = False) -> tuple[Run, list[dict[str, Any]]]:
         config = tiny_config(tiny_run, *options, f"rl.max_steps={steps}")
@@ -159,3 +165,62 @@ def test_a_run_and_one_that_was_resumed(tmp_path: Path, tiny_run: list[str], mon
     evaluated = [prompts for prompts, sampling in asked if not sampling.temperature]
     assert evaluated
     assert all(prompts == [row.prompt_ids for row in prepared.eval_rows] for prompts in evaluated)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_all_annotations_of_a_question_are_its_drafts(
+    share: float, tmp_path: Path, tiny_run: list[str], engines: list[Recorder]
+) -> None:
+    """The epoch's own first, which the next epoch has last; cut behind the prefix. Evaluation has none, and with
+    `rollout.drafts = "off"` there are none at all."""
+    texts = {f"{n} coins": [f"{n} {word} {n + 1}" for word in ("coins", "cards", "Leo")] for n in range(1, 7)}
+    rows = [{"question": q, "cot": list(cots), "answer": 3} for q, cots in texts.items()]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    file = tmp_path / "rows.json"
+    options = [f"data.train={file}", f"data.eval={file}", "data.train_rows=6", "data.eval_rows=2"]
+    options += ["rl.max_steps=3", "rl.batch_size=6", "rl.mini_batch_size=6", "output.trackers=[]"]
+    options += [f"rollout.prefix={share}"] * bool(share)
+
+    def run(name: str, *more: str) -> tuple[Run, Recorder]:
+        prepared = prepare(tiny_config(tiny_run, *options, *more), tmp_path / name, Console(), stages=("rl",))
+        train(prepared, ("rl",), resume=False)
+        return prepared, engines.pop()
+
+    prepared, engine = run("auto")
+    questions = {tuple(row.prompt_ids): list(row.completions) for row in prepared.train_rows}
+    assert len(questions) == 6
+    assert {len(annotations) for annotations in questions.values()} == {3}
+    steps = [(prompts, sampling.drafts) for prompts, sampling in engine.asked if sampling.drafts]
+    assert len(steps) == 3
+    turns: dict[tuple[int, ...], list[int]] = {}
+    for prompts, drafts in steps:
+        assert len(prompts) == len(drafts) == 6
+        for prompt, (first, *others) in zip(prompts, drafts, strict=True):
+            question = next(ids for ids in questions if tuple(prompt[: len(ids)]) == ids)
+            prefix = prompt[len(question) :]
+            annotations = questions[question]
+            turn = annotations.index([*prefix, *first])
+            assert bool(prefix) == bool(share)
+            assert others == [annotations[(turn + 1) % 3], annotations[(turn + 2) % 3]]
+            turns.setdefault(question, []).append(turn)
+    assert all(found == [(found[0] + epoch) % 3 for epoch in range(3)] for found in turns.values()), turns
+    assert len({found[0] for found in turns.values()}) > 1
+    greedy = [sampling for _, sampling in engine.asked if not sampling.temperature]
+    assert len(greedy) > 1
+    assert not any(sampling.drafts for sampling in greedy)
+
+    _, engine = run("off", "rollout.drafts=off")
+    assert len([1 for prompts, _ in engine.asked if len(prompts) == 6]) >= 3
+    assert not any(sampling.drafts for _, sampling in engine.asked)
+
+
+def test_greedy_and_sampled_evaluation_draft_nothing(
+    tmp_path: Path, tiny_run: list[str], engines: list[Recorder]
+) -> None:
+    config = tiny_config(tiny_run, "data.eval_rows=2", "eval.samples=3")
+    assert config.rollout.drafts == "auto"
+    prepared = prepare(config, tmp_path / "eval", Console(), stages=())
+    evaluate_only(prepared)
+    asked = [(sampling.temperature > 0, sampling.samples_per_prompt) for _, sampling in engines[0].asked]
+    assert asked == [(False, 1), (True, 3)]
+    assert not any(sampling.drafts for _, sampling in engines[0].asked)

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from carft_fast.rewards.answers import Grade
-from carft_fast.training.rl import score_rollouts
+from carft_fast.rollout.base import Rollout
+from carft_fast.training.rl import draft_metrics, score_rollouts
 from carft_kernels import value_pool
 
 from ..models.checks import config
@@ -47,3 +48,14 @@ def test_embedding_enhanced_partial_reward_of_the_published_code(case: str) -> N
     assert any(not g.correct and g.extractable for g, filled in zip(grades, rows.tolist(), strict=True) if filled)
     score = score_rollouts(grades, cosine, config())
     torch.testing.assert_close(score.double()[rows], a["reward_out"][rows], rtol=1e-5, atol=1e-6)
+
+
+def drafted(tokens: int, guesses: int, stood: int) -> Rollout:
+    return Rollout(list(range(tokens)), [0.0] * tokens, "length", 0, guesses, stood)
+
+
+def test_what_drafts_did_by_hand() -> None:
+    """16 tokens: 5 guesses stood, so 11 forwards; 3 of the 8 guesses did not."""
+    found = draft_metrics([drafted(10, 6, 4), drafted(5, 2, 1), drafted(1, 0, 0)])
+    assert found == pytest.approx({"tokens_per_forward": 16 / 11, "draft_accepted": 5 / 8, "draft_wasted": 3 / 16})
+    assert draft_metrics([drafted(7, 0, 0)]) == {"tokens_per_forward": 1.0, "draft_wasted": 0.0}

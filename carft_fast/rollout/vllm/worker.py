@@ -4,16 +4,17 @@ It replaces `GPUModelRunner._sample`, also the CPU's. Of a request's sampling pa
 top-k, seed and log-probs; no other ones are ever sent by `adapter.sampling_fields`.
 """
 
+import ast
+import importlib
 import inspect
 import itertools
+import operator
+import textwrap
 import zlib
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.platforms import current_platform
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from carft_fast.core import EngineError
 from carft_fast.rollout.coupled import pick, processed_logits
@@ -21,33 +22,107 @@ from carft_fast.rollout.drafts import LONGEST, Usefulness, find_draft
 from carft_fast.rollout.vllm.adapter import BUDGET, check_installed
 
 Worker: Any
-if current_platform.is_cpu():
-    from vllm.v1.worker.cpu_worker import CPUWorker as Worker
-else:
-    from vllm.v1.worker.gpu_worker import Worker
+try:
+    from vllm.platforms import current_platform
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-KNOWN = {
-    "GPUModelRunner._sample": (GPUModelRunner, "_sample", ["self", "logits", "spec_decode_metadata"]),
-    "SamplerOutput": (SamplerOutput, "__init__", ["self", "sampled_token_ids", "logprobs_tensors"]),
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as Worker
+    else:
+        from vllm.v1.worker.gpu_worker import Worker
+except ImportError as error:
+    raise EngineError(
+        f"vLLM {check_installed()} lacks what rollouts need of vLLM 0.32 ({error}): install vLLM 0.32, or set "
+        'rollout.engine = "hf"'
+    ) from error
+
+RELOAD = "vllm.model_executor.model_loader.reload"
+TRANSFER = "vllm.distributed.weight_transfer"
+KNOWN: dict[str, tuple[str, list[str] | None]] = {
+    "GPUModelRunner._sample": ("vllm.v1.worker.gpu_model_runner", ["self", "logits", "spec_decode_metadata"]),
+    "SamplerOutput": ("vllm.v1.outputs", ["sampled_token_ids", "logprobs_tensors"]),
+    "set_current_vllm_config": ("vllm.config", None),
+    "Attention": ("vllm.model_executor.layers.attention", None),
+    "UnquantizedLinearMethod": ("vllm.model_executor.layers.linear", None),
+    "UnquantizedEmbeddingMethod": ("vllm.model_executor.layers.vocab_parallel_embedding", None),
+    "VocabParallelEmbedding": ("vllm.model_executor.layers.vocab_parallel_embedding", None),
+    "initialize_layerwise_reload": (RELOAD, None),
+    "finalize_layerwise_reload": (RELOAD, None),
+    "get_layerwise_info": (f"{RELOAD}.layerwise", None),
+    "WeightTransferEngine": (f"{TRANSFER}.base", None),
+    "WeightTransferInitInfo": (f"{TRANSFER}.base", None),
+    "WeightTransferUpdateInfo": (f"{TRANSFER}.base", None),
+    "WeightTransferEngineFactory": (f"{TRANSFER}.factory", None),
+    "WeightTransferEngineFactory._registry": (f"{TRANSFER}.factory", None),
 }
-"""What is replaced or built, with its parameters in vLLM 0.32 (run) and 0.33 (read, not run)."""
+"""What is replaced, built or imported by in_place.py and plugin.py: its module, and its parameters where they matter.
+Of vLLM 0.32 (run); those with parameters were read in 0.33, too (not run)."""
+OF_THE_RUNNER = (
+    "requests",
+    *("input_batch.num_reqs", "input_batch.req_ids", "input_batch.num_tokens_no_spec", "input_batch.sampling_metadata"),
+)
+OF_A_DRAFTING_RUNNER = ("effective_drafter_max_model_len", "input_batch.token_ids_cpu")
+PROPOSED = ["sampled_token_ids", "self.input_batch.num_tokens_no_spec", "self.input_batch.token_ids_cpu"]
+"""What the runner calls `DraftProposer.propose` with."""
 
 
 def check_internals(runner: Any) -> None:
-    """Raises EngineError where vLLM is not the one that `CoupledSampler` was written for."""
-    for name, (owner, method, expected) in KNOWN.items():
-        found = list(inspect.signature(getattr(owner, method)).parameters) if hasattr(owner, method) else None
-        if found != expected:
-            has = f"no {name}" if found is None else f"{name}({', '.join(found)})"
-            raise EngineError(
-                f"vLLM {check_installed()} has {has}; rollouts need {name}({', '.join(expected)}) of vLLM 0.32: "
-                'install vLLM 0.32, or set rollout.engine = "hf"'
-            )
+    """Raises EngineError where vLLM is not the one that this file, in_place.py and plugin.py were written for."""
+    for name, (module, expected) in KNOWN.items():
+        parameters = "" if expected is None else f"({', '.join(expected)})"
+        if (found := _find(module, name)) is None:
+            raise _refusal(f"no {name}", f"{name}{parameters}")
+        if expected is not None and (given := list(inspect.signature(found).parameters)) != expected:
+            raise _refusal(f"{name}({', '.join(given)})", f"{name}{parameters}")
     if not isinstance(runner, GPUModelRunner):
         raise EngineError(
             f"vLLM {check_installed()} runs {type(runner).__module__}.{type(runner).__qualname__}; rollouts need "
             "vLLM 0.32's GPUModelRunner of vllm.v1.worker: unset VLLM_USE_V2_MODEL_RUNNER, or set it to 0"
         )
+    drafts = isinstance(getattr(runner, "drafter", None), DraftProposer)
+    for attribute in OF_THE_RUNNER + OF_A_DRAFTING_RUNNER * drafts:
+        try:
+            operator.attrgetter(attribute)(runner)
+        except AttributeError:
+            raise _refusal(f"no GPUModelRunner.{attribute}", f"GPUModelRunner.{attribute}") from None
+    if drafts and (proposed := _proposed()) != PROPOSED:
+        found = "no call of propose" if proposed is None else f"propose({', '.join(proposed)})"
+        raise EngineError(
+            f"vLLM {check_installed()} has {found} for drafts; they need propose({', '.join(PROPOSED)}) of vLLM 0.32: "
+            'install vLLM 0.32, or set rollout.drafts = "off"'
+        )
+
+
+def _refusal(has: str, needed: str) -> EngineError:
+    return EngineError(
+        f"vLLM {check_installed()} has {has}; rollouts need {needed} of vLLM 0.32: install vLLM 0.32, or set "
+        'rollout.engine = "hf"'
+    )
+
+
+def _find(module: str, name: str) -> Any:
+    try:
+        return operator.attrgetter(name)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return None
+
+
+def _proposed() -> list[str] | None:
+    """The positional arguments that the runner gives to a proposer of method "custom_class", from its source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(GPUModelRunner.propose_draft_token_ids)))
+    except (AttributeError, OSError, TypeError):
+        return None
+    branches = [n for n in ast.walk(tree) if isinstance(n, ast.If) and "'custom_class'" in ast.unparse(n.test)]
+    calls = [
+        node
+        for branch in branches
+        for statement in branch.body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "propose"
+    ]
+    return [ast.unparse(argument) for argument in calls[0].args] if calls else None
 
 
 class CoupledWorker(Worker):
