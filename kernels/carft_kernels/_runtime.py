@@ -23,7 +23,11 @@ FUSED = {"enable_fp_fusion": True}
 # Triton reads the same variable when a kernel is defined, that is, when this package is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and torch.backends.cpu.get_cpu_capability() != "AVX2"  # where MKL is the faster one
+)
 ONEDNN_FROM = 1 << 20
 """Multiplications, from which on a product goes by oneDNN."""
 

@@ -2,7 +2,8 @@
 
     y = x weight^T + bias
 
-torch takes oneDNN for half precision and MKL for float32, which on an AMD processor may be half as fast (docs/LOG.md).
+torch takes oneDNN for half precision and MKL for float32, which on an AMD processor with AVX-512 may be half as fast
+(docs/LOG.md). With AVX2 alone MKL is the faster one, and computes here too.
 The weight is read as it is, and kept for backward with x. Cost: 2 N M K, backward 4 N M K, as torch's.
 """
 
@@ -94,8 +95,8 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         [..., M]. Can be differentiated once, with respect to all three. Under autocast, for other dtypes, devices and
-        shapes of the bias, for small matrices, with `torch.backends.mkldnn.enabled` off, and where torch was built
-        without oneDNN: torch's own result.
+        shapes of the bias, for small matrices, on processors with AVX2 alone, with `torch.backends.mkldnn.enabled` off,
+        and where torch was built without oneDNN: torch's own result.
 
     Raises:
         ValueError: where the weight or the bias is a DTensor and x is not. Where all three are, torch computes.

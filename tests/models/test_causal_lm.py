@@ -41,6 +41,7 @@ def test_linear_layers_on_a_cpu(override: str, by_onednn: bool, monkeypatch: pyt
     """In float32 every product goes to oneDNN, also the LM head's, the heads' and LoRA's; and the way back."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
+    monkeypatch.setattr("carft_kernels._runtime.ONEDNN", True)
     monkeypatch.setattr("carft_kernels._runtime.ONEDNN_FROM", 1)
     model = load_model(config(override), "synthetic", torch.device("cpu"), heads=True)
     passes = build_passes(config(override), model, 100)
