@@ -1,5 +1,5 @@
 """TRL's GRPOTrainer with carft_kernels' policy loss: the head in three matmuls where TRL's takes four. Needs TRL.
-For loss_type "grpo", "bnpo" and "dr_grpo" with token-level ratios, beta 0 or above, PEFT, gradient accumulation."""
+For loss_type "dapo", "grpo", "bnpo" and "dr_grpo", token-level ratios, beta 0 or above, PEFT, gradient accumulation."""
 
 from typing import Any
 
@@ -16,19 +16,20 @@ class FusedGRPOTrainer(GRPOTrainer):
         other = [self.importance_sampling_level != "token", self.top_entropy_quantile < 1, self._entropy_bonus_enabled]
         other += [self.args.delta is not None, self.beta and self.args.use_bias_correction_kl]
         other += [self.use_vllm and self.vllm_importance_sampling_correction]
-        if self.loss_type not in ("grpo", "bnpo", "dr_grpo") or any(other):
-            raise ValueError("FusedGRPOTrainer has token-level grpo, bnpo and dr_grpo, no corrections or entropy terms")
+        if self.loss_type not in ("dapo", "grpo", "bnpo", "dr_grpo") or any(other):
+            raise ValueError("FusedGRPOTrainer: token-level dapo, grpo, bnpo, dr_grpo, no corrections or entropy terms")
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        ids, attended = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
         mask = inputs["completion_mask"].bool()
         rows, length = mask.shape
         # the states before the head, and one position's logits, which nobody reads
-        output = model(input_ids=ids, attention_mask=attention_mask, output_hidden_states=True, logits_to_keep=1)
+        output = model(input_ids=ids, attention_mask=attended, output_hidden_states=True, logits_to_keep=1)
         hidden_TD = output.hidden_states[-1][:, -length - 1 : -1][mask]
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        share = self.accelerator.num_processes * (self.args.steps_per_generation if model.training else 1)
         divisor = {
+            "dapo": inputs["num_items_in_batch"].clamp(min=1) / share,
             "grpo": rows * mask.sum(1, keepdim=True).clamp(min=1),
             "bnpo": mask.sum().clamp(min=1),
             "dr_grpo": rows * self.max_completion_length,

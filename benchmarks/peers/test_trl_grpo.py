@@ -40,7 +40,7 @@ def trainer(folder, tmp_path, kind=Fused, **options):
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "dr_grpo"])
 def test_loss_and_gradient_are_trls(folder, tmp_path, loss_type, old, beta):
     ours = trainer(folder, tmp_path, loss_type=loss_type, beta=beta, temperature=0.8, epsilon_high=0.28)
     ours.current_gradient_accumulation_steps = 2
@@ -61,7 +61,7 @@ def test_loss_and_gradient_are_trls(folder, tmp_path, loss_type, old, beta):
 @pytest.mark.parametrize(
     "options",
     [
-        {"loss_type": "dapo"},
+        {"loss_type": "cispo"},
         {"importance_sampling_level": "sequence"},
         {"delta": 4.0},
         {"entropy_coef": 0.1},
@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_trls(folder, tmp_path, loss_type, old, beta):
     ],
 )
 def test_what_it_does_not_compute_is_refused(folder, tmp_path, options):
-    with pytest.raises(ValueError, match="token-level grpo, bnpo and dr_grpo"):
+    with pytest.raises(ValueError, match="token-level dapo, grpo, bnpo, dr_grpo"):
         trainer(folder, tmp_path, **({"loss_type": "grpo"} | options))
 
 

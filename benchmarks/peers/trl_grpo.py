@@ -41,6 +41,7 @@ def make_inputs(model: Any, rows: int, prompt: int, completion: int, *, old: boo
         "completion_ids": torch.randint(3, vocabulary, (rows, completion), generator=generator),
         "completion_mask": (torch.arange(completion) < lengths).long(),
         "advantages": torch.randn(rows, generator=generator),
+        "num_items_in_batch": lengths.sum(),
     }
     near = -torch.rand(rows, completion, generator=generator) - torch.log(torch.tensor(float(vocabulary)))
     return (
