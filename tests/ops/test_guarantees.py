@@ -450,7 +450,7 @@ def test_more_bad_calls_name_the_argument() -> None:
         ck.linear_logprob(x, w, i, bias=torch.zeros(5, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"logits_TV has dtype torch.float8_e4m3fn"):
         ck.token_logprob(x.to(torch.float8_e4m3fn), i)
-    with pytest.raises(ValueError, match=r"kl_coef = -0.1: expected a number of at least 0"):
+    with pytest.raises(ValueError, match=r"kl_coef = -0.1: expected a finite number of at least 0"):
         ck.linear_policy_loss(x, w, i, **rest, ref_logprob_T=t, kl_coef=-0.1)
     for name in ("advantage_T", "weight_T"):
         with pytest.raises(ValueError, match=rf"{name} is None: expected a tensor of shape \(3,\)"):
