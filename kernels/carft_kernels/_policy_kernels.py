@@ -310,5 +310,7 @@ def policy_terms_torch(
         d = d - terms.kl_coef * slope
     if entropy_T is not None:
         token_loss = token_loss - terms.entropy_coef * entropy_T
-    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), exp_less_linear(log_ratio).sum()]
+    # in float32: what a token's estimate loses near 0 is noise, of which the mean has little
+    approx_kl = log_ratio.expm1().sub_(log_ratio).sum()
+    sums = [token_loss.mul_(weight_T).sum(), count, outside.count_nonzero(), approx_kl]
     return d.mul_(weight_T), sums if entropy_T is None else [*sums, entropy_T.sum()]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from carft_kernels import _runtime
 from carft_kernels._runtime import check_local, linear
 
 
@@ -116,6 +117,6 @@ def cpu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and weight.numel() > 0
         and (bias is None or (bias.dtype == torch.float32 and bias.shape == weight.shape[:1]))
     )
-    if not takes or torch.is_autocast_enabled("cpu"):
+    if not takes or not _runtime.ONEDNN or torch.is_autocast_enabled("cpu"):
         return torch.nn.functional.linear(x, weight, bias)
     return _forward(x, weight, None if bias is None else bias.contiguous())
