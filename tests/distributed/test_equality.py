@@ -273,8 +273,9 @@ def test_several_processes_train_like_one(group: str, name: str) -> None:
         for ours, expected in zip(metrics, expected_metrics, strict=True):
             assert ours.keys() == expected.keys()
             for key, value in expected.items():
-                # where rollouts are dropped the update's micro-batches, and so the rounding, are not the look's
-                rounding = 1e-5 if key == "first_ratio_error" else 1e-6
+                # where rollouts are dropped the update's micro-batches, and so the rounding, are not the look's; and a
+                # cosine of vectors that are within 1e-5 is so absolutely, however small it is
+                rounding = 1e-5 if key == "first_ratio_error" or key.startswith("grad_cosine") else 1e-6
                 assert ours[key] == pytest.approx(value, rel=1e-5, abs=rounding), key
     _, weights = together(group)[name][0]
     assert weights.keys() == expected_weights.keys()
