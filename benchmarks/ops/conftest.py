@@ -25,8 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def clock(config: pytest.Config) -> str:
-    timer = config.getoption("benchmark_timer")
-    return CLOCKS[getattr(timer, "__name__", "perf_counter")]
+    return CLOCKS[str(config.getoption("benchmark_timer")).rpartition(".")[2]]
 
 
 @pytest.hookimpl(wrapper=True)

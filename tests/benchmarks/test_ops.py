@@ -8,14 +8,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from pytest_benchmark.utils import load_timer
 
 from benchmarks import compare
 from benchmarks.ops import cases as op_cases
+from benchmarks.ops import conftest, table
 from benchmarks.ops import measure as ops
-from benchmarks.ops import table
 from benchmarks.ops.cases import MATMULS, PLAIN, Case, Maker
 from benchmarks.rows import RESULTS
 from carft_fast.core.errors import InputError
@@ -138,6 +140,12 @@ def test_what_pytest_benchmark_measured_becomes_rows(tmp_path: Path) -> None:
         table.machine_of([runs[0], runs[1] | {"machine_info": runs[1]["machine_info"] | {"commit": "other"}}])
     assert compare.read(files[0]).rows[0]["machine"]["clock"] == "wall"
     list(compare.differences(compare.read(files[0]), compare.read(files[1]), 0.1))
+
+
+@pytest.mark.parametrize(("timer", "clock"), [("time.perf_counter", "wall"), ("time.process_time", "cpu")])
+def test_rows_say_which_clock_timed_them(timer: str, clock: str) -> None:
+    for given in (timer, load_timer(timer)):
+        assert conftest.clock(mock.Mock(getoption=lambda name, given=given: {"benchmark_timer": given}[name])) == clock
 
 
 @pytest.mark.parametrize("half", [False, True])
