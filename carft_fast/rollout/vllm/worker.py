@@ -23,6 +23,7 @@ from carft_fast.rollout.vllm.adapter import BUDGET, check_installed
 
 Worker: Any
 try:
+    from vllm import _custom_ops
     from vllm.platforms import current_platform
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -37,11 +38,13 @@ except ImportError as error:
         'rollout.engine = "hf"'
     ) from error
 
+onednn_mm = _custom_ops.onednn_mm
 RELOAD = "vllm.model_executor.model_loader.reload"
 TRANSFER = "vllm.distributed.weight_transfer"
 KNOWN: dict[str, tuple[str, list[str] | None]] = {
     "GPUModelRunner._sample": ("vllm.v1.worker.gpu_model_runner", ["self", "logits", "spec_decode_metadata"]),
     "SamplerOutput": ("vllm.v1.outputs", ["sampled_token_ids", "logprobs_tensors"]),
+    "onednn_mm": ("vllm._custom_ops", ["dnnl_handler", "x", "bias"]),
     "set_current_vllm_config": ("vllm.config", None),
     "Attention": ("vllm.model_executor.layers.attention", None),
     "UnquantizedLinearMethod": ("vllm.model_executor.layers.linear", None),
@@ -125,6 +128,17 @@ def _proposed() -> list[str] | None:
     return [ast.unparse(argument) for argument in calls[0].args] if calls else None
 
 
+def rounds_alike(dnnl_handler: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """vLLM's matmul on the CPU, [..., K] times [K, N], whose rounding of a row depends on whether it is alone.
+
+    oneDNN adds up a single row's products in another order where K is above 1,024. A row alone is multiplied twice, so
+    that a sequence's tokens do not depend on others that are decoded with it, nor on drafts.
+    """
+    if x.shape[:-1].numel() != 1:
+        return onednn_mm(dnnl_handler, x, bias)
+    return onednn_mm(dnnl_handler, torch.cat([x, x]), bias)[: len(x)]
+
+
 class CoupledWorker(Worker):
     """The worker of this platform; every model runner it makes samples by the coupled rule."""
 
@@ -132,6 +146,7 @@ class CoupledWorker(Worker):
         super().init_device()
         runner = self.model_runner
         check_internals(runner)
+        _custom_ops.onednn_mm = rounds_alike
         runner._sample = CoupledSampler(runner)
         if isinstance(drafter := getattr(runner, "drafter", None), DraftProposer):
             drafter.runner = runner
