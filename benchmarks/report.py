@@ -223,7 +223,7 @@ def step(found: Measured) -> list[str]:
         drawn.append(bar_chart(f"{case}: seconds of the two phases", groups, "seconds"))
         memory = {row["path"]: {"peak": row["update_peak_mb"]} for row in of_case}
         drawn.append(
-            bar_chart(f"{case}: memory of look and first epoch", memory, "MiB beyond model and optimizer state")
+            bar_chart(f"{case}: memory of log-probs and first epoch", memory, "MiB beyond model and optimizer state")
         )
     return [
         page.paragraph(

@@ -7,7 +7,7 @@ the plain path (`model.impl = "padded"`: all rows of a device at once, padded to
 completion, float32 logits of every position); "padded, recomputing" is our padded baseline, which computes what the
 published trainers do. Engines and paths take turns.
 Before anything is timed, every path's loss is compared with the fast one's. Memory: resident memory at its highest in
-look and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
+log-probs and first epoch, above what was there when they began (model and optimizer state are), in a process of its own
 whose allocator gives back what is freed; also without the gradients, which every path holds in full. Writes
 benchmarks/results/step_cpu.{json,md}.
 """
@@ -223,7 +223,7 @@ def blocks_of_the_system() -> Iterator[None]:
 
 
 def step_peak_mb(prepared: Prepared) -> float:
-    """Of look and first epoch, above what this process held when it began; see `blocks_of_the_system`."""
+    """Of log-probs and first epoch, above what this process held when it began; see `blocks_of_the_system`."""
     prepared.both()  # gradients are freed by the step, moments stay, imports are done
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # else what was freed before counts as there already
@@ -239,7 +239,7 @@ def _made_and_measured(make: Callable[[], Prepared]) -> float:
 
 
 def peaks_mb(makers: dict[str, Callable[[], Prepared]]) -> dict[str, float]:
-    """Of look and first epoch of each, in new processes, whose heap nothing was in."""
+    """Of log-probs and first epoch of each, in new processes, whose heap nothing was in."""
     workers, context = min(len(makers), os.cpu_count() or 1), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
         return dict(zip(makers, pool.map(_made_and_measured, makers.values()), strict=True))

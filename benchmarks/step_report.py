@@ -60,7 +60,7 @@ def case_lines(case: dict[str, Any]) -> list[str]:
         "",
         "| path | log-probs, s | x | added, s | x | update, s | x | alone, s | x | both, x "
         "| sampling, s | x | step, s | x | samples/s | completion tokens/s | utilisation "
-        "| peak, MB | x | beyond gradients, MB | x |",
+        "| peak, MiB | x | beyond gradients, MiB | x |",
         "|" + " --- |" * 21,
     ]
     for row in case["rows"]:
@@ -85,7 +85,7 @@ def case_lines(case: dict[str, Any]) -> list[str]:
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
-        f"Gradients {case['gradients_mb']} MB.",
+        f"Gradients {case['gradients_mb']} MiB.",
         f"Matmul ceiling {case['matmul_ceiling_gflops']} GFLOP/s, {case['repeats']} repeats; {case['machine']}",
     ]
     return lines
@@ -105,7 +105,7 @@ def growth_lines(results: dict[str, Any]) -> list[str]:
     ]
     lines += [
         "",
-        "Peak of a step (MB) with the vocabulary; 2 layers of width 64, 2,048 tokens in one micro-batch. What is",
+        "Peak of a step (MiB) with the vocabulary; 2 layers of width 64, 2,048 tokens in one micro-batch. What is",
         "left of growth on the fast path is the gradient of the LM head, as large as the head:",
         "",
         "| vocabulary | LM head | fast | padded |",
@@ -124,7 +124,7 @@ def growth_lines(results: dict[str, Any]) -> list[str]:
         ),
     ):
         if rows:
-            lines += ["", f"Peak of a step (MB) with the rollouts of a device, {what}", ""]
+            lines += ["", f"Peak of a step (MiB) with the rollouts of a device, {what}", ""]
             paths = [key for key in rows[0] if key not in ("rollouts", "model", "machine", BASELINE)]
             lines += [f"| rollouts | {''.join(f'{path} | x | ' for path in paths)}{BASELINE} |"]
             lines += ["|" + " --- |" * (2 + 2 * len(paths))]

@@ -30,7 +30,7 @@ EVENTS = ("on_step", "on_evaluate", "on_checkpoint", "on_end")
 
 
 def load_config(path: "StrPath | None" = None, *, method: str | None = None, overrides: Overrides = ()) -> Config:
-    """The settings of a run: a TOML file (none: the defaults), what `method` fixes, and overrides, in that order.
+    """The settings of a run: the defaults, then the TOML file, then what `method` fixes, then the overrides.
 
     `overrides` maps dotted keys to values, `{"rl.max_steps": 20}`, or lists texts, `["rl.max_steps=20"]`. Raises
     InputError, which names the key, the value seen and what is allowed.
@@ -42,7 +42,7 @@ def load_config(path: "StrPath | None" = None, *, method: str | None = None, ove
 
 
 class Trainer:
-    """One run of the stages on a config, in one folder.
+    """A training run: SFT, RL or both, by one config, in one folder.
 
     Under `torchrun` or `accelerate launch` every process makes the same Trainer and calls the same methods.
     """
@@ -117,7 +117,7 @@ class Trainer:
         """End the stage after its present step. The step is evaluated and saved; a "guard" record has `reason` as its
         cause. For callbacks; raises InputError when no training is under way."""
         if self._run is None:
-            raise InputError("stop: no training is under way; it is for callbacks")
+            raise InputError("stop: no training is under way; call it from a callback while train() runs")
         if not reason or not isinstance(reason, str):
             raise InputError(f"stop: reason = {reason!r}: expected a text that says why")
         self._run.stop_reason = reason
@@ -207,7 +207,7 @@ def compare(
     judgement = None
     if study is not None:
         if config or methods or vary:
-            raise InputError("a study names its config and its arms: no config, methods or vary beside it")
+            raise InputError("a study sets config, methods and vary: leave them out")
         found = load_study(Path(study))
         config = load_config(Path(study).parent / found.config, overrides=overrides)
         if unknown := [seed for seed in chosen if seed not in found.seeds]:
@@ -216,7 +216,7 @@ def compare(
         variants, chosen, judgement = found.variants, chosen or found.seeds, found.judgement
     else:
         if config is None or overrides:
-            raise InputError("compare needs a config, or a study; overrides are a study's")
+            raise InputError("compare: give a config or a study; overrides are allowed with a study only")
         given = methods if isinstance(methods, str) else ",".join(methods)
         names = parse_methods(given) if given else DEFAULT_METHODS
         variants, chosen = expand(names, dict(map(parse_vary, vary)), config), chosen or [config.seed]

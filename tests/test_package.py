@@ -158,6 +158,7 @@ def test_the_version_is_the_same_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"| carft_fast {version} |" in (ROOT / "README.md").read_text()
 
 
 NAMES = ["HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK", "VLLM_NO_USAGE_STATS"]

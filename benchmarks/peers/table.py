@@ -13,7 +13,7 @@ MEASURES: tuple[tuple[str, str, Callable[[Done], float]], ...] = (
     ("completion tokens trained", "tokens/s", lambda done: done.completion_tokens / done.seconds),
     ("samples", "samples/s", lambda done: done.samples / done.seconds),
     ("positions through the model", "positions/step", lambda done: done.positions),
-    ("memory of a step", "MB", lambda done: done.peak_mb),
+    ("memory of a step", "MiB", lambda done: done.peak_mb),
 )
 RATIOS: tuple[tuple[str, Callable[[Done], float]], ...] = (
     ("time", lambda done: done.seconds),
@@ -75,7 +75,8 @@ def report(rows: Sequence[Row], cases: Mapping[str, Mapping[str, str]]) -> str:
         about = cases[case]
         lines += ["", f"## {case}", "", about["work"], ""]
         lines += [
-            "| side | step, s | x | processor time, s | x | completion tokens/s | samples/s | positions | memory, MB |",
+            "| side | step, s | x | processor time, s | x | completion tokens/s | samples/s | positions "
+            "| memory, MiB |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
         ]
         found: dict[str, dict[str, Row]] = {}

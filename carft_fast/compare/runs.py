@@ -89,7 +89,7 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError:
         raise InputError(f"--seeds {text}: expected whole numbers such as 0,1,2") from None
     if len(set(seeds)) < len(seeds):
-        raise InputError(f"--seeds {text}: a seed is there twice")
+        raise InputError(f"--seeds {text}: a seed appears twice")
     return seeds
 
 

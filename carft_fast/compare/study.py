@@ -52,7 +52,7 @@ def load_study(path: Path) -> Study:
     except (OSError, ValueError, RecursionError) as error:
         refuse(f"cannot be read: {first_line(error)}")
     if len(set(study.seeds)) < len(study.seeds):
-        refuse(f"seeds = {study.seeds}: a seed is there twice")
+        refuse(f"seeds = {study.seeds}: a seed appears twice")
     for name in study.references:
         if name not in study.arms:
             refuse(f'references: "{name}" is no arm; allowed: {", ".join(study.arms)}')

@@ -360,7 +360,7 @@ class RewardConfig(Section):
         if self.fn and self.partial != "constant":
             yield f'fn = {shown} needs partial = "constant": its scores are taken as they are, no cosine is added'
         if len(set(self.functions)) < len(self.functions):
-            yield f"fn = {shown}: a function is there twice"
+            yield f"fn = {shown}: a function appears twice"
         if self.fn and self.fn_weights and (isinstance(self.fn, str) or len(self.fn_weights) != len(self.fn)):
             yield (
                 f"fn_weights = {self.fn_weights}: {len(self.fn_weights)} weights; expected one for each function of a "
@@ -538,7 +538,7 @@ class RolloutConfig(Section):
         if self.servers and self.server_devices:
             yield "servers are running already and server_devices would be started: give one of the two"
         if len(set(self.servers)) < len(self.servers):
-            yield f"servers = {self.servers}: an address is there twice"
+            yield f"servers = {self.servers}: an address appears twice"
         for url in self.servers:
             if "@" in url or "?" in url:
                 yield (
@@ -610,4 +610,4 @@ class OutputConfig(Section):
 
     def _conflicts(self) -> Iterator[str]:
         if len(set(self.trackers)) < len(self.trackers):
-            yield f"trackers = {self.trackers}: one is there twice"
+            yield f"trackers = {self.trackers}: one appears twice"

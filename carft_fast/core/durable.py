@@ -271,7 +271,7 @@ def writing(target: Path, needed_bytes: int | None = None) -> Iterator[None]:
         needed = f"about {needed_bytes:,} bytes are needed, " if needed_bytes else ""
         raise TrainingError(
             f"{target} cannot be written: {refusal} ({needed}{_free_bytes(target):,} free). "
-            "What a run saved before is whole: --resume goes on from its last checkpoint"
+            "Earlier checkpoints are intact: --resume goes on from its last checkpoint"
         ) from error
 
 

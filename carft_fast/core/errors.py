@@ -1,7 +1,7 @@
 """What a run raises for its user. The command line prints the message alone.
 
-After InputError it exits with 2; nothing was written. After the others it exits with 1; --resume goes on from the last
-checkpoint.
+After InputError, which comes before the first step, it exits with 2. After the others it exits with 1; --resume goes
+on from the last checkpoint.
 """
 
 from carft_fast.core.text import visible
@@ -17,15 +17,15 @@ class InputError(_VisibleError, ValueError):
 
 
 class RewardError(_VisibleError, RuntimeError):
-    """Rewards cannot be computed: a user's function returned something else than scores, or a grader died."""
+    """Rewards cannot be computed: a user's function returned something that is not a score, or a grader died."""
 
 
 class EngineError(_VisibleError, RuntimeError):
-    """The sampler is not started, out of memory, dead, or has other weights than the trainer. Says what to do."""
+    """The sampler is not started, out of memory, dead, or has other weights than the trainer. It says what to do."""
 
 
 class TrainingError(_VisibleError, RuntimeError):
-    """Training cannot go on: its gradients stopped being finite, or a disk takes no more."""
+    """Training cannot go on: its gradients stopped being finite, or a disk is full."""
 
 
 def first_line(error: Exception) -> str:

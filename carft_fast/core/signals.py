@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Stopped(Exception):  # noqa: N818 - an event, not an error
-    """Raised at a safe point (weights and step agree) after a stop was asked for."""
+    """Raised after Ctrl-C or SIGTERM, where weights and step number agree. The run is saved."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)

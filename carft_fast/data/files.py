@@ -68,7 +68,7 @@ def _read_json(path: str) -> list[Any]:
         return values
     if not isinstance(values[0], list):
         raise InputError(
-            f"{path}: a JSON list of rows, or rows one after another, are expected, this is {type(values[0]).__name__}"
+            f"{path}: expected a JSON list of rows, or rows one after another, found {type(values[0]).__name__}"
         )
     return values[0]
 

@@ -256,8 +256,8 @@ class CarftModel(nn.Module):
                     return True
         if len(captured) < 2:  # the second is the base model's own call
             raise InputError(
-                f"{type(self.lm).__name__}: its LM head is more than a matrix, and its hidden states cannot be had "
-                "beside the logits"
+                f"{type(self.lm).__name__}: its LM head is more than a matrix, and its hidden states cannot be "
+                "read separately from the logits"
             )
         return False
 

@@ -234,7 +234,7 @@ def _add_adapters(lm: Any, lora: LoraConfig, seed: int, trained: Path | None) ->
     if changed := set(plain) ^ set(SamplerWeights(lm, torch.float32).metadata()):
         raise InputError(
             f"lora.target_modules = {lora.target_modules}: {type(lm).__name__}'s adapters could not be merged into its "
-            f"weights, {min(changed).name} is the first"
+            f"weights, for example {min(changed).name}"
         )
     head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight

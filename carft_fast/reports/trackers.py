@@ -265,7 +265,7 @@ def check_trackers(config: Config) -> None:
                 BACKENDS[name].check()
         except Exception as error:
             reason = textwrap.shorten(first_line(error), 400, placeholder=" ...")
-            raise InputError(f"{seen} cannot be reached: leave it out, or mend this: {reason}") from None
+            raise InputError(f"{seen} cannot be reached: leave it out, or fix this: {reason}") from None
 
 
 class Trackers:

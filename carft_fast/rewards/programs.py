@@ -226,7 +226,7 @@ class _Worker:
             found = self.receive()
             if found != wanted:
                 raise SandboxError(
-                    f"the sandbox does not hold on this machine: asked for {wanted}, got {found}"
+                    f"the sandbox failed its self-test on this machine: asked for {wanted}, got {found}"
                     " (is seccomp in the kernel, and is there memory enough?)"
                 )
 

@@ -41,7 +41,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, push_to: str | None = N
     if damage := find_damage(checkpoint):
         raise InputError(f"{checkpoint}: damaged: {damage}")
     if not (checkpoint / STATE_FILE).is_file():
-        raise InputError(f"{checkpoint}: no checkpoint but a model that is exported already")
+        raise InputError(f"{checkpoint}: this is an exported model, not a checkpoint")
     state = read_state(checkpoint)
     if push_to is not None:
         hub.check_push(push_to)

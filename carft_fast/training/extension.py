@@ -59,7 +59,7 @@ def planned_steps(folder: Path, stages: Sequence[str], config: Config | None = N
     try:
         rows = int(read_json_object(environment)["data"]["train"]["rows"])
     except (KeyError, TypeError, ValueError):
-        raise InputError(f"{environment}: data.train.rows is no number of rows") from None
+        raise InputError(f"{environment}: data.train.rows: expected a whole number") from None
     config = config or load_config(str(folder / CONFIG_FILE))
     return {stage: stage_total_steps(config, stage, rows) for stage in stages}
 

@@ -106,7 +106,8 @@ def checked_head(
     target_T = options.checked("target_T", target_T, hidden_name, hidden_TD)
     if group is not None and options.cuts:
         raise ValueError(
-            f"top_k = {options.top_k}, top_p = {options.top_p}: not with a group, each of whose ranks sees some logits"
+            f"top_k = {options.top_k}, top_p = {options.top_p}: not with a group: each rank has only a part of "
+            "the vocabulary"
         )
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens = {chunk_tokens}: expected at least 1")

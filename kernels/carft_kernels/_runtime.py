@@ -50,7 +50,7 @@ _index_checks = _index_checks_from(os.environ.get("CARFT_KERNELS_CHECK_INDICES")
 def set_index_checks(enabled: bool | None) -> None:
     """Switch checks of index ranges (targets, cu_seqlens, positives), which read device memory.
 
-    None (the default) checks on the CPU and not on CUDA, where reading back would stop the stream. The environment
+    None (the default) checks on the CPU and not on CUDA, where the host would wait for the device. The environment
     variable CARFT_KERNELS_CHECK_INDICES=0/1 sets the start value.
     """
     global _index_checks
@@ -259,7 +259,7 @@ def check_cu_seqlens(
         allowed = f"{like.device}{' or cpu' * host_allowed}"
         raise ValueError(f"{name} is on {cu_seqlens.device}: expected {allowed}, where {like_name} is")
     if cu_seqlens.numel() == 1 and len(like):
-        raise ValueError(f"{name} has shape (1,), no sequence: {like_name} has {len(like)} tokens")
+        raise ValueError(f"{name} describes no sequence, its shape is (1,): {like_name} has {len(like)} tokens")
 
 
 def check_rising(name: str, offsets: Sequence[int], tokens: int) -> None:

@@ -205,7 +205,7 @@ def _(a: Tensor, a_cu: Tensor, b: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def lcs_mask(a: Tensor, a_cu: Tensor, b: Tensor, b_cu: Tensor, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
-    """The tokens of a longest common subsequence of each pair of packed sequences, marked on both sides.
+    """For each pair of packed sequences, mark the tokens of one longest common subsequence on both sides.
 
     Equivalent, for each pair: fill the table L of the module's formula and walk back from its last cell.
 

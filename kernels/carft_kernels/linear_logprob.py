@@ -207,7 +207,7 @@ def linear_logprob(
         with_entropy: also return the entropy (nats), differentiable.
         with_lse: also return the logsumexp of the logits over the temperature, differentiable; for a z-loss, say,
             its square.
-        logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+        logit_softcap: logits become cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         top_k: the log-prob, entropy and log-sum-exp are those of the `top_k` most likely tokens alone, and of all that
             are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
             sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no
@@ -219,7 +219,7 @@ def linear_logprob(
         chunk_tokens: the most tokens of a chunk; chunks are equal. By default on a GPU 4,096 as far as 3 GiB hold their
             float32 logits, or what 1 GiB holds if that is more; on a CPU what 32 MB hold.
         group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
-            this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
+            this rank's rows, contiguous, in the order of the ranks; a rank may have none. A DTensor has to be Shard(0)
             on a one-dimensional mesh of the same ranks. All ranks make the same call, only rows differ: hidden states
             and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole result,
             and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do not sum it again. Gradients

@@ -310,16 +310,16 @@ def linear_policy_loss(
         ref_logprob_T: float [T] of the reference model, for the KL term; no gradient.
         reference_hidden_TE: [T, E] in place of `ref_logprob_T`: the states of the reference model, a frozen one, that
             predict the targets. `linear_logprob` finds its log-probs, with the same temperature, soft cap, top_k, top_p
-            and group, for 1F. Dtype and device of `hidden_TD`; no gradient.
+            and group, for 2 T V E FLOP more. Dtype and device of `hidden_TD`; no gradient.
         reference_weight_VE: [V, E] of the reference model's LM head, dtype and device of `hidden_TD`; no gradient.
             With a group as `weight_VD`, this rank's rows of it. None: it has the policy's weight and bias, as they are
             now.
         reference_bias: [V] beside `reference_weight_VE`, where `bias` is given; no gradient.
         cu_seqlens: int64 or int32 [B + 1], offsets of the sequences, from 0 to T: the ratio of a token is that of its
             sequence, exp of the mean of `logprob - old_logprob` over the sequence's tokens with weight (GSPO). Needs
-            "clip". Every log-prob comes before the first gradient, so it is 4F in place of 3F, no token is left out of
-            a product (`skip_dead` changes nothing), and `weight_T` needs no loss scale. Wrong ones are as in
-            `policy_loss`. None: every token has its own ratio.
+            "clip". Every log-prob comes before the first gradient, so it takes four products with the head
+            in place of three, no token is left out of one (`skip_dead` changes nothing), and `weight_T` needs no loss
+            scale. Wrong ones are as in `policy_loss`. None: every token has its own ratio.
         kl_coef: weight of the estimate of KL(policy || reference), at least 0; above 0 it needs `ref_logprob_T` or
             `reference_hidden_TE`.
         kl_estimate: of a token, with d = ref_logprob - logprob: "k3" `d.exp() - d - 1`, "k2" `0.5 * d ** 2`.
@@ -327,7 +327,7 @@ def linear_policy_loss(
         entropy_coef: weight of the entropy bonus.
         z_loss_coef: weight of the square of logsumexp(logits / temperature), at least 0. Takes no pass of its own, and
             reaches every token with weight.
-        logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+        logit_softcap: logits become cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
             Where torch computes, it takes a second chunk of logits.
         top_k, top_p: log-prob, entropy and z term are those of the distribution that they leave, renormalised, as in
             `linear_logprob`. 0 and 1 keep every token.
@@ -340,7 +340,7 @@ def linear_policy_loss(
             back from the device, once a chunk. False computes with all tokens and reads nothing back, so it can be
             captured in a CUDA graph; the results are the same within rounding.
         group: process group over whose ranks the vocabulary is divided (tensor parallel): `weight_VD` and `bias` are
-            this rank's rows, contiguous, in the order of the ranks; any number, also none. A DTensor has to be Shard(0)
+            this rank's rows, contiguous, in the order of the ranks; a rank may have none. A DTensor has to be Shard(0)
             on a one-dimensional mesh of the same ranks. All ranks make the same call, only rows differ: hidden states,
             vectors and `chunk_tokens` are the same, and targets are of the whole vocabulary. Each rank gets the whole
             loss, log-probs and metrics, and the whole gradient of `hidden_TD`: the operator sums it over the ranks, do

@@ -185,7 +185,7 @@ def token_logprob(
         temperature: divides the logits; above 0.
         with_entropy: also return the entropy (nats), differentiable.
         with_lse: also return logsumexp(logits / temperature), differentiable; such as for a z-loss, its square.
-        logit_softcap: cap: the logits are cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
+        logit_softcap: logits become cap * tanh(logits / cap), before the temperature; -inf stays -inf. Above 0.
         top_k: the log-prob, entropy and log-sum-exp are those of the `top_k` most likely tokens alone, and of all that
             are as likely as the last of them, renormalised; no other logit has a gradient. 0 keeps every token. As a
             sampler's, on the logits over the temperature. The target is always kept. Which tokens are kept carries no

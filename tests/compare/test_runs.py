@@ -32,7 +32,7 @@ def test_varied_fields_go_to_the_methods_that_read_them() -> None:
     ("call", "message"),
     [
         (lambda: parse_methods("reft,ppo"), 'method "ppo": unknown'),
-        (lambda: parse_seeds("0,1,1"), "a seed is there twice"),
+        (lambda: parse_seeds("0,1,1"), "a seed appears twice"),
         (lambda: parse_seeds("a"), "expected whole numbers"),
         (lambda: parse_vary("lr=1"), "expected section.key=value"),
         (lambda: parse_vary("data.train=a,b"), "the same for all runs"),
@@ -105,7 +105,7 @@ def test_every_arm_of_the_studies_in_the_docs_has_a_config(file: Path) -> None:
     [
         ('config = "base.toml"', "", "config: Field required"),
         ("seeds = [0, 1]", "seeds = [0]", "seeds: List should have at least 2 items"),
-        ("seeds = [0, 1]", "seeds = [1, 1]", "a seed is there twice"),
+        ("seeds = [0, 1]", "seeds = [1, 1]", "a seed appears twice"),
         ("reach = 0.7", "reach = 70", "reach: Input should be less than 1"),
         ('["plain"]', '["reft"]', '"reft" is no arm; allowed: plain, published'),
         ('"carft"', '"ppo"', 'arms.published.method = "ppo": allowed: sft, reft'),

@@ -80,7 +80,7 @@ def test_nothing_of_the_default_config_looks_like_a_secret() -> None:
         (["rollout.tensor_parallel=2", "rollout.engine=vllm"], r'tensor_parallel = 2 needs engine = "vllm-server"'),
         (['rollout.servers=["http://a:1"]'], r'servers and server_devices need engine = "vllm-server"'),
         (["rollout.engine=vllm-server", 'rollout.servers=["a:1"]'], r'"a:1" is no address: expected http://host:port'),
-        (["rollout.engine=vllm-server", 'rollout.servers=["http://a","http://a"]'], "an address is there twice"),
+        (["rollout.engine=vllm-server", 'rollout.servers=["http://a","http://a"]'], "an address appears twice"),
         (
             ["rollout.engine=vllm-server", 'rollout.servers=["http://a"]', 'rollout.server_devices=["1"]'],
             "give one of the two",

@@ -221,5 +221,5 @@ def test_wandb_without_a_key_is_refused(tmp_path: Path) -> None:
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     said = found.stderr.strip().splitlines()[-1]
     assert (
-        'output.trackers = ["wandb"]: wandb cannot be reached: leave it out, or mend this: RuntimeError: no API' in said
+        'output.trackers = ["wandb"]: wandb cannot be reached: leave it out, or fix this: RuntimeError: no API' in said
     )

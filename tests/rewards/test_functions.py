@@ -105,7 +105,7 @@ def test_errors_name_the_function() -> None:
     ("options", "message"),
     [
         (['fn=["a:b"]'], 'fn = ["a:b"] needs partial = "constant"'),
-        (['fn=["a:b", "a:b"]', "partial=constant"], "a function is there twice"),
+        (['fn=["a:b", "a:b"]', "partial=constant"], "a function appears twice"),
         (['fn=["a:b", "a:c"]', "partial=constant", "fn_weights=[1.0]"], "1 weights; expected one for each function"),
         (["fn=a:b", "partial=constant", "fn_weights=[1.0]"], "1 weights; expected one for each function"),
         (['fn=["answer"]', "partial=constant", "partial_constant=2.0"], "partial_constant = 2 lets a wrong answer"),
