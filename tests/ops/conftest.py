@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_kernels import _runtime
 
+pytest.register_assert_rewrite("tests.ops.checks")
+
 if _runtime.INTERPRETED:
     from .interpreter import do_once
 

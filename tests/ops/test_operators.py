@@ -24,7 +24,7 @@ from carft_kernels.token_logprob import token_logprob_reference
 from carft_kernels.value_pool import value_pool_reference
 from tests.processes import spawn
 
-from .test_triton import DEVICE
+from .checks import DEVICE
 
 FAST = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
