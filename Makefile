@@ -96,8 +96,8 @@ test-long: sampler
 	$(PYTEST) -m long $(ARGS)
 
 test-quick: setup
-	$(PYTEST) -m "not long" $(addprefix tests/,config core data objective rewards compare ops/test_operators.py \
-		ops/test_guarantees.py ops/test_golden.py) $(ARGS)
+	$(PYTEST) -m "not long" $(addprefix tests/,config core data objective rewards compare) $(patsubst %,tests/ops/test_%.py, \
+		logprob losses contrastive advantages precision bad_calls guarantees golden) $(ARGS)
 
 lint: sampler
 	$(BIN)/ruff check .

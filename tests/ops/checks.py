@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ DEVICE = os.environ.get("CARFT_TEST_DEVICE", "cuda" if torch.cuda.is_available()
 EXAMPLES = int(os.environ.get("CARFT_TEST_EXAMPLES", "15"))
 # no shrinking: interpreted examples take seconds
 FEW = settings(max_examples=EXAMPLES, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+FAST = settings(max_examples=25, deadline=None)
 HALF = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float32, *HALF]
 seeds = st.integers(0, 2**31)
@@ -45,8 +47,8 @@ def rng(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def randn(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
-    return torch.randn(shape, generator=rng(seed), dtype=torch.float64) * scale
+def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, generator=rng(seed), dtype=torch.float64) * scale).to(dtype)
 
 
 def randint(seed: int, high: int, *shape: int) -> Tensor:
@@ -55,6 +57,16 @@ def randint(seed: int, high: int, *shape: int) -> Tensor:
 
 def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(DEVICE)
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    """On the CPU, where randn is, too."""
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*leaves), leaves)
 
 
 def weighted(outputs: Any, seed: int = 99) -> Tensor:
@@ -99,6 +111,20 @@ def compare(
     for i, (x, y, truth) in enumerate(zip(ours, theirs, exact, strict=True)):
         error, allowed = (x.double() - truth).norm(), 2 * (y.double() - truth).norm()
         assert error <= allowed + 1e-5 * truth.norm().clamp(min=0.2), (i, float(error), float(allowed))
+
+
+def assert_float32_error(actual: Tensor, reference: Tensor) -> None:
+    """At most 1e-5 of the largest reference value."""
+    error = (actual.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-30)
+    assert error <= 1e-5, float(error)
+
+
+def assert_refused(call: Callable[[], object], texts: list[str]) -> None:
+    """With a ValueError whose message has all of the texts."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - every text is checked below
+        call()
+    for text in texts:
+        assert text in str(error.value)
 
 
 def plain_logprob(logits: Tensor, target: Tensor, temperature: float, entropy: bool) -> Any:

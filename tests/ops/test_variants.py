@@ -18,8 +18,20 @@ from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 from carft_kernels.policy_loss import policy_loss_reference
 from carft_kernels.token_logprob import token_logprob_reference
 
-from .checks import DEVICE, DTYPES, FEW, compare, offsets, policy_inputs, randint, randn, seeds
-from .test_operators import FAST, assert_refused, gradients
+from .checks import (
+    DEVICE,
+    DTYPES,
+    FAST,
+    FEW,
+    assert_refused,
+    compare,
+    gradients,
+    offsets,
+    policy_inputs,
+    randint,
+    randn,
+    seeds,
+)
 
 Impl = Literal["torch", "triton"]
 IMPLEMENTATIONS: list[Impl] = ["torch", "triton"]

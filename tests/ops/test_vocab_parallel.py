@@ -27,10 +27,9 @@ from carft_kernels.linear_logprob import linear_logprob_reference
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 from tests.processes import FORKS
 
-from .checks import FEW, policy_inputs, randn, seeds
+from .checks import FAST, FEW, policy_inputs, randn, seeds
 from .conftest import LargestTensor
 from .test_custom_ops import Recorded
-from .test_operators import FAST
 from .test_variants import TERMS
 
 ROOT = Path(__file__).resolve().parents[2]
