@@ -64,6 +64,10 @@ def offsets_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
+def vector(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=DEVICE)
+
+
 def gradients(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
     leaves = [x.detach().clone().requires_grad_() for x in inputs]
     return torch.autograd.grad(function(*leaves), leaves)

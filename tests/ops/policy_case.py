@@ -1,4 +1,4 @@
-"""Inputs of the policy loss in float64, with sizes of which none is a power of two."""
+"""Inputs and terms of the policy loss that several of its tests take."""
 
 from typing import Any
 
@@ -9,6 +9,16 @@ from carft_kernels.linear_logprob import linear_logprob_reference
 from .checks import randn, rng
 
 TOKENS, WIDTH, VOCABULARY = 37, 19, 53  # nothing a power of two
+TERMS: dict[str, dict[str, Any]] = {
+    "dual clip": {"dual_clip": 1.3},
+    "cispo": {"loss": "cispo", "clip_low": 1.0},
+    "k2": {"kl_coef": 0.3, "kl_estimate": "k2"},
+    "k2, bounded": {"kl_coef": 0.3, "kl_estimate": "k2", "kl_clamp": 0.05},
+    "k3, bounded": {"kl_coef": 0.3, "kl_clamp": 0.05, "dual_clip": 1.5},
+    "entropy": {"entropy_coef": 0.1, "kl_coef": 0.2},
+    "z loss": {"z_loss_coef": 0.03},
+    "z loss and entropy": {"z_loss_coef": 0.03, "entropy_coef": 0.1, "loss": "cispo"},
+}
 
 
 def policy_inputs(seed: int, tokens: int, vocabulary: int) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from tests.processes import FORKS
 
 from .checks import FAST, FEW, policy_inputs, randn, seeds
 from .conftest import LargestTensor
+from .policy_case import TERMS
 from .test_custom_ops import Recorded
-from .test_variants import TERMS
 
 ROOT = Path(__file__).resolve().parents[2]
 IMPLEMENTATIONS = ["torch", "triton"]
