@@ -96,8 +96,8 @@ test-long: sampler
 	$(PYTEST) -m long $(ARGS)
 
 test-quick: setup
-	$(PYTEST) -m "not long" $(addprefix tests/,config core data objective rewards compare ops/test_operators.py \
-		ops/test_guarantees.py ops/test_golden.py) $(ARGS)
+	$(PYTEST) -m "not long" $(addprefix tests/,config core data objective rewards compare) $(patsubst %,tests/ops/test_%.py, \
+		logprob losses contrastive advantages precision bad_calls guarantees golden) $(ARGS)
 
 lint: sampler
 	$(BIN)/ruff check .
@@ -195,7 +195,7 @@ kernels-aot: setup
 kernels-sanitize: setup build/ttsem
 	$(TEST_ENV) PYTHONPATH=build/ttsem TRITON_INTERPRET=0 TRITON_DEFAULT_FP_FUSION=1 CARFT_TEST_DEVICE=cuda \
 		CARFT_TEST_EXAMPLES=$${CARFT_TEST_EXAMPLES:-6} \
-		$(BIN)/python -m ttsem.sanitize pytest tests/ops/test_triton.py -q -p no:cacheprovider $(ARGS)
+		$(BIN)/python -m ttsem.sanitize pytest tests/ops/test_triton_*.py -q -p no:cacheprovider $(ARGS)
 
 build/ttsem: | setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $@ --no-deps \

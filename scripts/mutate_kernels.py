@@ -21,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = ROOT / "kernels" / "carft_kernels"
 SANITIZER = ROOT / "build" / "ttsem"
 REPORT = ROOT / "benchmarks" / "results" / "kernels_mutation.md"
-# the tests of test_triton.py that reach a file's kernels
+TRITON_TESTS = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/ops/test_triton_*.py"))
+# those of them that reach a file's kernels
 TESTS = {
     "_row_kernels.py": "token_logprob or policy or nan or without_weight",
     "_policy_kernels.py": "policy or nan or without_weight",
@@ -163,7 +164,7 @@ def passes(path: list[str], launcher: list[str], examples: int, tests: str) -> b
     }
     if len(launcher) > 1:
         environment |= {"TRITON_INTERPRET": "0", "CARFT_TEST_DEVICE": "cuda"}
-    command = [sys.executable, *launcher, "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/ops/test_triton.py"]
+    command = [sys.executable, *launcher, "pytest", "-x", "-q", "-p", "no:cacheprovider", *TRITON_TESTS]
     return (
         subprocess.run(
             [*command, "-k", tests], cwd=ROOT, env=environment, capture_output=True, timeout=900, check=False
@@ -201,7 +202,7 @@ def report(mutants: list[Mutant], results: list[bool]) -> str:
     lines = [
         "# Broken kernels that the tests notice",
         "",
-        f"{sum(results)} of {len(results)}, one change each, by tests/ops/test_triton.py: in Triton's interpreter,",
+        f"{sum(results)} of {len(results)}, one change each, by `tests/ops/test_triton_*.py`: in Triton's interpreter,",
         "and under the sanitizer for removed masks, where the interpreter reads whatever lies behind a tensor.",
         "",
         "| kernel | " + " | ".join(MUTATIONS) + " |",

@@ -1,5 +1,6 @@
 """What the operators' tests measure with."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_kernels import _runtime
+
+pytest.register_assert_rewrite("tests.ops.checks", "tests.ops.ranks")
 
 if _runtime.INTERPRETED:
     from .interpreter import do_once
@@ -53,6 +56,15 @@ class LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def largest_tensor() -> LargestTensor:
     return LargestTensor()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Any]]]:
+    """run(group, function, *arguments): what function(group, *arguments) returns on each rank of the group."""
+    from .ranks import ranks  # not above: benchmarks import this file, and that one makes processes
+
+    with ranks(str(tmp_path_factory.mktemp("ranks"))) as call:
+        yield call
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from carft_kernels import _head, _policy_kernels, _row_kernels, _runtime, lcs
 from carft_kernels._runtime import use_triton
 from carft_kernels.lcs import lcs_mask_reference
 
-from .test_triton import DEVICE, offsets, randint, randn
+from .checks import DEVICE, offsets, randint, randn
 
 T, V, D = 9, 21, 16
 IMPLEMENTATIONS = ["torch", "triton"]

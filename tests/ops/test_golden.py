@@ -19,7 +19,7 @@ from carft_kernels import (
 )
 
 from ..conftest import assert_golden
-from .test_triton import DEVICE
+from .checks import DEVICE
 
 Rows = list[tuple[int, int]]
 

@@ -18,7 +18,7 @@ from carft_kernels.masked_infonce import masked_infonce_reference
 from carft_kernels.token_logprob import token_logprob_reference
 from carft_kernels.value_pool import value_pool_reference
 
-from .test_triton import DEVICE
+from .checks import DEVICE
 
 TOKENS, WIDTH, VOCABULARY = 61, 23, 157
 

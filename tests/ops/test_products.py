@@ -13,8 +13,8 @@ from carft_kernels import _matmul_kernels, _row_kernels, _runtime
 from carft_kernels._policy_kernels import TokenTerms
 from carft_kernels._row_kernels import RowOptions
 
+from .checks import DEVICE, randint, randn
 from .conftest import computed
-from .test_triton import DEVICE, randint, randn
 
 T, V, D = 12, 40, 16
 PRODUCTS = {"mm", "addmm", "addmm_", "linear", "matmul", "bmm", "_linear_pointwise"}

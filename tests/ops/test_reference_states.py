@@ -13,8 +13,7 @@ from torch import Tensor
 import carft_kernels as ck
 from carft_kernels.linear_policy_loss import linear_policy_loss_reference
 
-from .test_operators import FAST, assert_refused, gradients
-from .test_triton import DEVICE, DTYPES, FEW, compare, policy_inputs, randint, randn, seeds
+from .checks import DEVICE, DTYPES, FAST, FEW, assert_refused, compare, gradients, policy_inputs, randint, randn, seeds
 
 Impl = Literal["torch", "triton"]
 IMPLEMENTATIONS: list[Impl] = ["torch", "triton"]

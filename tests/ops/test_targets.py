@@ -8,7 +8,7 @@ from torch import Tensor
 
 import carft_kernels as ck
 
-from .test_triton import DEVICE, randint, randn
+from .checks import DEVICE, randint, randn
 
 IMPLEMENTATIONS = ["torch", "triton"]
 T, V, D = 9, 37, 16

@@ -11,7 +11,7 @@ import carft_kernels as ck
 from carft_kernels._runtime import INTERPRETED
 from carft_kernels.value_pool import backward_splits
 
-from .test_triton import offsets, randint, randn
+from .checks import offsets, randint, randn
 
 if not INTERPRETED:
     pytest.skip("counts what the interpreter does; on a GPU a profiler counts", allow_module_level=True)
