@@ -293,6 +293,22 @@ def test_a_token_does_not_depend_on_the_rows_beside_it() -> None:
     assert torch.cat(alone).tolist() == whole.tolist()
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.0, 300.0])
+def test_among_many_tokens_the_same_one_is_picked_as_with_noise_for_all(scale: float) -> None:
+    """Flat and steep rows, ties, some cut to -inf; one with nothing else, and one with NaN."""
+    logits = (scale * torch.randn(48, 40_000, generator=torch.Generator().manual_seed(5))).round()
+    logits[::3, 100:] = -torch.inf
+    seeds, positions = list(range(48)), list(range(300, 348))
+    expected = (coupled.gumbel_noise(seeds, positions, 40_000) + logits).argmax(-1)
+    assert coupled.pick(logits, seeds, positions).tolist() == expected.tolist()
+    logits[0], logits[1, 7] = -torch.inf, torch.nan
+    assert coupled.pick(logits[:2], seeds[:2], positions[:2]).tolist() == [0, 7]
+
+
+@pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
+    reason="needs AVX-512's bfloat16 instructions, and no AMX: vLLM has other kernels there",
+)
 def test_in_bfloat16_a_completion_is_the_same_alone_in_a_batch_and_with_drafts(
     tmp_path: Path, at_the_end: ExitStack
 ) -> None:
