@@ -86,10 +86,10 @@ def _pick_among_rivals(logits_V: _Floats, seed: int, position: int) -> int:
     words_V = _philox([seed], [position], len(logits_V))[0]
     likeliest = int(logits_V.argmax())
     best = logits_V[likeliest] + float(_gumbel(words_V[likeliest : likeliest + 1]))
+    if not np.isfinite(best):  # NaN, or -inf alone
+        return likeliest
     largest_V = np.exp(logits_V - (best - 32 * math.log(2) - 1e-3))  # as words of 32 bits, rounding allowed for
     rivals = np.flatnonzero(words_V.astype(np.float32) <= largest_V)
-    if not len(rivals):  # NaN, or -inf alone
-        return likeliest
     return int(rivals[(logits_V[rivals] + _gumbel(words_V[rivals]).numpy()).argmax()])
 
 
