@@ -166,7 +166,7 @@ def test_export_refuses_what_it_cannot_read_or_would_overwrite(trained: Trained,
         export_checkpoint(trained.folder, out)
     export_checkpoint(checkpoint, out)
     assert load_file(out / "model.safetensors").keys() == load_file(checkpoint / "model.safetensors").keys()
-    with pytest.raises(InputError, match="no checkpoint but a model"):
+    with pytest.raises(InputError, match="this is an exported model"):
         export_checkpoint(out, tmp_path / "again")
     with pytest.raises(InputError, match="not empty"):
         export_checkpoint(checkpoint, out)
